@@ -1,0 +1,529 @@
+"""Make .venv hold what pyproject.toml and constraints.txt ask for, and nothing twice.
+
+Run by the Makefile with whatever ``python3`` is on PATH, so the syntax here is that of
+Python 2.7: an old interpreter has to get as far as saying what is wrong with it. Only the
+standard library is used.
+
+A stamp inside .venv records what was installed (a hash of both files, the extras, Python's
+version, this clone's path). While it matches, a run costs a few milliseconds. Otherwise:
+
+- an environment that works is brought up to date in place;
+- one that is broken, half made, moved or copied from elsewhere, or built for an unsupported
+  Python is thrown away and made again.
+
+A file lock keeps two runs apart, and pip inherits it: when this process is killed, the next
+one still waits until pip has let go.
+"""
+
+import argparse
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+
+SUPPORTED = ((3, 11), (3, 12), (3, 13))
+SUPPORTED_TEXT = "3.11, 3.12 or 3.13"
+NEEDED_MODULES = ("venv", "ensurepip", "ssl", "sqlite3")
+ENVIRONMENT = ".venv"
+LOCK = ".venv.lock"
+STAMP = "ristune-stamp.json"  # in .venv: what is installed
+MARKER = "ristune-installing"  # in .venv: pip was at work, and did not come to its end
+LOG = "install.log"  # in .venv: all that pip said
+STAMP_FORMAT = 1
+
+# What a candidate interpreter is asked; one line of JSON comes back.
+PROBE = """\
+import json, sys
+missing = []
+for name in sys.argv[1:]:
+    try:
+        __import__(name)
+    except Exception:
+        missing.append(name)
+print(json.dumps({
+    "version": list(sys.version_info[:3]),
+    "prefix": sys.prefix,
+    "missing": missing,
+}))
+"""
+
+NETWORK_SIGNS = re.compile(
+    r"NewConnectionError|NameResolutionError|name resolution|Name or service not known"
+    r"|Network is unreachable|Connection refused|ConnectTimeout|ReadTimeout|timed out"
+    r"|ProxyError|SSLError|ConnectionResetError|Connection broken|nodename nor servname",
+    re.IGNORECASE,
+)
+HINTS = (
+    (
+        NETWORK_SIGNS,
+        (
+            "pip could not reach its package index. Check the network; behind a proxy set "
+            "HTTPS_PROXY, with a mirror set PIP_INDEX_URL. Then run the same command again."
+        ),
+    ),
+    (
+        re.compile(r"No space left on device|Errno 28", re.IGNORECASE),
+        (
+            "The disk is full. PyTorch with its CUDA libraries wants about 10 GB while it "
+            "installs; TMPDIR and PIP_CACHE_DIR can point to another disk."
+        ),
+    ),
+    (
+        re.compile(r"No matching distribution found|Could not find a version", re.IGNORECASE),
+        (
+            "The package index has no build of that package for this Python and machine. "
+            "Check that the index is complete (PIP_INDEX_URL, PIP_NO_INDEX) and up to date."
+        ),
+    ),
+    (
+        re.compile(r"Permission denied|Errno 13", re.IGNORECASE),
+        "A folder is not writable: check who owns this clone and pip's cache.",
+    ),
+)
+
+
+class SetupError(Exception):
+    """The environment cannot be made; the message says what to do about it."""
+
+
+def say(text):
+    # type: (str) -> None
+    sys.stdout.write("[setup] " + text + "\n")
+    sys.stdout.flush()
+
+
+def dotted(version):
+    # type: (object) -> str
+    return ".".join(str(part) for part in version)  # type: ignore[attr-defined]
+
+
+def clean_environment():
+    # type: () -> dict[str, str]
+    """Environment for pip and venv, free of what would send packages elsewhere."""
+    env = dict(os.environ)
+    for name in ("PYTHONHOME", "PYTHONPATH", "PIP_TARGET", "PIP_PREFIX", "PIP_ROOT"):
+        env.pop(name, None)
+    env["PIP_USER"] = "0"
+    env["PIP_DISABLE_PIP_VERSION_CHECK"] = "1"
+    env["PIP_NO_INPUT"] = "1"
+    env["PYTHONUNBUFFERED"] = "1"
+    return env
+
+
+class Interpreter(object):
+    """What a Python says of itself."""
+
+    def __init__(self, path, version, prefix, missing):
+        # type: (str, tuple[int, ...], str, list[str]) -> None
+        self.path = path
+        self.version = version
+        self.prefix = prefix
+        self.missing = missing
+
+    @property
+    def series(self):
+        # type: () -> tuple[int, ...]
+        return self.version[:2]
+
+    @property
+    def supported(self):
+        # type: () -> bool
+        return self.series in SUPPORTED
+
+    def lacks(self):
+        # type: () -> str
+        plural = "s" if len(self.missing) > 1 else ""
+        return "{} (Python {}) lacks the standard module{} {}".format(
+            self.path, dotted(self.version), plural, ", ".join(self.missing)
+        )
+
+    def advice(self):
+        # type: () -> str
+        if set(self.missing) & {"venv", "ensurepip"}:
+            return (
+                "Install what is missing (Debian and Ubuntu: `apt install python3-venv`, or "
+                "`python{}-venv` for this one; Fedora: `dnf install python3-pip python3-libs`), "
+                "then run the same command again.".format(dotted(self.series))
+            )
+        return (
+            "This Python was built without {}: build it again with the development files of "
+            "OpenSSL and SQLite present (Debian and Ubuntu: libssl-dev libsqlite3-dev), or name "
+            "another with `make PYTHON=...`.".format(" and ".join(self.missing))
+        )
+
+
+def probe(python, modules=(), env=None):
+    # type: (str, tuple[str, ...], dict[str, str] | None) -> Interpreter | None
+    """What the interpreter says of itself, or None when it does not run."""
+    try:
+        answer = subprocess.check_output(
+            [python, "-c", PROBE] + list(modules), stderr=subprocess.DEVNULL, env=env
+        )
+        said = json.loads(answer.decode("utf-8").strip().splitlines()[-1])
+    except (OSError, subprocess.CalledProcessError, ValueError, IndexError):
+        return None
+    return Interpreter(python, tuple(said["version"]), said["prefix"], said["missing"])
+
+
+# --- Choosing a Python ------------------------------------------------------------------
+
+
+def candidates():
+    # type: () -> list[str]
+    """Interpreters worth asking, best first: the one at work, then those on PATH."""
+    found = []
+    in_environment = sys.prefix != getattr(sys, "base_prefix", sys.prefix)
+    if in_environment:
+        # An activated environment (.venv itself, perhaps) may be about to be removed.
+        name = "python{}.{}".format(*sys.version_info[:2])
+        found.append(os.path.join(sys.base_prefix, "bin", name))
+        found.append(getattr(sys, "_base_executable", None) or "")
+    found.append(sys.executable or "")
+    found += [shutil.which("python" + dotted(series)) or "" for series in reversed(SUPPORTED)]
+    unique = []
+    for path in found:
+        if path and os.path.exists(path) and path not in unique:
+            unique.append(path)
+    return unique
+
+
+def choose_python():
+    # type: () -> Interpreter
+    """The first interpreter that is supported and has all that an environment needs."""
+    refused = []
+    incomplete = []
+    for path in candidates():
+        found = probe(path, NEEDED_MODULES)
+        if found is None:
+            continue
+        if not found.supported:
+            refused.append("{} is Python {}".format(path, dotted(found.version)))
+        elif found.missing:
+            refused.append(found.lacks())
+            incomplete.append(found)
+        else:
+            if refused:
+                say("{}; using {} instead".format(refused[0], path))
+            return found
+    if incomplete:
+        raise SetupError("{}.\n{}".format(incomplete[0].lacks(), incomplete[0].advice()))
+    raise SetupError(
+        "Python {} is needed, but {}.\nInstall one of them (Debian and Ubuntu: `apt install "
+        "python3.12 python3.12-venv`; anywhere: pyenv, conda or uv), or name it: "
+        "`make PYTHON=/path/to/python3.12 ...`.".format(
+            SUPPORTED_TEXT, "; ".join(refused) or "no Python was found that runs"
+        )
+    )
+
+
+# --- The environment that is there ------------------------------------------------------
+
+
+class Environment(object):
+    """.venv of one clone: what it claims, whether it works, and how to make it."""
+
+    def __init__(self, root):
+        # type: (str) -> None
+        self.root = os.path.realpath(root)
+        self.path = os.path.join(self.root, ENVIRONMENT)
+        self.python = os.path.join(self.path, "bin", "python")
+
+    def file(self, name):
+        # type: (str) -> str
+        return os.path.join(self.path, name)
+
+    def wanted(self, extras):
+        # type: (set[str]) -> dict[str, object]
+        """The stamp that an up-to-date environment carries, but for Python's version."""
+        digest = hashlib.sha256()
+        for name in ("pyproject.toml", "constraints.txt"):
+            with open(os.path.join(self.root, name), "rb") as handle:
+                content = handle.read()
+            digest.update("{}:{}:".format(name, len(content)).encode("ascii"))
+            digest.update(content)
+        return {
+            "format": STAMP_FORMAT,
+            "root": self.root,
+            "inputs": digest.hexdigest(),
+            "extras": sorted(extras),
+        }
+
+    def stamp(self):
+        # type: () -> dict[str, object]
+        """The stamp, or {} where there is none that can be read."""
+        try:
+            with open(self.file(STAMP), encoding="utf-8") as handle:
+                stamp = json.load(handle)
+        except (OSError, ValueError):
+            return {}
+        return stamp if isinstance(stamp, dict) else {}
+
+    def installed_extras(self):
+        # type: () -> set[str]
+        extras = self.stamp().get("extras", [])
+        return set(extras) if isinstance(extras, list) else set()
+
+    def fault(self):
+        # type: () -> str | None
+        """Why the environment has to be made again, or None when it can be kept."""
+        if os.path.islink(self.path):
+            return "it is a link to {}".format(os.path.realpath(self.path))
+        if not os.path.exists(self.file("pyvenv.cfg")):
+            return "it is half made"
+        if not os.path.exists(self.python):
+            return "its Python is gone"
+        if os.path.exists(self.file(MARKER)):
+            return "an installation was cut off"
+        made_for = self.stamp().get("root")
+        if made_for is not None and made_for != self.root:
+            return "it was made for {}".format(made_for)
+        found = probe(self.python, ("pip",), clean_environment())
+        if found is None:
+            return "its Python does not run"
+        if os.path.realpath(found.prefix) != self.path:
+            return "its Python belongs to {}".format(found.prefix)
+        if not found.supported:
+            return "it has Python {}".format(dotted(found.version))
+        packages = self.file("lib/python{}/site-packages".format(dotted(found.series)))
+        if not os.path.isdir(packages):
+            return "it was made for another Python than the {} that it runs".format(
+                dotted(found.version)
+            )
+        if found.missing:
+            return "it has no pip"
+        # Scripts name their interpreter by its full path, so a moved one shows there.
+        scripts = self.file("bin/pip")
+        with contextlib.suppress(OSError, UnicodeDecodeError), open(scripts, encoding="utf-8") as f:
+            head = f.read(2048)
+            if self.path not in head:
+                return "it was moved here from elsewhere"
+        return None
+
+    def current(self, extras):
+        # type: (set[str]) -> bool
+        """Whether the stamp covers what is asked, and Python still runs."""
+        stamp = self.stamp()
+        if os.path.islink(self.path) or os.path.exists(self.file(MARKER)):
+            return False
+        wanted = self.wanted(extras)
+        if any(stamp.get(key) != wanted[key] for key in ("format", "root", "inputs")):
+            return False
+        if not extras <= self.installed_extras():
+            return False
+        found = probe(self.python, (), clean_environment())
+        return found is not None and list(found.series) == stamp.get("python")
+
+    def remove(self):
+        # type: () -> None
+        if os.path.islink(self.path):
+            os.unlink(self.path)
+            return
+        if not os.path.isdir(self.path):
+            raise SetupError("{} is in the way: move it away.".format(self.path))
+        known = {"bin", "include", "lib", "lib64", "share", "pyvenv.cfg", ".gitignore"}
+        known |= {STAMP, MARKER, LOG}
+        strange = sorted(set(os.listdir(self.path)) - known)
+        if strange and not os.path.exists(self.file("pyvenv.cfg")):
+            raise SetupError(
+                "{} is no virtual environment (it holds {}): move it away.".format(
+                    self.path, ", ".join(strange[:5])
+                )
+            )
+        shutil.rmtree(self.path)
+
+
+# --- Making it --------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def locked(root):  # type: ignore[no-untyped-def]
+    """Hold the clone's lock; yields the descriptor that children have to inherit."""
+    descriptor = os.open(os.path.join(root, LOCK), os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say("another run is preparing {}; waiting for it".format(ENVIRONMENT))
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def hint(text):
+    # type: (str) -> str
+    for pattern, advice_text in HINTS:
+        if pattern.search(text):
+            return advice_text
+    return ""
+
+
+def last_words(lines):
+    # type: (list[str]) -> str
+    """The lines of pip's output that say why it failed."""
+    telling = [line for line in lines if line.startswith(("ERROR", "error"))]
+    return "\n".join("  " + line for line in (telling or lines)[-6:])
+
+
+def run_pip(environment, arguments, lock):
+    # type: (Environment, list[str], int) -> None
+    """pip install under the constraints; long downloads and the end are told in short lines."""
+    command = [environment.python, "-m", "pip", "install", "--progress-bar", "off"]
+    command += ["-c", "constraints.txt"] + arguments
+    lines = []
+    with open(environment.file(LOG), "a", encoding="utf-8") as log:
+        log.write("$ " + " ".join(command) + "\n")
+        child = subprocess.Popen(
+            command,
+            cwd=environment.root,
+            env=clean_environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            universal_newlines=True,
+            pass_fds=(lock,),
+        )
+        assert child.stdout is not None
+        for line in child.stdout:
+            log.write(line)
+            line = line.rstrip()
+            lines.append(line)
+            big = re.match(r"\s*Downloading (\S+) \(([\d.]+) ([MG]B)\)", line)
+            if big and (big.group(3) == "GB" or float(big.group(2)) >= 20):
+                name = big.group(1).rsplit("/", 1)[-1].split("-")[0]
+                say("  downloading {} ({} {})".format(name, big.group(2), big.group(3)))
+            elif line.startswith("Installing collected packages:"):
+                count = len(line.split(":", 1)[1].split(","))
+                say("  installing {} package{}".format(count, "" if count == 1 else "s"))
+        status = child.wait()
+    if status != 0:
+        text = "\n".join(lines[-200:])
+        more = hint(text) or "All that pip said is in {}/{}.".format(ENVIRONMENT, LOG)
+        raise SetupError("pip failed (status {}):\n{}\n{}".format(status, last_words(lines), more))
+
+
+def create(environment, lock):
+    # type: (Environment, int) -> None
+    python = choose_python()
+    say("making {} with Python {} ({})".format(ENVIRONMENT, dotted(python.version), python.path))
+    child = subprocess.Popen(
+        [python.path, "-m", "venv", environment.path],
+        env=clean_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        universal_newlines=True,
+        pass_fds=(lock,),
+    )
+    output = child.communicate()[0]
+    if child.returncode != 0:
+        raise SetupError(
+            "{} -m venv failed:\n{}\n{}".format(
+                python.path, last_words(output.splitlines()), hint(output)
+            )
+        )
+
+
+def install(environment, extras, lock):
+    # type: (Environment, set[str], int) -> None
+    """Bring an environment that works up to date, and stamp it."""
+    marker = environment.file(MARKER)
+    started = time.time()
+    with contextlib.suppress(OSError):
+        os.unlink(environment.file(STAMP))
+    with open(marker, "w", encoding="utf-8"):
+        pass
+    project = "." + ("[{}]".format(",".join(sorted(extras))) if extras else "")
+    try:
+        # setuptools from the constraints builds the project: no second, unpinned download.
+        say("installing PyTorch (a few minutes when it has to be downloaded)")
+        run_pip(environment, ["setuptools", requirement(environment.root, "torch")], lock)
+        say("installing the project" + (" with " + ", ".join(sorted(extras)) if extras else ""))
+        run_pip(environment, ["--no-build-isolation", "-e", project], lock)
+    except SetupError:
+        # pip itself ended, so nothing is half unpacked: go on from here next time.
+        os.unlink(marker)
+        raise
+    python = probe(environment.python, (), clean_environment())
+    if python is None:
+        raise SetupError("{} does not run after the installation.".format(environment.python))
+    stamp = environment.wanted(extras)
+    stamp["python"] = list(python.series)
+    temporary = environment.file(STAMP + ".new")
+    with open(temporary, "w", encoding="utf-8") as handle:
+        json.dump(stamp, handle, indent=1, sort_keys=True)
+        handle.write("\n")
+    os.replace(temporary, environment.file(STAMP))
+    os.unlink(marker)
+    say("{} is ready ({:.0f} s)".format(ENVIRONMENT, time.time() - started))
+
+
+def requirement(root, name):
+    # type: (str, str) -> str
+    """The project's own requirement on a package, as pyproject.toml writes it."""
+    with open(os.path.join(root, "pyproject.toml"), encoding="utf-8") as handle:
+        found = re.search(r'"({}\b[^"\[]*)"'.format(re.escape(name)), handle.read())
+    return found.group(1) if found else name
+
+
+def ensure(root, extras):
+    # type: (str, set[str]) -> None
+    environment = Environment(root)
+    if environment.current(extras):
+        return
+    with locked(environment.root) as lock:
+        if environment.current(extras):
+            return  # someone else made it while this one waited
+        extras = set(extras)
+        if os.path.lexists(environment.path):
+            fault = environment.fault()
+            if fault is None:
+                # What was once asked for stays up to date too.
+                extras |= environment.installed_extras()
+                say("bringing {} up to date".format(ENVIRONMENT))
+            else:
+                choose_python()  # complain before anything is thrown away
+                say("making {} again: {}".format(ENVIRONMENT, fault))
+                environment.remove()
+        if not os.path.exists(environment.path):
+            create(environment, lock)
+        install(environment, extras, lock)
+
+
+def main(arguments=None):
+    # type: (list[str] | None) -> int
+    parser = argparse.ArgumentParser(description="Make .venv hold what the project needs.")
+    parser.add_argument("--extra", action="append", default=[], metavar="NAME", help="dev, aws")
+    parser.add_argument(
+        "--root", default=os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    )
+    options = parser.parse_args(arguments)
+    if sys.version_info < (3, 5):
+        sys.stderr.write(
+            "[setup] Python {} is needed, but {} is Python {}. Name another: "
+            "`make PYTHON=/path/to/python3.12 ...`.\n".format(
+                SUPPORTED_TEXT, sys.executable, dotted(sys.version_info[:3])
+            )
+        )
+        return 1
+    try:
+        ensure(options.root, set(options.extra))
+    except SetupError as error:
+        sys.stderr.write("[setup] " + str(error).replace("\n", "\n[setup] ") + "\n")
+        return 1
+    except OSError as error:
+        sys.stderr.write("[setup] {} {}\n".format(error, hint(str(error))).rstrip() + "\n")
+        return 1
+    except KeyboardInterrupt:
+        sys.stderr.write("\n[setup] interrupted; run the same command again to go on\n")
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
