@@ -1,0 +1,54 @@
+"""Near-field physics of a reconfigurable surface: tensors in, tensors out."""
+
+from physics.channel import rician_channel
+from physics.codebook import dft_codebook, draw_codes, hadamard_codebook, quantize, random_codes
+from physics.covariance import (
+    BlendConfig,
+    LowRankCovariance,
+    blend,
+    covariance_of,
+    nmse,
+    sample_covariance,
+)
+from physics.geometry import ArrayConfig, PlanarArray, direction, from_cartesian, to_cartesian
+from physics.scene import SceneConfig, Scenes
+from physics.simulate import simulate
+from physics.spectrum import (
+    PolarGrid,
+    find_peaks,
+    music_spectrum,
+    mvdr_spectrum,
+)
+from physics.steering import steering_vector
+from physics.tikhonov import SolveReport, TikhonovConfig, tikhonov_solve
+
+__all__ = [
+    "ArrayConfig",
+    "BlendConfig",
+    "LowRankCovariance",
+    "PlanarArray",
+    "PolarGrid",
+    "SceneConfig",
+    "Scenes",
+    "SolveReport",
+    "TikhonovConfig",
+    "blend",
+    "covariance_of",
+    "dft_codebook",
+    "direction",
+    "draw_codes",
+    "find_peaks",
+    "from_cartesian",
+    "hadamard_codebook",
+    "music_spectrum",
+    "mvdr_spectrum",
+    "nmse",
+    "quantize",
+    "random_codes",
+    "rician_channel",
+    "sample_covariance",
+    "simulate",
+    "steering_vector",
+    "tikhonov_solve",
+    "to_cartesian",
+]

@@ -1,0 +1,144 @@
+"""Phase codes of the surface: 2-D DFT, Hadamard and random, with b-bit quantisation."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from physics.geometry import PlanarArray
+
+Codebook = Literal["random", "dft", "hadamard"]
+
+
+def quantize(codes: Tensor, bits: int) -> Tensor:
+    """Nearest of ``2**bits`` uniformly spaced phases, unit modulus.
+
+    Args:
+        codes: (…) complex.
+        bits: at least 1.
+
+    Raises:
+        ValueError: ``bits`` below 1.
+    """
+    if bits < 1:
+        raise ValueError(f"bits is {bits}; at least 1 needed (leave it out for continuous phases)")
+    step = 2.0 * math.pi / 2**bits
+    phase = torch.round(torch.angle(codes) / step) * step
+    return torch.polar(torch.ones_like(phase), phase)
+
+
+def random_codes(
+    n_snapshots: int,
+    array: PlanarArray,
+    *,
+    batch: tuple[int, ...] = (),
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.complex64,
+) -> Tensor:
+    """Codes (*batch, L, N) with independent uniform phases."""
+    phase = torch.rand(
+        (*batch, n_snapshots, array.size), generator=generator, device=device, dtype=dtype.to_real()
+    )
+    phase = phase * (2.0 * math.pi)
+    return torch.polar(torch.ones_like(phase), phase)
+
+
+def dft_codebook(array: PlanarArray, dtype: torch.dtype = torch.complex64) -> Tensor:
+    """All N two-dimensional DFT codes (N, N): the Kronecker product of two DFT matrices.
+
+    Row ``v * n_horizontal + h`` steers to spatial frequency (h / n_horizontal, v / n_vertical).
+    """
+
+    def dft(n: int) -> Tensor:
+        index = torch.arange(n, dtype=torch.float64)
+        phase = -2.0 * math.pi * torch.outer(index, index).remainder(n) / n
+        return torch.polar(torch.ones_like(phase), phase)
+
+    return torch.kron(dft(array.n_vertical), dft(array.n_horizontal)).to(dtype)
+
+
+def hadamard_matrix(order: int) -> Tensor:
+    """Hadamard matrix (order, order) of +-1, float64, by Sylvester's and Paley's constructions.
+
+    Raises:
+        ValueError: no construction is known here for this order.
+
+    Source: Paley, "On orthogonal matrices", J. Math. Phys. 12, 1933 (construction I).
+    """
+    if order == 1:
+        return torch.ones(1, 1, dtype=torch.float64)
+    q = order - 1
+    if order % 4 == 0 and all(q % d for d in range(2, math.isqrt(q) + 1)):
+        residues = {(i * i) % q for i in range(1, q)}
+        character = torch.tensor([0.0] + [1.0 if i in residues else -1.0 for i in range(1, q)])
+        index = torch.arange(q)
+        skew = torch.zeros(order, order, dtype=torch.float64)
+        skew[0, 1:] = 1.0
+        skew[1:, 0] = -1.0
+        skew[1:, 1:] = character[(index[:, None] - index[None, :]) % q]
+        return skew + torch.eye(order, dtype=torch.float64)
+    if order % 2 == 0:
+        half = hadamard_matrix(order // 2)
+        return torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64), half)
+    raise ValueError(
+        f"no Hadamard matrix of order {order} by Sylvester's or Paley's construction; "
+        "use a codebook of kind 'dft' or 'random', or sides such as 2, 4, 8, 12, 16, 20, 24"
+    )
+
+
+def hadamard_codebook(array: PlanarArray, dtype: torch.dtype = torch.complex64) -> Tensor:
+    """All N Hadamard codes (N, N) of +-1, one construction per side of the array.
+
+    Raises:
+        ValueError: one of the sides has no Hadamard matrix here.
+    """
+    return torch.kron(hadamard_matrix(array.n_vertical), hadamard_matrix(array.n_horizontal)).to(
+        dtype
+    )
+
+
+def draw_codes(
+    kind: Codebook,
+    n_snapshots: int,
+    array: PlanarArray,
+    *,
+    bits: int | None = None,
+    batch: tuple[int, ...] = (),
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.complex64,
+) -> Tensor:
+    """Draw the codes of one sweep for each batch item.
+
+    ``random`` draws every phase; ``dft`` and ``hadamard`` draw L of the N codes without
+    replacement (with replacement from the (N+1)-th on).
+
+    Returns:
+        (*batch, L, N) complex of unit modulus.
+
+    Raises:
+        ValueError: unknown kind, bits below 1, or no Hadamard matrix for the array's sides.
+    """
+    if kind == "random":
+        codes = random_codes(
+            n_snapshots, array, batch=batch, generator=generator, device=device, dtype=dtype
+        )
+    elif kind in ("dft", "hadamard"):
+        book = dft_codebook(array, dtype) if kind == "dft" else hadamard_codebook(array, dtype)
+        book = book.to(device) if device is not None else book
+        repeats = -(-n_snapshots // array.size)
+        keys = torch.rand(
+            (*batch, repeats, array.size),
+            generator=generator,
+            device=device,
+            dtype=dtype.to_real(),
+        )
+        chosen = keys.argsort(dim=-1).flatten(-2)[..., :n_snapshots]
+        codes = book[chosen]
+    else:
+        raise ValueError(f"codebook {kind!r} unknown; choose from {get_args(Codebook)}")
+    return codes if bits is None else quantize(codes, bits)

@@ -1,0 +1,337 @@
+"""Covariances of the surface, kept as a factor and a diagonal loading; never N x N."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from physics.config import FrozenModel
+from physics.precision import in_full_precision
+from physics.tikhonov import Solver, tikhonov_solve
+
+
+class BlendConfig(FrozenModel):
+    """How the predicted and the measured covariance are blended."""
+
+    beta: float = Field(0.30, ge=0, le=1, description="weight of R_samp in R_blend")
+    jitter: float = Field(0.05, ge=0, le=1, description="beta +- jitter while training")
+    shrinkage: float = Field(0.0, ge=0, le=1, description="R_samp shrunk to identity by this")
+
+
+class LowRankCovariance:
+    """Hermitian positive semi-definite matrix ``R = F F^H + loading I``.
+
+    Args:
+        factor: F (…, N, r) complex.
+        loading: (…) real, at least 0, or None for none.
+
+    The methods cost O(N r^2) at most; only :meth:`dense` forms N x N.
+    """
+
+    def __init__(self, factor: Tensor, loading: Tensor | None = None) -> None:
+        if not factor.is_complex() or factor.ndim < 2:
+            raise ValueError(
+                f"factor is {factor.dtype} of shape {tuple(factor.shape)}; "
+                "expected a complex tensor (..., N, r)"
+            )
+        if loading is None:
+            loading = factor.real.new_zeros(factor.shape[:-2])
+        elif loading.is_complex():
+            raise ValueError(f"loading is {loading.dtype}; expected a real tensor (...)")
+        self.factor = factor
+        self.loading = loading
+
+    def __repr__(self) -> str:
+        return (
+            f"LowRankCovariance(batch={tuple(self.batch_shape)}, size={self.size}, "
+            f"rank={self.rank}, dtype={self.factor.dtype}, device={self.factor.device})"
+        )
+
+    @property
+    def size(self) -> int:
+        """N."""
+        return self.factor.shape[-2]
+
+    @property
+    def rank(self) -> int:
+        """Columns of the factor, r."""
+        return self.factor.shape[-1]
+
+    @property
+    def batch_shape(self) -> torch.Size:
+        """Leading shape."""
+        return torch.broadcast_shapes(self.factor.shape[:-2], self.loading.shape)
+
+    def detach(self) -> LowRankCovariance:
+        """The same matrix, cut from the graph."""
+        return LowRankCovariance(self.factor.detach(), self.loading.detach())
+
+    def to(self, *args: Any, **kwargs: Any) -> LowRankCovariance:
+        """Move the factor by ``Tensor.to``; the loading follows in the matching real dtype."""
+        factor = self.factor.to(*args, **kwargs)
+        return LowRankCovariance(factor, self.loading.to(factor.device, factor.dtype.to_real()))
+
+    @in_full_precision
+    def gram(self) -> Tensor:
+        """F^H F (…, r, r)."""
+        return self.factor.mH @ self.factor
+
+    def dense(self) -> Tensor:
+        """The matrix itself (…, N, N)."""
+        eye = torch.eye(self.size, dtype=self.factor.dtype, device=self.factor.device)
+        return self.factor @ self.factor.mH + self.loading[..., None, None] * eye
+
+    def trace(self) -> Tensor:
+        """tr R (…) real."""
+        return _energy(self.factor) + self.size * self.loading
+
+    def normalized(self) -> LowRankCovariance:
+        """R scaled to trace N. The zero matrix, which says nothing, becomes the identity."""
+        peak = self.factor.detach().abs().amax((-2, -1))
+        peak = torch.maximum(peak, self.loading.detach().sqrt())
+        peak = torch.where(peak > 0, peak, torch.ones_like(peak))
+        factor = self.factor / peak[..., None, None]
+        loading = self.loading / peak / peak
+        trace = _energy(factor) + self.size * loading
+        known = trace > 0
+        scale = self.size / torch.where(known, trace, torch.ones_like(trace))
+        loading = torch.where(known, loading * scale, torch.ones_like(loading))
+        return LowRankCovariance(factor * scale.sqrt()[..., None, None], loading)
+
+    def shrunk(self, shrinkage: float | Tensor) -> LowRankCovariance:
+        """``(1 - rho) R + rho tr(R)/N I``, which keeps the trace.
+
+        Source: Ledoit and Wolf, "A well-conditioned estimator for large-dimensional covariance
+        matrices", J. Multivariate Anal. 88(2), 2004.
+        """
+        rho = torch.as_tensor(shrinkage, device=self.loading.device, dtype=self.loading.dtype)
+        mean = self.trace() / self.size
+        factor = self.factor * (1.0 - rho).sqrt()[..., None, None]
+        return LowRankCovariance(factor, (1.0 - rho) * self.loading + rho * mean)
+
+    def loaded(self, loading: float | Tensor) -> LowRankCovariance:
+        """``R + loading tr(R)/N I``: diagonal loading relative to the mean diagonal."""
+        mean = self.trace() / self.size
+        return LowRankCovariance(self.factor, self.loading + loading * mean)
+
+    @in_full_precision
+    def inner(self, other: LowRankCovariance) -> Tensor:
+        """Frobenius inner product ``tr(R S)`` (…) real.
+
+        ``||F^H G||^2 + a ||G||^2 + b ||F||^2 + a b N`` for ``R = F F^H + a I, S = G G^H + b I``.
+        """
+        return (
+            _energy(self.factor.mH @ other.factor)
+            + self.loading * _energy(other.factor)
+            + other.loading * _energy(self.factor)
+            + self.size * self.loading * other.loading
+        )
+
+    @in_full_precision
+    def matmul(self, x: Tensor) -> Tensor:
+        """R x for x (…, N, p)."""
+        return self.factor @ (self.factor.mH @ x) + self.loading[..., None, None] * x
+
+    @in_full_precision
+    def solve(self, x: Tensor) -> Tensor:
+        """R^-1 x for x (…, N, p), by Woodbury's identity on the r x r capacitance matrix.
+
+        Raises:
+            ValueError: a loading that is not positive; the matrix is singular then.
+        """
+        self._require_loading("solve")
+        delta = self.loading[..., None, None]
+        z = torch.cholesky_solve(self.factor.mH @ x, self._capacitance_cholesky())
+        return (x - self.factor @ z) / delta
+
+    @in_full_precision
+    def quadratic(self, vectors: Tensor) -> Tensor:
+        """``v^H R v`` (…, G) of row vectors (…, G, N)."""
+        projected = vectors.conj() @ self.factor
+        norm = vectors.abs().square().sum(-1)
+        return projected.abs().square().sum(-1) + self.loading[..., None] * norm
+
+    @in_full_precision
+    def inverse_quadratic(self, vectors: Tensor) -> Tensor:
+        """``v^H R^-1 v`` (…, G) of row vectors (…, G, N), by Woodbury's identity.
+
+        Raises:
+            ValueError: a loading that is not positive.
+        """
+        self._require_loading("inverse_quadratic")
+        z = (vectors.conj() @ self.factor).mH  # (…, r, G) = F^H v
+        whitened = torch.linalg.solve_triangular(self._capacitance_cholesky(), z, upper=False)
+        norm = vectors.abs().square().sum(-1)
+        explained = whitened.abs().square().sum(-2)
+        tiny = torch.finfo(norm.dtype).eps * norm
+        return torch.maximum(norm - explained, tiny) / self.loading[..., None]
+
+    def _require_loading(self, what: str) -> None:
+        if not bool((self.loading > 0).all()):
+            raise ValueError(
+                f"{what} needs a positive loading in every batch item, got a smallest of "
+                f"{float(self.loading.min())}; load the covariance first: R.loaded(1e-3)"
+            )
+
+    def _capacitance_cholesky(self) -> Tensor:
+        eye = torch.eye(self.rank, dtype=self.factor.dtype, device=self.factor.device)
+        return torch.linalg.cholesky(self.gram() + self.loading[..., None, None] * eye)
+
+    @in_full_precision
+    def eigenvalues(self) -> Tensor:
+        """The r largest eigenvalues (…, r), descending; the others equal the loading."""
+        values = torch.linalg.eigvalsh(self.gram()).flip(-1).clamp_min(0.0)
+        return values + self.loading[..., None]
+
+    @in_full_precision
+    def signal_weights(self, n_sources: int | Tensor) -> Tensor:
+        """Hermitian S (…, r, r) such that ``F S F^H`` projects on the dominant subspace.
+
+        With ``F^H F = V Lambda V^H`` it is ``S = V_K Lambda_K^-1 V_K^H`` for the K largest
+        eigenvalues, so that ``||U_K^H a||^2 = (F^H a)^H S (F^H a)`` without ever forming U_K.
+        The gradient is safe at repeated eigenvalues (see :class:`_SignalWeights`).
+
+        Args:
+            n_sources: K, one for all or (…) one for each batch item; at most r counts.
+        """
+        gram = self.gram()
+        counts = torch.as_tensor(n_sources, device=gram.device).expand(gram.shape[:-2])
+        weights: Tensor = _SignalWeights.apply(gram, counts)  # type: ignore[no-untyped-call]
+        return weights
+
+    @in_full_precision
+    def subspace_energy(self, vectors: Tensor, n_sources: int | Tensor) -> Tensor:
+        """``||U_K^H v||^2`` (…, G) of row vectors (…, G, N) and the dominant subspace U_K."""
+        z = vectors.conj() @ self.factor  # (…, G, r); row g is (F^H v)^H
+        return ((z @ self.signal_weights(n_sources)) * z.conj()).real.sum(-1)
+
+    @in_full_precision
+    def signal_subspace(self, n_sources: int) -> Tensor:
+        """Orthonormal basis U_K (…, N, K) of the dominant subspace, largest first.
+
+        Raises:
+            ValueError: K outside 0..r.
+        """
+        if not 0 <= n_sources <= self.rank:
+            raise ValueError(
+                f"n_sources is {n_sources}; a covariance of rank {self.rank} has a signal "
+                f"subspace of 0..{self.rank} dimensions"
+            )
+        _, v = torch.linalg.eigh(self.gram())
+        dominant = self.factor @ v[..., self.rank - n_sources :].flip(-1)
+        q, _ = torch.linalg.qr(dominant)
+        return q
+
+
+class _SignalWeights(torch.autograd.Function):
+    """S = f(G) with f(lambda) = 1/lambda on the K largest eigenvalues and 0 on the others.
+
+    The derivative of a matrix function (Daleckii and Krein, 1965) weighs ``V^H dG V`` with the
+    divided differences of f. Inside the signal block they are ``-1/(lambda_i lambda_j)``, regular
+    however close the eigenvalues lie; only across the gap ``1/(lambda_i (lambda_i - lambda_j))``
+    can blow up, and there ``1/d`` is broadened to ``d / (d^2 + eps^2)``.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, gram: Tensor, n_sources: Tensor) -> Tensor:
+        values, vectors = torch.linalg.eigh(gram)
+        rank = gram.shape[-1]
+        order = torch.arange(rank, device=gram.device)
+        eps = torch.finfo(values.dtype).eps
+        floor = (values[..., -1:] * rank * eps).clamp_min(torch.finfo(values.dtype).tiny)
+        signal = (order >= rank - n_sources.unsqueeze(-1)) & (values > floor)
+        inverse = torch.where(signal, 1.0 / values.clamp_min(floor), torch.zeros_like(values))
+        ctx.save_for_backward(values, vectors, inverse, signal, floor)
+        return (vectors * inverse.unsqueeze(-2)) @ vectors.mH
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        values, vectors, inverse, signal, floor = ctx.saved_tensors
+        inside = -inverse.unsqueeze(-1) * inverse.unsqueeze(-2)
+        gap = values.unsqueeze(-1) - values.unsqueeze(-2)
+        broadening = (floor * 8.0).unsqueeze(-1)
+        across = gap / (gap.square() + broadening.square())
+        one_sided = signal.unsqueeze(-1) != signal.unsqueeze(-2)
+        difference = inverse.unsqueeze(-1) - inverse.unsqueeze(-2)
+        divided = inside + torch.where(one_sided, difference * across, torch.zeros_like(across))
+        hermitian = 0.5 * (grad + grad.mH)
+        core = vectors.mH @ hermitian @ vectors
+        return vectors @ (core * divided) @ vectors.mH, None
+
+
+def _energy(factor: Tensor) -> Tensor:
+    """||F||_F^2 (…) real."""
+    return torch.view_as_real(factor).square().sum((-3, -2, -1))
+
+
+def blend(
+    predicted: LowRankCovariance, measured: LowRankCovariance, beta: float | Tensor
+) -> LowRankCovariance:
+    """``R_blend = (1 - beta) R_pred + beta R_samp``, both brought to trace N first.
+
+    Args:
+        predicted: R_pred.
+        measured: R_samp.
+        beta: weight of R_samp in [0, 1], one for all or (…).
+    """
+    predicted, measured = predicted.normalized(), measured.normalized()
+    weight = torch.as_tensor(beta, device=predicted.loading.device, dtype=predicted.loading.dtype)
+    factor = torch.cat(
+        [
+            predicted.factor * (1.0 - weight).sqrt()[..., None, None],
+            measured.factor * weight.sqrt()[..., None, None],
+        ],
+        dim=-1,
+    )
+    loading = (1.0 - weight) * predicted.loading + weight * measured.loading
+    return LowRankCovariance(factor, loading)
+
+
+def nmse(estimate: LowRankCovariance, truth: LowRankCovariance) -> Tensor:
+    """Normalised mean-square error ``||R^ - R||_F^2 / ||R||_F^2`` (…) of trace-normalised matrices.
+
+    Both sides are Hermitian by construction and are brought to trace N here.
+    """
+    estimate, truth = estimate.normalized(), truth.normalized()
+    energy = truth.inner(truth)
+    error = estimate.inner(estimate) - 2.0 * estimate.inner(truth) + energy
+    return error.clamp_min(0.0) / energy
+
+
+def covariance_of(snapshots: Tensor) -> LowRankCovariance:
+    """``(1/L) sum_l a_l a_l^H`` of snapshots (…, L, N), scaled to trace N.
+
+    The mean is not removed: with constant symbols it is the signal.
+    """
+    return LowRankCovariance(snapshots.mT).normalized()
+
+
+def sample_covariance(
+    y: Tensor,
+    H: Tensor,
+    codes: Tensor,
+    regularization: float = 1e-3,
+    solver: Solver = "auto",
+) -> LowRankCovariance:
+    """R_samp of the surface's signal by one regularised least-squares fit per snapshot.
+
+    ``R_samp = (1/L) sum_l a_l a_l^H`` with ``a_l`` from :func:`physics.tikhonov_solve`, scaled to
+    trace N and not mean-centred. Zero snapshots or a zero channel give the identity.
+
+    Args:
+        y: (…, L, M) complex.
+        H: (…, M, N) complex.
+        codes: (…, L, N) complex.
+        regularization: lambda, relative to tr(Phi^H Phi)/N.
+        solver: see :func:`physics.tikhonov_solve`.
+
+    Raises:
+        ValueError: non-finite or misshapen input.
+    """
+    snapshots, _ = tikhonov_solve(y, H, codes, regularization=regularization, solver=solver)
+    return covariance_of(snapshots)
+
+

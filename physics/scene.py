@@ -1,0 +1,174 @@
+"""Scenes: what stands where, and how sources are drawn."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields, replace
+from typing import Literal, Self
+
+import torch
+from pydantic import Field, field_validator, model_validator
+from torch import Tensor
+
+from physics.codebook import Codebook
+from physics.config import FrozenModel
+from physics.covariance import LowRankCovariance
+from physics.geometry import PlanarArray
+from physics.steering import Wavefront, steering_vector
+
+SourceMode = Literal["fluctuating", "constant"]
+
+
+class SceneConfig(FrozenModel):
+    """How scenes are drawn. Angles in degrees and levels in dB, as their names say."""
+
+    n_antennas: int = Field(16, ge=1, description="antennas of the base station, M")
+    n_snapshots: int = Field(16, ge=1, description="phase codes per scene, L")
+    min_sources: int = Field(1, ge=0)
+    max_sources: int = Field(5, ge=1, description="most sources in a scene, K")
+    azimuth_deg: tuple[float, float] = (-60.0, 60.0)
+    elevation_deg: tuple[float, float] = (-30.0, 30.0)
+    range_m: tuple[float, float] = (0.5, 10.0)
+    snr_db: tuple[float, float] = Field((-5.0, 20.0), description="mean |clean y|^2 / sigma^2")
+    wavefront: Wavefront = "spherical"
+    source_mode: SourceMode = Field(
+        "fluctuating", description="fresh symbols per snapshot, or one symbol per sweep"
+    )
+    path_loss_exponent: float = Field(1.0, ge=0, description="amplitude falls as range^-exponent")
+    codebook: Codebook = "random"
+    code_bits: int | None = Field(3, ge=1, le=16, description="phase bits; null: continuous")
+    k_factor_db: float = Field(3.0, description="Rice factor of the BS-RIS channel [dB]")
+    base_station_range_m: tuple[float, float] = (20.0, 50.0)
+    element_jitter: float = Field(0.0, ge=0, description="std of element displacement [m]")
+    phase_error_deg: float = Field(0.0, ge=0, description="std of element phase error [deg]")
+    amplitude_error_db: float = Field(0.0, ge=0, description="std of element amplitude [dB]")
+    dropout: float = Field(0.0, ge=0, lt=1, description="probability that an element is dead")
+
+    @field_validator("azimuth_deg", "elevation_deg", "range_m", "snr_db", "base_station_range_m")
+    @classmethod
+    def _ordered(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if value[0] > value[1]:
+            raise ValueError(f"lower bound {value[0]} is above upper bound {value[1]}")
+        return value
+
+    @field_validator("range_m", "base_station_range_m")
+    @classmethod
+    def _positive(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if value[0] <= 0:
+            raise ValueError(f"range starts at {value[0]} m; it must be above 0")
+        return value
+
+    @field_validator("azimuth_deg", "elevation_deg")
+    @classmethod
+    def _in_front(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if value[0] < -90 or value[1] > 90:
+            raise ValueError(f"{value} leaves the half space in front, -90..90 degrees")
+        return value
+
+    @model_validator(mode="after")
+    def _counts(self) -> Self:
+        if self.min_sources > self.max_sources:
+            raise ValueError(
+                f"min_sources {self.min_sources} is above max_sources {self.max_sources}"
+            )
+        return self
+
+    @property
+    def has_mismatch(self) -> bool:
+        """Whether the hardware departs from the nominal model."""
+        return any(
+            (self.element_jitter, self.phase_error_deg, self.amplitude_error_db, self.dropout)
+        )
+
+
+@dataclass(frozen=True)
+class Scenes:
+    """A batch of scenes with their truth.
+
+    ``position`` holds azimuth, elevation [rad] and range [m]; slots from ``n_sources`` on have
+    power 0 and an arbitrary valid position. ``power`` is the incoherent power p_k of
+    ``R = sum p_k a_k a_k^H`` on an arbitrary common scale.
+    """
+
+    y: Tensor  # (B, L, M) complex
+    H: Tensor  # (B, M, N) complex
+    codes: Tensor  # (B, L, N) complex
+    position: Tensor  # (B, K, 3) real
+    power: Tensor  # (B, K) real
+    n_sources: Tensor  # (B,) int64
+    snr_db: Tensor  # (B,) real
+
+    def __len__(self) -> int:
+        return self.y.shape[0]
+
+    @property
+    def present(self) -> Tensor:
+        """(B, K) bool: which slots hold a source."""
+        slots = torch.arange(self.position.shape[-2], device=self.n_sources.device)
+        return slots < self.n_sources.unsqueeze(-1)
+
+    def covariance(self, array: PlanarArray, wavefront: Wavefront) -> LowRankCovariance:
+        """R_true = sum p_k a_k a_k^H on the nominal manifold, trace N; identity without sources."""
+        a = steering_vector(self.position, array, wavefront)  # (B, K, N)
+        factor = a.mT * self.power.sqrt().unsqueeze(-2).to(a.dtype)
+        return LowRankCovariance(factor).normalized()
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Scenes:
+        """The same scenes on another device."""
+        return self._map(lambda t: t.to(device, non_blocking=non_blocking))
+
+    def __getitem__(self, index: slice | Tensor) -> Scenes:
+        return self._map(lambda t: t[index])
+
+    def _map(self, function) -> Scenes:  # type: ignore[no-untyped-def]
+        return replace(self, **{f.name: function(getattr(self, f.name)) for f in fields(self)})
+
+    @staticmethod
+    def concatenate(parts: list[Scenes]) -> Scenes:
+        """One batch of several, in order.
+
+        Raises:
+            ValueError: nothing given.
+        """
+        if not parts:
+            raise ValueError("no scenes to concatenate; at least one batch needed")
+        return Scenes(
+            **{f.name: torch.cat([getattr(p, f.name) for p in parts]) for f in fields(Scenes)}
+        )
+
+
+def draw_sources(
+    config: SceneConfig,
+    n_scenes: int,
+    *,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor]:
+    """Draw source positions and counts.
+
+    K is uniform on min_sources..max_sources; azimuth, elevation and range are uniform on their
+    intervals, independently.
+
+    Returns:
+        position (B, max_sources, 3) [rad, rad, m] and n_sources (B,) int64.
+    """
+    n_sources = torch.randint(
+        config.min_sources, config.max_sources + 1, (n_scenes,), generator=generator, device=device
+    )
+    unit = torch.rand(
+        (n_scenes, config.max_sources, 3), generator=generator, device=device, dtype=dtype
+    )
+    low, high = (
+        torch.tensor(
+            [
+                math.radians(config.azimuth_deg[side]),
+                math.radians(config.elevation_deg[side]),
+                config.range_m[side],
+            ],
+            device=device,
+            dtype=dtype,
+        )
+        for side in (0, 1)
+    )
+    return low + (high - low) * unit, n_sources

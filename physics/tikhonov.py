@@ -1,0 +1,246 @@
+"""Regularised least squares per snapshot: from y to the signal on the surface."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from physics.checks import check_measurement
+from physics.config import FrozenModel
+from physics.precision import in_full_precision
+
+Solver = Literal["auto", "dual", "lstsq", "gram", "svd"]
+
+_CHUNK_BYTES = 4 * 2**20  # workspace of one chunk of scenes when Phi_l must be formed
+
+
+class TikhonovConfig(FrozenModel):
+    """Regularised least squares of R_samp and of the network's ridge solutions."""
+
+    regularization: float = Field(1e-3, ge=0, description="lambda, relative to tr(Phi^H Phi)/N")
+    solver: Solver = "auto"
+
+
+@dataclass(frozen=True)
+class SolveReport:
+    """How a batch was solved.
+
+    Attributes:
+        solver: the method that ran (``auto`` resolved).
+        unit_modulus: whether all codes were taken as unit modulus, so that one factorisation
+            served all snapshots of a scene.
+        fell_back: (…) bool, scenes that were solved again by SVD.
+        n_fallbacks: how many.
+    """
+
+    solver: Solver
+    unit_modulus: bool
+    fell_back: Tensor
+
+    @property
+    def n_fallbacks(self) -> int:
+        """Number of scenes that the SVD solved again."""
+        return int(self.fell_back.sum())
+
+
+def is_unit_modulus(codes: Tensor) -> bool:
+    """Whether all codes (…, L, N) have modulus 1 to within rounding."""
+    tolerance = 16 * torch.finfo(codes.dtype.to_real()).eps
+    power = torch.view_as_real(codes.resolve_conj()).square().sum(-1)
+    return bool(((power - 1.0).abs() <= tolerance).all())
+
+
+def tikhonov_solve(
+    y: Tensor,
+    H: Tensor,
+    codes: Tensor,
+    regularization: float = 1e-3,
+    solver: Solver = "auto",
+) -> tuple[Tensor, SolveReport]:
+    """Ridge solution of every snapshot.
+
+    ``a_l = argmin_a ||y_l - Phi_l a||^2 + alpha_l ||a||^2`` with ``Phi_l = H diag(c_l)`` and
+    ``alpha_l = lambda tr(Phi_l^H Phi_l)/N``. All solvers give the same answer:
+
+    - ``dual``: ``a = Phi^H (Phi Phi^H + alpha I)^-1 y``, M x M only. With unit-modulus codes
+      ``Phi Phi^H = H H^H`` for every snapshot: one Cholesky factorisation a scene;
+    - ``lstsq``: QR of the augmented ``[Phi; sqrt(alpha) I]``;
+    - ``gram``: Cholesky of the N x N normal equations;
+    - ``svd``: ``V diag(s / (s^2 + alpha)) U^H y``;
+    - ``auto``: ``dual``.
+
+    Scenes whose factorisation fails or whose solution is not finite are solved again by ``svd``;
+    the report says which. A zero channel gives zeros.
+
+    Args:
+        y: (…, L, M) complex measurements.
+        H: (…, M, N) complex channel.
+        codes: (…, L, N) complex codes.
+        regularization: lambda, at least 0.
+        solver: one of the above.
+
+    Returns:
+        a (…, L, N) complex, and the report.
+
+    Raises:
+        TypeError: an argument that is not a tensor.
+        ValueError: unknown solver, negative lambda, non-finite or misshapen input.
+
+    Source: Tikhonov, 1963; the dual form is Saunders, Gammerman and Vovk, "Ridge regression
+    learning algorithm in dual variables", ICML 1998, eq. (8).
+    """
+    if solver not in get_args(Solver):
+        raise ValueError(f"solver {solver!r} unknown; choose from {get_args(Solver)}")
+    if not 0 <= regularization < float("inf"):
+        raise ValueError(
+            f"regularization is {regularization}; expected a finite number of at least 0, such as 1e-3"
+        )
+    check_measurement(y, H, codes)
+    return solve_unchecked(y, H, codes, regularization, solver)
+
+
+@in_full_precision
+def solve_unchecked(
+    y: Tensor,
+    H: Tensor,
+    codes: Tensor,
+    regularization: float,
+    solver: Solver = "auto",
+    unit_modulus: bool | None = None,
+) -> tuple[Tensor, SolveReport]:
+    """:func:`tikhonov_solve` without its checks, for training loops.
+
+    Never raises on bad numbers: what stays non-finite after the SVD is set to zero and counted
+    as fallen back.
+
+    Args:
+        unit_modulus: what is known of the codes; None looks.
+    """
+    batch = torch.broadcast_shapes(y.shape[:-2], H.shape[:-2], codes.shape[:-2])
+    y, H, codes = (t.expand(*batch, *t.shape[-2:]).flatten(0, -3) for t in (y, H, codes))
+    y_scale, H_scale = _scale(y), _scale(H)
+    y, H = y / y_scale, H / H_scale
+    if unit_modulus is None:
+        unit_modulus = is_unit_modulus(codes)
+    n_elements = H.shape[-1]
+    if unit_modulus:
+        trace = torch.view_as_real(H).square().sum((-3, -2, -1)).unsqueeze(-1)
+    else:
+        column_power = torch.view_as_real(H.resolve_conj()).square().sum(-1).sum(-2)  # (B, N)
+        trace = (codes.abs().square() @ column_power.unsqueeze(-1)).squeeze(-1)
+    alpha = regularization * trace / n_elements  # (B, L), or (B, 1) for unit-modulus codes
+
+    resolved: Solver = "dual" if solver == "auto" else solver
+    if y.shape[0] == 0:
+        a = y.new_zeros(*y.shape[:-1], n_elements)
+        failed = torch.zeros(0, dtype=torch.bool, device=y.device)
+    elif resolved == "dual" and unit_modulus:
+        a, failed = _dual_shared(y, H, codes, alpha)
+    else:
+        a, failed = _in_chunks(resolved, y, H, codes, alpha.expand(y.shape[:2]))
+    failed = failed | ~torch.isfinite(torch.view_as_real(a)).flatten(1).all(-1)
+    if bool(failed.any()):
+        a = a.clone()
+        again, _ = _in_chunks(
+            "svd",
+            *(torch.nan_to_num(t[failed], 0.0, 0.0, 0.0) for t in (y, H, codes)),
+            torch.nan_to_num(alpha.expand(y.shape[:2])[failed], 0.0, 0.0, 0.0),
+        )
+        a[failed] = torch.nan_to_num(again, 0.0, 0.0, 0.0)
+    a = a * (y_scale / H_scale)
+    return a.unflatten(0, batch) if batch else a.squeeze(0), SolveReport(
+        resolved, unit_modulus, failed.reshape(batch)
+    )
+
+
+def _scale(value: Tensor) -> Tensor:
+    """Largest modulus of each scene (B, 1, 1), and 1 where that is zero or not finite."""
+    peak = value.abs().amax((-2, -1), keepdim=True)
+    return torch.where((peak > 0) & torch.isfinite(peak), peak, torch.ones_like(peak))
+
+
+def _dual_shared(y: Tensor, H: Tensor, codes: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
+    """Dual form for unit-modulus codes: one M x M factorisation a scene."""
+    eye = torch.eye(H.shape[-2], dtype=H.dtype, device=H.device)
+    alpha = torch.where(alpha > 0, alpha, torch.ones_like(alpha)) if _is_zero(alpha) else alpha
+    cholesky, info = torch.linalg.cholesky_ex(H @ H.mH + alpha.unsqueeze(-1) * eye)
+    z = torch.cholesky_solve(y.mT, cholesky)  # (B, M, L)
+    return (z.mT @ H.conj()) * codes.conj(), info != 0
+
+
+def _is_zero(alpha: Tensor) -> bool:
+    return bool((alpha == 0).any())
+
+
+def _in_chunks(
+    solver: Solver, y: Tensor, H: Tensor, codes: Tensor, alpha: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Run a solver that forms Phi_l over chunks of scenes of bounded workspace."""
+    n_snapshots, n_antennas = y.shape[-2:]
+    n_elements = H.shape[-1]
+    rows = n_antennas + (n_elements if solver in ("lstsq", "gram") else 0)
+    per_scene = n_snapshots * rows * n_elements * y.element_size()
+    if solver in ("lstsq", "gram"):
+        chunk = y.shape[0]  # the reference solvers run as they were: whole batch at once
+    else:
+        chunk = max(1, _CHUNK_BYTES // per_scene)
+    run = {"dual": _dual, "svd": _svd, "lstsq": _lstsq, "gram": _gram}[solver]
+    parts = [
+        run(y[i : i + chunk], H[i : i + chunk], codes[i : i + chunk], alpha[i : i + chunk])
+        for i in range(0, y.shape[0], chunk)
+    ]
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+
+
+def _dual(y: Tensor, H: Tensor, codes: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
+    """Dual form for any codes: one M x M factorisation a snapshot."""
+    eye = torch.eye(H.shape[-2], dtype=H.dtype, device=H.device)
+    weighted = H.unsqueeze(-3) * codes.abs().square().unsqueeze(-2)  # (B, L, M, N)
+    alpha = torch.where(alpha > 0, alpha, torch.ones_like(alpha)) if _is_zero(alpha) else alpha
+    kernel = weighted @ H.mH.unsqueeze(-3) + alpha[..., None, None] * eye
+    cholesky, info = torch.linalg.cholesky_ex(kernel)
+    z = torch.cholesky_solve(y.unsqueeze(-1), cholesky).squeeze(-1)  # (B, L, M)
+    return (z @ H.conj()) * codes.conj(), (info != 0).any(-1)
+
+
+def _phi(H: Tensor, codes: Tensor) -> Tensor:
+    return H.unsqueeze(-3) * codes.unsqueeze(-2)  # (B, L, M, N)
+
+
+def _svd(y: Tensor, H: Tensor, codes: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
+    phi = _phi(H, codes)
+    u, s, vh = torch.linalg.svd(phi, full_matrices=False)
+    cutoff = torch.finfo(s.dtype).eps * max(phi.shape[-2:]) * s[..., :1]
+    denominator = s.square() + alpha.unsqueeze(-1)
+    tiny = torch.finfo(s.dtype).tiny
+    gain = torch.where(
+        (s > cutoff) & (denominator > tiny), s / denominator.clamp_min(tiny), torch.zeros_like(s)
+    )
+    projected = gain * (u.mH @ y.unsqueeze(-1)).squeeze(-1)
+    a = (vh.mH @ projected.unsqueeze(-1)).squeeze(-1)
+    return a, torch.zeros(y.shape[0], dtype=torch.bool, device=y.device)
+
+
+def _lstsq(y: Tensor, H: Tensor, codes: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
+    phi = _phi(H, codes)
+    n_elements = phi.shape[-1]
+    eye = torch.eye(n_elements, dtype=H.dtype, device=H.device)
+    augmented = torch.cat([phi, alpha.sqrt()[..., None, None] * eye], dim=-2)
+    target = torch.cat([y, y.new_zeros(*y.shape[:-1], n_elements)], dim=-1)
+    a = torch.linalg.lstsq(augmented, target.unsqueeze(-1)).solution.squeeze(-1)
+    return a, (alpha == 0).any(-1)
+
+
+def _gram(y: Tensor, H: Tensor, codes: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
+    phi = _phi(H, codes)
+    eye = torch.eye(phi.shape[-1], dtype=H.dtype, device=H.device)
+    normal = phi.mH @ phi + alpha[..., None, None] * eye
+    cholesky, info = torch.linalg.cholesky_ex(normal)
+    a = torch.cholesky_solve(phi.mH @ y.unsqueeze(-1), cholesky).squeeze(-1)
+    return a, (info != 0).any(-1)
