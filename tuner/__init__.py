@@ -1,0 +1,1 @@
+"""Distributed hyper-parameter optimisation of the localiser: Ray Tune, Optuna, one ledger."""

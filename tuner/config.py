@@ -1,0 +1,233 @@
+"""The study's configuration: the trial's sections, the search and the resources."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice, product
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import Field, ValidationError, model_validator
+
+from model.config import TrialConfig
+from physics.config import FrozenModel
+from tuner.errors import ConfigError
+from tuner.explain import did_you_mean, explain, field_paths
+from tuner.space import SearchSpace, Value, default_space, is_unsearchable
+from tuner.yamlfile import dump_yaml, parse_yaml, read_yaml
+
+_MAX_JOINT = 4096  # joint choices of one section that are tried before a study starts
+
+
+class SearchConfig(FrozenModel):
+    """What is searched, by whom, and when a trial is stopped."""
+
+    trials: int = Field(16, ge=1, description="trials in the whole study")
+    sampler: Literal["tpe", "random"] = "tpe"
+    startup_trials: int = Field(8, ge=0, description="random trials before the sampler learns")
+    scheduler: Literal["asha", "none"] = "asha"
+    grace_epochs: int = Field(1, ge=1, description="epochs that every trial is given")
+    reduction_factor: int = Field(3, ge=2, description="one in so many goes on at each rung")
+    full_epochs: int | None = Field(
+        None, ge=1, description="epochs of the final training; null: the search's"
+    )
+    include_base: bool = Field(True, description="try the configuration's own values first")
+    enqueue: tuple[dict[str, Value], ...] = Field((), description="points that are tried first")
+    space: SearchSpace = Field(default_factory=default_space)
+
+
+class ResourcesConfig(FrozenModel):
+    """What one trial is given, and how many run side by side."""
+
+    gpus_per_trial: float | None = Field(
+        None, ge=0, le=1, description="null: one GPU where there is one, else none"
+    )
+    cpus_per_trial: int | None = Field(None, ge=1, description="null: training.threads")
+    concurrent: int | None = Field(None, ge=1, description="null: as many as the cluster holds")
+    max_failures: int = Field(3, ge=0, description="lost machines that a trial survives")
+    storage: str | None = Field(
+        None, description="folder or URI that all machines reach; null: the run folder"
+    )
+
+
+class StudyConfig(TrialConfig):
+    """A whole study: every trial's base configuration and how it is varied."""
+
+    name: str = Field("study", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    search: SearchConfig = Field(default_factory=SearchConfig)
+    resources: ResourcesConfig = Field(default_factory=ResourcesConfig)
+
+    @model_validator(mode="after")
+    def _points_lie_in_the_space(self) -> Self:
+        for index, point in enumerate(self.search.enqueue):
+            for path, value in point.items():
+                field = f"search.enqueue[{index}].{path}"
+                if path not in self.search.space:
+                    hint = did_you_mean(path, self.search.space)
+                    raise ValueError(f"{field}: is not in search.space{hint}")
+                if not self.search.space[path].contains(value):
+                    raise ValueError(f"{field}: {value!r} lies outside search.space[{path}]")
+        return self
+
+    def trial_config(self, params: Mapping[str, Value], seed: int) -> TrialConfig:
+        """The configuration of one trial: the base with dotted parameters and a seed set."""
+        data = self.model_dump(include=set(TrialConfig.model_fields))
+        for path, value in params.items():
+            _assign(data, path, value)
+        data["seed"] = seed
+        try:
+            return TrialConfig.model_validate(data)
+        except ValidationError as error:
+            raise ConfigError(explain(error, TrialConfig)) from error
+
+    def base_point(self) -> dict[str, Value]:
+        """The base configuration's own values, as far as the space holds them."""
+        point: dict[str, Value] = {}
+        for path, parameter in self.search.space.items():
+            value: Any = self
+            for part in path.split("."):
+                value = getattr(value, part)
+            if parameter.contains(value):
+                point[path] = value
+        return point
+
+    def replaced(self, changes: Mapping[str, Any]) -> StudyConfig:
+        """A copy with dotted fields changed, validated again."""
+        data = self.model_dump()
+        for path, value in changes.items():
+            _assign(data, path, value)
+        return _validate(data, "configuration")
+
+    def to_yaml(self) -> str:
+        """The whole configuration, resolved; `load_study` reads it back equal."""
+        return dump_yaml(self.model_dump(mode="json"))
+
+
+def load_study(path: Path | None, overrides: Sequence[str] = (), **options: Any) -> StudyConfig:
+    """Read, override, resolve and check a study.
+
+    Args:
+        path: YAML file; None takes every default.
+        overrides: `a.b=VALUE`, the value in YAML.
+        **options: dotted fields with double underscores for dots
+            (`search__trials=8`); None leaves the field alone.
+
+    Raises:
+        ConfigError: in one line, with the field, what it held and what is allowed.
+    """
+    source = str(path) if path else "configuration"
+    data = read_yaml(path) if path else {}
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator or not key.strip():
+            raise ConfigError(f"--set {override}: expected a.b=VALUE")
+        _assign(data, key.strip(), parse_yaml(text, f"--set {override}"))
+    for option, value in options.items():
+        if value is not None:
+            _assign(data, option.replace("__", "."), value)
+    study = _resolve(_validate(data, source))
+    check_space(study)
+    return study
+
+
+def check_space(study: StudyConfig) -> None:
+    """Refuse a space that names unknown fields or values that cannot be built."""
+    known = [path for path in field_paths(TrialConfig) if not is_unsearchable(path)]
+    space = study.search.space
+    for path, parameter in space.items():
+        field = f"search.space[{path}]"
+        if is_unsearchable(path):
+            raise ConfigError(f"{field}: may not be searched; it must be the same in every trial")
+        if path not in known:
+            raise ConfigError(
+                f"{field}: names no searchable field{did_you_mean(path, known)}"
+            )
+        for value in parameter.probes():
+            _check_buildable(study, {path: value}, f"{field}: {value!r} is not allowed", alone=True)
+    sections: dict[str, list[str]] = {}
+    for path in space:
+        sections.setdefault(path.rpartition(".")[0], []).append(path)
+    for paths in sections.values():
+        for point in _joint_points(space, paths):
+            named = ", ".join(f"{path}={value!r}" for path, value in point.items())
+            _check_buildable(study, point, f"search.space: {named} cannot be built")
+
+
+def _joint_points(space: SearchSpace, paths: list[str]) -> Iterator[dict[str, Value]]:
+    """Every joint choice in one section (rules that join two fields hold inside a section)."""
+    probes = [space[path].probes() for path in paths]
+    every = math.prod(len(values) for values in probes)
+    stride = max(1, every // _MAX_JOINT)
+    for values in islice(product(*probes), 0, None, stride):
+        yield dict(zip(paths, values, strict=True))
+
+
+def _check_buildable(
+    study: StudyConfig, point: dict[str, Value], complaint: str, *, alone: bool = False
+) -> None:
+    # A value may need its partner (a width that the base's heads do not divide): a field
+    # alone is judged on its own rules, and all joint choices of a section with each other.
+    try:
+        built = study.trial_config(point, study.seed)
+    except ConfigError as error:
+        if alone and not _blames_field(error, next(iter(point))):
+            return
+        raise ConfigError(f"{complaint}: {error}") from error
+    for path, value in point.items():
+        held: Any = built
+        for part in path.split("."):
+            held = getattr(held, part)
+        if held != value or isinstance(held, bool) != isinstance(value, bool):
+            raise ConfigError(f"{complaint}: the field would hold {held!r}")
+
+
+def _blames_field(error: ConfigError, path: str) -> bool:
+    return str(error).startswith(path + ":")
+
+
+def _validate(data: dict[str, Any], source: str) -> StudyConfig:
+    try:
+        return StudyConfig.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError(f"{source}: {explain(error, StudyConfig)}") from error
+
+
+def _resolve(study: StudyConfig) -> StudyConfig:
+    """Fill in what follows from the rest: threads, absolute paths."""
+    changes: dict[str, Any] = {}
+    cpus = study.resources.cpus_per_trial
+    if cpus is None:
+        changes["resources.cpus_per_trial"] = study.training.threads
+    elif cpus != study.training.threads:
+        changes["training.threads"] = cpus
+    if study.data.shards is not None:
+        changes["data.shards"] = Path(study.data.shards).expanduser().resolve()
+    return study.replaced(changes) if changes else study
+
+
+def _assign(data: dict[str, Any], path: str, value: Any) -> None:
+    """Set a dotted path in nested mappings; keys that hold dots themselves are found."""
+    *parents, last = _split(data, path)
+    here = data
+    for part in parents:
+        child = here.get(part)
+        if child is None:
+            child = here[part] = {}
+        if not isinstance(child, dict):
+            raise ConfigError(f"{path}: {part} holds {child!r}, which has no fields")
+        here = child
+    here[last] = value
+
+
+def _split(data: Mapping[str, Any], path: str) -> list[str]:
+    """Split at dots, but keep together what is already a key (as in search.space)."""
+    parts = path.split(".")
+    if parts[:2] == ["search", "space"] and len(parts) > 3:
+        section = data.get("search") or {}
+        space = section.get("space") or {} if isinstance(section, dict) else {}
+        rest = ".".join(parts[2:])
+        if rest in space:
+            return ["search", "space", rest]
+        return ["search", "space", ".".join(parts[2:-1]), parts[-1]]
+    return parts

@@ -1,0 +1,100 @@
+"""The local mode: the same trials one after another in this process, without Ray.
+
+Breakpoints work, tracebacks are plain, and the ledger is the one that Ray writes, so
+that either mode goes on where the other stopped.
+"""
+
+from __future__ import annotations
+
+import logging
+import platform
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tuner.folder import RunFolder
+from tuner.study import Assignment, End, Ledger
+from tuner.telemetry import Progress
+from tuner.trial import TrialRun
+
+logger = logging.getLogger(__name__)
+
+
+def local_device(gpus_per_trial: float | None) -> str:
+    """The GPU where there is one and it is not declined."""
+    wanted = gpus_per_trial is None or gpus_per_trial > 0
+    return "cuda" if wanted and torch.cuda.is_available() else "cpu"
+
+
+def run_local(
+    ledger: Ledger, folder: RunFolder, progress: Progress, device: str, after: Callable[[], None]
+) -> None:
+    """Run the study to its end in this process; `after` is called when a trial has ended."""
+    for orphan in ledger.orphans():
+        _run_trial(ledger, folder, progress, device, orphan)
+        after()
+    while (assignment := ledger.ask()) is not None:
+        _run_trial(ledger, folder, progress, device, assignment)
+        after()
+
+
+def _run_trial(
+    ledger: Ledger, folder: RunFolder, progress: Progress, device: str, trial: Assignment
+) -> None:
+    number = trial.number
+    progress.started(trial)
+    try:
+        config = ledger.config.trial_config(trial.params, trial.seed)
+    except ValueError as error:
+        _end(ledger, progress, number, "failed", reason=f"configuration: {error}")
+        return
+    home = folder.trial(number)
+    home.mkdir(parents=True, exist_ok=True)
+    run = TrialRun(config, device, _reachable(trial.checkpoint))
+    try:
+        while True:
+            result = run.step()
+            if result.pop("failed"):
+                (home / "error.txt").write_text(result["traceback"], encoding="utf-8")
+                _end(
+                    ledger,
+                    progress,
+                    number,
+                    "failed",
+                    reason=result["reason"],
+                    traceback=result["traceback"],
+                )
+                return
+            finished = result.pop("finished")
+            if not result.pop("repeated", False):
+                metrics = {**result, "node": platform.node(), "device": device}
+                ledger.report(number, metrics)  # first: a checkpoint never knows more
+                progress.reported(number, metrics)
+                run.save(home / "checkpoint")
+                ledger.checkpointed(number, str(home / "checkpoint"), result["epoch"])
+            if finished:
+                _end(ledger, progress, number, "done", objective=result["objective"])
+                return
+            if ledger.should_prune(number):
+                reason = f"stopped after epoch {result['epoch']}"
+                _end(ledger, progress, number, "pruned", reason=reason)
+                return
+    finally:
+        run.close()
+
+
+def _end(ledger: Ledger, progress: Progress, number: int, state: End, **details: Any) -> None:
+    ended = ledger.finish(number, state, **details)
+    progress.finished(number, ended, ledger.trial(number).reason)
+
+
+def _reachable(checkpoint: str | None) -> Path | None:
+    if checkpoint is None:
+        return None
+    path = Path(checkpoint)
+    if "://" in checkpoint or not path.is_dir():
+        logger.warning("checkpoint %s is out of reach: starting from the beginning", checkpoint)
+        return None
+    return path

@@ -1,0 +1,115 @@
+"""The study's results as files: trials.csv, best.json and the winner's network."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import logging
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+from tuner.files import write_atomically
+from tuner.folder import RunFolder
+from tuner.study import Ledger, TrialRecord
+
+logger = logging.getLogger(__name__)
+
+_COLUMNS = (
+    "trial", "state", "objective", "epochs", "seed", "seconds", "node", "device",
+    "skipped_steps", "solver_fallbacks", "reason",
+)  # fmt: skip
+
+
+def write_trials(folder: RunFolder, ledger: Ledger) -> None:
+    """One line a trial, failed ones with their reason."""
+    paths = list(ledger.config.search.space)
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow([*_COLUMNS, *paths])
+    for trial in ledger.trials():
+        metrics = trial.metrics
+        writer.writerow(
+            [
+                trial.number,
+                trial.state,
+                "" if trial.objective is None else repr(trial.objective),
+                trial.epoch,
+                trial.seed,
+                "" if trial.seconds is None else f"{trial.seconds:.1f}",
+                metrics.get("node", ""),
+                metrics.get("device", ""),
+                metrics.get("skipped_steps", ""),
+                metrics.get("solver_fallbacks", ""),
+                trial.reason or "",
+                *(_cell(trial.params.get(path, "")) for path in paths),
+            ]
+        )
+    write_atomically(folder.trials_csv, stream.getvalue())
+
+
+def write_best(folder: RunFolder, ledger: Ledger) -> TrialRecord | None:
+    """best.json: the winner with all that is needed to train it again."""
+    best = ledger.best()
+    if best is None:
+        return None
+    study = ledger.config
+    config = study.trial_config(best.params, best.seed)
+    device = best.metrics.get("device", "cpu")
+    content = {
+        "study": study.name,
+        "trial": best.number,
+        "objective": best.objective,
+        "metrics": {k: _plain(v) for k, v in best.metrics.items()},
+        "params": best.params,
+        "seed": best.seed,
+        "epochs": study.training.epochs,
+        "full_epochs": study.search.full_epochs,
+        "device": device,
+        "config": config.model_dump(mode="json"),
+    }
+    write_atomically(folder.best_json, json.dumps(content, indent=2) + "\n")
+    return best
+
+
+def export_winner(folder: RunFolder, best: TrialRecord) -> bool:
+    """best/: the weights that were scored; False where the checkpoint is out of reach."""
+    from model.checkpoint import CheckpointError, export_best
+
+    if best.checkpoint is None:
+        logger.warning("trial %04d has no checkpoint: best/ is not written", best.number)
+        return False
+    try:
+        if "://" in best.checkpoint:
+            from ray.tune import Checkpoint
+
+            with Checkpoint(best.checkpoint).as_directory() as local:
+                export_best(Path(local), folder.best)
+        else:
+            export_best(Path(best.checkpoint), folder.best)
+    except (CheckpointError, OSError) as error:
+        logger.warning("trial %04d: checkpoint cannot be exported: %s", best.number, error)
+        return False
+    return True
+
+
+def drop_losers(ledger: Ledger) -> None:
+    """Delete checkpoints that nobody will go on from: all ended trials' but the winner's."""
+    best = ledger.best()
+    for trial in ledger.trials():
+        if trial.state == "running" or trial.checkpoint is None or "://" in trial.checkpoint:
+            continue
+        if best is not None and trial.number == best.number:
+            continue
+        shutil.rmtree(trial.checkpoint, ignore_errors=True)
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _cell(value: Any) -> str:
+    return repr(value) if isinstance(value, float) else str(value)

@@ -1,0 +1,273 @@
+"""Ray Tune's searcher and scheduler, bound to the ledger.
+
+Plain OptunaSearch tells Optuna COMPLETE for a trial that was stopped, never ends one
+whose metric is NaN, and forgets what ran when the driver died; plain ASHA forgets its
+rungs. Here the ledger is the truth: the searcher proposes from it and ends trials in
+it, and the scheduler's rungs are rebuilt from it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from typing import Any, Protocol
+
+from ray.tune import Callback, Checkpoint
+from ray.tune.experiment import Trial
+from ray.tune.schedulers import AsyncHyperBandScheduler
+from ray.tune.schedulers.trial_scheduler import TrialScheduler
+from ray.tune.search import Searcher
+from ray.tune.search.optuna import OptunaSearch
+
+from tuner.study import Assignment, End, Ledger, State
+from tuner.trainable import CONFIG, DEVICE, NUMBER, RESUME, STUDY
+
+logger = logging.getLogger(__name__)
+
+
+class Watcher(Protocol):
+    """Who is told what happens to the trials."""
+
+    def started(self, assignment: Assignment) -> None: ...
+
+    def reported(self, number: int, metrics: dict[str, Any]) -> None: ...
+
+    def lost(self, number: int, reason: str) -> None: ...
+
+    def finished(self, number: int, state: State, reason: str | None) -> None: ...
+
+
+class LedgerSearch(OptunaSearch):
+    """OptunaSearch whose study is the ledger's, with true ends for every trial."""
+
+    def __init__(self, ledger: Ledger, watcher: Watcher, device: str) -> None:
+        Searcher.__init__(self, metric="objective", mode="min")
+        self._ledger = ledger
+        self._watcher = watcher
+        self._device = device
+        self._orphans = deque(ledger.orphans())
+        self._numbers: dict[str, int] = {}
+        self._ended: set[str] = set()
+        self._losses: dict[str, str] = {}
+        self.closed = False
+        # What the base class keeps; the study is the ledger's own.
+        self._space = dict(ledger.config.search.space)
+        self._ot_study = ledger.optuna_study
+        self._ot_trials: dict[str, Any] = {}
+        self._completed_trials = self._ended
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        """The next trial: first those that were cut, then new ones, then none."""
+        if self.closed:
+            return Searcher.FINISHED
+        while True:
+            found = self._orphans.popleft() if self._orphans else self._ledger.ask()
+            if found is None:
+                return Searcher.FINISHED
+            self._numbers[trial_id] = found.number
+            self._watcher.started(found)
+            try:
+                config = self._ledger.config.trial_config(found.params, found.seed)
+            except ValueError as error:
+                self._end(trial_id, "failed", reason=f"configuration: {error}")
+                self._ended.discard(trial_id)
+                continue
+            return {
+                NUMBER: found.number,
+                STUDY: self._ledger.config.name,
+                CONFIG: config.model_dump(mode="json"),
+                DEVICE: self._device,
+                RESUME: found.checkpoint,
+            }
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """Nothing: :class:`LedgerCallback` records every epoch, the last one too."""
+
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
+        """End a trial as what it is: done, pruned, failed or lost."""
+        if trial_id not in self._numbers or trial_id in self._ended or self.closed:
+            return
+        if error or result is None:
+            reason = self._losses.get(trial_id, "its machine was lost")
+            self._end(trial_id, "failed", reason=f"lost: {reason}; no retries left")
+        elif result.get("failed"):
+            self._end(
+                trial_id, "failed", reason=result.get("reason"), traceback=result.get("traceback")
+            )
+        else:
+            state: End = "done" if result.get("finished") else "pruned"
+            reason = None if state == "done" else f"stopped after epoch {result['epoch']}"
+            self._end(trial_id, state, objective=result.get("objective"), reason=reason)
+
+    def lost(self, trial_id: str, reason: str) -> None:
+        """A machine died under the trial and Ray runs it again."""
+        self._losses[trial_id] = reason
+        self._watcher.lost(self._numbers[trial_id], reason)
+
+    def reported(self, trial_id: str, result: dict[str, Any]) -> None:
+        """Record an epoch, before its checkpoint is: a checkpoint never knows more."""
+        number = self._numbers.get(trial_id)
+        if number is None or trial_id in self._ended or self.closed:
+            return
+        if not result.get("failed") and not result.get("repeated"):
+            metrics = own_metrics(result)
+            self._ledger.report(number, metrics)
+            self._watcher.reported(number, metrics)
+
+    def checkpointed(self, trial_id: str, location: str, epoch: int) -> None:
+        """Record where the trial can go on."""
+        number = self._numbers.get(trial_id)
+        if number is not None and trial_id not in self._ended and not self.closed:
+            self._ledger.checkpointed(number, location, epoch)
+
+    def _end(self, trial_id: str, state: End, **details: Any) -> None:
+        number = self._numbers[trial_id]
+        self._ended.add(trial_id)
+        ended = self._ledger.finish(number, state, **details)
+        self._watcher.finished(number, ended, self._ledger.trial(number).reason)
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: the ledger is the state."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing: the ledger is the state."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Ray pickles a Tuner's parts beside its results; this one lives in the ledger.
+        return (str, (type(self).__name__,))
+
+
+class LedgerCallback(Callback):
+    """Carries Ray's events to the ledger by way of the searcher."""
+
+    def __init__(self, search: LedgerSearch) -> None:
+        self._search = search
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
+    ) -> None:
+        """An epoch has ended."""
+        self._search.reported(trial.trial_id, result)
+
+    def on_checkpoint(
+        self,
+        iteration: int,
+        trials: list[Trial],
+        trial: Trial,
+        checkpoint: Checkpoint,
+        **info: Any,
+    ) -> None:
+        """A checkpoint lies in the storage."""
+        epoch = (trial.last_result or {}).get("epoch")
+        if epoch is not None:
+            self._search.checkpointed(trial.trial_id, location_of(checkpoint), int(epoch))
+
+    def on_trial_recover(
+        self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
+    ) -> None:
+        """A machine was lost and the trial waits for another."""
+        self._search.lost(trial.trial_id, f"failure {trial.num_failures}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (str, (type(self).__name__,))
+
+
+def location_of(checkpoint: Checkpoint) -> str:
+    """A path on this machine's file system, or a URI."""
+    kind = checkpoint.filesystem.type_name
+    return checkpoint.path if kind == "local" else f"{kind}://{checkpoint.path}"
+
+
+class LedgerASHA(AsyncHyperBandScheduler):
+    """ASHA over epochs whose rungs survive the driver."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        search = ledger.config.search
+        epochs = ledger.config.training.epochs
+        super().__init__(
+            time_attr="epoch",
+            metric="objective",
+            mode="min",
+            max_t=epochs,
+            grace_period=min(search.grace_epochs, epochs),
+            reduction_factor=search.reduction_factor,
+        )
+        self._resumed = {o.number: o.epoch for o in ledger.orphans()}
+        self._replay(ledger)
+
+    def _replay(self, ledger: Ledger) -> None:
+        """Fill the rungs with what earlier sessions reported.
+
+        A trial that goes on from a checkpoint reports the epochs after it again, and is
+        judged on them again; only the epochs before it are history.
+        """
+        bracket = self._brackets[0]
+        for trial in ledger.trials():
+            known = self._resumed.get(trial.number, trial.epoch)
+            for epoch, objective in trial.curve:
+                if epoch > known:
+                    break
+                for milestone, recorded in bracket._rungs:
+                    if epoch >= milestone:
+                        recorded.setdefault(_rung_key(trial.number), -objective)
+                        break
+
+    @property
+    def rungs(self) -> dict[float, dict[str, float]]:
+        """Objective of each trial at each rung (negated: larger is better)."""
+        return {milestone: dict(recorded) for milestone, recorded in self._brackets[0]._rungs}
+
+    def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
+        """Give a resumed trial the rung entries that it earned before."""
+        super().on_trial_add(tune_controller, trial)
+        key = _rung_key(int(trial.config[NUMBER]))
+        for _, recorded in self._brackets[0]._rungs:
+            if key in recorded:
+                recorded[trial.trial_id] = recorded.pop(key)
+
+    def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
+        """Judge a sound result; a failed one stops by itself and enters no rung."""
+        if result.get("failed"):
+            return TrialScheduler.STOP
+        return super().on_trial_result(tune_controller, trial, result)
+
+    def on_trial_complete(
+        self, tune_controller: Any, trial: Trial, result: dict[str, Any]
+    ) -> None:
+        """Enter a sound end into the rungs."""
+        if result.get("failed"):
+            self._trial_info.pop(trial.trial_id, None)
+            return
+        super().on_trial_complete(tune_controller, trial, result)
+
+    def on_trial_remove(self, tune_controller: Any, trial: Trial) -> None:
+        """Forget a trial that never ran."""
+        self._trial_info.pop(trial.trial_id, None)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (str, (type(self).__name__,))
+
+
+def _rung_key(number: int) -> str:
+    return f"trial-{number}"
+
+
+_RAY_KEYS = frozenset(
+    {
+        "config", "date", "done", "experiment_tag", "hostname", "iterations_since_restore",
+        "node_ip", "pid", "should_checkpoint", "time_since_restore", "time_this_iter_s",
+        "time_total_s", "timestamp", "training_iteration", "trial_id", "failed", "finished",
+        "checkpoint_dir_name",
+    }
+)  # fmt: skip
+
+
+def own_metrics(result: dict[str, Any]) -> dict[str, Any]:
+    """The trial's own metrics, without what Ray adds."""
+    return {
+        key: value
+        for key, value in result.items()
+        if key not in _RAY_KEYS and not key.startswith("config/")
+    }

@@ -1,0 +1,172 @@
+"""Search space: dotted paths of the configuration, and what each may take."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from physics.config import FrozenModel
+
+if TYPE_CHECKING:
+    from optuna.trial import Trial
+
+Value = bool | int | float | str | None
+
+# The objective must mean the same in every trial, and every trial the same budget.
+UNSEARCHABLE = (
+    "name",
+    "seed",
+    "search",
+    "resources",
+    "array",
+    "scene",
+    "data",
+    "training.epochs",
+    "training.patience",
+    "training.threads",
+)
+_MAX_LISTED = 64  # values of an integer range that are tried one by one
+
+
+class FloatSpace(FrozenModel):
+    """A real number between two bounds, both included."""
+
+    type: Literal["float"] = "float"
+    low: float
+    high: float
+    log: bool = False
+    step: float | None = Field(None, gt=0)
+
+    @model_validator(mode="after")
+    def _bounds(self) -> Self:
+        if self.low > self.high:
+            raise ValueError(f"low {self.low:g} is above high {self.high:g}")
+        if self.log and self.low <= 0:
+            raise ValueError(f"low {self.low:g} must be above 0 on a logarithmic scale")
+        if self.log and self.step is not None:
+            raise ValueError("log and step exclude each other")
+        if self.step is not None:
+            steps = (self.high - self.low) / self.step
+            if not math.isclose(steps, round(steps), rel_tol=1e-6, abs_tol=1e-6):
+                raise ValueError(f"high {self.high:g} is not low plus whole steps of {self.step:g}")
+        return self
+
+    def suggest(self, trial: Trial, path: str) -> float:
+        """Let Optuna choose."""
+        return trial.suggest_float(path, self.low, self.high, log=self.log, step=self.step)
+
+    def probes(self) -> tuple[Value, ...]:
+        """The values that a check against the configuration must try."""
+        return (self.low, self.high)
+
+    def contains(self, value: Any) -> bool:
+        """Whether the value may be proposed."""
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return False
+        if not self.low <= value <= self.high:
+            return False
+        if self.step is None:
+            return True
+        steps = (value - self.low) / self.step
+        return math.isclose(steps, round(steps), rel_tol=1e-6, abs_tol=1e-6)
+
+
+class IntSpace(FrozenModel):
+    """A whole number between two bounds, both included."""
+
+    type: Literal["int"] = "int"
+    low: int
+    high: int
+    log: bool = False
+    step: int = Field(1, ge=1)
+
+    @model_validator(mode="after")
+    def _bounds(self) -> Self:
+        if self.low > self.high:
+            raise ValueError(f"low {self.low} is above high {self.high}")
+        if self.log and self.low <= 0:
+            raise ValueError(f"low {self.low} must be above 0 on a logarithmic scale")
+        if self.log and self.step != 1:
+            raise ValueError("log and step exclude each other")
+        if (self.high - self.low) % self.step:
+            raise ValueError(f"high {self.high} is not low plus whole steps of {self.step}")
+        return self
+
+    def suggest(self, trial: Trial, path: str) -> int:
+        """Let Optuna choose."""
+        return trial.suggest_int(path, self.low, self.high, log=self.log, step=self.step)
+
+    def probes(self) -> tuple[Value, ...]:
+        """Every value of a short range; the bounds of a long one."""
+        values = range(self.low, self.high + 1, self.step)
+        return tuple(values) if len(values) <= _MAX_LISTED else (self.low, self.high)
+
+    def contains(self, value: Any) -> bool:
+        """Whether the value may be proposed."""
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        return whole and self.low <= value <= self.high and (value - self.low) % self.step == 0
+
+
+class CategoricalSpace(FrozenModel):
+    """One of the listed values."""
+
+    type: Literal["categorical"] = "categorical"
+    choices: tuple[Value, ...] = Field(min_length=1)
+
+    @field_validator("choices")
+    @classmethod
+    def _distinct(cls, choices: tuple[Value, ...]) -> tuple[Value, ...]:
+        kinds = [(type(choice), choice) for choice in choices]
+        if len(set(kinds)) != len(kinds):
+            raise ValueError(f"a choice stands twice in {list(choices)}")
+        return choices
+
+    def suggest(self, trial: Trial, path: str) -> Value:
+        """Let Optuna choose."""
+        return trial.suggest_categorical(path, self.choices)
+
+    def probes(self) -> tuple[Value, ...]:
+        """Every choice."""
+        return self.choices
+
+    def contains(self, value: Any) -> bool:
+        """Whether the value may be proposed."""
+        return any(type(choice) is type(value) and choice == value for choice in self.choices)
+
+
+ParameterSpace = Annotated[FloatSpace | IntSpace | CategoricalSpace, Field(discriminator="type")]
+SearchSpace = dict[str, ParameterSpace]
+
+
+def default_space() -> SearchSpace:
+    """The default search space: optimiser, network, each loss weight, β, ridge and shrinkage."""
+    weight = {"low": 0.005, "high": 0.5, "log": True}
+    return {
+        "training.learning_rate": FloatSpace(low=1e-4, high=5e-3, log=True),
+        "training.weight_decay": FloatSpace(low=1e-6, high=1e-1, log=True),
+        "training.batch_size": CategoricalSpace(choices=(16, 32, 64)),
+        "network.width": CategoricalSpace(choices=(32, 48, 64)),
+        "network.depth": IntSpace(low=1, high=4),
+        "network.heads": CategoricalSpace(choices=(2, 4)),
+        "network.dropout": FloatSpace(low=0.0, high=0.3),
+        "loss.cov_pred": FloatSpace(**weight),
+        "loss.subspace_align": FloatSpace(**weight),
+        "loss.peak_contrast": FloatSpace(**weight),
+        "loss.existence": FloatSpace(**weight),
+        "loss.position": FloatSpace(**weight),
+        "blend.beta": FloatSpace(low=0.0, high=0.6),
+        "blend.shrinkage": FloatSpace(low=0.0, high=0.3),
+        "tikhonov.regularization": FloatSpace(low=1e-4, high=1e-1, log=True),
+    }
+
+
+def suggest(space: SearchSpace, trial: Trial) -> dict[str, Value]:
+    """One point of the space, chosen by the study's sampler."""
+    return {path: parameter.suggest(trial, path) for path, parameter in space.items()}
+
+
+def is_unsearchable(path: str) -> bool:
+    """Whether the path names what must stay the same in all trials of a study."""
+    return any(path == held or path.startswith(held + ".") for held in UNSEARCHABLE)

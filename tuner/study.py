@@ -1,0 +1,334 @@
+"""The ledger: what was tried, how far it came and how it ended.
+
+One Optuna study in SQLite is the only record of a search. Ray Tune and the local
+loop both write to it and both go on from it, so that a crash costs at most the
+epoch under way. Numbers:
+
+- a trial's seed is `SeedSequence(study seed, spawn_key=(0, number))`, one word of it;
+- the sampler is seeded anew for each proposal by `spawn_key=(1, number)`, so that a
+  proposal depends on the ledger alone and not on where a session began.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from tuner.config import StudyConfig
+from tuner.space import Value, suggest
+
+logger = logging.getLogger(__name__)
+
+End = Literal["done", "pruned", "failed"]
+State = Literal["running"] | End
+_STATES: dict[TrialState, State] = {
+    TrialState.RUNNING: "running",
+    TrialState.COMPLETE: "done",
+    TrialState.PRUNED: "pruned",
+    TrialState.FAIL: "failed",
+}
+_ENDS = {"done": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}
+_MAX_DUPLICATES = 50  # proposals in a row that were tried before: the space is exhausted
+_MAX_TRACEBACK = 8000  # characters of a traceback in the ledger; the file has the whole
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """A trial to run: fresh, or one that was cut and goes on from its checkpoint."""
+
+    number: int
+    params: dict[str, Value]
+    seed: int
+    checkpoint: str | None = None
+    epoch: int = 0
+
+
+@dataclass(frozen=True)
+class TrialRecord:
+    """A trial as the ledger knows it."""
+
+    number: int
+    state: State
+    params: dict[str, Value]
+    seed: int
+    objective: float | None
+    epochs: dict[int, dict[str, Any]] = field(repr=False)
+    budget: int | None = None
+    reason: str | None = None
+    traceback: str | None = field(default=None, repr=False)
+    checkpoint: str | None = None
+    started: datetime | None = None
+    finished: datetime | None = None
+
+    @property
+    def epoch(self) -> int:
+        """The last epoch that was reported."""
+        return max(self.epochs, default=0)
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """What the last epoch reported."""
+        return self.epochs[self.epoch] if self.epochs else {}
+
+    @property
+    def curve(self) -> list[tuple[int, float]]:
+        """The objective by epoch."""
+        pairs = ((epoch, _finite(m.get("objective"))) for epoch, m in sorted(self.epochs.items()))
+        return [(epoch, value) for epoch, value in pairs if value is not None]
+
+    @property
+    def seconds(self) -> float | None:
+        """Wall-clock time between start and end."""
+        if self.started is None or self.finished is None:
+            return None
+        return (self.finished - self.started).total_seconds()
+
+
+def trial_seed(study_seed: int, number: int) -> int:
+    """The seed of a trial: independent between trials, the same on every machine."""
+    sequence = np.random.SeedSequence(study_seed, spawn_key=(0, number))
+    return int(sequence.generate_state(1)[0])
+
+
+class Ledger:
+    """The study's record, and the only way to propose, report and end trials."""
+
+    def __init__(self, database: Path, study: StudyConfig) -> None:
+        self._config = study
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            optuna.logging.set_verbosity(optuna.logging.ERROR)
+            self._storage = optuna.storages.get_storage(
+                optuna.storages.RDBStorage(
+                    f"sqlite:///{database}", engine_kwargs={"connect_args": {"timeout": 60}}
+                )
+            )
+        fresh = study.name not in optuna.study.get_all_study_names(self._storage)
+        self._study = optuna.create_study(
+            storage=self._storage,
+            study_name=study.name,
+            direction="minimize",
+            load_if_exists=True,
+            sampler=self._sampler(0),
+            pruner=self._pruner(),
+        )
+        self._ids: dict[int, int] = {}
+        if fresh:
+            self._enqueue()
+
+    @property
+    def config(self) -> StudyConfig:
+        """The study's configuration."""
+        return self._config
+
+    @property
+    def optuna_study(self) -> optuna.Study:
+        """The Optuna study, for samplers and plots."""
+        return self._study
+
+    def _enqueue(self) -> None:
+        search = self._config.search
+        points = [self._config.base_point()] if search.include_base else []
+        for point in [*points, *search.enqueue]:
+            if point:
+                self._study.enqueue_trial(dict(point), skip_if_exists=True)
+
+    def _sampler(self, number: int) -> optuna.samplers.BaseSampler:
+        search = self._config.search
+        sequence = np.random.SeedSequence(self._config.seed, spawn_key=(1, number))
+        seed = int(sequence.generate_state(1)[0])
+        if search.sampler == "random":
+            return optuna.samplers.RandomSampler(seed=seed)
+        return optuna.samplers.TPESampler(
+            seed=seed, n_startup_trials=search.startup_trials, constant_liar=True
+        )
+
+    def _pruner(self) -> optuna.pruners.BasePruner:
+        search = self._config.search
+        if search.scheduler == "none":
+            return optuna.pruners.NopPruner()
+        return optuna.pruners.SuccessiveHalvingPruner(
+            min_resource=search.grace_epochs, reduction_factor=search.reduction_factor
+        )
+
+    # Proposing
+
+    def ask(self) -> Assignment | None:
+        """A new trial, or None when the budget of trials or the space is used up."""
+        for _ in range(_MAX_DUPLICATES):
+            before = self._frozen()
+            started = [t for t in before if t.state != TrialState.WAITING and not _is_copy(t)]
+            if len(started) >= self._config.search.trials:
+                return None
+            n_asked = sum(t.state != TrialState.WAITING for t in before)
+            self._study.sampler = self._sampler(n_asked)
+            trial = self._study.ask()
+            params = suggest(self._config.search.space, trial)
+            twin = next((t for t in started if t.params == params), None)
+            if twin is None:
+                return self._assign(trial, params)
+            trial.set_user_attr("duplicate_of", twin.number)
+            self._study.tell(trial, state=TrialState.FAIL)
+            logger.info("proposal %d repeats trial %d: not run", trial.number, twin.number)
+        logger.warning("the search space holds nothing new: no further trials")
+        return None
+
+    def _assign(self, trial: optuna.Trial, params: dict[str, Value]) -> Assignment:
+        seed = trial_seed(self._config.seed, trial.number)
+        trial.set_user_attr("seed", seed)
+        trial.set_user_attr("budget", self._config.training.epochs)
+        return Assignment(trial.number, params, seed)
+
+    def orphans(self) -> list[Assignment]:
+        """Trials that were running when the last session ended, to be run on."""
+        found = []
+        for frozen in self._frozen():
+            if frozen.state != TrialState.RUNNING:
+                continue
+            trial = optuna.Trial(self._study, frozen._trial_id)
+            # A crash while proposing leaves some parameters unset: they are drawn now.
+            fresh = self._assign(trial, suggest(self._config.search.space, trial))
+            kept = frozen.user_attrs.get("checkpoint")
+            found.append(
+                Assignment(
+                    fresh.number,
+                    fresh.params,
+                    fresh.seed,
+                    kept and kept["location"],
+                    kept["epoch"] if kept else 0,
+                )
+            )
+        return found
+
+    # Reporting
+
+    def report(self, number: int, metrics: Mapping[str, Any]) -> None:
+        """Record one epoch; an epoch that is run again replaces its record."""
+        epoch = int(metrics["epoch"])
+        objective = _finite(metrics.get("objective"))
+        identifier = self._id(number)
+        if objective is not None:
+            self._storage.set_trial_intermediate_value(identifier, epoch, objective)
+        kept = {k: v for k, v in metrics.items() if isinstance(v, bool | int | float | str)}
+        self._storage.set_trial_user_attr(identifier, f"epoch/{epoch:05d}", kept)
+
+    def checkpointed(self, number: int, location: str, epoch: int) -> None:
+        """Record the checkpoint from which the trial can go on."""
+        kept = {"location": location, "epoch": epoch}
+        self._storage.set_trial_user_attr(self._id(number), "checkpoint", kept)
+
+    def should_prune(self, number: int) -> bool:
+        """Optuna's own successive halving, for the local loop."""
+        return optuna.Trial(self._study, self._id(number)).should_prune()
+
+    def finish(
+        self,
+        number: int,
+        state: End,
+        *,
+        objective: float | None = None,
+        reason: str | None = None,
+        traceback: str | None = None,
+    ) -> End:
+        """End a trial; a non-finite objective is a failure whatever the caller says."""
+        if state == "done" and _finite(objective) is None:
+            state, reason = "failed", reason or f"objective is {objective}"
+        identifier = self._id(number)
+        if reason:
+            self._storage.set_trial_user_attr(identifier, "reason", reason)
+        if traceback:
+            text = traceback[-_MAX_TRACEBACK:]
+            self._storage.set_trial_user_attr(identifier, "traceback", text)
+        values = objective if state == "done" else None
+        self._study.tell(number, values, state=_ENDS[state])
+        return state
+
+    # Reading
+
+    def trials(self) -> list[TrialRecord]:
+        """All trials that were started, by number."""
+        return [
+            _record(frozen)
+            for frozen in self._frozen()
+            if frozen.state != TrialState.WAITING and not _is_copy(frozen)
+        ]
+
+    def trial(self, number: int) -> TrialRecord:
+        """One trial."""
+        return _record(self._storage.get_trial(self._id(number)))
+
+    def ranking(self) -> list[TrialRecord]:
+        """Finished, finite trials of the study's own budget, best first; nothing else ranks."""
+        ranked = [
+            trial
+            for trial in self.trials()
+            if trial.state == "done"
+            and _finite(trial.objective) is not None
+            and trial.budget == self._config.training.epochs
+        ]
+        return sorted(ranked, key=lambda trial: (trial.objective, trial.number))
+
+    def best(self) -> TrialRecord | None:
+        """The winner, if any trial finished."""
+        return next(iter(self.ranking()), None)
+
+    def close(self) -> None:
+        """Let go of the database."""
+        self._storage.remove_session()
+
+    def _frozen(self) -> list[FrozenTrial]:
+        return self._study.get_trials(deepcopy=False)
+
+    def _id(self, number: int) -> int:
+        if number not in self._ids:
+            self._ids[number] = self._storage.get_trial_id_from_study_id_trial_number(
+                self._study._study_id, number
+            )
+        return self._ids[number]
+
+
+def _is_copy(trial: FrozenTrial) -> bool:
+    return "duplicate_of" in trial.user_attrs
+
+
+def _finite(value: Any) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def _record(frozen: FrozenTrial) -> TrialRecord:
+    attrs = frozen.user_attrs
+    epochs = {
+        int(key.partition("/")[2]): value
+        for key, value in attrs.items()
+        if key.startswith("epoch/")
+    }
+    state = _STATES[frozen.state]
+    values = frozen.intermediate_values
+    reached = frozen.value if state == "done" else values[max(values)] if values else None
+    checkpoint = attrs.get("checkpoint")
+    return TrialRecord(
+        number=frozen.number,
+        state=state,
+        params=dict(frozen.params),
+        seed=attrs.get("seed", -1),
+        objective=reached,
+        epochs=epochs,
+        budget=attrs.get("budget"),
+        reason=attrs.get("reason"),
+        traceback=attrs.get("traceback"),
+        checkpoint=checkpoint["location"] if checkpoint else None,
+        started=frozen.datetime_start,
+        finished=frozen.datetime_complete,
+    )

@@ -1,0 +1,97 @@
+"""The trial as a Ray Tune trainable: an actor that takes one trial after another."""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+
+from model.config import TrialConfig
+from tuner.trial import TrialRun
+
+logger = logging.getLogger(__name__)
+
+# Keys of the configuration that Ray hands to an actor.
+NUMBER, CONFIG, DEVICE, RESUME, STUDY = "number", "config", "device", "resume", "study"
+
+
+class TrialActor(tune.Trainable):
+    """Runs trials on the resources that Ray gave it, a step an epoch."""
+
+    _run: TrialRun | None = None
+
+    def setup(self, config: dict[str, Any]) -> None:
+        """Take a trial; it is built at its first step, or by its checkpoint."""
+        self._number = int(config[NUMBER])
+        self._study = str(config[STUDY])
+        self._device = str(config[DEVICE])
+        trial = TrialConfig.model_validate(config[CONFIG])
+        self._run = TrialRun(trial, self._device)
+        if config.get(RESUME):
+            checkpoint = tune.Checkpoint(config[RESUME])
+            try:
+                with checkpoint.as_directory() as folder:
+                    self._run.load(Path(folder))
+            except OSError as error:
+                logger.warning("starting from the beginning: %s", error)
+
+    def step(self) -> dict[str, Any]:
+        """One epoch, in the words of Ray Tune."""
+        assert self._run is not None
+        result = self._run.step()
+        result["done"] = result["failed"] or result["finished"]
+        result["should_checkpoint"] = not result["failed"]
+        result["training_iteration"] = result["epoch"]
+        result["device"] = self._device
+        result["node"] = platform.node()
+        if result["failed"] and result["traceback"]:
+            Path(self.logdir, "error.txt").write_text(result["traceback"], encoding="utf-8")
+        if not result["failed"]:
+            _gauge(self._study, self._number, result)
+        return result
+
+    def save_checkpoint(self, checkpoint_dir: str) -> None:
+        """The whole state of the trial."""
+        assert self._run is not None
+        self._run.save(Path(checkpoint_dir))
+
+    def load_checkpoint(self, checkpoint: str) -> None:  # type: ignore[override]
+        """Go on where the checkpoint was taken."""
+        assert self._run is not None
+        self._run.load(Path(checkpoint))
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """Take another trial and leave nothing of the last one behind."""
+        self.cleanup()
+        self.setup(new_config)
+        return True
+
+    def cleanup(self) -> None:
+        """Free memory and GPU."""
+        if self._run is not None:
+            self._run.close()
+            self._run = None
+
+    def __repr__(self) -> str:
+        # Ray reads this once, when the actor starts, and shows it in the dashboard ever
+        # after. The actor outlives its trials: a trial's number here would soon be false.
+        return f"TrialActor({self._study}, {self._device}, pid {os.getpid()})"
+
+
+_GAUGES: dict[str, Any] = {}
+
+
+def _gauge(study: str, number: int, result: dict[str, Any]) -> None:
+    """Publish epoch and objective as metrics of the cluster (ray_ristune_*)."""
+    from ray.util.metrics import Gauge
+
+    for name in ("objective", "epoch"):
+        if name not in _GAUGES:
+            _GAUGES[name] = Gauge(
+                f"ristune_{name}", description=f"{name} of a trial", tag_keys=("study", "trial")
+            )
+        _GAUGES[name].set(float(result[name]), tags={"study": study, "trial": f"{number:04d}"})

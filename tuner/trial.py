@@ -1,0 +1,140 @@
+"""One trial, whoever runs it: build, go on from a checkpoint, step, and fail in words.
+
+An exception of the user's own code, a divergence or bad data ends the trial as failed,
+with its reason; it is never a score and never a reason to try again. A device that no
+longer answers is a lost machine: that alone is raised, so that retries are spent there.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import math
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from model.checkpoint import CheckpointError
+from model.config import TrialConfig
+from model.data import DataError
+from model.training import Trainer, TrialDiverged
+
+logger = logging.getLogger(__name__)
+
+
+class DeviceLost(RuntimeError):
+    """The accelerator no longer answers; the trial is sound and should run elsewhere."""
+
+
+class TrialRun:
+    """A trainer with its failures turned into results."""
+
+    def __init__(
+        self, config: TrialConfig, device: str = "cpu", checkpoint: Path | None = None
+    ) -> None:
+        self._config = config
+        self._device = device
+        self._checkpoint = checkpoint
+        self._trainer: Trainer | None = None
+        self._failed = False
+
+    @property
+    def epoch(self) -> int:
+        """Finished epochs."""
+        return self._trainer.epoch if self._trainer else 0
+
+    def step(self) -> dict[str, Any]:
+        """Train and score one epoch.
+
+        Returns:
+            The trainer's metrics with ``finished`` and ``failed``; a failed one holds
+            ``reason`` and ``traceback`` and an objective of NaN.
+
+        Raises:
+            DeviceLost: the device itself has failed.
+        """
+        try:
+            trainer = self._build()
+            if trainer.finished:  # cut between its last epoch and the ledger's line
+                return {
+                    "epoch": trainer.epoch,
+                    "objective": trainer.best_objective,
+                    "repeated": True,
+                    "finished": True,
+                    "failed": False,
+                }
+            metrics = dict(trainer.run_epoch())
+        except TrialDiverged as error:
+            return self._failure(f"diverged: {error}", error)
+        except DataError as error:
+            return self._failure(f"data: {error}", error)
+        except Exception as error:  # the trial's own fault, reported with its traceback
+            if not _device_answers(self._device):
+                raise DeviceLost(f"{self._device} no longer answers: {error}") from error
+            return self._failure(f"{type(error).__name__}: {error}", error)
+        objective = metrics.get("objective")
+        if not isinstance(objective, int | float) or not math.isfinite(objective):
+            return self._failure(f"diverged: objective is {objective}", None)
+        return {**metrics, "finished": bool(trainer.finished), "failed": False}
+
+    def save(self, folder: Path) -> bool:
+        """Write the whole state; nothing to save before the first epoch or after a failure."""
+        if self._trainer is None or self._failed:
+            return False
+        self._trainer.save(folder)
+        return True
+
+    def load(self, folder: Path) -> None:
+        """Go on from a checkpoint; one that cannot be read means a start from the beginning."""
+        self._checkpoint = folder
+        try:
+            self._build()
+        except Exception as error:
+            # step() meets the same error and reports it; a lost device shows there too.
+            logger.warning("trial cannot be built: %s", error)
+
+    def close(self) -> None:
+        """Leave nothing behind, neither in memory nor on the GPU."""
+        self._trainer = None
+        gc.collect()
+        if self._device.startswith("cuda") and torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _build(self) -> Trainer:
+        if self._trainer is None:
+            trainer = Trainer(self._config, device=self._device)
+            if self._checkpoint is not None:
+                try:
+                    trainer.load(self._checkpoint)
+                except (CheckpointError, OSError) as error:
+                    logger.warning("starting from the beginning: %s", error)
+                    trainer = Trainer(self._config, device=self._device)
+            self._trainer = trainer
+        return self._trainer
+
+    def _failure(self, reason: str, error: Exception | None) -> dict[str, Any]:
+        self._failed = True
+        text = "".join(traceback.format_exception(error)) if error else ""
+        return {
+            "epoch": self.epoch + 1,
+            "objective": math.nan,
+            "finished": False,
+            "failed": True,
+            "reason": " ".join(reason.split())[:500],
+            "traceback": text,
+        }
+
+
+def _device_answers(device: str) -> bool:
+    """Whether a GPU still computes; after a sticky CUDA error it never does again."""
+    if not device.startswith("cuda"):
+        return True
+    try:
+        torch.cuda.synchronize(device)
+        return bool(torch.ones(1, device=device).item() == 1.0)
+    except torch.OutOfMemoryError:
+        return True
+    except RuntimeError:
+        return False
