@@ -1,0 +1,263 @@
+"""Training and validation scenes: simulated streams and shards behind one interface."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Protocol
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from model.shards import SPLITS, DataError, ShardSplit, refuse_leaks
+from physics.config import FrozenModel
+from physics.geometry import PlanarArray
+from physics.scene import SceneConfig, Scenes
+from physics.simulate import simulate
+
+if TYPE_CHECKING:
+    from model.config import TrialConfig
+
+__all__ = ["DataConfig", "DataError", "SceneSource", "check_data", "open_source"]
+
+log = logging.getLogger(__name__)
+
+Split = Literal["train", "val", "test"]
+_BRANCH: dict[Split, int] = {"train": 0, "val": 1, "test": 2}
+_CHUNK = 256  # simulated scenes per seed: the stream does not depend on the batch size
+CONVENTION_SHARE = 0.999
+
+
+class DataConfig(FrozenModel):
+    """Where scenes come from."""
+
+    shards: Path | None = Field(None, description="folder with train/ and val/; null: simulated")
+    train_scenes: int = Field(4096, ge=1, description="scenes per epoch; at most so many shards'")
+    val_scenes: int = Field(512, ge=1, description="scenes of the fixed validation set")
+    fresh: bool = Field(True, description="simulate new training scenes in every epoch")
+    seed: int = Field(0, ge=0, description="of the simulated scenes; the same for all trials")
+
+
+class SceneSource(Protocol):
+    """Training batches and one fixed validation set."""
+
+    unit_modulus: bool
+
+    def n_batches(self, batch_size: int) -> int:
+        """Batches of an epoch."""
+        ...
+
+    def train_batches(self, epoch: int, batch_size: int, seed: int) -> Iterator[Scenes]:
+        """The batches of an epoch, the same for the same arguments."""
+        ...
+
+    def validation(self) -> Scenes:
+        """The validation scenes."""
+        ...
+
+
+def simulation_seed(seed: int, split: Split, epoch: int, chunk: int) -> int:
+    """Seed of one chunk of simulated scenes.
+
+    Splits, epochs and chunks are branches of one ``numpy.random.SeedSequence`` per study seed, so
+    that no two of them share a stream whatever the seeds are (seed + i would).
+    """
+    sequence = np.random.SeedSequence(seed, spawn_key=(_BRANCH[split], epoch, chunk))
+    return int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def simulate_split(
+    config: DataConfig,
+    scene: SceneConfig,
+    array: PlanarArray,
+    split: Split,
+    n_scenes: int,
+    *,
+    epoch: int = 0,
+    device: torch.device | str = "cpu",
+) -> Iterator[Scenes]:
+    """Chunks of the simulated scenes of a split, ``n_scenes`` in all."""
+    for chunk, start in enumerate(range(0, n_scenes, _CHUNK)):
+        generator = torch.Generator(device)
+        generator.manual_seed(simulation_seed(config.seed, split, epoch, chunk))
+        scenes = simulate(_CHUNK, scene, array, generator=generator, device=device)
+        yield scenes[slice(0, min(_CHUNK, n_scenes - start))]
+
+
+class SimulatedScenes:
+    """Scenes simulated on the trial's device."""
+
+    unit_modulus = True
+
+    def __init__(
+        self, config: DataConfig, scene: SceneConfig, array: PlanarArray, device: torch.device
+    ) -> None:
+        self.config, self.scene, self.array, self.device = config, scene, array, device
+        self._fixed: Scenes | None = None
+
+    def n_batches(self, batch_size: int) -> int:
+        return -(-self.config.train_scenes // batch_size)
+
+    def train_batches(self, epoch: int, batch_size: int, seed: int) -> Iterator[Scenes]:
+        n_scenes = self.config.train_scenes
+        if not self.config.fresh:
+            if self._fixed is None:
+                self._fixed = Scenes.concatenate(list(self._chunks("train", n_scenes, 0)))
+            order = _shuffle(n_scenes, epoch, seed).to(self.device)
+            for start in range(0, n_scenes, batch_size):
+                yield self._fixed[order[start : start + batch_size]]
+            return
+        pending: Scenes | None = None
+        for chunk in self._chunks("train", n_scenes, epoch):
+            pending = chunk if pending is None else Scenes.concatenate([pending, chunk])
+            while len(pending) >= batch_size:
+                yield pending[slice(0, batch_size)]
+                pending = pending[slice(batch_size, None)]
+        if pending is not None and len(pending):
+            yield pending
+
+    def validation(self) -> Scenes:
+        return _simulated_validation(self.config, self.scene, self.array, str(self.device))
+
+    def _chunks(self, split: Split, n_scenes: int, epoch: int) -> Iterator[Scenes]:
+        return simulate_split(
+            self.config, self.scene, self.array, split, n_scenes, epoch=epoch, device=self.device
+        )
+
+
+@lru_cache(maxsize=1)
+def _simulated_validation(
+    config: DataConfig, scene: SceneConfig, array: PlanarArray, device: str
+) -> Scenes:
+    """The validation scenes, simulated on the CPU so that they are the same on every device."""
+    parts = list(simulate_split(config, scene, array, "val", config.val_scenes))
+    return Scenes.concatenate(parts).to(device)
+
+
+class ShardScenes:
+    """Scenes of shards; an epoch is a fresh shuffle of at most ``train_scenes`` of them."""
+
+    def __init__(
+        self, config: DataConfig, scene: SceneConfig, array: PlanarArray, device: torch.device
+    ) -> None:
+        self.config, self.device = config, device
+        self.train = open_split(config, scene, array, "train")
+        self.val = open_split(config, scene, array, "val")
+        check_convention([self.train, self.val])
+        self._validation = self.val.read(
+            np.arange(min(len(self.val), config.val_scenes), dtype=np.int64)
+        ).to(device)
+        probe = self.train.read(np.arange(min(len(self.train), 8), dtype=np.int64))
+        self.unit_modulus = _unit_modulus(probe.codes) and _unit_modulus(self._validation.codes)
+
+    def n_batches(self, batch_size: int) -> int:
+        return -(-min(len(self.train), self.config.train_scenes) // batch_size)
+
+    def train_batches(self, epoch: int, batch_size: int, seed: int) -> Iterator[Scenes]:
+        order = _shuffle(len(self.train), epoch, seed).numpy()[: self.config.train_scenes]
+        for start in range(0, len(order), batch_size):
+            yield self.train.read(order[start : start + batch_size]).to(self.device)
+
+    def validation(self) -> Scenes:
+        return self._validation
+
+
+def _unit_modulus(codes: Tensor) -> bool:
+    return bool(((codes.abs() - 1.0).abs() <= 1e-5).all())
+
+
+def _shuffle(count: int, epoch: int, seed: int) -> Tensor:
+    sequence = np.random.SeedSequence(seed, spawn_key=(3, epoch))
+    generator = torch.Generator().manual_seed(
+        int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
+    )
+    return torch.randperm(count, generator=generator)
+
+
+def open_split(
+    config: DataConfig, scene: SceneConfig, array: PlanarArray, split: Split
+) -> ShardSplit:
+    """Open one split of the shards.
+
+    Raises:
+        DataError: see :class:`model.shards.ShardSplit`.
+    """
+    if config.shards is None:
+        raise DataError("data.shards is null; name the folder that holds train/ and val/")
+    return ShardSplit(
+        Path(config.shards),
+        split,
+        array,
+        scene.wavefront,
+        scene.n_antennas,
+        scene.n_snapshots,
+        scene.max_sources,
+    )
+
+
+def check_convention(splits: list[ShardSplit], per_shard: int = 4) -> None:
+    """Check that array and wavefront are those that the shards' R was made with.
+
+    Raises:
+        DataError: a share of R outside the sources' steering vectors, with what to set.
+    """
+    for split in splits:
+        for start, shard in zip(split._starts[:-1], split.shards, strict=True):
+            with_sources = np.flatnonzero(np.asarray(shard.arrays["K"]))[:per_shard]
+            if not len(with_sources):
+                continue
+            share = split.subspace_share(int(start) + with_sources).min()
+            if not share > CONVENTION_SHARE:
+                offset = tuple(float(v) for v in split.array.offset)
+                raise DataError(
+                    f"{shard.path}: the sources' steering vectors explain only {float(share):.3f} "
+                    f"of R (expected above {CONVENTION_SHARE}) with scene.wavefront="
+                    f"{split.wavefront}, array.offset={list(offset)}; set them as the data were "
+                    "made (the origin's: wavefront paraxial, offset [-0.075, -0.075], as in "
+                    "configs/origin-shards.yaml)"
+                )
+
+
+def open_source(config: TrialConfig, device: torch.device) -> SceneSource:
+    """The scenes of a trial.
+
+    Raises:
+        DataError: shards that cannot be used.
+    """
+    array = config.array.build()
+    kind = SimulatedScenes if config.data.shards is None else ShardScenes
+    return kind(config.data, config.scene, array, device)
+
+
+def check_data(config: TrialConfig) -> str:
+    """Verify the data of a study before it starts: every value of every scene.
+
+    Returns:
+        One line that describes the data.
+
+    Raises:
+        DataError: missing, damaged, foreign, non-finite or leaking data, or another convention.
+    """
+    if config.data.shards is None:
+        fresh = "fresh in every epoch" if config.data.fresh else "the same in every epoch"
+        return (
+            f"simulated scenes ({config.scene.source_mode}, {config.scene.wavefront}): "
+            f"{config.data.train_scenes} per epoch, {fresh}; {config.data.val_scenes} to validate"
+        )
+    folder = Path(config.data.shards)
+    names: list[Split] = ["train", "val"]
+    if (folder / "test").is_dir():
+        names.append("test")
+    array = config.array.build()
+    splits = [open_split(config.data, config.scene, array, name) for name in names]
+    check_convention(splits)
+    for split in splits:
+        for start in range(0, len(split), 256):
+            split.read(np.arange(start, min(start + 256, len(split)), dtype=np.int64))
+    refuse_leaks(splits)
+    counts = ", ".join(f"{len(split)} {split.name}" for split in splits)
+    return f"shards in {folder}: {counts} scenes; no scene in two of {'/'.join(SPLITS)}"

@@ -1,0 +1,89 @@
+"""What the network sees: physics computed from a measurement, in full precision."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from physics.covariance import LowRankCovariance, covariance_of
+from physics.geometry import PlanarArray
+from physics.precision import in_full_precision
+from physics.tikhonov import TikhonovConfig, solve_unchecked
+
+
+@dataclass(frozen=True)
+class Features:
+    """Input of the network for B scenes; everything is free of the scale of H and y."""
+
+    ridge: Tensor  # (B, L, N) complex, ridge solutions of unit mean power
+    codes: Tensor  # (B, L, N) complex
+    y: Tensor  # (B, L, M) complex, unit mean power
+    H: Tensor  # (B, M, N) complex, unit mean power
+    spectrum: Tensor  # (B, 2, G) log matched-filter power on the dictionary, mean 0
+    snr_db: Tensor  # (B,) real; NaN where unknown
+    n_fallbacks: int  # scenes that the solver's SVD fallback served
+
+    def measured_covariance(self, shrinkage: float = 0.0) -> LowRankCovariance:
+        """R_samp of the same ridge solutions, trace N."""
+        return covariance_of(self.ridge).shrunk(shrinkage)
+
+
+@in_full_precision
+@torch.no_grad()
+def compute_features(
+    y: Tensor,
+    H: Tensor,
+    codes: Tensor,
+    snr_db: Tensor,
+    *,
+    dictionary: Tensor,
+    array: PlanarArray,
+    tikhonov: TikhonovConfig,
+    unit_modulus: bool | None = None,
+) -> Features:
+    """Ridge solutions and their matched-filter spectra over a dictionary of positions.
+
+    The two spectra are the incoherent ``mean_l |a_g^H a_l|^2``, the statistic of fluctuating
+    sources, and the coherent ``|a_g^H mean_l a_l|^2``, the one of constant sources; both enter as
+    logarithms around their mean.
+
+    Args:
+        y: (B, L, M) complex.
+        H: (B, M, N) complex.
+        codes: (B, L, N) complex.
+        snr_db: (B,) real; NaN where unknown.
+        dictionary: (G, N) complex steering vectors.
+        array: the surface.
+        tikhonov: how the ridge solutions are computed.
+        unit_modulus: what is known of the codes; None looks.
+    """
+    ridge, report = solve_unchecked(
+        y, H, codes, tikhonov.regularization, tikhonov.solver, unit_modulus
+    )
+    ridge, y, H = _unit_power(ridge), _unit_power(y), _unit_power(H)
+    matched = ridge @ dictionary.mH  # (B, L, G)
+    incoherent = torch.view_as_real(matched).square().sum(-1).mean(-2)
+    coherent = torch.view_as_real(matched.mean(-2)).square().sum(-1)
+    spectrum = torch.stack([incoherent, coherent], dim=1)
+    eps = torch.finfo(spectrum.dtype).eps
+    floor = (eps * spectrum.amax(-1, keepdim=True)).clamp_min(eps)
+    log_spectrum = torch.log(spectrum.clamp_min(floor))
+    return Features(
+        ridge=ridge,
+        codes=codes,
+        y=y,
+        H=H,
+        spectrum=log_spectrum - log_spectrum.mean(-1, keepdim=True),
+        snr_db=snr_db,
+        n_fallbacks=report.n_fallbacks,
+    )
+
+
+def _unit_power(value: Tensor) -> Tensor:
+    """Scale each scene to unit mean power; a zero scene stays zero."""
+    peak = value.abs().amax((-2, -1), keepdim=True)
+    value = value / torch.where(peak > 0, peak, torch.ones_like(peak))
+    power = torch.view_as_real(value).square().sum(-1).mean((-2, -1), keepdim=True)
+    return value / torch.where(power > 0, power, torch.ones_like(power)).sqrt()

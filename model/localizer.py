@@ -1,0 +1,184 @@
+"""Inference: from a measurement to sources."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from model.blending import blended_covariance
+from model.checkpoint import WEIGHTS, CheckpointError, load_tensors, read_config
+from model.config import TrialConfig
+from model.features import Features, compute_features
+from model.network import Prediction, SnapshotNetwork
+from physics.checks import check_measurement
+from physics.covariance import LowRankCovariance
+from physics.spectrum import PolarGrid, find_peaks, music_spectrum
+from physics.steering import steering_vector
+
+
+@dataclass(frozen=True)
+class Source:
+    """One source found in a scene."""
+
+    azimuth_deg: float
+    elevation_deg: float
+    range_m: float
+    power: float  # share of the scene's power on the surface, 0..1
+    probability: float  # that a source is there, by the slot that is nearest
+
+
+class Localizer:
+    """A trained network with everything needed to use it.
+
+    Sources are the highest peaks of the MUSIC spectrum of R_blend, built by the very function
+    that training used; as many as slots say that they hold a source.
+
+    Args:
+        config: of the training.
+        network: with the weights that were scored.
+        device: where to compute.
+    """
+
+    def __init__(
+        self,
+        config: TrialConfig,
+        network: SnapshotNetwork,
+        device: torch.device | str = "cpu",
+        grid: PolarGrid | None = None,
+    ) -> None:
+        self.config = config
+        self.device = torch.device(device)
+        self.network = network.to(self.device).eval()
+        self.array = config.array.build()
+        self.grid = grid or PolarGrid.covering(config.scene)
+
+    @classmethod
+    def load(cls, folder: Path | str, device: torch.device | str = "cpu") -> Localizer:
+        """Load ``best/`` of a run directory.
+
+        Raises:
+            CheckpointError: a missing or damaged file, or weights of another network.
+        """
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise CheckpointError(
+                f"{folder}: no such folder; expected {WEIGHTS} and config.json, as in RUN_DIR/best"
+            )
+        config = read_config(folder)
+        network = SnapshotNetwork(config.network, config.scene, config.array.build())
+        try:
+            network.load_state_dict(load_tensors(folder / WEIGHTS))
+        except RuntimeError as error:
+            first = str(error).splitlines()[-1].strip()
+            raise CheckpointError(
+                f"{folder / WEIGHTS}: weights of another network than config.json's ({first})"
+            ) from error
+        return cls(config, network, device)
+
+    @torch.no_grad()
+    def predict(
+        self, y: Tensor, H: Tensor, codes: Tensor, snr_db: float | Tensor | None = None
+    ) -> tuple[Prediction, LowRankCovariance, Features]:
+        """Run the network on scenes (B, …) and build R_blend.
+
+        Raises:
+            TypeError, ValueError: as :func:`physics.checks.check_measurement`, or sizes that the
+                network was not trained for.
+        """
+        check_measurement(y, H, codes)
+        self._check_sizes(y, H)
+        y, H, codes = (t.to(self.device, torch.complex64) for t in (y, H, codes))
+        batch = y.shape[0]
+        if snr_db is None:
+            level = torch.full((batch,), torch.nan, device=self.device)
+        else:
+            level = torch.as_tensor(snr_db, dtype=torch.float32, device=self.device)
+            if level.ndim > 1 or (level.ndim == 1 and level.shape[0] != batch):
+                raise ValueError(
+                    f"snr_db has shape {tuple(level.shape)}; expected a number or ({batch},)"
+                )
+            level = level.expand(batch)
+        features = compute_features(
+            y,
+            H,
+            codes,
+            level,
+            dictionary=self.network.dictionary,
+            array=self.array,
+            tikhonov=self.config.tikhonov,
+        )
+        prediction = self.network(features)
+        return prediction, blended_covariance(prediction, features, self.config.blend), features
+
+    def locate(
+        self, y: Tensor, H: Tensor, codes: Tensor, snr_db: float | Tensor | None = None
+    ) -> list[Source] | list[list[Source]]:
+        """Find the sources of one scene or of a batch.
+
+        Args:
+            y: (L, M) or (B, L, M) complex.
+            H: (M, N) or (B, M, N) complex.
+            codes: (L, N) or (B, L, N) complex.
+            snr_db: one for all, (B,), or None where it is not known.
+
+        Returns:
+            The sources of the scene, most powerful first; a list of such lists for a batch.
+
+        Raises:
+            TypeError, ValueError: see :meth:`predict`.
+        """
+        check_measurement(y, H, codes)
+        batch = torch.broadcast_shapes(y.shape[:-2], H.shape[:-2], codes.shape[:-2])
+        if len(batch) > 1:
+            raise ValueError(
+                f"y has shape {tuple(y.shape)}; expected one scene (L, M) or a batch (B, L, M)"
+            )
+        y, H, codes = (t.expand(*(batch or (1,)), *t.shape[-2:]) for t in (y, H, codes))
+        prediction, blended, _ = self.predict(y, H, codes, snr_db)
+        found = self._decode(prediction, blended)
+        return found if batch else found[0]
+
+    def _check_sizes(self, y: Tensor, H: Tensor) -> None:
+        m, n = self.config.scene.n_antennas, self.array.size
+        if y.ndim != 3 or H.shape[-2:] != (m, n):
+            raise ValueError(
+                f"y has shape {tuple(y.shape)} and H {tuple(H.shape)}; this network was trained "
+                f"for y (B, L, {m}) and H (B, {m}, {n})"
+            )
+
+    def _decode(self, prediction: Prediction, blended: LowRankCovariance) -> list[list[Source]]:
+        wavefront = self.config.scene.wavefront
+        counts = (prediction.existence > 0).sum(-1)
+        most = max(1, int(counts.max()))
+        spectrum = music_spectrum(blended, self.grid, counts.clamp_min(1), self.array, wavefront)
+        positions, heights = find_peaks(spectrum, self.grid, most)
+        result: list[list[Source]] = []
+        for item, count in enumerate(counts.tolist()):
+            kept = positions[item, :count][heights[item, :count] > 0]
+            if not len(kept):
+                result.append([])
+                continue
+            a = steering_vector(kept, self.array, wavefront)
+            single = LowRankCovariance(blended.factor[item], blended.loading[item])
+            power = single.quadratic(a) / self.array.size
+            nearest = self._nearest_slot(prediction.log_pointer[item], a)
+            probability = torch.sigmoid(prediction.existence[item][nearest])
+            sources = [
+                Source(
+                    azimuth_deg=float(torch.rad2deg(p[0])),
+                    elevation_deg=float(torch.rad2deg(p[1])),
+                    range_m=float(p[2]),
+                    power=float(w),
+                    probability=float(q),
+                )
+                for p, w, q in zip(kept, power, probability, strict=True)
+            ]
+            result.append(sorted(sources, key=lambda s: -s.power))
+        return result
+
+    def _nearest_slot(self, log_pointer: Tensor, steering: Tensor) -> Tensor:
+        overlap = (self.network.dictionary @ steering.mH).abs().square()  # (G, K)
+        return (log_pointer.exp() @ overlap).argmax(0)

@@ -1,0 +1,226 @@
+"""The training loss: every term in factored form, nothing N x N."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from pydantic import Field
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+from torch.nn import functional
+
+from model.network import Prediction
+from physics.config import FrozenModel
+from physics.covariance import LowRankCovariance, nmse
+from physics.geometry import PlanarArray
+from physics.precision import in_full_precision
+from physics.scene import Scenes
+from physics.steering import Wavefront, steering_vector
+
+Phase = Literal["warmup", "main", "final"]
+
+# Share of a weight that each phase uses: 0.02/0.05/0.07 and 0.05/0.10/0.12 at the default weights.
+_SCHEDULE: dict[Phase, dict[str, float]] = {
+    "warmup": {"subspace_align": 0.4, "peak_contrast": 0.5},
+    "main": {"subspace_align": 1.0, "peak_contrast": 1.0},
+    "final": {"subspace_align": 1.4, "peak_contrast": 1.2},
+}
+
+
+class LossConfig(FrozenModel):
+    """Weights of the terms beside the NMSE of R_blend, whose weight is 1."""
+
+    cov_pred: float = Field(0.03, ge=0, description="NMSE of R_pred alone")
+    subspace_align: float = Field(0.05, ge=0, description="signal subspace of R_blend")
+    peak_contrast: float = Field(0.1, ge=0, description="MUSIC energy at sources over decoys")
+    existence: float = Field(0.1, ge=0, description="which slots hold a source")
+    position: float = Field(0.1, ge=0, description="where the matched slots point")
+    schedule: bool = Field(
+        True, description="subspace_align x0.4/1/1.4 and peak_contrast x0.5/1/1.2 over the phases"
+    )
+    final_fraction: float = Field(0.2, ge=0, lt=1, description="share of steps in the final phase")
+
+    def weights(self, phase: Phase) -> dict[str, float]:
+        """The weight of every term in a phase of the training."""
+        scale = _SCHEDULE[phase] if self.schedule else {}
+        terms = ("cov_pred", "subspace_align", "peak_contrast", "existence", "position")
+        return {"nmse": 1.0} | {t: getattr(self, t) * scale.get(t, 1.0) for t in terms}
+
+    def phase(self, step: int, total_steps: int, warmup_steps: int) -> Phase:
+        """The phase of an optimiser step."""
+        if step < warmup_steps:
+            return "warmup"
+        return "final" if step >= (1.0 - self.final_fraction) * total_steps else "main"
+
+
+@dataclass(frozen=True)
+class LossValue:
+    """The loss and its unweighted terms, each a scalar tensor."""
+
+    total: Tensor
+    terms: dict[str, Tensor]
+
+
+class ScenesLoss:
+    """Loss of a batch: covariance terms on R_blend and set-prediction terms on the slots.
+
+    Terms (see docs/conventions.md for the weights' names and schedule):
+
+    - ``nmse``: ||R_blend - R_true||^2 / ||R_true||^2, both at trace N;
+    - ``cov_pred``: the same of R_pred, so that R_samp cannot hide a lazy network;
+    - ``subspace_align``: ``1 - ||U_K^H Q||^2 / K``, with U_K the dominant subspace of R_blend and
+      Q an orthonormal basis of the sources' steering vectors;
+    - ``peak_contrast``: cross-entropy that picks a source's steering vector out of the decoys of
+      the dictionary by its energy in U_K, at temperature 0.1; decoys that overlap a source of the
+      scene by more than a half do not count;
+    - ``existence``: binary cross-entropy of the slots after matching;
+    - ``position``: cross-entropy of a matched slot's pointer to the cells around its source, plus
+      the Huber distance of its position in cells.
+
+    Args:
+        config: weights.
+        array: the surface.
+        wavefront: model of the steering vectors.
+        dictionary: (G, N) complex steering vectors of the network's cells.
+        cell_size: (3,) size of a cell [rad, rad, 1/m].
+    """
+
+    temperature = 0.1
+    target_sharpness = 20.0
+
+    def __init__(
+        self,
+        config: LossConfig,
+        array: PlanarArray,
+        wavefront: Wavefront,
+        dictionary: Tensor,
+        cell_size: Tensor,
+    ) -> None:
+        self.config, self.array, self.wavefront = config, array, wavefront
+        self.dictionary = dictionary
+        self.cell_size = cell_size.clamp_min(torch.finfo(cell_size.dtype).tiny)
+
+    @in_full_precision
+    def __call__(
+        self,
+        prediction: Prediction,
+        blended: LowRankCovariance,
+        scenes: Scenes,
+        phase: Phase = "main",
+    ) -> LossValue:
+        """Loss of the prediction and of ``blended``, the R_blend that inference would use."""
+        steering = steering_vector(scenes.position, self.array, self.wavefront)  # (B, K, N)
+        truth = scenes.covariance(self.array, self.wavefront)
+        present = scenes.present
+        weights = self.config.weights(phase)
+        occupied = present.any(-1)
+
+        terms = {
+            "nmse": nmse(blended, truth).mean(),
+            "cov_pred": nmse(prediction.covariance(), truth).mean(),
+        }
+        if weights["subspace_align"] or weights["peak_contrast"]:
+            signal = blended.signal_weights(scenes.n_sources.clamp_max(blended.rank))
+            terms["subspace_align"] = self._subspace(blended, signal, steering, present, occupied)
+            terms["peak_contrast"] = self._contrast(blended, signal, steering, present)
+        if weights["existence"] or weights["position"]:
+            overlap = (self.dictionary @ steering.mH).abs().square()  # (B, G, K)
+            slot, source = match_slots(prediction, overlap, present)
+            terms["existence"] = self._existence(prediction, slot)
+            terms["position"] = self._position(prediction, scenes, overlap, slot, source)
+        total = torch.stack([weights[name] * value for name, value in terms.items()]).sum()
+        return LossValue(total, {name: value.detach() for name, value in terms.items()})
+
+    def _subspace(
+        self,
+        blended: LowRankCovariance,
+        signal: Tensor,
+        steering: Tensor,
+        present: Tensor,
+        occupied: Tensor,
+    ) -> Tensor:
+        masked = steering * present.unsqueeze(-1)
+        u, s, _ = torch.linalg.svd(masked.mT, full_matrices=False)  # (B, N, K)
+        cutoff = torch.finfo(s.dtype).eps * self.array.size * s[..., :1]
+        basis = u * (s > cutoff).unsqueeze(-2)
+        z = basis.mH @ blended.factor  # (B, K, r)
+        energy = ((z @ signal) * z.conj()).real.sum((-2, -1))
+        count = (s > cutoff).sum(-1).clamp_min(1)
+        loss = (1.0 - energy / count) * occupied
+        return loss.sum() / occupied.sum().clamp_min(1)
+
+    def _contrast(
+        self, blended: LowRankCovariance, signal: Tensor, steering: Tensor, present: Tensor
+    ) -> Tensor:
+        def energy(vectors: Tensor) -> Tensor:
+            z = vectors.conj() @ blended.factor
+            return ((z @ signal) * z.conj()).real.sum(-1)
+
+        at_source = energy(steering)  # (B, K)
+        at_decoy = energy(self.dictionary.expand(at_source.shape[0], -1, -1))  # (B, G)
+        overlap = (self.dictionary @ steering.mH).abs().square()  # (B, G, K)
+        near = ((overlap > 0.5) & present.unsqueeze(-2)).any(-1)
+        decoys = (at_decoy / self.temperature).masked_fill(near, -torch.inf)
+        level = torch.logsumexp(decoys, dim=-1, keepdim=True)
+        loss = functional.softplus(level - at_source / self.temperature)
+        loss = torch.where(present, loss, torch.zeros_like(loss))
+        return loss.sum() / present.sum().clamp_min(1)
+
+    def _existence(self, prediction: Prediction, slot: Tensor) -> Tensor:
+        return functional.binary_cross_entropy_with_logits(
+            prediction.existence, slot.to(prediction.existence.dtype)
+        )
+
+    def _position(
+        self,
+        prediction: Prediction,
+        scenes: Scenes,
+        overlap: Tensor,  # (B, G, K)
+        slot: Tensor,  # (B, r) bool
+        source: Tensor,  # (B, r) int64
+    ) -> Tensor:
+        target = torch.softmax(self.target_sharpness * overlap.mT, dim=-1)  # (B, K, G)
+        wanted = target.gather(1, source.unsqueeze(-1).expand(-1, -1, target.shape[-1]))
+        pointing = -(wanted * prediction.log_pointer).sum(-1)  # (B, r)
+        truth = scenes.position.clone()
+        truth[..., 2].reciprocal_()
+        truth = truth.gather(1, source.unsqueeze(-1).expand(-1, -1, 3))
+        distance = functional.huber_loss(
+            prediction.position / self.cell_size, truth / self.cell_size, reduction="none"
+        ).sum(-1)
+        loss = torch.where(slot, pointing + 0.1 * distance, torch.zeros_like(pointing))
+        return loss.sum() / slot.sum().clamp_min(1)
+
+
+@torch.no_grad()
+def match_slots(
+    prediction: Prediction, overlap: Tensor, present: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Pair slots with sources, one to one, by the Hungarian method.
+
+    A pair costs minus the pointer's mean overlap with the source's steering vector and minus half
+    the probability that the slot holds a source. Sources left over when there are more of them
+    than slots stay unmatched.
+
+    Args:
+        prediction: r slots.
+        overlap: (B, G, K) ``|a_g^H a_k|^2``.
+        present: (B, K) bool.
+
+    Returns:
+        matched (B, r) bool and the source (B, r) int64 of each slot, 0 where unmatched.
+    """
+    score = prediction.log_pointer.exp() @ overlap  # (B, r, K)
+    cost = -score - 0.5 * torch.sigmoid(prediction.existence).unsqueeze(-1)
+    cost = torch.nan_to_num(cost, nan=0.0, posinf=0.0, neginf=0.0).cpu().numpy()
+    counts = present.sum(-1).tolist()
+    matched = torch.zeros(prediction.existence.shape, dtype=torch.bool)
+    source = torch.zeros(prediction.existence.shape, dtype=torch.int64)
+    for item, count in enumerate(counts):
+        rows, columns = linear_sum_assignment(cost[item, :, :count])
+        matched[item, rows] = True
+        source[item, rows] = torch.from_numpy(columns)
+    device = prediction.existence.device
+    return matched.to(device), source.to(device)

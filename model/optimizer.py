@@ -1,0 +1,107 @@
+"""Optimiser, learning-rate schedule and averaged weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from physics.config import FrozenModel
+
+
+class TrainingConfig(FrozenModel):
+    """Optimiser, schedule and stopping rules."""
+
+    epochs: int = Field(10, ge=1)
+    batch_size: int = Field(64, ge=1)
+    learning_rate: float = Field(1e-3, gt=0, description="peak of the schedule")
+    weight_decay: float = Field(1e-4, ge=0)
+    warmup_fraction: float = Field(0.05, ge=0, lt=1, description="share of optimiser steps")
+    final_learning_rate: float = Field(0.01, ge=0, le=1, description="share of the peak at the end")
+    gradient_clip: float = Field(1.0, gt=0, description="largest gradient norm of a step")
+    ema_decay: float = Field(0.999, ge=0, lt=1, description="decay of the averaged weights")
+    patience: int | None = Field(None, ge=1, description="epochs without a gain before stopping")
+    max_skipped_steps: int = Field(
+        20, ge=1, description="run of non-finite steps that ends a trial as failed"
+    )
+    snr_dropout: float = Field(
+        0.1, ge=0, le=1, description="share of training scenes whose SNR is hidden"
+    )
+    threads: int = Field(1, ge=1, description="CPU threads of the trial")
+
+
+def make_optimizer(
+    network: nn.Module, config: TrainingConfig, device: torch.device
+) -> torch.optim.AdamW:
+    """AdamW that decays matrices and kernels but neither biases, gains nor norms.
+
+    Source: Loshchilov and Hutter, "Decoupled weight decay regularization", ICLR 2019.
+    """
+    parameters = [p for p in network.parameters() if p.requires_grad]
+    return torch.optim.AdamW(
+        [
+            {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
+            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        ],
+        lr=config.learning_rate,
+        fused=device.type == "cuda",
+    )
+
+
+def learning_rate(config: TrainingConfig, step: int, total_steps: int) -> float:
+    """Rate of optimiser step ``step`` (from 0): linear warm-up, then a cosine to the final rate.
+
+    The schedule counts optimiser steps, and is read before each of them.
+    """
+    warmup = round(config.warmup_fraction * total_steps)
+    if step < warmup:
+        return config.learning_rate * (step + 1) / warmup
+    progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
+    cosine = 0.5 * (1.0 + math.cos(math.pi * progress))
+    low = config.final_learning_rate
+    return config.learning_rate * (low + (1.0 - low) * cosine)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Give every parameter group this rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+class WeightAverage:
+    """Exponential moving average of a network's weights.
+
+    The decay of step t is ``min(decay, (1 + t) / (10 + t))``, so that short trainings are not
+    dragged back to the initial weights.
+
+    Args:
+        network: whose weights are followed.
+        decay: decay once warmed up; 0 follows exactly.
+    """
+
+    def __init__(self, network: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.steps = 0
+        self.weights = {name: p.detach().clone() for name, p in network.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, network: nn.Module) -> None:
+        """Take one optimiser step into the average."""
+        self.steps += 1
+        decay = min(self.decay, (1.0 + self.steps) / (10.0 + self.steps))
+        current = [p.detach() for _, p in network.named_parameters()]
+        torch._foreach_lerp_(list(self.weights.values()), current, 1.0 - decay)
+
+    def load(self, weights: dict[str, Tensor], steps: int) -> None:
+        """Take over saved weights."""
+        self.steps = steps
+        for name, value in self.weights.items():
+            value.copy_(weights[name])
+
+
+def gradients_are_finite(norm: Tensor, parameters: Iterable[nn.Parameter]) -> bool:
+    """Whether a step may be taken: the gradient norm is finite and some gradient exists."""
+    return bool(torch.isfinite(norm)) and any(p.grad is not None for p in parameters)

@@ -1,0 +1,91 @@
+"""Mixed precision: the network under autocast, physics and loss in full precision."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from physics.config import FrozenModel
+
+Amp = Literal["auto", "off", "bf16", "fp16"]
+
+
+class PrecisionConfig(FrozenModel):
+    """Automatic mixed precision."""
+
+    amp: Amp = Field("auto", description="auto: bf16 or fp16 as the GPU has it, off on a CPU")
+
+
+class AmpPolicy:
+    """Autocast of the network and loss scaling for one device.
+
+    ``auto`` takes bf16 on a GPU that has it, fp16 with a gradient scaler on another GPU, and
+    nothing on a CPU, where it would only be slower. The physics and the losses leave autocast by
+    :func:`physics.precision.full_precision`.
+
+    Args:
+        config: the wanted precision.
+        device: where the network runs.
+
+    Raises:
+        ValueError: fp16 on a CPU, which has no gradient scaling worth the name.
+    """
+
+    def __init__(self, config: PrecisionConfig, device: torch.device) -> None:
+        self.device = device
+        self.dtype = self._resolve(config.amp, device)
+        self.scaler = torch.amp.GradScaler(
+            device.type if device.type == "cuda" else "cpu", enabled=self.dtype is torch.float16
+        )
+
+    @staticmethod
+    def _resolve(amp: Amp, device: torch.device) -> torch.dtype | None:
+        if amp == "auto":
+            if device.type != "cuda":
+                return None
+            return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        if amp == "fp16" and device.type != "cuda":
+            raise ValueError(
+                f"precision.amp is fp16 on device {device}; fp16 needs a GPU: use bf16, off or auto"
+            )
+        return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
+
+    @property
+    def name(self) -> str:
+        """``bf16``, ``fp16`` or ``off``."""
+        return {None: "off", torch.bfloat16: "bf16", torch.float16: "fp16"}[self.dtype]
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Context for the network's forward pass."""
+        if self.dtype is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+    def backward(self, loss: Tensor) -> None:
+        """Backward pass of the scaled loss."""
+        self.scaler.scale(loss).backward()
+
+    def unscale(self, optimizer: torch.optim.Optimizer) -> None:
+        """Bring the gradients back to their true scale, before they are clipped."""
+        self.scaler.unscale_(optimizer)
+
+    def step(self, optimizer: torch.optim.Optimizer, finite: bool) -> None:
+        """Step the optimiser where all gradients are finite, and let the scaler learn."""
+        if self.scaler.is_enabled():
+            self.scaler.step(optimizer)  # skips by itself on what unscale_ saw
+            self.scaler.update()
+        elif finite:
+            optimizer.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        """State of the scaler; empty when there is none."""
+        return self.scaler.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the scaler."""
+        if state:
+            self.scaler.load_state_dict(state)

@@ -1,0 +1,388 @@
+"""The origin's shard format: reader and writer.
+
+A shard is an uncompressed ``.npz`` in ``{train,val,test}/shard_%03d.npz``, float32 with a trailing
+[re, im] axis for complex arrays:
+
+======  =================  ==========================================================
+``y``       (n, L, M, 2)   measurements, times a gain of 1000
+``H``       (n, L, M, 2)   H c_l, the effective channel (not H)
+``H_full``  (n, M, N, 2)   the channel H
+``codes``   (n, L, N, 2)   phase codes
+``ptr``     (n, 3 K)       azimuths, elevations [rad], ranges [m], zero-padded
+``K``       (n,) int32     number of sources
+``snr``     (n,)           [dB]
+``R``       (n, N, N, 2)   true covariance, trace N, incoherent
+``R_samp``  (n, N, N, 2)   a sample covariance; never read here
+======  =================  ==========================================================
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from numpy.lib import format as npy_format
+from numpy.typing import NDArray
+from torch import Tensor
+
+from physics.covariance import LowRankCovariance, sample_covariance
+from physics.geometry import PlanarArray
+from physics.scene import Scenes
+from physics.steering import Wavefront, steering_vector
+
+GAIN = 1000.0
+KEYS = ("y", "H", "H_full", "codes", "ptr", "K", "snr", "R", "R_samp")
+READ = ("y", "H_full", "codes", "ptr", "K", "snr", "R")
+SPLITS = ("train", "val", "test")
+
+
+class DataError(ValueError):
+    """Data that cannot be used, and why, in one line."""
+
+
+def open_npz(path: Path) -> dict[str, NDArray[np.generic]]:
+    """Memory-map the arrays of an uncompressed ``.npz``; nothing is read but the headers.
+
+    Raises:
+        DataError: not an npz, truncated, compressed, or holding pickled objects (never loaded).
+    """
+    try:
+        with zipfile.ZipFile(path) as archive, path.open("rb") as handle:
+            return {
+                info.filename.removesuffix(".npy"): _map_member(path, handle, info)
+                for info in archive.infolist()
+                if info.filename.endswith(".npy")
+            }
+    except zipfile.BadZipFile as error:
+        size = path.stat().st_size
+        raise DataError(
+            f"{path}: not a readable npz archive of {size} bytes ({error}); "
+            "it may be truncated: copy or write it again"
+        ) from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
+def _map_member(path: Path, handle: BinaryIO, info: zipfile.ZipInfo) -> NDArray[np.generic]:
+    name = info.filename
+    if info.compress_type != zipfile.ZIP_STORED:
+        raise DataError(
+            f"{path}: member {name} is compressed; shards are memory-mapped, "
+            "so write them with numpy.savez, not savez_compressed"
+        )
+    handle.seek(info.header_offset)
+    header = handle.read(30)
+    if len(header) < 30 or header[:4] != b"PK\x03\x04":
+        raise DataError(f"{path}: member {name} has no local header; the file is damaged")
+    name_length, extra_length = struct.unpack("<HH", header[26:30])
+    handle.seek(info.header_offset + 30 + name_length + extra_length)
+    start = handle.tell()
+    try:
+        version = npy_format.read_magic(handle)
+        read = npy_format.read_array_header_1_0 if version == (1, 0) else (
+            npy_format.read_array_header_2_0
+        )
+        shape, fortran, dtype = read(handle)
+    except (ValueError, EOFError) as error:
+        raise DataError(f"{path}: member {name} is no npy array ({error})") from error
+    if dtype.hasobject:
+        raise DataError(
+            f"{path}: member {name} holds pickled Python objects, which are never loaded; "
+            "expected float32 or int32 arrays"
+        )
+    offset = handle.tell()
+    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    if offset + size > start + info.file_size or offset + size > path.stat().st_size:
+        raise DataError(f"{path}: member {name} is truncated; copy or write the shard again")
+    if size == 0:
+        return np.zeros(shape, dtype)
+    return np.memmap(path, dtype, "r", offset, shape, "F" if fortran else "C")
+
+
+@dataclass
+class Shard:
+    """One opened shard."""
+
+    path: Path
+    arrays: dict[str, NDArray[np.generic]]
+
+    def __len__(self) -> int:
+        return int(self.arrays["K"].shape[0])
+
+
+@dataclass
+class ShardSplit:
+    """The scenes of one split, memory-mapped.
+
+    Args:
+        folder: the data folder that holds the splits.
+        name: ``train``, ``val`` or ``test``.
+        array: the surface that the data were made with.
+        wavefront: the steering model that they were made with.
+        n_antennas, n_snapshots, max_sources: sizes that the configuration expects.
+
+    Raises:
+        DataError: a missing folder, or a shard that is damaged, foreign or of other sizes.
+    """
+
+    folder: Path
+    name: str
+    array: PlanarArray
+    wavefront: Wavefront
+    n_antennas: int
+    n_snapshots: int
+    max_sources: int
+    shards: list[Shard] = field(init=False)
+    _power: NDArray[np.float32] = field(init=False)
+
+    def __post_init__(self) -> None:
+        split = self.folder / self.name
+        if not self.folder.is_dir():
+            raise DataError(f"{self.folder}: no such data folder; expected train/ and val/ in it")
+        if not split.is_dir():
+            raise DataError(
+                f"{split}: no such folder; expected shards such as {self.name}/shard_000.npz"
+            )
+        paths = sorted(split.glob("*.npz"))
+        if not paths:
+            raise DataError(f"{split}: holds no .npz shard; expected {self.name}/shard_000.npz")
+        self.shards = [self._open(path) for path in paths]
+        self._starts = np.cumsum([0, *(len(s) for s in self.shards)])
+        if len(self) == 0:
+            raise DataError(f"{split}: the shards hold no scene")
+        self._power = np.full((len(self), self.max_sources), np.nan, np.float32)
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def _open(self, path: Path) -> Shard:
+        arrays = open_npz(path)
+        missing = [key for key in READ if key not in arrays]
+        if missing:
+            raise DataError(
+                f"{path}: foreign archive, without {', '.join(missing)}; expected {', '.join(KEYS)}"
+            )
+        count = arrays["K"].shape[0] if arrays["K"].ndim == 1 else -1
+        n_slots = arrays["ptr"].shape[-1] // 3 if arrays["ptr"].ndim == 2 else -1
+        n, m, l = self.array.size, self.n_antennas, self.n_snapshots
+        expected: dict[str, tuple[int, ...]] = {
+            "y": (count, l, m, 2),
+            "H_full": (count, m, n, 2),
+            "codes": (count, l, n, 2),
+            "ptr": (count, 3 * n_slots),
+            "K": (count,),
+            "snr": (count,),
+            "R": (count, n, n, 2),
+        }
+        for key, shape in expected.items():
+            if arrays[key].shape != shape:
+                raise DataError(
+                    f"{path}: {key} has shape {arrays[key].shape}; expected "
+                    f"{('n', *shape[1:])} with scene.n_snapshots={l}, scene.n_antennas={m} and "
+                    f"{n} array elements: change the configuration or the data"
+                )
+            kind = "iu" if key == "K" else "f"
+            if arrays[key].dtype.kind not in kind:
+                raise DataError(f"{path}: {key} has dtype {arrays[key].dtype}; expected "
+                                f"{'int32' if key == 'K' else 'float32'}")  # fmt: skip
+        counts = np.asarray(arrays["K"])
+        if count and (counts.min() < 0 or counts.max() > min(n_slots, self.max_sources)):
+            raise DataError(
+                f"{path}: K runs from {counts.min()} to {counts.max()}; expected 0 to "
+                f"{min(n_slots, self.max_sources)} (scene.max_sources={self.max_sources}, "
+                f"ptr holds {n_slots})"
+            )
+        return Shard(path, arrays)
+
+    def _gather(self, key: str, indices: NDArray[np.int64]) -> NDArray[np.generic]:
+        """Rows of one key, in the order asked, read shard by shard."""
+        owner = np.searchsorted(self._starts, indices, side="right") - 1
+        first = self.shards[0].arrays[key]
+        rows = np.empty((len(indices), *first.shape[1:]), first.dtype)
+        for shard in np.unique(owner):
+            here = owner == shard
+            rows[here] = self.shards[shard].arrays[key][indices[here] - self._starts[shard]]
+        return rows
+
+    def where(self, index: int) -> str:
+        """File and row of a scene, for messages."""
+        shard = int(np.searchsorted(self._starts, index, side="right") - 1)
+        return f"{self.shards[shard].path} scene {index - self._starts[shard]}"
+
+    def read(self, indices: NDArray[np.int64]) -> Scenes:
+        """Read scenes in the order asked.
+
+        Raises:
+            DataError: a non-finite value, naming file and scene.
+        """
+        values = {key: self._gather(key, indices) for key in READ if key != "R"}
+        for key in ("y", "H_full", "codes", "ptr", "snr"):
+            bad = ~np.isfinite(values[key]).reshape(len(indices), -1).all(1)
+            if bad.any():
+                raise DataError(
+                    f"{self.where(int(indices[np.argmax(bad)]))}: {key} holds NaN or Inf; "
+                    "repair or drop the scene"
+                )
+        position, present = self._positions(values["ptr"], values["K"])
+        power = self._source_power(indices, position, present)
+        return Scenes(
+            y=_complex(values["y"]) / GAIN,
+            H=_complex(values["H_full"]),
+            codes=_complex(values["codes"]),
+            position=position,
+            power=power,
+            n_sources=torch.from_numpy(values["K"].astype(np.int64)),
+            snr_db=torch.from_numpy(values["snr"].astype(np.float32)),
+        )
+
+    def _positions(
+        self, ptr: NDArray[np.generic], counts: NDArray[np.generic]
+    ) -> tuple[Tensor, Tensor]:
+        slots = ptr.shape[1] // 3
+        points = torch.from_numpy(ptr.astype(np.float32)).reshape(-1, 3, slots).mT
+        keep = min(slots, self.max_sources)
+        position = torch.zeros(len(points), self.max_sources, 3)
+        position[..., 2] = 1.0
+        present = torch.arange(self.max_sources) < torch.from_numpy(counts.astype(np.int64))[:, None]
+        position[:, :keep] = torch.where(
+            present[:, :keep, None], points[:, :keep], position[:, :keep]
+        )
+        return position, present
+
+    def _source_power(
+        self, indices: NDArray[np.int64], position: Tensor, present: Tensor
+    ) -> Tensor:
+        """Powers p_k of ``R = sum p_k a_k a_k^H`` by least squares, read once a scene."""
+        known = ~np.isnan(self._power[indices]).any(1)
+        if not known.all():
+            todo = torch.from_numpy(~known)
+            R = _complex(self._gather("R", indices[~known]))
+            a = self.steering(position[todo]) * present[todo].unsqueeze(-1)
+            diagonal = ((a.conj() @ R) * a).sum(-1).real  # a_k^H R a_k
+            overlap = (a.conj() @ a.mT).abs().square()
+            eye = torch.eye(self.max_sources) * (~present[todo]).unsqueeze(-1)
+            power = torch.linalg.lstsq(overlap + eye, diagonal.unsqueeze(-1)).solution.squeeze(-1)
+            power = torch.nan_to_num(power, nan=0.0, posinf=0.0, neginf=0.0).clamp_min(0.0)
+            self._power[indices[~known]] = (power * present[todo]).numpy()
+        return torch.from_numpy(self._power[indices])
+
+    def steering(self, position: Tensor) -> Tensor:
+        """Steering vectors (…, N) in the data's convention."""
+        return steering_vector(position, self.array, self.wavefront)
+
+    def subspace_share(self, indices: NDArray[np.int64]) -> Tensor:
+        """``||P_A R||_F / ||R||_F`` of scenes, P_A projecting on their steering vectors.
+
+        It is 1 where array and wavefront are those that the data were made with.
+        """
+        scenes = self.read(indices)
+        R = _complex(self._gather("R", indices))
+        a = (self.steering(scenes.position) * scenes.present.unsqueeze(-1)).mT
+        u, s, _ = torch.linalg.svd(a, full_matrices=False)
+        basis = u * (s > 1e-5 * s[..., :1]).unsqueeze(-2)
+        projected = torch.linalg.matrix_norm(basis.mH @ R)
+        return projected / torch.linalg.matrix_norm(R).clamp_min(torch.finfo(torch.float32).tiny)
+
+    def fingerprints(self) -> Iterator[tuple[int, str, bytes]]:
+        """Index, what was hashed, and hash: of every measurement and of every source layout."""
+        for shard, start in zip(self.shards, self._starts[:-1], strict=True):
+            y, ptr, counts = (shard.arrays[key] for key in ("y", "ptr", "K"))
+            for row in range(len(shard)):
+                yield int(start) + row, "measurement", _digest(y[row])
+                if int(counts[row]):
+                    yield int(start) + row, "set of sources", _digest(ptr[row])
+
+
+def _digest(row: NDArray[np.generic]) -> bytes:
+    return hashlib.blake2b(np.ascontiguousarray(row).tobytes(), digest_size=16).digest()
+
+
+def _complex(pairs: NDArray[np.generic]) -> Tensor:
+    return torch.view_as_complex(torch.from_numpy(np.ascontiguousarray(pairs, np.float32)))
+
+
+def refuse_leaks(splits: list[ShardSplit]) -> None:
+    """Refuse a scene that stands in two splits.
+
+    Raises:
+        DataError: naming both places.
+    """
+    seen: dict[tuple[str, bytes], tuple[ShardSplit, int]] = {}
+    for split in splits:
+        for index, what, digest in split.fingerprints():
+            other, first = seen.setdefault((what, digest), (split, index))
+            if other is not split:
+                raise DataError(
+                    f"leak between splits: {split.where(index)} has the same {what} as "
+                    f"{other.where(first)}; a scene may stand in one split only"
+                )
+
+
+def write_shards(
+    folder: Path,
+    name: str,
+    scenes: Scenes,
+    array: PlanarArray,
+    wavefront: Wavefront,
+    *,
+    shard_size: int = 1000,
+) -> list[Path]:
+    """Write scenes as shards in the origin's format.
+
+    Args:
+        folder: data folder; the split's folder is made in it.
+        name: ``train``, ``val`` or ``test``.
+        scenes: what to write.
+        array, wavefront: convention of the true covariance R.
+        shard_size: scenes in a file.
+
+    Returns:
+        The files written.
+
+    Raises:
+        ValueError: an unknown split, or a shard size below 1.
+        FileExistsError: the split already holds shards.
+    """
+    if name not in SPLITS:
+        raise ValueError(f"split {name!r} unknown; choose from {SPLITS}")
+    if shard_size < 1:
+        raise ValueError(f"shard_size is {shard_size}; at least 1 needed")
+    split = folder / name
+    split.mkdir(parents=True, exist_ok=True)
+    if any(split.glob("*.npz")):
+        raise FileExistsError(f"{split} already holds shards; write to an empty folder")
+    paths = []
+    for number, start in enumerate(range(0, len(scenes), shard_size)):
+        part = scenes[slice(start, start + shard_size)].to("cpu")
+        points = torch.where(part.present.unsqueeze(-1), part.position, 0.0)
+        path = split / f"shard_{number:03d}.npz"
+        np.savez(
+            path,
+            y=_pairs(part.y * GAIN),
+            H=_pairs(part.codes @ part.H.mT),
+            H_full=_pairs(part.H),
+            codes=_pairs(part.codes),
+            ptr=points.mT.flatten(1).float().numpy(),
+            K=part.n_sources.to(torch.int32).numpy(),
+            snr=part.snr_db.float().numpy(),
+            R=_pairs(_dense(part.covariance(array, wavefront), part)),
+            R_samp=_pairs(sample_covariance(part.y, part.H, part.codes).dense()),
+        )
+        paths.append(path)
+    return paths
+
+
+def _dense(covariance: LowRankCovariance, scenes: Scenes) -> Tensor:
+    """R (n, N, N), zero for scenes without sources, as the format has it."""
+    return covariance.dense() * (scenes.n_sources > 0)[:, None, None]
+
+
+def _pairs(value: Tensor) -> NDArray[np.float32]:
+    return torch.view_as_real(value.resolve_conj().to(torch.complex64)).numpy()

@@ -1,0 +1,402 @@
+"""The training loop of one trial: epochs in, metrics out."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model.blending import blended_covariance
+from model.checkpoint import (
+    FORMAT,
+    STATE,
+    CheckpointError,
+    load_tensors,
+    read_config,
+    read_json,
+    replacing,
+    save_tensors,
+    write_config,
+    write_json,
+)
+from model.config import TrialConfig
+from model.data import open_source
+from model.features import Features, compute_features
+from model.loss import ScenesLoss
+from model.network import SnapshotNetwork
+from model.optimizer import (
+    WeightAverage,
+    gradients_are_finite,
+    learning_rate,
+    make_optimizer,
+    set_learning_rate,
+)
+from model.precision import AmpPolicy
+from physics.covariance import nmse
+from physics.scene import Scenes
+
+log = logging.getLogger(__name__)
+
+Metrics = dict[str, float | int | bool]
+Report = Callable[[int, Metrics], None]
+
+_VALIDATION_BATCH = 128
+
+
+class TrialDiverged(RuntimeError):
+    """A training that produces nothing finite any more; the trial has failed."""
+
+
+class Trainer:
+    """Trains one configuration, an epoch at a time.
+
+    All randomness is drawn from generators seeded with (seed, epoch), so that a trainer restored
+    between two epochs goes on exactly as if nothing had happened: bit for bit on a CPU.
+
+    The objective is the validation NMSE of R_pred under the averaged weights, the lowest of the
+    epochs so far. No searched parameter enters it. The weights of that epoch are kept: what is
+    saved is what was scored.
+
+    Args:
+        config: the trial.
+        device: where to train.
+
+    Raises:
+        DataError: shards that cannot be used.
+        ValueError: a precision that the device cannot have.
+    """
+
+    def __init__(self, config: TrialConfig, device: torch.device | str = "cpu") -> None:
+        self.config = config
+        self.device = torch.device(device)
+        if self.device.type == "cpu":
+            torch.set_num_threads(config.training.threads)
+        self.array = config.array.build()
+        self.source = open_source(config, self.device)
+        self._seed_epoch(0)
+        self.network = SnapshotNetwork(config.network, config.scene, self.array).to(self.device)
+        self.average = WeightAverage(self.network, config.training.ema_decay)
+        self.optimizer = make_optimizer(self.network, config.training, self.device)
+        self.amp = AmpPolicy(config.precision, self.device)
+        self.loss = ScenesLoss(
+            config.loss,
+            self.array,
+            config.scene.wavefront,
+            self.network.dictionary,
+            self.network.cell_size,  # type: ignore[arg-type]
+        )
+        self.steps_per_epoch = self.source.n_batches(config.training.batch_size)
+        self.total_steps = self.steps_per_epoch * config.training.epochs
+        self.epoch = 0
+        self.step = 0
+        self.skipped_steps = 0
+        self.best_objective = math.inf
+        self.best_epoch: int | None = None
+        self.best_weights: dict[str, Tensor] = {}
+        self._skipped_in_a_row = 0
+        self._jitter = torch.Generator()
+        self._untrained: float | None = None
+
+    @property
+    def early_stopped(self) -> bool:
+        """Whether the objective has not improved for ``patience`` epochs."""
+        patience = self.config.training.patience
+        return (
+            patience is not None
+            and self.best_epoch is not None
+            and self.epoch - self.best_epoch >= patience
+        )
+
+    @property
+    def finished(self) -> bool:
+        """Whether the budget is used or the training has stopped early."""
+        return self.epoch >= self.config.training.epochs or self.early_stopped
+
+    def run_epoch(self) -> Metrics:
+        """Train one epoch and validate.
+
+        Returns:
+            The metrics that the trial reports, all finite; see docs/conventions.md.
+
+        Raises:
+            TrialDiverged: ``max_skipped_steps`` non-finite steps in a row, an epoch without any
+                finite step, or a validation that is not finite.
+            RuntimeError: the training is finished.
+        """
+        if self.finished:
+            raise RuntimeError(
+                f"training is finished after epoch {self.epoch} of {self.config.training.epochs}"
+            )
+        if self._untrained is None:
+            self._untrained = self.validate()["nmse_pred"]
+        started = time.perf_counter()
+        self._seed_epoch(self.epoch + 1)
+        train = self._train_epoch()
+        elapsed = time.perf_counter() - started
+        validation = self.validate()
+        self.epoch += 1
+        objective = validation["nmse_pred"]
+        if not math.isfinite(objective):
+            raise TrialDiverged(
+                f"validation NMSE of R_pred is {objective} after epoch {self.epoch}; "
+                "lower the learning rate"
+            )
+        if objective < self.best_objective:
+            self.best_objective, self.best_epoch = objective, self.epoch
+            self.best_weights = {k: v.clone() for k, v in self.average.weights.items()}
+        return {
+            "epoch": self.epoch,
+            "objective": self.best_objective,
+            **validation,
+            **{k: v for k, v in train.items() if k != "n_scenes"},
+            "untrained_nmse_pred": self._untrained,
+            "skipped_steps": self.skipped_steps,
+            "scenes_per_second": train["n_scenes"] / elapsed,
+            "epoch_seconds": time.perf_counter() - started,
+            "early_stopped": self.early_stopped,
+        }
+
+    def _seed_epoch(self, epoch: int) -> None:
+        """Seed weights (epoch 0), dropout and jitter of an epoch."""
+        sequence = np.random.SeedSequence(self.config.seed, spawn_key=(epoch,))
+        seed, jitter = (int(s >> np.uint64(1)) for s in sequence.generate_state(2, np.uint64))
+        torch.manual_seed(seed)
+        self._jitter = torch.Generator().manual_seed(jitter)
+
+    def _features(self, scenes: Scenes, snr_db: Tensor) -> Features:
+        return compute_features(
+            scenes.y,
+            scenes.H,
+            scenes.codes,
+            snr_db,
+            dictionary=self.network.dictionary,
+            array=self.array,
+            tikhonov=self.config.tikhonov,
+            unit_modulus=self.source.unit_modulus,
+        )
+
+    def _train_epoch(self) -> dict[str, float]:
+        training = self.config.training
+        self.network.train()
+        totals: dict[str, float] = {}
+        n_scenes = n_taken = n_fallbacks = 0
+        norms: list[float] = []
+        rate = 0.0
+        batches = self.source.train_batches(self.epoch, training.batch_size, self.config.seed)
+        for scenes in batches:
+            rate = learning_rate(training, self.step, self.total_steps)
+            set_learning_rate(self.optimizer, rate)
+            n_scenes += len(scenes)
+            terms, norm, fallbacks = self._train_step(scenes)
+            n_fallbacks += fallbacks
+            if terms is None:
+                self._count_skip(norm)
+                continue
+            self._skipped_in_a_row = 0
+            n_taken += 1
+            norms.append(norm)
+            for name, value in terms.items():
+                totals[name] = totals.get(name, 0.0) + value
+        if not n_taken:
+            raise TrialDiverged(
+                f"no step of epoch {self.epoch + 1} was finite; lower the learning rate"
+            )
+        loss = {name: value / n_taken for name, value in totals.items()}
+        return {
+            "loss": loss.pop("total"),
+            **{f"loss_{name}": value for name, value in loss.items()},
+            "grad_norm": sum(norms) / n_taken,
+            "grad_norm_max": max(norms),
+            "learning_rate": rate,
+            "solver_fallbacks": n_fallbacks,
+            "n_scenes": n_scenes,
+        }
+
+    def _count_skip(self, norm: float) -> None:
+        self.skipped_steps += 1
+        self._skipped_in_a_row += 1
+        log.warning(
+            "step %d skipped: gradient norm %s (%d in a row)",
+            self.step,
+            norm,
+            self._skipped_in_a_row,
+        )
+        if self._skipped_in_a_row >= self.config.training.max_skipped_steps:
+            raise TrialDiverged(
+                f"{self._skipped_in_a_row} non-finite steps in a row in epoch {self.epoch + 1}; "
+                "lower training.learning_rate or check the data"
+            )
+
+    def _train_step(self, scenes: Scenes) -> tuple[dict[str, float] | None, float, int]:
+        """One optimiser step: its loss terms (None if skipped), gradient norm and fallbacks."""
+        training = self.config.training
+        hidden = torch.rand(len(scenes), generator=self._jitter) < training.snr_dropout
+        snr_db = scenes.snr_db.masked_fill(hidden.to(self.device), torch.nan)
+        features = self._features(scenes, snr_db)
+        with self.amp.autocast():
+            prediction = self.network(features)
+        blended = blended_covariance(prediction, features, self.config.blend, self._jitter)
+        warmup = round(training.warmup_fraction * self.total_steps)
+        phase = self.config.loss.phase(self.step, self.total_steps, warmup)
+        value = self.loss(prediction, blended, scenes, phase)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.amp.backward(value.total)
+        self.amp.unscale(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), training.gradient_clip)
+        finite = gradients_are_finite(norm, self.network.parameters())
+        finite = finite and bool(torch.isfinite(value.total))
+        self.amp.step(self.optimizer, finite)
+        self.step += 1
+        if not finite:
+            return None, float(norm), features.n_fallbacks
+        self.average.update(self.network)
+        terms = {"total": float(value.total.detach())} | {k: float(v) for k, v in value.terms.items()}
+        return terms, float(norm), features.n_fallbacks
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        """Score the averaged weights on the validation scenes.
+
+        Returns:
+            nmse_pred, nmse_blend, and count_accuracy: how often the number of slots that exist is
+            the number of sources.
+        """
+        self.network.eval()
+        scenes = self.source.validation()
+        raw = {k: p.detach().clone() for k, p in self.network.named_parameters()}
+        self._set_weights(self.average.weights)
+        try:
+            pred, blended_error, counted = [], [], []
+            for start in range(0, len(scenes), _VALIDATION_BATCH):
+                batch = scenes[slice(start, start + _VALIDATION_BATCH)]
+                features = self._features(batch, batch.snr_db)
+                with self.amp.autocast():
+                    prediction = self.network(features)
+                blended = blended_covariance(prediction, features, self.config.blend)
+                truth = batch.covariance(self.array, self.config.scene.wavefront)
+                pred.append(nmse(prediction.covariance(), truth).double())
+                blended_error.append(nmse(blended, truth).double())
+                counted.append((prediction.existence > 0).sum(-1) == batch.n_sources)
+        finally:
+            self._set_weights(raw)
+        return {
+            "nmse_pred": float(torch.cat(pred).mean()),
+            "nmse_blend": float(torch.cat(blended_error).mean()),
+            "count_accuracy": float(torch.cat(counted).double().mean()),
+        }
+
+    def _set_weights(self, weights: dict[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, parameter in self.network.named_parameters():
+                parameter.copy_(weights[name])
+
+    def save(self, folder: Path) -> None:
+        """Write everything needed to go on; the folder is replaced as a whole."""
+        folder = Path(folder)
+        state = self.optimizer.state_dict()
+        moments = {
+            f"{index}.{name}": value if isinstance(value, Tensor) else torch.tensor(value)
+            for index, entry in state["state"].items()
+            for name, value in entry.items()
+        }
+        with replacing(folder) as fresh:
+            save_tensors(fresh / "network.safetensors", dict(self.network.named_parameters()))
+            save_tensors(fresh / "average.safetensors", self.average.weights)
+            save_tensors(fresh / "best.safetensors", self.best_weights)
+            save_tensors(fresh / "optimizer.safetensors", moments)
+            write_config(fresh, self.config)
+            write_json(
+                fresh / STATE,
+                {
+                    "format": FORMAT,
+                    "epoch": self.epoch,
+                    "step": self.step,
+                    "skipped_steps": self.skipped_steps,
+                    "skipped_in_a_row": self._skipped_in_a_row,
+                    "average_steps": self.average.steps,
+                    "best_objective": self.best_objective if self.best_epoch else None,
+                    "best_epoch": self.best_epoch,
+                    "untrained_nmse_pred": self._untrained,
+                    "scaler": self.amp.state_dict(),
+                },
+            )
+
+    def load(self, folder: Path) -> None:
+        """Go on from a checkpoint of the same configuration.
+
+        Raises:
+            CheckpointError: damaged, of another format, or of another configuration.
+        """
+        folder = Path(folder)
+        state: dict[str, Any] = read_json(folder / STATE)
+        if state.get("format") != FORMAT:
+            raise CheckpointError(
+                f"{folder}: checkpoint format {state.get('format')!r}; expected {FORMAT}"
+            )
+        if read_config(folder) != self.config:
+            raise CheckpointError(
+                f"{folder}: the checkpoint is of another configuration; see its config.json"
+            )
+        self._set_weights(load_tensors(folder / "network.safetensors", self.device))
+        self.average.load(
+            load_tensors(folder / "average.safetensors", self.device), state["average_steps"]
+        )
+        self.best_weights = load_tensors(folder / "best.safetensors", self.device)
+        self._load_moments(load_tensors(folder / "optimizer.safetensors"))
+        self.amp.load_state_dict(state["scaler"])
+        self.epoch, self.step = state["epoch"], state["step"]
+        self.skipped_steps = state["skipped_steps"]
+        self._skipped_in_a_row = state["skipped_in_a_row"]
+        self.best_epoch = state["best_epoch"]
+        self.best_objective = math.inf if self.best_epoch is None else state["best_objective"]
+        self._untrained = state["untrained_nmse_pred"]
+
+    def _load_moments(self, moments: dict[str, Tensor]) -> None:
+        state = self.optimizer.state_dict()
+        entries: dict[int, dict[str, Tensor]] = {}
+        for key, value in moments.items():
+            index, name = key.split(".", 1)
+            entries.setdefault(int(index), {})[name] = value
+        state["state"] = entries
+        self.optimizer.load_state_dict(state)
+
+
+def train(
+    config: TrialConfig,
+    *,
+    device: torch.device | str = "cpu",
+    report: Report | None = None,
+    checkpoint: Path | None = None,
+) -> Metrics:
+    """Train a configuration to the end of its budget.
+
+    Args:
+        config: the trial.
+        device: where to train.
+        report: called after every epoch with (epoch, metrics); what it raises ends the training.
+        checkpoint: folder that is saved to after every epoch, and gone on from if it exists.
+
+    Returns:
+        The metrics of the last epoch.
+
+    Raises:
+        TrialDiverged, DataError, CheckpointError: see :class:`Trainer`.
+    """
+    trainer = Trainer(config, device)
+    if checkpoint is not None and (Path(checkpoint) / STATE).exists():
+        trainer.load(checkpoint)
+    metrics: Metrics = {"epoch": trainer.epoch, "objective": trainer.best_objective}
+    while not trainer.finished:
+        metrics = trainer.run_epoch()
+        if checkpoint is not None:
+            trainer.save(checkpoint)
+        if report is not None:
+            report(trainer.epoch, metrics)
+    return metrics
