@@ -75,10 +75,14 @@ HINTS = (
         ),
     ),
     (
-        re.compile(r"No matching distribution found|Could not find a version", re.IGNORECASE),
+        re.compile(
+            r"No matching distribution found|Could not find a version|ResolutionImpossible",
+            re.IGNORECASE,
+        ),
         (
-            "The package index has no build of that package for this Python and machine. "
-            "Check that the index is complete (PIP_INDEX_URL, PIP_NO_INDEX) and up to date."
+            "The package index has no such version for this Python and machine, or "
+            "pyproject.toml and constraints.txt ask for different ones. Check that the index "
+            "is complete (PIP_INDEX_URL, PIP_NO_INDEX) and that both files are unchanged."
         ),
     ),
     (
@@ -366,9 +370,11 @@ def hint(text):
 
 def last_words(lines):
     # type: (list[str]) -> str
-    """The lines of pip's output that say why it failed."""
-    telling = [line for line in lines if line.startswith(("ERROR", "error"))]
-    return "\n".join("  " + line for line in (telling or lines)[-6:])
+    """What pip said from its first error on, or last of all."""
+    lines = [line for line in lines if line.strip()]
+    errors = [i for i, line in enumerate(lines) if re.match(r"\s*(ERROR|error)\b", line)]
+    telling = lines[errors[0] :][:12] if errors else lines[-6:]
+    return "\n".join("  " + line for line in telling)
 
 
 def run_pip(environment, arguments, lock):
@@ -441,8 +447,8 @@ def install(environment, extras, lock):
     project = "." + ("[{}]".format(",".join(sorted(extras))) if extras else "")
     try:
         # setuptools from the constraints builds the project: no second, unpinned download.
-        say("installing PyTorch (a few minutes when it has to be downloaded)")
-        run_pip(environment, ["setuptools", requirement(environment.root, "torch")], lock)
+        say("installing PyTorch first (minutes when it has to be downloaded)")
+        run_pip(environment, ["setuptools"] + torch_requirement(environment.root), lock)
         say("installing the project" + (" with " + ", ".join(sorted(extras)) if extras else ""))
         run_pip(environment, ["--no-build-isolation", "-e", project], lock)
     except SetupError:
@@ -463,12 +469,11 @@ def install(environment, extras, lock):
     say("{} is ready ({:.0f} s)".format(ENVIRONMENT, time.time() - started))
 
 
-def requirement(root, name):
-    # type: (str, str) -> str
-    """The project's own requirement on a package, as pyproject.toml writes it."""
+def torch_requirement(root):
+    # type: (str) -> list[str]
+    """The project's requirement on PyTorch, as pyproject.toml writes it."""
     with open(os.path.join(root, "pyproject.toml"), encoding="utf-8") as handle:
-        found = re.search(r'"({}\b[^"\[]*)"'.format(re.escape(name)), handle.read())
-    return found.group(1) if found else name
+        return re.findall(r'^\s*"(torch\b[^"]*)"', handle.read(), re.MULTILINE)[:1]
 
 
 def ensure(root, extras):
