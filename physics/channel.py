@@ -65,5 +65,6 @@ def rician_channel(
         (*batch, n_antennas, array.size), generator=generator, device=device, dtype=dtype
     )
     return (
-        math.sqrt(kappa / (kappa + 1.0)) * line_of_sight + math.sqrt(1.0 / (kappa + 1.0)) * scattered
+        math.sqrt(kappa / (kappa + 1.0)) * line_of_sight
+        + math.sqrt(1.0 / (kappa + 1.0)) * scattered
     )

@@ -26,7 +26,8 @@ def quantize(codes: Tensor, bits: int) -> Tensor:
     if bits < 1:
         raise ValueError(f"bits is {bits}; at least 1 needed (leave it out for continuous phases)")
     step = 2.0 * math.pi / 2**bits
-    phase = torch.round(torch.angle(codes) / step) * step
+    # The remainder makes one number of -pi and pi.
+    phase = torch.round(torch.angle(codes) / step).remainder(2**bits) * step
     return torch.polar(torch.ones_like(phase), phase)
 
 
@@ -69,6 +70,16 @@ def hadamard_matrix(order: int) -> Tensor:
 
     Source: Paley, "On orthogonal matrices", J. Math. Phys. 12, 1933 (construction I).
     """
+    matrix = _hadamard(order)
+    if matrix is None:
+        raise ValueError(
+            f"no Hadamard matrix of order {order} by Sylvester's or Paley's construction; "
+            "use a codebook of kind 'dft' or 'random', or sides such as 2, 4, 8, 12, 16, 20, 24"
+        )
+    return matrix
+
+
+def _hadamard(order: int) -> Tensor | None:
     if order == 1:
         return torch.ones(1, 1, dtype=torch.float64)
     q = order - 1
@@ -82,12 +93,10 @@ def hadamard_matrix(order: int) -> Tensor:
         skew[1:, 1:] = character[(index[:, None] - index[None, :]) % q]
         return skew + torch.eye(order, dtype=torch.float64)
     if order % 2 == 0:
-        half = hadamard_matrix(order // 2)
-        return torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64), half)
-    raise ValueError(
-        f"no Hadamard matrix of order {order} by Sylvester's or Paley's construction; "
-        "use a codebook of kind 'dft' or 'random', or sides such as 2, 4, 8, 12, 16, 20, 24"
-    )
+        half = _hadamard(order // 2)
+        if half is not None:
+            return torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64), half)
+    return None
 
 
 def hadamard_codebook(array: PlanarArray, dtype: torch.dtype = torch.complex64) -> Tensor:

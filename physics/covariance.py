@@ -37,6 +37,11 @@ class LowRankCovariance:
                 f"factor is {factor.dtype} of shape {tuple(factor.shape)}; "
                 "expected a complex tensor (..., N, r)"
             )
+        if 0 in factor.shape[-2:]:
+            raise ValueError(
+                f"factor has shape {tuple(factor.shape)}; expected at least one row and column "
+                "(a zero column stands for rank 0)"
+            )
         if loading is None:
             loading = factor.real.new_zeros(factor.shape[:-2])
         elif loading.is_complex():
@@ -79,6 +84,7 @@ class LowRankCovariance:
         """F^H F (…, r, r)."""
         return self.factor.mH @ self.factor
 
+    @in_full_precision
     def dense(self) -> Tensor:
         """The matrix itself (…, N, N)."""
         eye = torch.eye(self.size, dtype=self.factor.dtype, device=self.factor.device)
@@ -92,7 +98,9 @@ class LowRankCovariance:
         """R scaled to trace N. The zero matrix, which says nothing, becomes the identity."""
         peak = self.factor.detach().abs().amax((-2, -1))
         peak = torch.maximum(peak, self.loading.detach().sqrt())
-        peak = torch.where(peak > 0, peak, torch.ones_like(peak))
+        # A subnormal divisor would overflow: the smallest normal number serves those.
+        usable = peak.clamp_min(torch.finfo(peak.dtype).tiny)
+        peak = torch.where(peak > 0, usable, torch.ones_like(peak))
         factor = self.factor / peak[..., None, None]
         loading = self.loading / peak / peak
         trace = _energy(factor) + self.size * loading
@@ -107,7 +115,7 @@ class LowRankCovariance:
         Source: Ledoit and Wolf, "A well-conditioned estimator for large-dimensional covariance
         matrices", J. Multivariate Anal. 88(2), 2004.
         """
-        rho = torch.as_tensor(shrinkage, device=self.loading.device, dtype=self.loading.dtype)
+        rho = _fraction("shrinkage", shrinkage, self.loading)
         mean = self.trace() / self.size
         factor = self.factor * (1.0 - rho).sqrt()[..., None, None]
         return LowRankCovariance(factor, (1.0 - rho) * self.loading + rho * mean)
@@ -177,8 +185,16 @@ class LowRankCovariance:
             )
 
     def _capacitance_cholesky(self) -> Tensor:
-        eye = torch.eye(self.rank, dtype=self.factor.dtype, device=self.factor.device)
-        return torch.linalg.cholesky(self.gram() + self.loading[..., None, None] * eye)
+        gram = self.gram()
+        eye = torch.eye(self.rank, dtype=gram.dtype, device=gram.device)
+        capacitance = gram + self.loading[..., None, None] * eye
+        cholesky, info = torch.linalg.cholesky_ex(capacitance)
+        if bool((info != 0).any()):
+            # A loading below the rounding of the Gram matrix: raise it there to that rounding.
+            rounding = self.rank * torch.finfo(self.loading.dtype).eps * _energy(self.factor)
+            raised = torch.where(info != 0, rounding, torch.zeros_like(rounding))
+            cholesky = torch.linalg.cholesky(capacitance + raised[..., None, None] * eye)
+        return cholesky
 
     @in_full_precision
     def eigenvalues(self) -> Tensor:
@@ -198,8 +214,10 @@ class LowRankCovariance:
             n_sources: K, one for all or (…) one for each batch item; at most r counts.
         """
         gram = self.gram()
-        counts = torch.as_tensor(n_sources, device=gram.device).expand(gram.shape[:-2])
-        weights: Tensor = _SignalWeights.apply(gram, counts)  # type: ignore[no-untyped-call]
+        counts = torch.as_tensor(n_sources, device=gram.device)
+        batch = torch.broadcast_shapes(counts.shape, gram.shape[:-2])
+        gram, counts = gram.expand(*batch, *gram.shape[-2:]), counts.expand(batch)
+        weights: Tensor = _SignalWeights.apply(gram, counts)
         return weights
 
     @in_full_precision
@@ -248,12 +266,14 @@ class _SignalWeights(torch.autograd.Function):
         return (vectors * inverse.unsqueeze(-2)) @ vectors.mH
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         values, vectors, inverse, signal, floor = ctx.saved_tensors
         inside = -inverse.unsqueeze(-1) * inverse.unsqueeze(-2)
-        gap = values.unsqueeze(-1) - values.unsqueeze(-2)
-        broadening = (floor * 8.0).unsqueeze(-1)
-        across = gap / (gap.square() + broadening.square())
+        # In units of the largest eigenvalue, so that no square over- or underflows.
+        unit = values[..., -1:].clamp_min(torch.finfo(values.dtype).tiny)
+        gap = (values.unsqueeze(-1) - values.unsqueeze(-2)) / unit.unsqueeze(-1)
+        broadening = (8.0 * floor / unit).unsqueeze(-1)
+        across = gap / (gap.square() + broadening.square()) / unit.unsqueeze(-1)
         one_sided = signal.unsqueeze(-1) != signal.unsqueeze(-2)
         difference = inverse.unsqueeze(-1) - inverse.unsqueeze(-2)
         divided = inside + torch.where(one_sided, difference * across, torch.zeros_like(across))
@@ -262,9 +282,17 @@ class _SignalWeights(torch.autograd.Function):
         return vectors @ (core * divided) @ vectors.mH, None
 
 
+def _fraction(name: str, value: float | Tensor, like: Tensor) -> Tensor:
+    """A weight in [0, 1] as a tensor; a clear error instead of the root of a negative number."""
+    fraction = torch.as_tensor(value, device=like.device, dtype=like.dtype)
+    if not bool(((fraction >= 0) & (fraction <= 1)).all()):
+        raise ValueError(f"{name} is {value}; expected a number in [0, 1]")
+    return fraction
+
+
 def _energy(factor: Tensor) -> Tensor:
     """||F||_F^2 (…) real."""
-    return torch.view_as_real(factor).square().sum((-3, -2, -1))
+    return torch.view_as_real(factor.resolve_conj()).square().sum((-3, -2, -1))
 
 
 def blend(
@@ -276,16 +304,18 @@ def blend(
         predicted: R_pred.
         measured: R_samp.
         beta: weight of R_samp in [0, 1], one for all or (…).
+
+    Raises:
+        ValueError: beta outside [0, 1].
     """
     predicted, measured = predicted.normalized(), measured.normalized()
-    weight = torch.as_tensor(beta, device=predicted.loading.device, dtype=predicted.loading.dtype)
-    factor = torch.cat(
-        [
-            predicted.factor * (1.0 - weight).sqrt()[..., None, None],
-            measured.factor * weight.sqrt()[..., None, None],
-        ],
-        dim=-1,
+    weight = _fraction("beta", beta, predicted.loading)
+    batch = torch.broadcast_shapes(predicted.batch_shape, measured.batch_shape, weight.shape)
+    parts = (
+        predicted.factor * (1.0 - weight).sqrt()[..., None, None],
+        measured.factor * weight.sqrt()[..., None, None],
     )
+    factor = torch.cat([part.expand(*batch, *part.shape[-2:]) for part in parts], dim=-1)
     loading = (1.0 - weight) * predicted.loading + weight * measured.loading
     return LowRankCovariance(factor, loading)
 
@@ -333,5 +363,3 @@ def sample_covariance(
     """
     snapshots, _ = tikhonov_solve(y, H, codes, regularization=regularization, solver=solver)
     return covariance_of(snapshots)
-
-

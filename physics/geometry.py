@@ -75,6 +75,7 @@ class PlanarArray:
         return 2.0 * torch.pi / self.wavelength
 
     @cached_property
+    @torch.inference_mode(False)  # kept: it must serve later calls that differentiate
     def elements(self) -> Tensor:
         """Element positions (N, 3), float64 [m]."""
         x = (
@@ -107,7 +108,7 @@ def direction(azimuth: Tensor, elevation: Tensor) -> Tensor:
 
 
 def to_cartesian(position: Tensor) -> Tensor:
-    """Cartesian coordinates (…, 3) [m] of positions (…, 3) = azimuth, elevation [rad], range [m]."""
+    """Cartesian points (…, 3) [m] of positions (…, 3) = azimuth, elevation [rad], range [m]."""
     return position[..., 2:] * direction(position[..., 0], position[..., 1])
 
 

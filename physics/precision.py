@@ -5,9 +5,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
+
+_BACKENDS: tuple[Any, ...] = (
+    torch.backends.cuda.matmul,
+    torch.backends.mkldnn.matmul,  # type: ignore[attr-defined]  # made at run time
+)
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -18,18 +23,32 @@ def full_precision() -> Iterator[None]:
     """Switch autocast and TF32 off for the block, and restore both after it.
 
     Autocast would turn matrix products into bf16 and TF32 would keep ten mantissa bits of
-    float32; either one ruins a Cholesky factorisation of a covariance.
+    float32; either one ruins a Cholesky factorisation of a covariance. Both of torch's ways to
+    ask for TF32 are heeded, ``set_float32_matmul_precision`` (with the older ``allow_tf32``) and
+    ``fp32_precision``, on the GPU (cuBLAS) and on the CPU (oneDNN, where it may also be bf16).
     """
-    matmul = torch.backends.cuda.matmul
-    tf32 = matmul.allow_tf32
     with ExitStack() as stack:
         for device_type in ("cpu", "cuda"):
             if torch.is_autocast_enabled(device_type):
                 stack.enter_context(torch.autocast(device_type, enabled=False))
-        if tf32:
-            matmul.allow_tf32 = False
-            stack.callback(setattr, matmul, "allow_tf32", True)
+        reduced = [(b, b.fp32_precision) for b in _BACKENDS if b.fp32_precision in ("tf32", "bf16")]
+        if reduced:
+            for backend, precision in reduced:
+                stack.callback(setattr, backend, "fp32_precision", precision)
+            # Where the older switch was used, torch wants both to say the same.
+            if (older := _older_switch()) != "highest":
+                stack.callback(torch.set_float32_matmul_precision, older)
+                torch.set_float32_matmul_precision("highest")
+            for backend, _ in reduced:
+                backend.fp32_precision = "ieee"
         yield
+
+
+def _older_switch() -> str:
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:  # torch's answer where the newer switch alone was used
+        return "highest"
 
 
 def in_full_precision(function: Callable[P, T]) -> Callable[P, T]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,14 +49,16 @@ def simulate(
         Scenes with y (B, L, M), H (B, M, N), codes (B, L, N).
 
     Raises:
-        ValueError: a negative count, or a codebook that the array cannot have.
+        ValueError: a negative count, a real dtype, or a codebook that the array cannot have.
     """
     if n_scenes < 0:
         raise ValueError(f"n_scenes is {n_scenes}; at least 0 needed")
+    if not dtype.is_complex:
+        raise ValueError(f"dtype is {dtype}; expected torch.complex64 or torch.complex128")
     config = config or SceneConfig()
     array = array or PlanarArray()
     real = dtype.to_real()
-    draw = {"generator": generator, "device": device}
+    draw: Any = {"generator": generator, "device": device}
 
     position, n_sources = draw_sources(config, n_scenes, dtype=real, **draw)
     base_station, _ = draw_sources(
@@ -93,19 +96,20 @@ def simulate(
     else:
         power = (gain * symbols[:, 0].abs()).square()
 
+    low, high = config.snr_db
+    snr_db = low + (high - low) * torch.rand((n_scenes,), dtype=real, **draw)
+    noise = complex_normal((n_scenes, config.n_snapshots, config.n_antennas), dtype=dtype, **draw)
+    # Drawn last, so that the same seed gives the same scenes with and without hardware errors.
     response, reflection = _hardware(config, array, position, generator)
     x = (symbols * gain.unsqueeze(-2)) @ response  # (B, L or 1, N)
     if reflection is not None:
         x = x * reflection.unsqueeze(-2)
     y = (codes * x) @ H.mT
 
-    low, high = config.snr_db
-    snr_db = low + (high - low) * torch.rand((n_scenes,), dtype=real, **draw)
     signal_power = y.abs().square().mean((-2, -1))
     noise_power = torch.where(
         signal_power > 0, signal_power * 10.0 ** (-snr_db / 10.0), torch.ones_like(signal_power)
     )
-    noise = complex_normal(tuple(y.shape), dtype=dtype, **draw)
     y = y + noise * noise_power.sqrt()[:, None, None]
     return Scenes(y, H, codes, position, power, n_sources, snr_db)
 

@@ -42,15 +42,19 @@ class PolarGrid:
     ) -> PolarGrid:
         """Grid with the given counts over the field of view of a scene configuration."""
 
-        def axis(low: float, high: float, count: int) -> tuple[float, ...]:
+        def axis(bounds: tuple[float, float], count: int) -> tuple[float, ...]:
+            low, high = bounds
             if count == 1:
                 return ((low + high) / 2,)
             return tuple(torch.linspace(low, high, count, dtype=torch.float64).tolist())
 
+        def in_radians(bounds_deg: tuple[float, float]) -> tuple[float, float]:
+            return math.radians(bounds_deg[0]), math.radians(bounds_deg[1])
+
         return cls(
-            axis(*(math.radians(v) for v in scene.azimuth_deg), n_azimuth),
-            axis(*(math.radians(v) for v in scene.elevation_deg), n_elevation),
-            axis(1.0 / scene.range_m[1], 1.0 / scene.range_m[0], n_range),
+            axis(in_radians(scene.azimuth_deg), n_azimuth),
+            axis(in_radians(scene.elevation_deg), n_elevation),
+            axis((1.0 / scene.range_m[1], 1.0 / scene.range_m[0]), n_range),
         )
 
     @property
@@ -83,6 +87,7 @@ class PolarGrid:
 
 
 @lru_cache(maxsize=4)
+@torch.inference_mode(False)  # kept: it must serve later calls that differentiate
 def _grid_steering(
     grid: PolarGrid,
     array: PlanarArray,
@@ -126,7 +131,7 @@ def music_spectrum(
     a = grid.steering(
         array, wavefront, device=covariance.factor.device, dtype=covariance.factor.dtype
     )
-    energy = covariance.subspace_energy(a, n_sources)
+    energy = covariance.normalized().subspace_energy(a, n_sources)
     floor = torch.finfo(energy.dtype).eps * 8
     return (1.0 - energy).clamp(floor, 1.0).reciprocal().unflatten(-1, grid.shape)
 
@@ -173,7 +178,8 @@ def _check_covariance(covariance: LowRankCovariance, array: PlanarArray) -> None
             f"covariance is {covariance.size} x {covariance.size} but the array has "
             f"{array.size} elements ({array.n_horizontal} x {array.n_vertical})"
         )
-    check_finite("covariance factor", torch.view_as_real(covariance.factor.resolve_conj()))
+    check_finite("covariance factor", covariance.factor)
+    check_finite("covariance loading", covariance.loading)
 
 
 def find_peaks(
@@ -195,8 +201,10 @@ def find_peaks(
         (…, n_peaks). Where there are fewer peaks, height is 0 and the position NaN.
 
     Raises:
-        ValueError: a spectrum that does not fit the grid, or is not finite.
+        ValueError: a spectrum that does not fit the grid, or is not finite; a negative count.
     """
+    if n_peaks < 0:
+        raise ValueError(f"n_peaks is {n_peaks}; at least 0 needed")
     if tuple(spectrum.shape[-3:]) != grid.shape:
         raise ValueError(
             f"spectrum has shape {tuple(spectrum.shape)}; expected (..., {grid.shape[0]}, "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -15,7 +16,7 @@ from physics.precision import in_full_precision
 
 Solver = Literal["auto", "dual", "lstsq", "gram", "svd"]
 
-_CHUNK_BYTES = 4 * 2**20  # workspace of one chunk of scenes when Phi_l must be formed
+_CHUNK_BYTES = 4 * 2**20  # workspace of one chunk of scenes where one Cholesky a scene will not do
 
 
 class TikhonovConfig(FrozenModel):
@@ -50,8 +51,7 @@ class SolveReport:
 def is_unit_modulus(codes: Tensor) -> bool:
     """Whether all codes (…, L, N) have modulus 1 to within rounding."""
     tolerance = 16 * torch.finfo(codes.dtype.to_real()).eps
-    power = torch.view_as_real(codes.resolve_conj()).square().sum(-1)
-    return bool(((power - 1.0).abs() <= tolerance).all())
+    return bool(((_power(codes) - 1.0).abs() <= tolerance).all())
 
 
 def tikhonov_solve(
@@ -73,8 +73,9 @@ def tikhonov_solve(
     - ``svd``: ``V diag(s / (s^2 + alpha)) U^H y``;
     - ``auto``: ``dual``.
 
-    Scenes whose factorisation fails or whose solution is not finite are solved again by ``svd``;
-    the report says which. A zero channel gives zeros.
+    Scenes whose factorisation fails or has lost all digits, or whose solution is not finite, are
+    solved again by ``svd``; the report says which. A zero channel gives zeros, and lambda = 0 the
+    pseudo-inverse.
 
     Args:
         y: (…, L, M) complex measurements.
@@ -97,7 +98,8 @@ def tikhonov_solve(
         raise ValueError(f"solver {solver!r} unknown; choose from {get_args(Solver)}")
     if not 0 <= regularization < float("inf"):
         raise ValueError(
-            f"regularization is {regularization}; expected a finite number of at least 0, such as 1e-3"
+            f"regularization is {regularization}; expected a finite number of at least 0, "
+            "such as 1e-3"
         )
     check_measurement(y, H, codes)
     return solve_unchecked(y, H, codes, regularization, solver)
@@ -121,21 +123,29 @@ def solve_unchecked(
         unit_modulus: what is known of the codes; None looks.
     """
     batch = torch.broadcast_shapes(y.shape[:-2], H.shape[:-2], codes.shape[:-2])
-    y, H, codes = (t.expand(*batch, *t.shape[-2:]).flatten(0, -3) for t in (y, H, codes))
-    y_scale, H_scale = _scale(y), _scale(H)
+    n_scenes, n_elements = math.prod(batch), H.shape[-1]
+    y, H, codes = (
+        t.expand(*batch, *t.shape[-2:]).reshape(n_scenes, *t.shape[-2:]) for t in (y, H, codes)
+    )
+    y_scale, H_scale = _scale(y, (-2, -1)), _scale(H, (-2, -1))
     y, H = y / y_scale, H / H_scale
     if unit_modulus is None:
         unit_modulus = is_unit_modulus(codes)
-    n_elements = H.shape[-1]
     if unit_modulus:
         trace = torch.view_as_real(H).square().sum((-3, -2, -1)).unsqueeze(-1)
+        back = y_scale / H_scale
     else:
-        column_power = torch.view_as_real(H.resolve_conj()).square().sum(-1).sum(-2)  # (B, N)
-        trace = (codes.abs().square() @ column_power.unsqueeze(-1)).squeeze(-1)
-    alpha = regularization * trace / n_elements  # (B, L), or (B, 1) for unit-modulus codes
+        code_scale = _scale(codes, (-1,))
+        codes = codes / code_scale
+        column_power = torch.view_as_real(H).square().sum(-1).sum(-2)  # (B, N)
+        trace = (_power(codes) @ column_power.unsqueeze(-1)).squeeze(-1)
+        back = y_scale / H_scale / code_scale
+    # A zero channel or code has the solution 0, which any positive alpha gives.
+    alpha = torch.where(trace > 0, regularization * trace / n_elements, torch.ones_like(trace))
+    alpha = alpha if unit_modulus else alpha.expand(y.shape[:2])  # (B, 1) or (B, L)
 
     resolved: Solver = "dual" if solver == "auto" else solver
-    if y.shape[0] == 0:
+    if n_scenes == 0:
         a = y.new_zeros(*y.shape[:-1], n_elements)
         failed = torch.zeros(0, dtype=torch.bool, device=y.device)
     elif resolved == "dual" and unit_modulus:
@@ -147,33 +157,56 @@ def solve_unchecked(
         a = a.clone()
         again, _ = _in_chunks(
             "svd",
-            *(torch.nan_to_num(t[failed], 0.0, 0.0, 0.0) for t in (y, H, codes)),
-            torch.nan_to_num(alpha.expand(y.shape[:2])[failed], 0.0, 0.0, 0.0),
+            *(
+                torch.nan_to_num(t[failed], 0.0, 0.0, 0.0)
+                for t in (y, H, codes, alpha.expand(y.shape[:2]))
+            ),
         )
         a[failed] = torch.nan_to_num(again, 0.0, 0.0, 0.0)
-    a = a * (y_scale / H_scale)
-    return a.unflatten(0, batch) if batch else a.squeeze(0), SolveReport(
+    a = a * back
+    return a.reshape(*batch, *a.shape[-2:]), SolveReport(
         resolved, unit_modulus, failed.reshape(batch)
     )
 
 
-def _scale(value: Tensor) -> Tensor:
-    """Largest modulus of each scene (B, 1, 1), and 1 where that is zero or not finite."""
-    peak = value.abs().amax((-2, -1), keepdim=True)
-    return torch.where((peak > 0) & torch.isfinite(peak), peak, torch.ones_like(peak))
+def _scale(value: Tensor, dim: tuple[int, ...]) -> Tensor:
+    """Largest modulus over some dimensions (kept), and 1 where that is zero or not finite."""
+    peak = value.abs().amax(dim, keepdim=True)
+    # A subnormal divisor would overflow: the smallest normal number serves those.
+    usable = peak.clamp_min(torch.finfo(peak.dtype).tiny)
+    return torch.where((peak > 0) & torch.isfinite(peak), usable, torch.ones_like(peak))
+
+
+def _power(value: Tensor) -> Tensor:
+    """|value|^2, without the square root of abs()."""
+    return torch.view_as_real(value.resolve_conj()).square().sum(-1)
+
+
+def _factorize(kernel: Tensor) -> tuple[Tensor, Tensor]:
+    """Cholesky factor of each matrix, and where it cannot be trusted.
+
+    A squared pivot down at the rounding error of the largest one holds no digits even where the
+    factorisation went through: a rank-deficient kernel with little loading does that.
+    """
+    cholesky, info = torch.linalg.cholesky_ex(kernel)
+    pivot = cholesky.diagonal(dim1=-2, dim2=-1).real.square()
+    rounding = kernel.shape[-1] * torch.finfo(pivot.dtype).eps
+    lost = pivot.amin(-1) <= rounding * pivot.amax(-1)
+    return cholesky, (info != 0) | lost
+
+
+def _substitute(cholesky: Tensor, right: Tensor) -> Tensor:
+    """Solve with a Cholesky factor; many times faster than cholesky_solve on small matrices."""
+    half = torch.linalg.solve_triangular(cholesky, right, upper=False)
+    return torch.linalg.solve_triangular(cholesky.mH, half, upper=True)
 
 
 def _dual_shared(y: Tensor, H: Tensor, codes: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
     """Dual form for unit-modulus codes: one M x M factorisation a scene."""
     eye = torch.eye(H.shape[-2], dtype=H.dtype, device=H.device)
-    alpha = torch.where(alpha > 0, alpha, torch.ones_like(alpha)) if _is_zero(alpha) else alpha
-    cholesky, info = torch.linalg.cholesky_ex(H @ H.mH + alpha.unsqueeze(-1) * eye)
-    z = torch.cholesky_solve(y.mT, cholesky)  # (B, M, L)
-    return (z.mT @ H.conj()) * codes.conj(), info != 0
-
-
-def _is_zero(alpha: Tensor) -> bool:
-    return bool((alpha == 0).any())
+    cholesky, failed = _factorize(H @ H.mH + alpha.unsqueeze(-1) * eye)
+    z = _substitute(cholesky, y.mT)  # (B, M, L)
+    return (z.mT @ H.conj()) * codes.conj(), failed
 
 
 def _in_chunks(
@@ -182,12 +215,11 @@ def _in_chunks(
     """Run a solver that forms Phi_l over chunks of scenes of bounded workspace."""
     n_snapshots, n_antennas = y.shape[-2:]
     n_elements = H.shape[-1]
-    rows = n_antennas + (n_elements if solver in ("lstsq", "gram") else 0)
-    per_scene = n_snapshots * rows * n_elements * y.element_size()
     if solver in ("lstsq", "gram"):
         chunk = y.shape[0]  # the reference solvers run as they were: whole batch at once
     else:
-        chunk = max(1, _CHUNK_BYTES // per_scene)
+        per_row = n_antennas if solver == "dual" else n_snapshots
+        chunk = max(1, _CHUNK_BYTES // (per_row * n_antennas * n_elements * y.element_size()))
     run = {"dual": _dual, "svd": _svd, "lstsq": _lstsq, "gram": _gram}[solver]
     parts = [
         run(y[i : i + chunk], H[i : i + chunk], codes[i : i + chunk], alpha[i : i + chunk])
@@ -199,14 +231,20 @@ def _in_chunks(
 
 
 def _dual(y: Tensor, H: Tensor, codes: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
-    """Dual form for any codes: one M x M factorisation a snapshot."""
-    eye = torch.eye(H.shape[-2], dtype=H.dtype, device=H.device)
-    weighted = H.unsqueeze(-3) * codes.abs().square().unsqueeze(-2)  # (B, L, M, N)
-    alpha = torch.where(alpha > 0, alpha, torch.ones_like(alpha)) if _is_zero(alpha) else alpha
-    kernel = weighted @ H.mH.unsqueeze(-3) + alpha[..., None, None] * eye
-    cholesky, info = torch.linalg.cholesky_ex(kernel)
-    z = torch.cholesky_solve(y.unsqueeze(-1), cholesky).squeeze(-1)  # (B, L, M)
-    return (z @ H.conj()) * codes.conj(), (info != 0).any(-1)
+    """Dual form for any codes: one M x M factorisation a snapshot.
+
+    ``Phi_l Phi_l^H = sum_n |c_ln|^2 h_n h_n^H`` for all l is one product of real matrices,
+    (L x N) times (N x 2 M^2): half the work of the complex one, and Phi_l is never formed.
+    """
+    n_antennas = H.shape[-2]
+    columns = H.mT.contiguous()  # (B, N, M)
+    outer = columns.unsqueeze(-1) * columns.conj().unsqueeze(-2)  # (B, N, M, M)
+    kernel = _power(codes) @ torch.view_as_real(outer).flatten(-3)
+    kernel = torch.view_as_complex(kernel.unflatten(-1, (n_antennas, n_antennas, 2)))
+    kernel.diagonal(dim1=-2, dim2=-1).add_(alpha.unsqueeze(-1))
+    cholesky, failed = _factorize(kernel)
+    z = _substitute(cholesky, y.unsqueeze(-1)).squeeze(-1)  # (B, L, M)
+    return (z @ H.conj()) * codes.conj(), failed.any(-1)
 
 
 def _phi(H: Tensor, codes: Tensor) -> Tensor:
@@ -234,13 +272,15 @@ def _lstsq(y: Tensor, H: Tensor, codes: Tensor, alpha: Tensor) -> tuple[Tensor, 
     augmented = torch.cat([phi, alpha.sqrt()[..., None, None] * eye], dim=-2)
     target = torch.cat([y, y.new_zeros(*y.shape[:-1], n_elements)], dim=-1)
     a = torch.linalg.lstsq(augmented, target.unsqueeze(-1)).solution.squeeze(-1)
-    return a, (alpha == 0).any(-1)
+    # QR takes the augmented matrix for one of full rank: not so when sqrt(alpha) is rounding.
+    energy = _power(phi).sum((-2, -1))
+    return a, (alpha <= torch.finfo(alpha.dtype).eps ** 2 * energy).any(-1)
 
 
 def _gram(y: Tensor, H: Tensor, codes: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
     phi = _phi(H, codes)
     eye = torch.eye(phi.shape[-1], dtype=H.dtype, device=H.device)
     normal = phi.mH @ phi + alpha[..., None, None] * eye
-    cholesky, info = torch.linalg.cholesky_ex(normal)
-    a = torch.cholesky_solve(phi.mH @ y.unsqueeze(-1), cholesky).squeeze(-1)
-    return a, (info != 0).any(-1)
+    cholesky, failed = _factorize(normal)
+    a = _substitute(cholesky, phi.mH @ y.unsqueeze(-1)).squeeze(-1)
+    return a, failed.any(-1)
