@@ -4,7 +4,9 @@ the file promises in its comments. Each check is shown to fail on a broken file.
 from __future__ import annotations
 
 import copy
+import os
 import re
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from botocore.validate import ParamValidator
 from click import ClickException
 from jsonschema import ValidationError
 from ray.autoscaler._private.util import prepare_config, validate_config
+from ray.scripts.scripts import start as ray_start
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "cluster.yaml").read_text(encoding="utf-8")
@@ -178,6 +181,37 @@ def test_the_on_premise_block_is_valid_once_uncommented(on_premise: Cluster) -> 
         check(on_premise)
     assert "available_node_types" not in on_premise
     assert "apt-get" not in str(on_premise)
+
+
+@pytest.mark.parametrize("text", [TEXT, on_premise_text(TEXT)], ids=["aws", "on-premise"])
+def test_every_command_is_one_that_bash_can_parse(text: str) -> None:
+    cluster = yaml.safe_load(text)
+    for key in (key for key in cluster if key.endswith("_commands")):
+        for command in cluster[key]:
+            run = subprocess.run(["bash", "-n", "-c", command], capture_output=True, text=True)
+            assert run.returncode == 0, f"{key}: {command}\n{run.stderr}"
+
+
+def test_the_flags_of_ray_start_exist_in_this_ray(aws: Cluster) -> None:
+    known = {option for parameter in ray_start.params for option in parameter.opts}
+    for key in ("head_start_ray_commands", "worker_start_ray_commands"):
+        used = set(re.findall(r"--[\w-]+", " ".join(aws[key])))
+        assert used <= known, used - known
+
+
+def test_the_shell_setup_works_and_is_not_repeated(aws: Cluster, tmp_path: Path) -> None:
+    (command,) = [c for c in aws["setup_commands"] if ".bashrc" in c]
+    environment = {"HOME": str(tmp_path), "PATH": os.environ["PATH"]}
+    (tmp_path / ".bashrc").write_text("# of the image\n")
+    for _ in range(2):
+        subprocess.run(["bash", "-c", command], env=environment, check=True)
+    assert len((tmp_path / ".bashrc").read_text().splitlines()) == 2
+    shown = subprocess.check_output(
+        ["bash", "-c", 'source ~/.bashrc; echo "$RAY_AUTH_MODE ${PATH%%:*}"'],
+        env=environment,
+        text=True,
+    )
+    assert shown.split() == ["token", f"{tmp_path}/ristune/.venv/bin"]
 
 
 def test_lines_to_edit_are_marked(aws: Cluster) -> None:
