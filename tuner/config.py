@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice, product
@@ -118,6 +119,29 @@ def load_study(path: Path | None, overrides: Sequence[str] = (), **options: Any)
     """
     source = str(path) if path else "configuration"
     data = read_yaml(path) if path else {}
+    _override(data, overrides, options)
+    study = _resolve(_validate(data, source))
+    check_space(study)
+    return study
+
+
+def load_trial(
+    data: Mapping[str, Any], overrides: Sequence[str] = (), **options: Any
+) -> TrialConfig:
+    """A trial's configuration from its saved form, overridden like a study's."""
+    changed = copy.deepcopy(dict(data))
+    _override(changed, overrides, options)
+    try:
+        config = TrialConfig.model_validate(changed)
+    except ValidationError as error:
+        raise ConfigError(explain(error, TrialConfig)) from error
+    if config.data.shards is None:
+        return config
+    changed["data"]["shards"] = config.data.shards.expanduser().resolve()
+    return TrialConfig.model_validate(changed)
+
+
+def _override(data: dict[str, Any], overrides: Sequence[str], options: Mapping[str, Any]) -> None:
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator or not key.strip():
@@ -126,9 +150,6 @@ def load_study(path: Path | None, overrides: Sequence[str] = (), **options: Any)
     for option, value in options.items():
         if value is not None:
             _assign(data, option.replace("__", "."), value)
-    study = _resolve(_validate(data, source))
-    check_space(study)
-    return study
 
 
 def check_space(study: StudyConfig) -> None:

@@ -92,10 +92,8 @@ class RunFolder:
         folder = cls(path)
         if not folder.path.is_dir():
             raise StudyError(f"{path}: no such folder")
-        if not (folder.database.exists() and folder.config.exists()):
-            raise StudyError(
-                f"{path}: holds no study (config.yaml and study.db are expected there)"
-            )
+        if not folder.config.exists():
+            raise StudyError(f"{path}: holds no study (config.yaml is expected there)")
         if lock:
             try:
                 folder._acquire()

@@ -95,15 +95,16 @@ def export_winner(folder: RunFolder, best: TrialRecord) -> bool:
     return True
 
 
-def drop_losers(ledger: Ledger) -> None:
-    """Delete checkpoints that nobody will go on from: all ended trials' but the winner's."""
+def drop_losers(folder: RunFolder, ledger: Ledger) -> None:
+    """Delete checkpoints that nobody will go on from: all but the winner's and the running."""
     best = ledger.best()
     for trial in ledger.trials():
-        if trial.state == "running" or trial.checkpoint is None or "://" in trial.checkpoint:
+        if trial.state == "running":
             continue
-        if best is not None and trial.number == best.number:
-            continue
-        shutil.rmtree(trial.checkpoint, ignore_errors=True)
+        kept = trial.checkpoint if best is not None and trial.number == best.number else None
+        for path in folder.trials.glob(f"{trial.number:04d}*/checkpoint*"):
+            if str(path) != kept:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def _plain(value: Any) -> Any:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from ray.tune import Callback, Checkpoint
@@ -19,8 +20,10 @@ from ray.tune.schedulers.trial_scheduler import TrialScheduler
 from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
+from tuner.files import write_atomically
+from tuner.folder import RunFolder
 from tuner.study import Assignment, End, Ledger, State
-from tuner.trainable import CONFIG, DEVICE, NUMBER, RESUME, STUDY
+from tuner.trainable import CONFIG, DEVICE, NUMBER, RESUME, START, STUDY
 
 logger = logging.getLogger(__name__)
 
@@ -40,11 +43,23 @@ class Watcher(Protocol):
 class LedgerSearch(OptunaSearch):
     """OptunaSearch whose study is the ledger's, with true ends for every trial."""
 
-    def __init__(self, ledger: Ledger, watcher: Watcher, device: str) -> None:
+    def __init__(
+        self,
+        ledger: Ledger,
+        watcher: Watcher,
+        folder: RunFolder,
+        *,
+        device: str,
+        stop: Callable[[], bool] = lambda: False,
+        after: Callable[[], None] = lambda: None,
+    ) -> None:
         Searcher.__init__(self, metric="objective", mode="min")
         self._ledger = ledger
         self._watcher = watcher
+        self._folder = folder
         self._device = device
+        self._stop = stop
+        self._after = after
         self._orphans = deque(ledger.orphans())
         self._numbers: dict[str, int] = {}
         self._ended: set[str] = set()
@@ -58,7 +73,7 @@ class LedgerSearch(OptunaSearch):
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """The next trial: first those that were cut, then new ones, then none."""
-        if self.closed:
+        if self.closed or self._stop():
             return Searcher.FINISHED
         while True:
             found = self._orphans.popleft() if self._orphans else self._ledger.ask()
@@ -78,6 +93,7 @@ class LedgerSearch(OptunaSearch):
                 CONFIG: config.model_dump(mode="json"),
                 DEVICE: self._device,
                 RESUME: found.checkpoint,
+                START: found.epoch,
             }
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
@@ -126,7 +142,11 @@ class LedgerSearch(OptunaSearch):
         number = self._numbers[trial_id]
         self._ended.add(trial_id)
         ended = self._ledger.finish(number, state, **details)
+        if details.get("traceback"):
+            note = self._folder.trial(number) / "error.txt"
+            write_atomically(note, details["traceback"])
         self._watcher.finished(number, ended, self._ledger.trial(number).reason)
+        self._after()
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: the ledger is the state."""

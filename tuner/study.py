@@ -113,7 +113,6 @@ class Ledger:
                     f"sqlite:///{database}", engine_kwargs={"connect_args": {"timeout": 60}}
                 )
             )
-        fresh = study.name not in optuna.study.get_all_study_names(self._storage)
         self._study = optuna.create_study(
             storage=self._storage,
             study_name=study.name,
@@ -123,7 +122,7 @@ class Ledger:
             pruner=self._pruner(),
         )
         self._ids: dict[int, int] = {}
-        if fresh:
+        if not self._frozen():
             self._enqueue()
 
     @property

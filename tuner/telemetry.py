@@ -32,7 +32,7 @@ def logging_to(path: Path) -> Iterator[None]:
     """Append the tuner's own log to a file."""
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    roots = [logging.getLogger(name) for name in ("tuner", "model", "physics")]
+    roots = [logging.getLogger(name) for name in ("tuner", "model", "physics", "ray")]
     before = [(root.level, root.propagate) for root in roots]
     for root in roots:
         root.setLevel(logging.INFO)

@@ -16,7 +16,8 @@ from tuner.trial import TrialRun
 logger = logging.getLogger(__name__)
 
 # Keys of the configuration that Ray hands to an actor.
-NUMBER, CONFIG, DEVICE, RESUME, STUDY = "number", "config", "device", "resume", "study"
+NUMBER, CONFIG, DEVICE, STUDY = "number", "config", "device", "study"
+RESUME, START = "resume", "start"  # a checkpoint to go on from, and its epoch
 
 
 class TrialActor(tune.Trainable):
@@ -48,8 +49,6 @@ class TrialActor(tune.Trainable):
         result["training_iteration"] = result["epoch"]
         result["device"] = self._device
         result["node"] = platform.node()
-        if result["failed"] and result["traceback"]:
-            Path(self.logdir, "error.txt").write_text(result["traceback"], encoding="utf-8")
         if not result["failed"]:
             _gauge(self._study, self._number, result)
         return result

@@ -1,0 +1,99 @@
+"""What the commands share: one-line errors, exit codes and signals. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import typer
+
+DONE, NOTHING_FINISHED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+
+
+def complain(message: str) -> None:
+    """One line on stderr."""
+    print("error: " + " ".join(str(message).split()), file=sys.stderr)
+
+
+def execute(app: typer.Typer, arguments: list[str] | None = None) -> int:
+    """Run a command and turn what goes wrong into one line and an exit code."""
+    from tuner.errors import StudyError
+
+    try:
+        code = app(args=arguments, standalone_mode=False)
+        return code if isinstance(code, int) else DONE
+    except typer.Exit as leaving:
+        return leaving.exit_code
+    except StudyError as error:
+        complain(str(error))
+        return BAD_INPUT
+    except (KeyboardInterrupt, typer.Abort):
+        complain("interrupted before the work began")
+        return INTERRUPTED
+    except Exception as error:
+        line = usage_problem(error) or data_problem(error)
+        if line is None:
+            raise
+        complain(line)
+        return BAD_INPUT
+
+
+def usage_problem(error: Exception) -> str | None:
+    """What was wrong with the command line, if that was it."""
+    describe = getattr(error, "format_message", None)
+    if describe is None or getattr(error, "exit_code", None) is None:
+        return None
+    return f"{describe()} (see --help)"
+
+
+def data_problem(error: Exception) -> str | None:
+    """What was wrong with the data or a checkpoint, if that was it."""
+    checkpoint = sys.modules.get("model.checkpoint")
+    data = sys.modules.get("model.data")
+    kinds = tuple(
+        kind
+        for kind in (
+            getattr(data, "DataError", None),
+            getattr(checkpoint, "CheckpointError", None),
+        )
+        if kind
+    )
+    return str(error) if kinds and isinstance(error, kinds) else None
+
+
+class Interruption:
+    """SIGINT and SIGTERM: at once, or, where somebody asks `wished`, in good order."""
+
+    def __init__(self) -> None:
+        self.wished = False
+        self._graceful = False
+
+    @contextmanager
+    def watched(self) -> Iterator[Interruption]:
+        """Take both signals for the time of the block."""
+        before: dict[int, Any] = {}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, self._handle)
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    @contextmanager
+    def gracefully(self) -> Iterator[Callable[[], bool]]:
+        """Inside, the first signal only sets the wish; the second one interrupts."""
+        self._graceful = True
+        try:
+            yield lambda: self.wished
+        finally:
+            self._graceful = False
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        first, self.wished = not self.wished, True
+        if not (self._graceful and first):
+            raise KeyboardInterrupt

@@ -1,0 +1,129 @@
+"""Running the study's trials through Ray Tune."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+from ray.tune import CheckpointConfig, FailureConfig, RunConfig, TuneConfig
+from ray.tune.experiment import Trial
+from ray.tune.schedulers import FIFOScheduler
+
+from tuner.folder import RunFolder
+from tuner.search import LedgerASHA, LedgerCallback, LedgerSearch
+from tuner.study import Ledger
+from tuner.telemetry import Progress
+from tuner.trainable import NUMBER, START, TrialActor
+
+logger = logging.getLogger(__name__)
+
+# Ray Tune's own output, loggers and snapshots are not wanted: the ledger is the record.
+_QUIET = {
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "TUNE_GLOBAL_CHECKPOINT_S": "86400",
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+    "TUNE_MAX_PENDING_TRIALS_PG": "auto",
+}
+_LITTER = ("experiment_state-*", "searcher-state-*", "search_gen_state-*", "callback_states-*",
+           "tuner.pkl", "trainable.pkl", ".validate_storage_marker")  # fmt: skip
+
+
+class StopWish(tune.Stopper):
+    """Ends the whole run in good order when somebody wishes so."""
+
+    def __init__(self, wished: Callable[[], bool]) -> None:
+        self._wished = wished
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        return self._wished()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (str, (type(self).__name__,))
+
+
+def run_distributed(
+    ledger: Ledger,
+    folder: RunFolder,
+    progress: Progress,
+    *,
+    gpus: float,
+    concurrent: int,
+    stop: Callable[[], bool],
+    after: Callable[[], None],
+) -> None:
+    """Run the study to its end, or until `stop` says so.
+
+    Args:
+        ledger: the study.
+        folder: where checkpoints go, unless the study names another storage.
+        progress: who shows it.
+        gpus: GPUs a trial; 0 means the CPU.
+        concurrent: trials side by side.
+        stop: asked often; True ends the run and leaves running trials to a resume.
+        after: called when a trial has ended.
+    """
+    for key, value in _QUIET.items():
+        os.environ.setdefault(key, value)
+    study = ledger.config
+    resources = study.resources
+    search = LedgerSearch(
+        ledger, progress, folder, device="cuda" if gpus else "cpu", stop=stop, after=after
+    )
+    asha = study.search.scheduler == "asha"
+    storage, name = str(folder.path), folder.trials.name
+    if resources.storage:
+        storage, name = resources.storage, f"{folder.path.name}-{folder.trials.name}"
+    tuner = tune.Tuner(
+        tune.with_resources(TrialActor, {"cpu": resources.cpus_per_trial or 1, "gpu": gpus}),
+        tune_config=TuneConfig(
+            search_alg=search,
+            scheduler=LedgerASHA(ledger) if asha else FIFOScheduler(),
+            num_samples=-1,
+            max_concurrent_trials=concurrent,
+            reuse_actors=True,
+            trial_name_creator=_trial_name,
+            trial_dirname_creator=_trial_folder,
+        ),
+        run_config=RunConfig(
+            name=name,
+            storage_path=storage,
+            failure_config=FailureConfig(max_failures=resources.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=1),
+            callbacks=[LedgerCallback(search)],
+            stop=StopWish(stop),
+            verbose=0,
+        ),
+    )
+    try:
+        tuner.fit()
+    finally:
+        search.closed = True
+        _sweep(folder.trials)
+
+
+def _trial_name(trial: Trial) -> str:
+    return f"trial-{trial.config[NUMBER]:04d}"
+
+
+def _trial_folder(trial: Trial) -> str:
+    number = f"{trial.config[NUMBER]:04d}"
+    # A trial that goes on keeps what it goes on from beside what it writes.
+    start = trial.config.get(START)
+    return f"{number}-after-epoch-{start}" if start else number
+
+
+def _sweep(trials: Path) -> None:
+    """Remove the files by which Ray would restore; the ledger does that."""
+    for pattern in _LITTER:
+        for path in trials.glob(pattern):
+            if path.is_file():
+                path.unlink(missing_ok=True)

@@ -1,0 +1,241 @@
+"""One session of a study: from a request to results, whoever runs the trials."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from model.data import check_data
+from model.precision import AmpPolicy
+from tuner.command import DONE, INTERRUPTED, NOTHING_FINISHED, Interruption
+from tuner.config import StudyConfig, load_study
+from tuner.errors import ConfigError, StudyError
+from tuner.files import write_atomically
+from tuner.folder import RunFolder
+from tuner.local import local_device, run_local
+from tuner.report import write_report
+from tuner.results import drop_losers, export_winner, write_best, write_trials
+from tuner.study import Ledger
+from tuner.telemetry import Progress, logging_to
+
+if TYPE_CHECKING:
+    from tuner.cluster import Cluster
+
+logger = logging.getLogger(__name__)
+
+_CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+# What a study may still change when it goes on; the rest decides its trials' results.
+_RESUMABLE = {"search__trials", "resources__concurrent", "resources__gpus_per_trial"}
+_FLAGS = {
+    "training__epochs": "--epochs",
+    "data__shards": "--data",
+    "resources__cpus_per_trial": "--cpus-per-trial",
+    "seed": "--seed",
+}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for."""
+
+    config: Path | None = None
+    overrides: tuple[str, ...] = ()
+    options: dict[str, Any] = field(default_factory=dict)
+    out: Path | None = None
+    local: bool = False
+    resume: Path | None = None
+    address: str | None = None
+
+
+def run_session(request: Request) -> int:
+    """Run a study to its end, or as far as it is let.
+
+    Returns:
+        The exit code: 0 done, 1 no trial finished, 130 interrupted.
+
+    Raises:
+        StudyError, DataError: nothing was started; the message is one line.
+    """
+    if request.local and request.address:
+        raise StudyError("--local: uses no Ray, so that --address has no meaning beside it")
+    with ExitStack() as stack:
+        interruption = stack.enter_context(Interruption().watched())
+        cluster: Cluster | None = None
+        notes: list[str] = []
+        if request.resume is None and request.config is None and not request.local:
+            cluster = _connect(stack, request.address)
+        study = _load(request, cluster, notes)
+        _check_precision(study, request.local)
+        notes.append("data: " + check_data(study))
+        if cluster is None and not request.local:
+            cluster = _connect(stack, request.address)
+        gpus, concurrent, device = _resources(study, cluster, notes)
+        folder = _folder(request, study)
+        stack.callback(folder.release)
+        stack.enter_context(logging_to(folder.log))
+        if cluster is not None:
+            from tuner.cluster import quiet_ray
+
+            quiet_ray()
+        write_atomically(folder.config, study.to_yaml())
+        ledger = Ledger(folder.database, study)
+        stack.callback(ledger.close)
+        progress = Progress(study, ledger.trials())
+        for note in [f"run folder: {folder.path}", *notes]:
+            progress.say(note)
+
+        def after() -> None:
+            write_trials(folder, ledger)
+            write_best(folder, ledger)
+            drop_losers(folder, ledger)
+
+        try:
+            with progress.shown():
+                if cluster is None:
+                    run_local(ledger, folder, progress, device, after)
+                else:
+                    from tuner.distributed import run_distributed
+
+                    with interruption.gracefully() as wished:
+                        run_distributed(
+                            ledger,
+                            folder,
+                            progress,
+                            gpus=gpus,
+                            concurrent=concurrent,
+                            stop=wished,
+                            after=after,
+                        )
+        except KeyboardInterrupt:
+            interruption.wished = True
+        return _conclude(folder, ledger, progress, interrupted=interruption.wished)
+
+
+def _connect(stack: ExitStack, address: str | None) -> Cluster:
+    from tuner.cluster import connected
+
+    return stack.enter_context(connected(address))
+
+
+def _load(request: Request, cluster: Cluster | None, notes: list[str]) -> StudyConfig:
+    if request.resume is not None:
+        return _load_resumed(request, notes)
+    path = request.config
+    if path is None:
+        gpus = cluster.n_gpus_possible if cluster else float(torch.cuda.is_available())
+        where = cluster.description if cluster else "this machine"
+        path = _CONFIGS / ("full.yaml" if gpus else "quickstart.yaml")
+        why = f"{where} has {gpus:g} GPUs" if gpus else f"{where} has no GPU"
+        notes.append(f"study: {path.name}, as {why} (choose another with --config)")
+    else:
+        notes.append(f"study: {path}")
+    return load_study(path, request.overrides, **request.options)
+
+
+def _load_resumed(request: Request, notes: list[str]) -> StudyConfig:
+    refused = [_FLAGS[key] for key in _FLAGS if request.options.get(key) is not None]
+    refused += ["--config"] if request.config else []
+    refused += ["--out"] if request.out else []
+    refused += ["--set"] if request.overrides else []
+    if refused:
+        raise StudyError(
+            f"{refused[0]}: cannot change with --resume; a study goes on as it was begun "
+            "(--trials, --concurrent, --gpus-per-trial, --address and --local may change)"
+        )
+    assert request.resume is not None
+    folder = RunFolder.existing(request.resume, lock=False)
+    options = {key: request.options.get(key) for key in _RESUMABLE}
+    notes.append(f"study: {folder.config}, going on")
+    return load_study(folder.config, **options)
+
+
+def _folder(request: Request, study: StudyConfig) -> RunFolder:
+    if request.resume is not None:
+        return RunFolder.existing(request.resume)
+    return RunFolder.fresh(request.out or RunFolder.default_path(study.name))
+
+
+def _check_precision(study: StudyConfig, local: bool) -> None:
+    on_cpu = study.resources.gpus_per_trial == 0 or (local and not torch.cuda.is_available())
+    if on_cpu:
+        try:
+            AmpPolicy(study.precision, torch.device("cpu"))
+        except ValueError as error:
+            raise ConfigError(f"precision.amp: got {study.precision.amp!r}; {error}") from error
+
+
+def _resources(
+    study: StudyConfig, cluster: Cluster | None, notes: list[str]
+) -> tuple[float, int, str]:
+    """GPUs a trial, trials side by side, and the device's name; says what was chosen."""
+    cpus = study.resources.cpus_per_trial
+    if cluster is None:
+        wanted = study.resources.gpus_per_trial
+        device = local_device(wanted)
+        if wanted and device == "cpu":
+            raise StudyError(
+                f"resources.gpus_per_trial: {wanted:g} GPU a trial asked, but this machine has "
+                "none; ask for 0 to run the trials on the CPU"
+            )
+        if device == "cpu":
+            notes.append(f"no GPU is used: trials run on the CPU, {cpus} threads each")
+        else:
+            notes.append(f"trials run on {torch.cuda.get_device_name()}, one after another")
+        return float(device != "cpu"), 1, device
+    from tuner.cluster import trial_resources
+
+    gpus, concurrent = trial_resources(cluster, study.resources, study.search.trials)
+    notes.append(
+        f"{cluster.description}: {cluster.n_cpus:g} CPUs, {cluster.n_gpus:g} GPUs; "
+        f"{concurrent} trials side by side, {gpus:g} GPU and {cpus} CPU each"
+    )
+    if not gpus:
+        reason = "by request" if cluster.n_gpus_possible else "there is none"
+        notes.append(f"no GPU is used ({reason}): trials run on the CPU")
+    if cluster.dashboard:
+        notes.append(f"Ray dashboard: {cluster.dashboard}")
+    return gpus, concurrent, "cuda" if gpus else "cpu"
+
+
+def _conclude(folder: RunFolder, ledger: Ledger, progress: Progress, *, interrupted: bool) -> int:
+    """Write the results and say how it ended."""
+    write_trials(folder, ledger)
+    best = write_best(folder, ledger)
+    if best is not None:
+        export_winner(folder, best)
+    _attempt(lambda: write_report(folder, ledger), progress, "report.html")
+    counts = progress.counts()
+    summary = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
+    progress.say(f"trials: {summary or 'none'}")
+    where = shlex.quote(str(folder.path))
+    if best is not None:
+        untrained = best.metrics.get("untrained_nmse_pred")
+        beside = f" (untrained network: {untrained:.5f})" if untrained is not None else ""
+        progress.say(f"best: trial {best.number:04d}, objective {best.objective:.5f}{beside}")
+    if interrupted:
+        progress.say(f"interrupted; go on with: python -m tuner.run --resume {where}")
+        return INTERRUPTED
+    if best is None:
+        reasons = {t.reason for t in ledger.trials() if t.state == "failed" and t.reason}
+        why = f"; for example: {sorted(reasons)[0]}" if reasons else ""
+        progress.say(f"no trial finished{why}", logging.ERROR)
+        return NOTHING_FINISHED
+    progress.say(f"report: {folder.report}")
+    progress.say(f"train the winner at full budget: python -m tuner.train --from {where}")
+    return DONE
+
+
+def _attempt(work: Callable[[], Any], progress: Progress, what: str) -> None:
+    # A page that cannot be drawn must not cost the results that are already on disk.
+    try:
+        work()
+    except Exception as error:
+        logger.exception("%s was not written", what)
+        progress.say(f"{what} was not written: {error}", logging.WARNING)

@@ -1,0 +1,167 @@
+"""`python -m tuner.train --from RUN_DIR|best.json`: train a study's winner at full budget."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tuner.command import DONE, INTERRUPTED, NOTHING_FINISHED, Interruption, complain, execute
+
+if TYPE_CHECKING:
+    from model.config import TrialConfig
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+@app.command()
+def train(
+    source: Annotated[
+        Path, typer.Option("--from", help="Run folder of a study, or its best.json.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the result. Default: <run folder>/final.")
+    ] = None,
+    epochs: Annotated[
+        int | None,
+        typer.Option(help="Budget. Default: the study's search.full_epochs, else the search's."),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Default: the winner's own.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder with train/ and val/ shards.")] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="a.b=VALUE", help="Change one field; may be repeated."),
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu or cuda. Default: the GPU where there is one.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the checkpoint in the folder.")
+    ] = False,
+) -> int:
+    """Train the winner again, by itself and to the end.
+
+    With the search's budget and seed it reaches the search's score, bit for bit on a CPU.
+    Exit codes: 0 done; 1 the training diverged; 2 bad configuration or data; 130 interrupted,
+    go on with --resume.
+    """
+    import torch
+
+    from tuner.errors import StudyError
+
+    winner, path = _read_winner(source)
+    config = _configure(winner, epochs, seed, data, set_ or [])
+    folder = (out or path.parent / "final").expanduser().resolve()
+    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if chosen.startswith("cuda") and not torch.cuda.is_available():
+        raise StudyError(f"--device: {chosen} asked, but this machine has no GPU")
+    try:
+        with Interruption().watched():
+            return _train(winner, config, folder, chosen, resume)
+    except KeyboardInterrupt:
+        print("interrupted; go on with the same command and --resume")
+        return INTERRUPTED
+
+
+def _train(
+    winner: dict[str, Any], config: TrialConfig, folder: Path, device: str, resume: bool
+) -> int:
+    from model.checkpoint import STATE, export_best
+    from model.data import check_data
+    from model.training import TrialDiverged, train
+    from tuner.errors import StudyError
+    from tuner.files import write_atomically
+
+    checkpoint = folder / "checkpoint"
+    begun = (checkpoint / STATE).exists()
+    if begun and not resume:
+        raise StudyError(f"--out: {folder} already holds a training; add --resume or choose another")
+    if resume and not begun:
+        raise StudyError(f"--resume: no checkpoint in {checkpoint}")
+    print(f"data: {check_data(config)}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / "config.json", config.model_dump_json(indent=2) + "\n")
+    except OSError as error:
+        raise StudyError(f"--out: cannot write to {folder}: {error.strerror}") from error
+    total = config.training.epochs
+    print(f"trial {winner['trial']:04d} of {winner['study']}: {total} epochs on {device}")
+
+    def report(epoch: int, metrics: dict[str, Any]) -> None:
+        print(
+            f"epoch {epoch}/{total}: objective {metrics['objective']:.5f}, "
+            f"{metrics['epoch_seconds']:.1f} s, {metrics['skipped_steps']} steps skipped",
+            flush=True,
+        )
+        line = json.dumps(metrics) + "\n"
+        with (folder / "metrics.jsonl").open("a", encoding="utf-8") as stream:
+            stream.write(line)
+
+    if not begun:
+        (folder / "metrics.jsonl").unlink(missing_ok=True)
+    try:
+        metrics = train(config, device=device, report=report, checkpoint=checkpoint)
+    except TrialDiverged as error:
+        complain(f"the training diverged: {error}")
+        return NOTHING_FINISHED
+    export_best(checkpoint, folder / "best")
+    score = float(metrics["objective"])
+    searched = float(winner["objective"])
+    result = {
+        "objective": score,
+        "searched_objective": searched,
+        "epochs": total,
+        "seed": config.seed,
+        "device": device,
+        "metrics": metrics,
+    }
+    write_atomically(folder / "result.json", json.dumps(result, indent=2) + "\n")
+    if score == searched:
+        verdict = "the same, bit for bit"
+    else:
+        verdict = f"{(searched - score) / searched:+.2%} gained" if searched else "another score"
+    print(f"objective {score!r}; in the search {searched!r}: {verdict}")
+    print(f"network: {folder / 'best'}")
+    return DONE
+
+
+def _read_winner(source: Path) -> tuple[dict[str, Any], Path]:
+    from tuner.errors import StudyError
+
+    path = source / "best.json" if source.is_dir() else source
+    try:
+        winner = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise StudyError(f"--from: {path}: no such file; has a trial of the study finished?") from None
+    except (OSError, ValueError) as error:
+        raise StudyError(f"--from: {path}: cannot be read: {error}") from error
+    needed = ("study", "trial", "objective", "config", "seed", "epochs")
+    missing = [key for key in needed if not isinstance(winner, dict) or key not in winner]
+    if missing:
+        raise StudyError(f"--from: {path}: has no '{missing[0]}'; a study's best.json is expected")
+    return winner, path.resolve()
+
+
+def _configure(
+    winner: dict[str, Any],
+    epochs: int | None,
+    seed: int | None,
+    data: Path | None,
+    overrides: list[str],
+) -> TrialConfig:
+    from tuner.config import load_trial
+
+    return load_trial(
+        winner["config"],
+        overrides,
+        training__epochs=epochs or winner.get("full_epochs"),
+        seed=seed,
+        data__shards=data,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(execute(app))
