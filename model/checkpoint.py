@@ -1,140 +1,152 @@
-"""Checkpoints: tensors as safetensors, the rest as JSON; never pickle."""
+"""Checkpoints: one safetensors file each, replaced in one step; never pickle."""
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from model.config import TrialConfig
+from model.files import replacing, write_text
 
 FORMAT = 1
-STATE = "state.json"
-CONFIG = "config.json"
+CHECKPOINT = "checkpoint.safetensors"
 WEIGHTS = "model.safetensors"
+CONFIG = "config.json"
 
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used, and why, in one line."""
 
 
-@contextmanager
-def replacing(folder: Path) -> Iterator[Path]:
-    """A new folder that takes the place of ``folder`` only once it is whole and on disk.
+@dataclass(frozen=True)
+class Checkpoint:
+    """State of a training between two epochs.
 
-    A crash, a full disk or a power cut before that leaves the old one as it was.
+    Attributes:
+        config: of the trial.
+        tensors: groups of tensors, such as ``network`` and ``optimizer``, by name.
+        state: plain values (JSON).
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    fresh = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}.new"
-    fresh.mkdir()
-    try:
-        yield fresh
-        for path in fresh.iterdir():
-            _sync(path)
-        _sync(fresh)
-        stale = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}.old"
-        if folder.exists():
-            folder.rename(stale)
-        fresh.rename(folder)
-        _sync(folder.parent)
-        shutil.rmtree(stale, ignore_errors=True)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
+
+    config: TrialConfig
+    tensors: dict[str, dict[str, Tensor]]
+    state: dict[str, Any]
+
+    def save(self, folder: Path) -> None:
+        """Write ``checkpoint.safetensors``; what was there before is replaced in one step."""
+        flat = {f"{g}/{n}": t for g, group in self.tensors.items() for n, t in group.items()}
+        save_tensors(
+            Path(folder) / CHECKPOINT,
+            flat,
+            {
+                "format": str(FORMAT),
+                "config": self.config.model_dump_json(),
+                "state": json.dumps(self.state, allow_nan=False),
+            },
+        )
+
+    @classmethod
+    def load(cls, folder: Path, device: torch.device | str = "cpu") -> Checkpoint:
+        """Read it back.
+
+        Raises:
+            CheckpointError: missing, damaged, or of another format.
+        """
+        path = Path(folder) / CHECKPOINT
+        flat, metadata = load_tensors(path, device)
+        if metadata.get("format") != str(FORMAT):
+            raise CheckpointError(
+                f"{path}: checkpoint format {metadata.get('format')!r}; expected {FORMAT!r}"
+            )
+        tensors: dict[str, dict[str, Tensor]] = {}
+        for key, value in flat.items():
+            group, name = key.split("/", 1)
+            tensors.setdefault(group, {})[name] = value
+        return cls(parse_config(path, metadata["config"]), tensors, json.loads(metadata["state"]))
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def has_checkpoint(folder: Path) -> bool:
+    """Whether a folder holds a checkpoint."""
+    return (Path(folder) / CHECKPOINT).is_file()
 
 
-def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write tensors as safetensors."""
-    save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, path)
+def save_tensors(
+    path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
+    """Write tensors as safetensors, in one step."""
+    with replacing(path) as fresh:
+        save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, fresh, metadata)
 
 
-def load_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    """Read safetensors.
+def load_tensors(
+    path: Path, device: torch.device | str = "cpu"
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read safetensors and their metadata.
 
     Raises:
         CheckpointError: missing or damaged.
     """
     try:
-        return load_file(path, device=str(device))
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            return {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file; expected a checkpoint's weights") from None
+        raise CheckpointError(f"{path}: no such file; expected safetensors") from None
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: not readable as safetensors ({error})") from error
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON; refuses NaN and Inf, which JSON has not."""
-    path.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-
-
-def read_json(path: Path) -> Any:
-    """Read JSON.
+def parse_config(path: Path, text: str) -> TrialConfig:
+    """The trial's configuration from JSON text found in ``path``.
 
     Raises:
-        CheckpointError: missing or damaged.
+        CheckpointError: damaged, or of another version, naming the field.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file; expected a checkpoint's {path.name}") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path}: not readable as JSON ({error})") from error
-
-
-def write_config(folder: Path, config: TrialConfig) -> None:
-    """Write the trial's configuration beside its weights."""
-    (folder / CONFIG).write_text(config.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        return TrialConfig.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise CheckpointError(
+            f"{path}: {where} holds {str(first.get('input'))[:80]!r}: {first['msg']}"
+        ) from error
 
 
 def read_config(folder: Path) -> TrialConfig:
-    """Read a trial's configuration.
+    """Read the ``config.json`` beside exported weights.
 
     Raises:
         CheckpointError: missing, damaged, or of another version.
     """
+    path = Path(folder) / CONFIG
     try:
-        return TrialConfig.model_validate(read_json(folder / CONFIG))
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise CheckpointError(
-            f"{folder / CONFIG}: {where} holds {first.get('input')!r}: {first['msg']}"
-        ) from error
+        return parse_config(path, path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file; expected a trial's configuration") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: not readable as text ({error})") from error
 
 
 def export_best(checkpoint: Path, out: Path) -> None:
     """Write the weights that were scored, and their configuration, for inference.
 
     Args:
-        checkpoint: a checkpoint of :class:`model.training.Trainer`.
-        out: folder that gets ``model.safetensors`` and ``config.json``; replaced as a whole.
+        checkpoint: folder of a checkpoint of :class:`model.training.Trainer`.
+        out: folder that gets ``model.safetensors`` and ``config.json``.
 
     Raises:
         CheckpointError: the checkpoint is damaged, or no epoch of it was scored.
     """
-    state = read_json(checkpoint / STATE)
-    if state["best_epoch"] is None:
+    loaded = Checkpoint.load(checkpoint)
+    if not loaded.tensors.get("best"):
         raise CheckpointError(f"{checkpoint}: no epoch was scored yet; nothing to export")
-    config = read_config(checkpoint)
-    weights = load_tensors(checkpoint / "best.safetensors")
-    with replacing(out) as fresh:
-        save_tensors(fresh / WEIGHTS, weights)
-        write_config(fresh, config)
+    out = Path(out)
+    write_text(out / CONFIG, loaded.config.model_dump_json(indent=2) + "\n")
+    save_tensors(out / WEIGHTS, loaded.tensors["best"])

@@ -70,7 +70,7 @@ class Localizer:
         config = read_config(folder)
         network = SnapshotNetwork(config.network, config.scene, config.array.build())
         try:
-            network.load_state_dict(load_tensors(folder / WEIGHTS))
+            network.load_state_dict(load_tensors(folder / WEIGHTS)[0])
         except RuntimeError as error:
             first = str(error).splitlines()[-1].strip()
             raise CheckpointError(

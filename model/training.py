@@ -14,18 +14,7 @@ import torch
 from torch import Tensor
 
 from model.blending import blended_covariance
-from model.checkpoint import (
-    FORMAT,
-    STATE,
-    CheckpointError,
-    load_tensors,
-    read_config,
-    read_json,
-    replacing,
-    save_tensors,
-    write_config,
-    write_json,
-)
+from model.checkpoint import Checkpoint, CheckpointError, has_checkpoint
 from model.config import TrialConfig
 from model.data import open_source
 from model.features import Features, compute_features
@@ -223,8 +212,9 @@ class Trainer:
         self.skipped_steps += 1
         self._skipped_in_a_row += 1
         log.warning(
-            "step %d skipped: gradient norm %s (%d in a row)",
+            "step %d of %d skipped: gradient norm %s (%d in a row)",
             self.step,
+            self.total_steps,
             norm,
             self._skipped_in_a_row,
         )
@@ -298,58 +288,50 @@ class Trainer:
                 parameter.copy_(weights[name])
 
     def save(self, folder: Path) -> None:
-        """Write everything needed to go on; the folder is replaced as a whole."""
-        folder = Path(folder)
-        state = self.optimizer.state_dict()
+        """Write everything needed to go on; what was there before is replaced in one step."""
         moments = {
             f"{index}.{name}": value if isinstance(value, Tensor) else torch.tensor(value)
-            for index, entry in state["state"].items()
+            for index, entry in self.optimizer.state_dict()["state"].items()
             for name, value in entry.items()
         }
-        with replacing(folder) as fresh:
-            save_tensors(fresh / "network.safetensors", dict(self.network.named_parameters()))
-            save_tensors(fresh / "average.safetensors", self.average.weights)
-            save_tensors(fresh / "best.safetensors", self.best_weights)
-            save_tensors(fresh / "optimizer.safetensors", moments)
-            write_config(fresh, self.config)
-            write_json(
-                fresh / STATE,
-                {
-                    "format": FORMAT,
-                    "epoch": self.epoch,
-                    "step": self.step,
-                    "skipped_steps": self.skipped_steps,
-                    "skipped_in_a_row": self._skipped_in_a_row,
-                    "average_steps": self.average.steps,
-                    "best_objective": self.best_objective if self.best_epoch else None,
-                    "best_epoch": self.best_epoch,
-                    "untrained_nmse_pred": self._untrained,
-                    "scaler": self.amp.state_dict(),
-                },
-            )
+        Checkpoint(
+            config=self.config,
+            tensors={
+                "network": dict(self.network.named_parameters()),
+                "average": self.average.weights,
+                "best": self.best_weights,
+                "optimizer": moments,
+            },
+            state={
+                "epoch": self.epoch,
+                "step": self.step,
+                "skipped_steps": self.skipped_steps,
+                "skipped_in_a_row": self._skipped_in_a_row,
+                "average_steps": self.average.steps,
+                "best_objective": self.best_objective if self.best_epoch else None,
+                "best_epoch": self.best_epoch,
+                "untrained_nmse_pred": self._untrained,
+                "scaler": self.amp.state_dict(),
+            },
+        ).save(folder)
 
     def load(self, folder: Path) -> None:
         """Go on from a checkpoint of the same configuration.
 
         Raises:
-            CheckpointError: damaged, of another format, or of another configuration.
+            CheckpointError: missing, damaged, of another format, or of another configuration.
         """
-        folder = Path(folder)
-        state: dict[str, Any] = read_json(folder / STATE)
-        if state.get("format") != FORMAT:
+        checkpoint = Checkpoint.load(folder, self.device)
+        if checkpoint.config != self.config:
             raise CheckpointError(
-                f"{folder}: checkpoint format {state.get('format')!r}; expected {FORMAT}"
+                f"{folder}: the checkpoint is of another configuration: "
+                f"{first_difference(checkpoint.config, self.config)}"
             )
-        if read_config(folder) != self.config:
-            raise CheckpointError(
-                f"{folder}: the checkpoint is of another configuration; see its config.json"
-            )
-        self._set_weights(load_tensors(folder / "network.safetensors", self.device))
-        self.average.load(
-            load_tensors(folder / "average.safetensors", self.device), state["average_steps"]
-        )
-        self.best_weights = load_tensors(folder / "best.safetensors", self.device)
-        self._load_moments(load_tensors(folder / "optimizer.safetensors"))
+        state: dict[str, Any] = checkpoint.state
+        self._set_weights(checkpoint.tensors["network"])
+        self.average.load(checkpoint.tensors["average"], state["average_steps"])
+        self.best_weights = checkpoint.tensors.get("best", {})
+        self._load_moments(checkpoint.tensors.get("optimizer", {}))
         self.amp.load_state_dict(state["scaler"])
         self.epoch, self.step = state["epoch"], state["step"]
         self.skipped_steps = state["skipped_steps"]
@@ -366,6 +348,19 @@ class Trainer:
             entries.setdefault(int(index), {})[name] = value
         state["state"] = entries
         self.optimizer.load_state_dict(state)
+
+
+def first_difference(saved: TrialConfig, wanted: TrialConfig) -> str:
+    """The first field in which two configurations differ, for messages."""
+    theirs, ours = saved.model_dump(), wanted.model_dump()
+    for section, value in theirs.items():
+        if value == ours[section]:
+            continue
+        if not isinstance(value, dict):
+            return f"{section} is {value!r} there and {ours[section]!r} here"
+        key = next(k for k in value if value[k] != ours[section][k])
+        return f"{section}.{key} is {value[key]!r} there and {ours[section][key]!r} here"
+    return "no field differs"
 
 
 def train(
@@ -390,7 +385,7 @@ def train(
         TrialDiverged, DataError, CheckpointError: see :class:`Trainer`.
     """
     trainer = Trainer(config, device)
-    if checkpoint is not None and (Path(checkpoint) / STATE).exists():
+    if checkpoint is not None and has_checkpoint(checkpoint):
         trainer.load(checkpoint)
     metrics: Metrics = {"epoch": trainer.epoch, "objective": trainer.best_objective}
     while not trainer.finished:

@@ -255,7 +255,11 @@ class _SignalWeights(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, gram: Tensor, n_sources: Tensor) -> Tensor:
-        values, vectors = torch.linalg.eigh(gram)
+        # eigh raises on NaN; such items go through as NaN instead, and only they.
+        finite = torch.isfinite(torch.view_as_real(gram)).flatten(-3).all(-1)[..., None, None]
+        eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+        values, vectors = torch.linalg.eigh(torch.where(finite, gram, eye))
+        vectors = torch.where(finite, vectors, torch.full_like(vectors, torch.nan))
         rank = gram.shape[-1]
         order = torch.arange(rank, device=gram.device)
         eps = torch.finfo(values.dtype).eps

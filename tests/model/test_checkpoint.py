@@ -1,0 +1,114 @@
+"""Checkpoints on disk: whole or not at all, and never pickle."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors import SafetensorError
+
+from model import Trainer
+from model.checkpoint import Checkpoint, CheckpointError, export_best, read_config
+from model.files import replacing, write_text
+from tests.tiny import tiny_config
+
+
+def test_a_failure_while_writing_leaves_the_old_file_whole(tmp_path: Path) -> None:
+    target = tmp_path / "checkpoint"
+    write_text(target, "old")
+    with pytest.raises(OSError, match="disk full"), replacing(target) as fresh:
+        fresh.write_text("new")
+        raise OSError("disk full")
+    assert target.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path) -> None:
+    trainer = Trainer(tiny_config())
+    trainer.run_epoch()
+    trainer.save(tmp_path)
+    trainer.run_epoch()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        with pytest.raises((OSError, SafetensorError)):
+            trainer.save(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.safetensors"]
+    restored = Trainer(tiny_config())
+    restored.load(tmp_path)
+    assert restored.epoch == 1
+
+
+def test_a_process_killed_while_saving_leaves_a_checkpoint_that_loads(tmp_path: Path) -> None:
+    script = """
+import sys
+from pathlib import Path
+from model import Trainer
+from tests.tiny import tiny_config
+trainer = Trainer(tiny_config())
+trainer.run_epoch()
+folder = Path(sys.argv[1])
+trainer.save(folder)
+print("saved", flush=True)
+while True:
+    trainer.save(folder)
+"""
+    for delay in (0.05, 0.17, 0.31):
+        folder = tmp_path / f"{delay}" / "c"
+        process = subprocess.Popen(
+            [sys.executable, "-c", script, str(folder)],
+            stdout=subprocess.PIPE,
+            cwd=Path(__file__).parents[2],
+        )
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"saved\n"
+        try:
+            process.wait(delay)
+        except subprocess.TimeoutExpired:
+            os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+        trainer = Trainer(tiny_config())
+        trainer.load(folder)
+        assert trainer.epoch == 1
+
+
+def test_a_checkpoint_holds_no_pickle(tmp_path: Path) -> None:
+    trainer = Trainer(tiny_config())
+    trainer.run_epoch()
+    trainer.save(tmp_path / "c")
+    names = [p.name for p in (tmp_path / "c").iterdir()]
+    assert names == ["checkpoint.safetensors"]
+    assert b"pickle" not in (tmp_path / "c" / names[0]).read_bytes()
+
+
+def test_nothing_is_exported_before_an_epoch_was_scored(tmp_path: Path) -> None:
+    Trainer(tiny_config()).save(tmp_path / "c")
+    with pytest.raises(CheckpointError, match="no epoch was scored"):
+        export_best(tmp_path / "c", tmp_path / "best")
+    assert not (tmp_path / "best").exists()
+
+
+def test_the_configuration_is_read_back_equal(tmp_path: Path) -> None:
+    config = tiny_config(seed=7)
+    trainer = Trainer(config)
+    trainer.run_epoch()
+    trainer.save(tmp_path / "c")
+    export_best(tmp_path / "c", tmp_path / "best")
+    assert read_config(tmp_path / "best") == config == Checkpoint.load(tmp_path / "c").config
+
+
+def test_an_unknown_key_in_a_saved_configuration_is_named(tmp_path: Path) -> None:
+    write_text(tmp_path / "config.json", json.dumps({"network": {"widht": 3}}))
+    with pytest.raises(CheckpointError, match=r"network\.widht holds '3'"):
+        read_config(tmp_path)

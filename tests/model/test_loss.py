@@ -1,0 +1,260 @@
+"""Losses: against dense references, their gradients, their laws and their schedule."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from model.loss import LossConfig, ScenesLoss, match_slots
+from model.network import Prediction
+from physics import LowRankCovariance, PlanarArray, PolarGrid, SceneConfig, simulate
+from physics.covariance import blend
+from tests.reference import losses as reference
+
+ARRAY = PlanarArray(6, 6)
+SCENE = SceneConfig(n_antennas=4, n_snapshots=4, min_sources=0, max_sources=3)
+GRID = PolarGrid.covering(SCENE, 6, 4, 2)
+
+
+def _case(dtype: torch.dtype = torch.complex128, n_slots: int = 4, n_scenes: int = 6):  # noqa: ANN202
+    generator = torch.Generator().manual_seed(3)
+    scenes = simulate(n_scenes, SCENE, ARRAY, generator=generator, dtype=dtype)
+    real = dtype.to_real()
+    n_cells = int(np.prod(GRID.shape))
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=real)
+
+    factor = torch.complex(
+        normal(n_scenes, ARRAY.size, n_slots), normal(n_scenes, ARRAY.size, n_slots)
+    )
+    prediction = Prediction(
+        factor=factor,
+        existence=normal(n_scenes, n_slots),
+        log_pointer=torch.log_softmax(normal(n_scenes, n_slots, n_cells), -1),
+        position=normal(n_scenes, n_slots, 3),
+    )
+    measured = LowRankCovariance(
+        torch.complex(normal(n_scenes, ARRAY.size, 4), normal(n_scenes, ARRAY.size, 4))
+    )
+    dictionary = GRID.steering(ARRAY, dtype=dtype)
+    loss = ScenesLoss(
+        LossConfig(), ARRAY, "spherical", dictionary, torch.ones(3, dtype=real)
+    )
+    return scenes, prediction, blend(prediction.covariance(), measured, 0.3), loss, dictionary
+
+
+def test_every_covariance_term_equals_its_dense_reference() -> None:
+    scenes, prediction, blended, loss, dictionary = _case()
+    terms = loss(prediction, blended, scenes).terms
+    truth = scenes.covariance(ARRAY, "spherical")
+    from physics import steering_vector
+
+    a = steering_vector(scenes.position, ARRAY).numpy()
+    dense, dense_truth = blended.dense().numpy(), truth.dense().numpy()
+    dense_pred = prediction.covariance().dense().numpy()
+    counts = scenes.n_sources.tolist()
+    assert 0 in counts and max(counts) > 1, "the case must hold empty and crowded scenes"
+    nmse = np.mean([reference.nmse(r, t) for r, t in zip(dense, dense_truth, strict=True)])
+    pred = np.mean([reference.nmse(r, t) for r, t in zip(dense_pred, dense_truth, strict=True)])
+    align = np.mean(
+        [reference.subspace_align(dense[i], a[i, :k].T) for i, k in enumerate(counts) if k]
+    )
+    contrast = np.concatenate(
+        [
+            reference.peak_contrast(dense[i], a[i, :k].T, dictionary.numpy().T, loss.temperature)
+            for i, k in enumerate(counts)
+            if k
+        ]
+    ).mean()
+    assert float(terms["nmse"]) == pytest.approx(nmse, rel=1e-10)
+    assert float(terms["cov_pred"]) == pytest.approx(pred, rel=1e-10)
+    assert float(terms["subspace_align"]) == pytest.approx(align, rel=1e-8)
+    assert float(terms["peak_contrast"]) == pytest.approx(contrast, rel=1e-8)
+
+
+def test_single_precision_agrees_with_double() -> None:
+    double = _case(torch.complex128)
+    scenes, prediction, blended, _, dictionary = double
+    exact = double[3](prediction, blended, scenes)
+
+    def narrow(t: Tensor) -> Tensor:
+        return t.to(torch.complex64 if t.is_complex() else torch.float32)
+
+    single = ScenesLoss(LossConfig(), ARRAY, "spherical", narrow(dictionary), torch.ones(3))
+    small = single(
+        Prediction(*(narrow(t) for t in vars(prediction).values())),
+        blended.to(torch.complex64),
+        scenes._map(lambda t: narrow(t) if t.is_floating_point() or t.is_complex() else t),
+    )
+    # Sums of a few hundred products in float32: 1e-4 is 1000 roundings.
+    assert float(small.total) == pytest.approx(float(exact.total), rel=1e-4)
+
+
+def test_gradients_of_the_whole_loss_match_finite_differences() -> None:
+    scenes, prediction, _, loss, _ = _case(n_scenes=3)
+    measured = LowRankCovariance(torch.randn(3, ARRAY.size, 4, dtype=torch.complex128))
+
+    def total(factor: Tensor, existence: Tensor, score: Tensor, position: Tensor) -> Tensor:
+        p = Prediction(factor, existence, torch.log_softmax(score, -1), position)
+        return loss(p, blend(p.covariance(), measured, 0.3), scenes).total
+
+    inputs = [
+        t.clone().requires_grad_()
+        for t in (
+            prediction.factor,
+            prediction.existence,
+            prediction.log_pointer,
+            prediction.position,
+        )
+    ]
+    assert torch.autograd.gradcheck(total, inputs, atol=1e-6, rtol=1e-4, fast_mode=True)
+
+
+@pytest.mark.parametrize(
+    "term", ["cov_pred", "subspace_align", "peak_contrast", "existence", "position"]
+)
+def test_every_term_is_on_by_default_and_contributes_to_the_gradient(term: str) -> None:
+    scenes, prediction, _, _, dictionary = _case()
+    assert LossConfig().weights("main")[term] > 0
+
+    def gradients(weights: dict[str, float]) -> list[Tensor]:
+        leaves = [t.clone().requires_grad_() for t in vars(prediction).values()]
+        p = Prediction(*leaves)
+        value = ScenesLoss(
+            LossConfig(**weights), ARRAY, "spherical", dictionary, torch.ones(3)
+        )(p, p.covariance(), scenes)
+        return [
+            torch.zeros_like(t) if g is None else g
+            for t, g in zip(
+                leaves, torch.autograd.grad(value.total, leaves, allow_unused=True), strict=True
+            )
+        ]
+
+    with_term = gradients({})
+    without = gradients({term: 0.0})
+    change = sum(float((a - b).abs().sum()) for a, b in zip(with_term, without, strict=True))
+    assert change > 1e-6
+
+
+def test_lesson_4_weights_follow_the_schedule() -> None:
+    config = LossConfig()
+    phases = [config.weights(p) for p in ("warmup", "main", "final")]
+    assert [w["subspace_align"] for w in phases] == pytest.approx([0.02, 0.05, 0.07])
+    assert [w["peak_contrast"] for w in phases] == pytest.approx([0.05, 0.10, 0.12])
+    steps = [config.phase(s, 100, 10) for s in range(100)]
+    assert [(p, len(list(g))) for p, g in itertools.groupby(steps)] == [
+        ("warmup", 10), ("main", 70), ("final", 20)
+    ]  # fmt: skip
+    assert LossConfig(schedule=False).weights("warmup")["peak_contrast"] == 0.1
+
+
+def test_lesson_7_auxiliary_nmse_sees_r_pred_alone() -> None:
+    scenes, prediction, _, loss, _ = _case()
+    truth = scenes.covariance(ARRAY, "spherical")
+    value = loss(prediction, truth, scenes)
+    assert float(value.terms["nmse"]) < 1e-12, "a perfect R_blend"
+    assert float(value.terms["cov_pred"]) > 0.1, "does not excuse a lazy R_pred"
+    assert LossConfig().cov_pred == 0.03
+
+
+def test_matching_is_the_cheapest_assignment_whatever_the_order_of_slots_and_sources() -> None:
+    scenes, prediction, _, _, dictionary = _case(n_slots=4)
+    from physics import steering_vector
+
+    a = steering_vector(scenes.position, ARRAY)
+    overlap = (dictionary @ a.mH).abs().square()
+    matched, source = match_slots(prediction, overlap, scenes.present)
+    cost = -(prediction.log_pointer.exp() @ overlap) - 0.5 * torch.sigmoid(
+        prediction.existence
+    ).unsqueeze(-1)
+    for i, count in enumerate(scenes.n_sources.tolist()):
+        best = min(
+            sum(float(cost[i, s, k]) for k, s in enumerate(slots))
+            for slots in itertools.permutations(range(4), count)
+        )
+        got = sum(float(cost[i, s, source[i, s]]) for s in range(4) if matched[i, s])
+        assert int(matched[i].sum()) == count
+        assert sorted(source[i][matched[i]].tolist()) == list(range(count))
+        assert got == pytest.approx(best)
+
+
+def test_trap_loss_is_invariant_to_the_order_of_slots_and_sources() -> None:
+    scenes, prediction, blended, loss, _ = _case()
+    order = torch.tensor([2, 0, 3, 1])
+    shuffled = Prediction(
+        prediction.factor[..., order],
+        prediction.existence[:, order],
+        prediction.log_pointer[:, order],
+        prediction.position[:, order],
+    )
+    two = scenes[(scenes.n_sources == 3).nonzero().squeeze(-1)]
+    assert len(two), "needs a scene with three sources"
+    index = (scenes.n_sources == 3).nonzero().squeeze(-1)
+    swapped = type(two)(
+        two.y, two.H, two.codes, two.position.flip(1), two.power.flip(1), two.n_sources, two.snr_db
+    )
+    pick = LowRankCovariance(blended.factor[index], blended.loading[index])
+    first = loss(Prediction(*(t[index] for t in vars(prediction).values())), pick, two)
+    second = loss(Prediction(*(t[index] for t in vars(shuffled).values())), pick, swapped)
+    assert float(first.total) == pytest.approx(float(second.total), rel=1e-10)
+
+
+def test_more_sources_than_slots_leave_some_sources_unmatched() -> None:
+    scenes, prediction, blended, loss, dictionary = _case(n_slots=1)
+    from physics import steering_vector
+
+    overlap = (dictionary @ steering_vector(scenes.position, ARRAY).mH).abs().square()
+    matched, _ = match_slots(prediction, overlap, scenes.present)
+    assert matched.sum(-1).tolist() == scenes.n_sources.clamp_max(1).tolist()
+    assert torch.isfinite(loss(prediction, blended, scenes).total)
+
+
+def test_scenes_without_any_source_give_a_finite_loss_and_gradient() -> None:
+    scenes, prediction, _, loss, _ = _case()
+    empty = scenes[(scenes.n_sources == 0).nonzero().squeeze(-1)]
+    index = (scenes.n_sources == 0).nonzero().squeeze(-1)
+    leaves = [t[index].clone().requires_grad_() for t in vars(prediction).values()]
+    p = Prediction(*leaves)
+    value = loss(p, p.covariance(), empty)
+    value.total.backward()
+    assert torch.isfinite(value.total)
+    assert float(value.terms["subspace_align"]) == float(value.terms["peak_contrast"]) == 0.0
+    assert all(t.grad is None or bool(torch.isfinite(t.grad).all()) for t in leaves)
+
+
+def test_lesson_3_equal_columns_give_a_finite_gradient() -> None:
+    scenes, prediction, _, loss, _ = _case()
+    factor = prediction.factor[..., :1].expand(-1, -1, 4).clone().requires_grad_()
+    p = Prediction(factor, prediction.existence, prediction.log_pointer, prediction.position)
+    loss(p, p.covariance(), scenes).total.backward()
+    assert factor.grad is not None
+    assert bool(torch.isfinite(torch.view_as_real(factor.grad)).all())
+
+
+def test_nothing_in_the_loss_is_n_by_n() -> None:
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        square = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN204
+            out = func(*args, **(kwargs or {}))
+            for t in out if isinstance(out, tuple | list) else (out,):
+                if isinstance(t, Tensor) and t.shape[-2:] == (ARRAY.size, ARRAY.size):
+                    type(self).square += 1
+            return out
+
+    scenes, prediction, _, loss, _ = _case()
+    leaves = [t.clone().requires_grad_() for t in vars(prediction).values()]
+    with Largest():
+        p = Prediction(*leaves)
+        loss(p, p.covariance(), scenes).total.backward()
+    assert Largest.square == 0
+    with Largest():
+        prediction.covariance().dense()
+    assert Largest.square > 0, "the detector must see a dense matrix"

@@ -1,0 +1,255 @@
+"""Shards: the writer's own, damaged ones, and the origin's."""
+
+from __future__ import annotations
+
+import shutil
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from model.data import check_data, check_convention
+from model.shards import DataError, ShardSplit, open_npz, refuse_leaks, write_shards
+from physics import LowRankCovariance, Scenes, nmse, simulate
+from tests.tiny import tiny_config
+
+CONFIG = tiny_config(scene={"wavefront": "paraxial", "source_mode": "constant", "min_sources": 0})
+ARRAY = CONFIG.array.build()
+
+
+def made(n: int, seed: int) -> Scenes:
+    return simulate(n, CONFIG.scene, ARRAY, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_shards(tmp_path, "train", made(10, 1), ARRAY, "paraxial", shard_size=4)
+    write_shards(tmp_path, "val", made(5, 2), ARRAY, "paraxial")
+    return tmp_path
+
+
+def split(folder: Path, name: str = "train", **changes: object) -> ShardSplit:
+    scene = CONFIG.scene
+    values = {
+        "array": ARRAY,
+        "wavefront": "paraxial",
+        "n_antennas": scene.n_antennas,
+        "n_snapshots": scene.n_snapshots,
+        "max_sources": scene.max_sources,
+    }
+    return ShardSplit(folder, name, **(values | changes))  # type: ignore[arg-type]
+
+
+def config_for(folder: Path):  # noqa: ANN201
+    return CONFIG.model_copy(update={"data": CONFIG.data.model_copy(update={"shards": folder})})
+
+
+def edit(path: Path, **changes: np.ndarray) -> None:
+    values = dict(np.load(path))
+    np.savez(path, **(values | changes))
+
+
+def test_what_is_written_is_read_back(folder: Path) -> None:
+    written = made(10, 1)
+    assert sorted(p.name for p in (folder / "train").iterdir()) == [
+        "shard_000.npz", "shard_001.npz", "shard_002.npz"
+    ]  # fmt: skip
+    order = np.array([7, 0, 9, 3])
+    read = split(folder).read(order)
+    expected = written[torch.from_numpy(order)]
+    for key in ("y", "H", "codes", "snr_db", "n_sources"):
+        torch.testing.assert_close(getattr(read, key), getattr(expected, key))
+    present = expected.present.unsqueeze(-1)
+    torch.testing.assert_close(read.position * present, expected.position * present)
+    torch.testing.assert_close(read.present, expected.present)
+    error = nmse(read.covariance(ARRAY, "paraxial"), expected.covariance(ARRAY, "paraxial"))
+    assert float(error.max()) < 1e-6, "source powers are found in R to float32 rounding"
+
+
+def test_the_written_format_is_the_origins(folder: Path) -> None:
+    scenes = made(10, 1)
+    values = np.load(folder / "train" / "shard_000.npz", allow_pickle=False)
+    assert set(values) == {"y", "H", "H_full", "codes", "ptr", "K", "snr", "R", "R_samp"}
+    assert all(values[k].dtype == np.float32 for k in values if k != "K")
+    assert values["K"].dtype == np.int32
+    np.testing.assert_allclose(values["y"][..., 0], 1000 * scenes.y[:4].real, rtol=1e-6)
+    effective = torch.einsum("bmn,bln->blm", scenes.H[:4], scenes.codes[:4])
+    np.testing.assert_allclose(values["H"][..., 1], effective.imag, rtol=1e-4, atol=1e-4)
+    trace = np.trace(values["R"][..., 0], axis1=1, axis2=2)
+    np.testing.assert_allclose(trace, np.where(values["K"] > 0, 36.0, 0.0), rtol=1e-5)
+    with zipfile.ZipFile(folder / "train" / "shard_000.npz") as archive:
+        assert all(i.compress_type == zipfile.ZIP_STORED for i in archive.infolist())
+
+
+def test_arrays_are_memory_mapped_and_not_read(folder: Path) -> None:
+    arrays = open_npz(folder / "train" / "shard_000.npz")
+    assert all(isinstance(a, np.memmap) for a in arrays.values())
+    loaded = np.load(folder / "train" / "shard_000.npz")
+    for key, value in arrays.items():
+        np.testing.assert_array_equal(value, loaded[key])
+
+
+def test_origin_shards_follow_the_documented_convention(origin_shards: Path) -> None:
+    from physics import PlanarArray
+
+    array = PlanarArray(12, 12, 0.15, 0.3, (-0.075, -0.075))
+    for name, count in (("train", 48), ("val", 24)):
+        s = ShardSplit(origin_shards, name, array, "paraxial", 16, 16, 5)
+        assert len(s) == count
+        assert float(s.subspace_share(np.arange(count)).min()) > 0.9999
+    centred = ShardSplit(
+        origin_shards, "val", PlanarArray(12, 12, 0.15, 0.3), "paraxial", 16, 16, 5
+    )
+    with pytest.raises(DataError, match=r"array\.offset=\[0\.0, 0\.0\].*origin-shards\.yaml"):
+        check_convention([centred])
+
+
+def test_origin_covariance_is_rebuilt_from_its_sources(origin_shards: Path) -> None:
+    from physics import PlanarArray
+
+    array = PlanarArray(12, 12, 0.15, 0.3, (-0.075, -0.075))
+    s = ShardSplit(origin_shards, "train", array, "paraxial", 16, 16, 5)
+    index = np.arange(24)
+    scenes = s.read(index)
+    R = np.load(origin_shards / "train" / "shard_000.npz")["R"]
+    dense = scenes.covariance(array, "paraxial").dense().numpy()
+    theirs = R[..., 0] + 1j * R[..., 1]
+    error = np.linalg.norm(dense - theirs, axis=(1, 2)) / np.linalg.norm(theirs, axis=(1, 2))
+    assert error.max() < 1e-4
+
+
+def test_origin_shards_pass_every_check(origin_shards: Path) -> None:
+    config = tiny_config(
+        array={"n_horizontal": 12, "n_vertical": 12, "offset": (-0.075, -0.075)},
+        scene={
+            "n_antennas": 16, "n_snapshots": 16, "max_sources": 5,
+            "wavefront": "paraxial", "source_mode": "constant",
+        },
+        data={"shards": origin_shards},
+    )  # fmt: skip
+    assert "48 train, 24 val" in check_data(config)
+
+
+@pytest.mark.parametrize("what", ["measurement", "set of sources"])
+def test_trap_leaks_are_refused_with_their_index(folder: Path, what: str) -> None:
+    train = np.load(folder / "train" / "shard_001.npz")
+    row = int(np.flatnonzero(train["K"])[0])
+    val = dict(np.load(folder / "val" / "shard_000.npz"))
+    for key in ("y",) if what == "measurement" else ("ptr", "K"):
+        val[key][3] = train[key][row]
+    if what == "set of sources":
+        val["R"][3] = train["R"][row]
+    edit(folder / "val" / "shard_000.npz", **val)
+    with pytest.raises(
+        DataError, match=rf"leak.*val.shard_000\.npz scene 3 has the same {what}.*shard_001.npz scene {row}"
+    ):
+        check_data(config_for(folder))
+
+
+def test_scenes_without_sources_are_no_leak(folder: Path) -> None:
+    splits = [split(folder, "train"), split(folder, "val")]
+    assert sum((s.shards[0].arrays["K"] == 0).sum() for s in splits) >= 2, "needs empty scenes"
+    refuse_leaks(splits)
+
+
+def test_a_shard_with_pickled_objects_is_refused_and_never_loaded(
+    folder: Path, tmp_path: Path
+) -> None:
+    trace = tmp_path / "executed"
+
+    class Evil:
+        def __reduce__(self):  # noqa: ANN204
+            return (Path.touch, (trace,))
+
+    np.savez(folder / "val" / "shard_000.npz", y=np.array([Evil()], dtype=object))
+    with pytest.raises(DataError, match="pickled Python objects, which are never loaded"):
+        split(folder, "val")
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize("keep", [0, 10, 0.3, 0.95])
+def test_a_truncated_shard_is_refused(folder: Path, keep: float) -> None:
+    path = folder / "val" / "shard_000.npz"
+    content = path.read_bytes()
+    path.write_bytes(content[: int(keep if keep > 1 else keep * len(content))])
+    with pytest.raises(DataError, match="shard_000.npz: not a readable npz"):
+        check_data(config_for(folder))
+
+
+def test_a_shard_whose_member_is_cut_inside_the_archive_is_refused(folder: Path) -> None:
+    path = folder / "val" / "shard_000.npz"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("y.npy", b"\x93NUMPY\x01\x00")
+    with pytest.raises(DataError, match=r"y\.npy is no npy array"):
+        split(folder, "val")
+
+
+def test_a_compressed_shard_is_refused_with_what_to_do(folder: Path) -> None:
+    path = folder / "val" / "shard_000.npz"
+    np.savez_compressed(path, **dict(np.load(path)))
+    with pytest.raises(DataError, match=r"is compressed.*numpy\.savez"):
+        split(folder, "val")
+
+
+def test_a_foreign_archive_is_refused_by_what_it_lacks(folder: Path) -> None:
+    np.savez(folder / "val" / "shard_000.npz", images=np.zeros(3), y=np.zeros(3))
+    with pytest.raises(DataError, match="foreign archive, without H_full, codes, ptr"):
+        split(folder, "val")
+
+
+@pytest.mark.parametrize("key", ["y", "H_full", "codes", "ptr", "snr"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_non_finite_values_are_refused_with_file_and_scene(
+    folder: Path, key: str, bad: float
+) -> None:
+    path = folder / "train" / "shard_001.npz"
+    values = np.load(path)[key].copy()
+    values[2] = bad
+    edit(path, **{key: values})
+    with pytest.raises(DataError, match=rf"shard_001\.npz scene 2: {key} holds NaN or Inf"):
+        check_data(config_for(folder))
+
+
+def test_other_sizes_are_refused_with_the_field_to_change(folder: Path) -> None:
+    with pytest.raises(DataError, match=r"y has shape .* expected .*scene\.n_antennas=5"):
+        split(folder, n_antennas=5)
+    with pytest.raises(DataError, match=r"K runs from 0 to 2; expected 0 to 1 \(scene\.max_s"):
+        split(folder, max_sources=1)
+
+
+@pytest.mark.parametrize("missing", ["folder", "split", "shards"])
+def test_missing_data_are_named(folder: Path, missing: str) -> None:
+    target = folder if missing == "folder" else folder / "val"
+    if missing == "shards":
+        (target / "shard_000.npz").unlink()
+    else:
+        shutil.rmtree(target)
+    message = {"folder": "no such data folder", "split": "val: no such folder", "shards": "no .npz"}
+    with pytest.raises(DataError, match=message[missing]):
+        check_data(config_for(folder))
+
+
+def test_another_convention_is_refused_with_what_to_set(folder: Path) -> None:
+    wrong = config_for(folder)
+    wrong = wrong.model_copy(
+        update={"array": wrong.array.model_copy(update={"offset": (0.4, 0.0)})}
+    )
+    with pytest.raises(DataError, match=r"explain only 0\.\d+ of R.*array\.offset=\[0\.4, 0\.0\]"):
+        check_data(wrong)
+
+
+def test_the_writer_refuses_to_mix_into_an_old_split(folder: Path) -> None:
+    with pytest.raises(FileExistsError, match="already holds shards"):
+        write_shards(folder, "train", made(2, 3), ARRAY, "paraxial")
+    with pytest.raises(ValueError, match="split 'dev' unknown"):
+        write_shards(folder, "dev", made(2, 3), ARRAY, "paraxial")
+
+
+def test_zero_power_covariance_reads_as_a_defined_truth(folder: Path) -> None:
+    scenes = split(folder).read(np.arange(10))
+    empty = scenes[(scenes.n_sources == 0).nonzero().squeeze(-1)]
+    assert len(empty)
+    identity = LowRankCovariance(torch.zeros(len(empty), 36, 1, dtype=torch.complex64)).normalized()
+    assert float(nmse(empty.covariance(ARRAY, "paraxial"), identity).max()) == 0.0

@@ -1,0 +1,322 @@
+"""The training loop, trained for real."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import model.training as training_module
+from model import Trainer, TrialDiverged, train
+from model.checkpoint import CheckpointError, export_best, load_tensors, save_tensors
+from physics import nmse
+from tests.tiny import tiny_config
+
+Record = list[dict[str, Any]]
+TIMES = {"epoch_seconds", "scenes_per_second"}
+
+
+def run(trainer: Trainer, epochs: int) -> Record:
+    return [
+        {k: v for k, v in trainer.run_epoch().items() if k not in TIMES} for _ in range(epochs)
+    ]
+
+
+def weights_of(trainer: Trainer) -> dict[str, Tensor]:
+    return {k: p.detach().clone() for k, p in trainer.network.named_parameters()}
+
+
+def test_same_seed_trains_bit_for_bit_the_same_and_another_seed_does_not() -> None:
+    first, second = Trainer(tiny_config()), Trainer(tiny_config())
+    assert run(first, 2) == run(second, 2)
+    a, b = weights_of(first), weights_of(second)
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert run(Trainer(tiny_config(seed=1)), 1) != run(Trainer(tiny_config()), 1)
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+def test_an_interrupted_training_goes_on_bit_for_bit(tmp_path: Path, fresh: bool) -> None:
+    config = tiny_config(
+        training={"epochs": 4}, network={"dropout": 0.3}, data={"fresh": fresh}
+    )
+    whole = Trainer(config)
+    record = run(whole, 4)
+    first = Trainer(config)
+    start = run(first, 2)
+    first.save(tmp_path / "checkpoint")
+    torch.rand(17)  # whatever else draws from the global generator
+    second = Trainer(config)
+    second.load(tmp_path / "checkpoint")
+    assert start + run(second, 2) == record
+    a, b = weights_of(whole), weights_of(second)
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert all(torch.equal(whole.best_weights[k], second.best_weights[k]) for k in a)
+
+
+def test_training_lowers_loss_and_objective() -> None:
+    config = tiny_config(
+        training={"epochs": 8, "learning_rate": 1e-2},
+        scene={"n_antennas": 8, "n_snapshots": 8, "max_sources": 1, "source_mode": "constant"},
+        data={"train_scenes": 256, "val_scenes": 64},
+    )
+    trainer = Trainer(config)
+    record = run(trainer, 8)
+    assert record[-1]["loss"] < 0.9 * record[0]["loss"]
+    assert record[-1]["objective"] < 0.8 * record[-1]["untrained_nmse_pred"]
+    objectives = [r["objective"] for r in record]
+    assert objectives == sorted(objectives, reverse=True), "best so far never rises"
+
+
+def test_every_metric_is_finite_and_plain() -> None:
+    metrics = Trainer(tiny_config()).run_epoch()
+    assert metrics["epoch"] == 1
+    assert {
+        "objective", "nmse_pred", "nmse_blend", "loss", "grad_norm", "skipped_steps",
+        "solver_fallbacks", "scenes_per_second", "learning_rate", "epoch_seconds",
+        "early_stopped", "loss_subspace_align", "loss_peak_contrast", "loss_cov_pred",
+    } <= metrics.keys()  # fmt: skip
+    assert all(type(v) in (int, float, bool) and math.isfinite(v) for v in metrics.values())
+    json.dumps(metrics, allow_nan=False)
+
+
+def test_trap_the_schedule_steps_with_the_optimiser(monkeypatch: pytest.MonkeyPatch) -> None:
+    rates: list[float] = []
+    original = training_module.set_learning_rate
+
+    def spy(optimizer: torch.optim.Optimizer, rate: float) -> None:
+        rates.append(rate)
+        original(optimizer, rate)
+
+    monkeypatch.setattr(training_module, "set_learning_rate", spy)
+    config = tiny_config(training={"epochs": 3, "warmup_fraction": 0.34})
+    trainer = Trainer(config)
+    run(trainer, 3)
+    assert trainer.total_steps == 9 == len(rates)
+    assert len(set(rates)) == 9, "the rate changes in every optimiser step, not every epoch"
+    peak = config.training.learning_rate
+    assert rates[:3] == pytest.approx([peak / 3, 2 * peak / 3, peak])
+    assert rates[3:] == sorted(rates[3:], reverse=True)
+    assert trainer.optimizer.param_groups[0]["lr"] == rates[-1]
+
+
+def test_trap_saved_weights_are_the_scored_ones(tmp_path: Path) -> None:
+    config = tiny_config(training={"epochs": 3, "ema_decay": 0.9})
+    trainer = Trainer(config)
+    run(trainer, 3)
+    trainer.save(tmp_path / "checkpoint")
+    export_best(tmp_path / "checkpoint", tmp_path / "best")
+    saved, _ = load_tensors(tmp_path / "best" / "model.safetensors")
+    raw = weights_of(trainer)
+    assert any(not torch.equal(saved[k], raw[k]) for k in raw), "not the raw weights"
+    fresh = Trainer(config)
+    fresh.average.load(saved, steps=1)
+    assert fresh.validate()["nmse_pred"] == trainer.best_objective
+
+
+def test_validation_leaves_the_training_weights_untouched() -> None:
+    trainer = Trainer(tiny_config())
+    run(trainer, 1)
+    before = weights_of(trainer)
+    trainer.validate()
+    after = weights_of(trainer)
+    assert all(torch.equal(before[k], after[k]) for k in before)
+
+
+def test_trap_objective_is_the_dense_nmse_of_r_pred_over_all_validation_scenes() -> None:
+    trainer = Trainer(tiny_config(data={"val_scenes": 200}))
+    metrics = trainer.run_epoch()
+    trainer._set_weights(trainer.average.weights)
+    trainer.network.eval()
+    scenes = trainer.source.validation()
+    with torch.no_grad():
+        prediction = trainer.network(trainer._features(scenes, scenes.snr_db))
+    dense = prediction.covariance().dense()
+    truth = scenes.covariance(trainer.array, "spherical").dense()
+    error = torch.linalg.matrix_norm(dense - truth) ** 2 / torch.linalg.matrix_norm(truth) ** 2
+    assert metrics["objective"] == pytest.approx(float(error.mean()), rel=1e-4)
+
+
+def test_trap_objective_is_free_of_loss_weights_beta_and_shrinkage() -> None:
+    base = Trainer(tiny_config())
+    other = Trainer(
+        tiny_config(
+            loss={"cov_pred": 0.5, "subspace_align": 0.0, "peak_contrast": 0.7, "position": 0.9},
+            blend={"beta": 0.9, "shrinkage": 0.8},
+        )
+    )
+    one, two = base.validate(), other.validate()
+    assert one["nmse_pred"] == two["nmse_pred"], "the same weights score the same"
+    assert one["nmse_blend"] != two["nmse_blend"]
+
+
+def test_lesson_2_training_and_inference_build_the_same_r_blend(tmp_path: Path) -> None:
+    from model.localizer import Localizer
+
+    trainer = Trainer(tiny_config(blend={"shrinkage": 0.2}))
+    run(trainer, 1)
+    trainer.save(tmp_path / "c")
+    export_best(tmp_path / "c", tmp_path / "best")
+    localizer = Localizer.load(tmp_path / "best")
+    scenes = trainer.source.validation()
+    seen: list[Tensor] = []
+    original = trainer.loss.__class__.__call__
+
+    def spy(self: Any, prediction: Any, blended: Any, *rest: Any) -> Any:
+        seen.append(blended.dense().detach())
+        return original(self, prediction, blended, *rest)
+
+    trainer._set_weights(trainer.best_weights)
+    trainer.network.eval()
+    config = trainer.config
+    trainer.config = config.model_copy(
+        update={
+            "blend": config.blend.model_copy(update={"jitter": 0.0}),
+            "training": config.training.model_copy(update={"snr_dropout": 0.0}),
+        }
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer.loss.__class__, "__call__", spy)
+        trainer._train_step(scenes)
+    _, blended, _ = localizer.predict(scenes.y, scenes.H, scenes.codes, scenes.snr_db)
+    torch.testing.assert_close(seen[0], blended.dense(), rtol=1e-5, atol=1e-5)
+
+
+def test_lesson_8_beta_is_jittered_in_training_only() -> None:
+    from model.blending import blended_covariance
+
+    trainer = Trainer(tiny_config())
+    scenes = trainer.source.validation()
+    features = trainer._features(scenes, scenes.snr_db)
+    with torch.no_grad():
+        prediction = trainer.network(features)
+    predicted = prediction.covariance()
+    measured = features.measured_covariance()
+
+    def betas(generator: torch.Generator | None, **blend: float) -> Tensor:
+        config = trainer.config.blend.model_copy(update=blend)
+        blended = blended_covariance(prediction, features, config, generator)
+        # R_blend - R_pred = beta (R_samp - R_pred), solved for beta by least squares
+        change = measured.dense() - predicted.dense()
+        moved = blended.dense() - predicted.dense()
+        return (change.conj() * moved).sum((-2, -1)).real / change.abs().square().sum((-2, -1))
+
+    exact = betas(None)
+    torch.testing.assert_close(exact, torch.full_like(exact, 0.30), rtol=1e-4, atol=1e-4)
+    drawn = betas(torch.Generator().manual_seed(0))
+    assert float(drawn.min()) < 0.27
+    assert float(drawn.max()) > 0.33
+    assert float((drawn - 0.30).abs().max()) <= 0.0501
+    clamped = betas(torch.Generator().manual_seed(0), beta=0.0)
+    assert float(clamped.min()) == pytest.approx(0.0, abs=1e-4)
+
+
+def test_trap_beta_zero_is_admissible() -> None:
+    metrics = Trainer(tiny_config(blend={"beta": 0.0, "jitter": 0.0})).run_epoch()
+    assert metrics["nmse_blend"] == pytest.approx(metrics["nmse_pred"], rel=1e-5)
+
+
+def test_a_non_finite_step_is_skipped_counted_and_shown(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    trainer = Trainer(tiny_config())
+    original = trainer.source.train_batches
+
+    def poisoned(epoch: int, batch_size: int, seed: int) -> Any:
+        for i, scenes in enumerate(original(epoch, batch_size, seed)):
+            yield scenes if i != 1 else scenes._map(
+                lambda t: t.clone().fill_(float("nan")) if t is scenes.power else t
+            )
+
+    trainer.source.train_batches = poisoned  # type: ignore[method-assign]
+    with caplog.at_level(logging.WARNING):
+        metrics = trainer.run_epoch()
+    assert metrics["skipped_steps"] == 1
+    assert "step 2 of 6 skipped: gradient norm nan (1 in a row)" in caplog.text
+    assert all(bool(torch.isfinite(p).all()) for p in trainer.network.parameters())
+    assert math.isfinite(metrics["objective"])
+
+
+def test_a_run_of_non_finite_steps_ends_the_trial_with_its_reason() -> None:
+    config = tiny_config(
+        training={"learning_rate": 1e30, "warmup_fraction": 0.0, "max_skipped_steps": 3},
+        data={"train_scenes": 320},
+    )
+    with pytest.raises(TrialDiverged, match="3 non-finite steps in a row in epoch 1; lower"):
+        Trainer(config).run_epoch()
+
+
+def test_gradient_norm_is_reported_before_clipping_and_clipped() -> None:
+    config = tiny_config(training={"gradient_clip": 1e-3, "epochs": 1})
+    trainer = Trainer(config)
+    metrics = trainer.run_epoch()
+    assert metrics["grad_norm"] > 1e-2
+    total = torch.stack([p.grad.norm() for p in trainer.network.parameters() if p.grad is not None])
+    assert float(total.norm()) == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_training_stops_early_when_nothing_improves() -> None:
+    config = tiny_config(training={"epochs": 50, "patience": 2, "learning_rate": 1e-12})
+    trainer = Trainer(config)
+    record = []
+    while not trainer.finished:
+        record.append(trainer.run_epoch())
+    assert record[-1]["early_stopped"]
+    assert trainer.best_epoch is not None
+    assert trainer.epoch == trainer.best_epoch + 2 < 50
+    with pytest.raises(RuntimeError, match="finished"):
+        trainer.run_epoch()
+
+
+def test_train_reports_every_epoch_and_resumes_where_it_was(tmp_path: Path) -> None:
+    config = tiny_config(training={"epochs": 3})
+    reported: list[tuple[int, float]] = []
+
+    class Interrupt(Exception):
+        pass
+
+    def report(step: int, metrics: dict[str, Any]) -> None:
+        reported.append((step, metrics["objective"]))
+        if len(reported) == 2:
+            raise Interrupt
+
+    with pytest.raises(Interrupt):
+        train(config, report=report, checkpoint=tmp_path / "c")
+    last = train(config, report=report, checkpoint=tmp_path / "c")
+    assert [s for s, _ in reported] == [1, 2, 3]
+    assert last["objective"] == train(config)["objective"]
+
+
+@pytest.mark.parametrize("how", ["missing", "cut", "foreign"])
+def test_a_damaged_checkpoint_is_refused_by_name(tmp_path: Path, how: str) -> None:
+    trainer = Trainer(tiny_config())
+    run(trainer, 1)
+    trainer.save(tmp_path / "c")
+    path = tmp_path / "c" / "checkpoint.safetensors"
+    if how == "missing":
+        path.unlink()
+    elif how == "cut":
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    else:
+        save_tensors(path, {"weight": torch.ones(3)})
+    with pytest.raises(CheckpointError, match="checkpoint.safetensors: (no such|not read|checkp)"):
+        Trainer(tiny_config()).load(tmp_path / "c")
+
+
+def test_a_checkpoint_of_another_configuration_is_refused(tmp_path: Path) -> None:
+    trainer = Trainer(tiny_config())
+    run(trainer, 1)
+    trainer.save(tmp_path / "c")
+    with pytest.raises(CheckpointError, match="another configuration: seed is 0 there and 5 here"):
+        Trainer(tiny_config(seed=5)).load(tmp_path / "c")
+
+
+def test_r_true_of_the_validation_scenes_has_no_error_against_itself() -> None:
+    trainer = Trainer(tiny_config())
+    truth = trainer.source.validation().covariance(trainer.array, "spherical")
+    assert float(nmse(truth, truth).max()) < 1e-6
