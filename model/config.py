@@ -7,8 +7,8 @@ from pydantic import Field
 from model.data import DataConfig
 from model.loss import LossConfig
 from model.network import NetworkConfig
-from model.precision import PrecisionConfig
 from model.optimizer import TrainingConfig
+from model.precision import PrecisionConfig
 from physics.config import FrozenModel
 from physics.covariance import BlendConfig
 from physics.geometry import ArrayConfig

@@ -152,7 +152,7 @@ class Localizer:
     def _decode(self, prediction: Prediction, blended: LowRankCovariance) -> list[list[Source]]:
         wavefront = self.config.scene.wavefront
         counts = (prediction.existence > 0).sum(-1)
-        most = max(1, int(counts.max()))
+        most = max([1, *counts.tolist()])
         spectrum = music_spectrum(blended, self.grid, counts.clamp_min(1), self.array, wavefront)
         positions, heights = find_peaks(spectrum, self.grid, most)
         result: list[list[Source]] = []

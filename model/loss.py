@@ -195,9 +195,7 @@ class ScenesLoss:
 
 
 @torch.no_grad()
-def match_slots(
-    prediction: Prediction, overlap: Tensor, present: Tensor
-) -> tuple[Tensor, Tensor]:
+def match_slots(prediction: Prediction, overlap: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
     """Pair slots with sources, one to one, by the Hungarian method.
 
     A pair costs minus the pointer's mean overlap with the source's steering vector and minus half
@@ -214,12 +212,12 @@ def match_slots(
     """
     score = prediction.log_pointer.exp() @ overlap  # (B, r, K)
     cost = -score - 0.5 * torch.sigmoid(prediction.existence).unsqueeze(-1)
-    cost = torch.nan_to_num(cost, nan=0.0, posinf=0.0, neginf=0.0).cpu().numpy()
+    costs = torch.nan_to_num(cost, nan=0.0, posinf=0.0, neginf=0.0).cpu().numpy()
     counts = present.sum(-1).tolist()
     matched = torch.zeros(prediction.existence.shape, dtype=torch.bool)
     source = torch.zeros(prediction.existence.shape, dtype=torch.int64)
     for item, count in enumerate(counts):
-        rows, columns = linear_sum_assignment(cost[item, :, :count])
+        rows, columns = linear_sum_assignment(costs[item, :, :count])
         matched[item, rows] = True
         source[item, rows] = torch.from_numpy(columns)
     device = prediction.existence.device

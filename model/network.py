@@ -80,6 +80,8 @@ class SnapshotNetwork(nn.Module):
     """
 
     dictionary: Tensor  # (G, N) complex
+    cell_size: Tensor  # (3,) [rad, rad, 1/m]
+    image_axes: Tensor  # (2, A, E)
     cells: Tensor  # (G, 3) azimuth, elevation [rad], inverse range [1/m]
 
     def __init__(self, config: NetworkConfig, scene: SceneConfig, array: PlanarArray) -> None:
@@ -192,11 +194,13 @@ class SnapshotNetwork(nn.Module):
         n_azimuth, n_elevation, planes = self.grid.shape
         spectrum = features.spectrum.unflatten(-1, self.grid.shape).permute(0, 1, 4, 2, 3)
         image = spectrum.flatten(1, 2)
-        axes = self.image_axes.expand(image.shape[0], -1, -1, -1)  # type: ignore[operator]
+        axes = self.image_axes.expand(image.shape[0], -1, -1, -1)
         image = self.image_conv(torch.cat([image, axes], dim=1))
         tokens = self.cell_token(image).flatten(2).mT
         keys = self.cell_key(image).unflatten(1, (planes, -1))  # (B, Q, width, A, E)
-        keys = keys.permute(0, 3, 4, 1, 2).reshape(-1, n_azimuth * n_elevation * planes, keys.shape[2])
+        keys = keys.permute(0, 3, 4, 1, 2).reshape(
+            -1, n_azimuth * n_elevation * planes, keys.shape[2]
+        )
         return tokens, keys
 
     def _as_image(self, value: Tensor) -> Tensor:

@@ -86,8 +86,10 @@ def _map_member(path: Path, handle: BinaryIO, info: zipfile.ZipInfo) -> NDArray[
     start = handle.tell()
     try:
         version = npy_format.read_magic(handle)
-        read = npy_format.read_array_header_1_0 if version == (1, 0) else (
-            npy_format.read_array_header_2_0
+        read = (
+            npy_format.read_array_header_1_0
+            if version == (1, 0)
+            else (npy_format.read_array_header_2_0)
         )
         shape, fortran, dtype = read(handle)
     except (ValueError, EOFError) as error:
@@ -171,11 +173,11 @@ class ShardSplit:
             )
         count = arrays["K"].shape[0] if arrays["K"].ndim == 1 else -1
         n_slots = arrays["ptr"].shape[-1] // 3 if arrays["ptr"].ndim == 2 else -1
-        n, m, l = self.array.size, self.n_antennas, self.n_snapshots
+        n, m, length = self.array.size, self.n_antennas, self.n_snapshots
         expected: dict[str, tuple[int, ...]] = {
-            "y": (count, l, m, 2),
+            "y": (count, length, m, 2),
             "H_full": (count, m, n, 2),
-            "codes": (count, l, n, 2),
+            "codes": (count, length, n, 2),
             "ptr": (count, 3 * n_slots),
             "K": (count,),
             "snr": (count,),
@@ -185,7 +187,7 @@ class ShardSplit:
             if arrays[key].shape != shape:
                 raise DataError(
                     f"{path}: {key} has shape {arrays[key].shape}; expected "
-                    f"{('n', *shape[1:])} with scene.n_snapshots={l}, scene.n_antennas={m} and "
+                    f"{('n', *shape[1:])} with scene.n_snapshots={length}, scene.n_antennas={m} and "
                     f"{n} array elements: change the configuration or the data"
                 )
             kind = "iu" if key == "K" else "f"
@@ -250,7 +252,9 @@ class ShardSplit:
         keep = min(slots, self.max_sources)
         position = torch.zeros(len(points), self.max_sources, 3)
         position[..., 2] = 1.0
-        present = torch.arange(self.max_sources) < torch.from_numpy(counts.astype(np.int64))[:, None]
+        present = (
+            torch.arange(self.max_sources) < torch.from_numpy(counts.astype(np.int64))[:, None]
+        )
         position[:, :keep] = torch.where(
             present[:, :keep, None], points[:, :keep], position[:, :keep]
         )

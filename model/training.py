@@ -79,7 +79,7 @@ class Trainer:
             self.array,
             config.scene.wavefront,
             self.network.dictionary,
-            self.network.cell_size,  # type: ignore[arg-type]
+            self.network.cell_size,
         )
         self.steps_per_epoch = self.source.n_batches(config.training.batch_size)
         self.total_steps = self.steps_per_epoch * config.training.epochs
@@ -247,7 +247,9 @@ class Trainer:
         if not finite:
             return None, float(norm), features.n_fallbacks
         self.average.update(self.network)
-        terms = {"total": float(value.total.detach())} | {k: float(v) for k, v in value.terms.items()}
+        terms = {"total": float(value.total.detach())} | {
+            k: float(v) for k, v in value.terms.items()
+        }
         return terms, float(norm), features.n_fallbacks
 
     @torch.no_grad()

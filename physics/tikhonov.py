@@ -116,8 +116,7 @@ def solve_unchecked(
 ) -> tuple[Tensor, SolveReport]:
     """:func:`tikhonov_solve` without its checks, for training loops.
 
-    Never raises on bad numbers: what stays non-finite after the SVD is set to zero and counted
-    as fallen back.
+    Never raises on bad numbers: NaN and Inf count as zeros, and their scenes as fallen back.
 
     Args:
         unit_modulus: what is known of the codes; None looks.
@@ -151,18 +150,21 @@ def solve_unchecked(
     elif resolved == "dual" and unit_modulus:
         a, failed = _dual_shared(y, H, codes, alpha)
     else:
-        a, failed = _in_chunks(resolved, y, H, codes, alpha.expand(y.shape[:2]))
+        operands = (y, H, codes, alpha.expand(y.shape[:2]))
+        if resolved == "dual":
+            a, failed = _in_chunks(resolved, *operands)
+        else:  # LAPACK raises for the whole batch when one scene of it holds a NaN
+            a, failed = _in_chunks(resolved, *(_zero_non_finite(t) for t in operands))
+            for operand in operands:
+                failed = failed | ~torch.isfinite(operand).flatten(1).all(-1)
     failed = failed | ~torch.isfinite(torch.view_as_real(a)).flatten(1).all(-1)
     if bool(failed.any()):
         a = a.clone()
         again, _ = _in_chunks(
             "svd",
-            *(
-                torch.nan_to_num(t[failed], 0.0, 0.0, 0.0)
-                for t in (y, H, codes, alpha.expand(y.shape[:2]))
-            ),
+            *(_zero_non_finite(t[failed]) for t in (y, H, codes, alpha.expand(y.shape[:2]))),
         )
-        a[failed] = torch.nan_to_num(again, 0.0, 0.0, 0.0)
+        a[failed] = _zero_non_finite(again)
     a = a * back
     return a.reshape(*batch, *a.shape[-2:]), SolveReport(
         resolved, unit_modulus, failed.reshape(batch)
@@ -175,6 +177,10 @@ def _scale(value: Tensor, dim: tuple[int, ...]) -> Tensor:
     # A subnormal divisor would overflow: the smallest normal number serves those.
     usable = peak.clamp_min(torch.finfo(peak.dtype).tiny)
     return torch.where((peak > 0) & torch.isfinite(peak), usable, torch.ones_like(peak))
+
+
+def _zero_non_finite(value: Tensor) -> Tensor:
+    return torch.nan_to_num(value, 0.0, 0.0, 0.0)
 
 
 def _power(value: Tensor) -> Tensor:

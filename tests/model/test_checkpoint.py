@@ -22,9 +22,14 @@ from tests.tiny import tiny_config
 def test_a_failure_while_writing_leaves_the_old_file_whole(tmp_path: Path) -> None:
     target = tmp_path / "checkpoint"
     write_text(target, "old")
-    with pytest.raises(OSError, match="disk full"), replacing(target) as fresh:
-        fresh.write_text("new")
-        raise OSError("disk full")
+
+    def fail() -> None:
+        with replacing(target) as fresh:
+            fresh.write_text("new")
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        fail()
     assert target.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint"]
 

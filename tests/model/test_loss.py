@@ -20,7 +20,7 @@ SCENE = SceneConfig(n_antennas=4, n_snapshots=4, min_sources=0, max_sources=3)
 GRID = PolarGrid.covering(SCENE, 6, 4, 2)
 
 
-def _case(dtype: torch.dtype = torch.complex128, n_slots: int = 4, n_scenes: int = 6):  # noqa: ANN202
+def _case(dtype: torch.dtype = torch.complex128, n_slots: int = 4, n_scenes: int = 6):
     generator = torch.Generator().manual_seed(3)
     scenes = simulate(n_scenes, SCENE, ARRAY, generator=generator, dtype=dtype)
     real = dtype.to_real()
@@ -42,9 +42,7 @@ def _case(dtype: torch.dtype = torch.complex128, n_slots: int = 4, n_scenes: int
         torch.complex(normal(n_scenes, ARRAY.size, 4), normal(n_scenes, ARRAY.size, 4))
     )
     dictionary = GRID.steering(ARRAY, dtype=dtype)
-    loss = ScenesLoss(
-        LossConfig(), ARRAY, "spherical", dictionary, torch.ones(3, dtype=real)
-    )
+    loss = ScenesLoss(LossConfig(), ARRAY, "spherical", dictionary, torch.ones(3, dtype=real))
     return scenes, prediction, blend(prediction.covariance(), measured, 0.3), loss, dictionary
 
 
@@ -58,7 +56,7 @@ def test_every_covariance_term_equals_its_dense_reference() -> None:
     dense, dense_truth = blended.dense().numpy(), truth.dense().numpy()
     dense_pred = prediction.covariance().dense().numpy()
     counts = scenes.n_sources.tolist()
-    assert 0 in counts and max(counts) > 1, "the case must hold empty and crowded scenes"
+    assert min(counts) == 0 < 1 < max(counts), "the case must hold empty and crowded scenes"
     nmse = np.mean([reference.nmse(r, t) for r, t in zip(dense, dense_truth, strict=True)])
     pred = np.mean([reference.nmse(r, t) for r, t in zip(dense_pred, dense_truth, strict=True)])
     align = np.mean(
@@ -125,9 +123,9 @@ def test_every_term_is_on_by_default_and_contributes_to_the_gradient(term: str) 
     def gradients(weights: dict[str, float]) -> list[Tensor]:
         leaves = [t.clone().requires_grad_() for t in vars(prediction).values()]
         p = Prediction(*leaves)
-        value = ScenesLoss(
-            LossConfig(**weights), ARRAY, "spherical", dictionary, torch.ones(3)
-        )(p, p.covariance(), scenes)
+        value = ScenesLoss(LossConfig(**weights), ARRAY, "spherical", dictionary, torch.ones(3))(
+            p, p.covariance(), scenes
+        )
         return [
             torch.zeros_like(t) if g is None else g
             for t, g in zip(
@@ -242,7 +240,7 @@ def test_nothing_in_the_loss_is_n_by_n() -> None:
     class Largest(TorchDispatchMode):
         square = 0
 
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN204
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
             out = func(*args, **(kwargs or {}))
             for t in out if isinstance(out, tuple | list) else (out,):
                 if isinstance(t, Tensor) and t.shape[-2:] == (ARRAY.size, ARRAY.size):

@@ -53,9 +53,7 @@ def test_snapshots_are_an_unordered_set(network: SnapshotNetwork, scenes: Scenes
     order = torch.tensor([2, 0, 3, 1])
     one = network(features_of(network, scenes.y, scenes.H, scenes.codes, scenes.snr_db))
     two = network(
-        features_of(
-            network, scenes.y[:, order], scenes.H, scenes.codes[:, order], scenes.snr_db
-        )
+        features_of(network, scenes.y[:, order], scenes.H, scenes.codes[:, order], scenes.snr_db)
     )
     # Attention sums tokens in another order: float32 rounding through a few layers.
     torch.testing.assert_close(one.factor, two.factor, rtol=1e-3, atol=1e-4)
@@ -67,9 +65,7 @@ def test_scale_of_channel_and_measurement_changes_nothing(
 ) -> None:
     one = network(features_of(network, scenes.y, scenes.H, scenes.codes, scenes.snr_db))
     two = network(
-        features_of(
-            network, scenes.y * scale_y, scenes.H * scale_h, scenes.codes, scenes.snr_db
-        )
+        features_of(network, scenes.y * scale_y, scenes.H * scale_h, scenes.codes, scenes.snr_db)
     )
     torch.testing.assert_close(one.factor, two.factor, rtol=1e-3, atol=1e-4)
 
@@ -124,9 +120,7 @@ def test_lesson_3_ugly_scenes_give_finite_output_and_gradient(
 def test_sizes_come_from_the_configuration() -> None:
     def count(**changes: object) -> int:
         config = NetworkConfig.model_validate(CONFIG.network.model_dump() | changes)
-        return sum(
-            p.numel() for p in SnapshotNetwork(config, CONFIG.scene, ARRAY).parameters()
-        )
+        return sum(p.numel() for p in SnapshotNetwork(config, CONFIG.scene, ARRAY).parameters())
 
     base = count()
     assert count(width=32) > base

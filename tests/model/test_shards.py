@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from model.data import check_data, check_convention
+from model.data import check_convention, check_data
 from model.shards import DataError, ShardSplit, open_npz, refuse_leaks, write_shards
 from physics import LowRankCovariance, Scenes, nmse, simulate
 from tests.tiny import tiny_config
@@ -42,7 +42,7 @@ def split(folder: Path, name: str = "train", **changes: object) -> ShardSplit:
     return ShardSplit(folder, name, **(values | changes))  # type: ignore[arg-type]
 
 
-def config_for(folder: Path):  # noqa: ANN201
+def config_for(folder: Path):
     return CONFIG.model_copy(update={"data": CONFIG.data.model_copy(update={"shards": folder})})
 
 
@@ -143,7 +143,8 @@ def test_trap_leaks_are_refused_with_their_index(folder: Path, what: str) -> Non
         val["R"][3] = train["R"][row]
     edit(folder / "val" / "shard_000.npz", **val)
     with pytest.raises(
-        DataError, match=rf"leak.*val.shard_000\.npz scene 3 has the same {what}.*shard_001.npz scene {row}"
+        DataError,
+        match=rf"leak.*val.shard_000\.npz scene 3 has the same {what}.*shard_001.npz scene {row}",
     ):
         check_data(config_for(folder))
 
@@ -160,7 +161,7 @@ def test_a_shard_with_pickled_objects_is_refused_and_never_loaded(
     trace = tmp_path / "executed"
 
     class Evil:
-        def __reduce__(self):  # noqa: ANN204
+        def __reduce__(self):
             return (Path.touch, (trace,))
 
     np.savez(folder / "val" / "shard_000.npz", y=np.array([Evil()], dtype=object))
@@ -174,7 +175,7 @@ def test_a_truncated_shard_is_refused(folder: Path, keep: float) -> None:
     path = folder / "val" / "shard_000.npz"
     content = path.read_bytes()
     path.write_bytes(content[: int(keep if keep > 1 else keep * len(content))])
-    with pytest.raises(DataError, match="shard_000.npz: not a readable npz"):
+    with pytest.raises(DataError, match=r"shard_000\.npz: not a readable npz"):
         check_data(config_for(folder))
 
 

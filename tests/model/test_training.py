@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,7 @@ TIMES = {"epoch_seconds", "scenes_per_second"}
 
 
 def run(trainer: Trainer, epochs: int) -> Record:
-    return [
-        {k: v for k, v in trainer.run_epoch().items() if k not in TIMES} for _ in range(epochs)
-    ]
+    return [{k: v for k, v in trainer.run_epoch().items() if k not in TIMES} for _ in range(epochs)]
 
 
 def weights_of(trainer: Trainer) -> dict[str, Tensor]:
@@ -42,9 +41,7 @@ def test_same_seed_trains_bit_for_bit_the_same_and_another_seed_does_not() -> No
 
 @pytest.mark.parametrize("fresh", [True, False])
 def test_an_interrupted_training_goes_on_bit_for_bit(tmp_path: Path, fresh: bool) -> None:
-    config = tiny_config(
-        training={"epochs": 4}, network={"dropout": 0.3}, data={"fresh": fresh}
-    )
+    config = tiny_config(training={"epochs": 4}, network={"dropout": 0.3}, data={"fresh": fresh})
     whole = Trainer(config)
     record = run(whole, 4)
     first = Trainer(config)
@@ -229,9 +226,8 @@ def test_a_non_finite_step_is_skipped_counted_and_shown(
 
     def poisoned(epoch: int, batch_size: int, seed: int) -> Any:
         for i, scenes in enumerate(original(epoch, batch_size, seed)):
-            yield scenes if i != 1 else scenes._map(
-                lambda t: t.clone().fill_(float("nan")) if t is scenes.power else t
-            )
+            bad = torch.full_like(scenes.power, float("nan"))
+            yield replace(scenes, power=bad) if i == 1 else scenes
 
     trainer.source.train_batches = poisoned  # type: ignore[method-assign]
     with caplog.at_level(logging.WARNING):
@@ -304,7 +300,9 @@ def test_a_damaged_checkpoint_is_refused_by_name(tmp_path: Path, how: str) -> No
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     else:
         save_tensors(path, {"weight": torch.ones(3)})
-    with pytest.raises(CheckpointError, match="checkpoint.safetensors: (no such|not read|checkp)"):
+    with pytest.raises(
+        CheckpointError, match=r"checkpoint\.safetensors: (no such|not read|checkp)"
+    ):
         Trainer(tiny_config()).load(tmp_path / "c")
 
 

@@ -1,0 +1,87 @@
+"""Mixed precision: where it acts and where it must not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from model import Trainer
+from model.precision import AmpPolicy, PrecisionConfig
+from tests.tiny import tiny_config
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+def test_auto_is_off_on_a_cpu_and_on_on_a_gpu() -> None:
+    assert AmpPolicy(PrecisionConfig(), torch.device("cpu")).name == "off"
+    if torch.cuda.is_available():
+        assert AmpPolicy(PrecisionConfig(), torch.device("cuda")).name in ("bf16", "fp16")
+
+
+def test_fp16_on_a_cpu_is_refused_with_what_to_use() -> None:
+    with pytest.raises(ValueError, match=r"precision\.amp is fp16 on device cpu.*use bf16"):
+        AmpPolicy(PrecisionConfig(amp="fp16"), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_lesson_5_the_network_runs_in_bf16_and_physics_and_loss_do_not(device: str) -> None:
+    trainer = Trainer(tiny_config(precision={"amp": "bf16"}), device)
+    seen: dict[str, torch.dtype] = {}
+    trainer.network.query.register_forward_hook(
+        lambda _m, _i, out: seen.__setitem__("network", out.dtype)
+    )
+    original = trainer.loss.__class__.__call__
+
+    def spy(self, prediction, blended, *rest):  # type: ignore[no-untyped-def]
+        seen["factor"] = prediction.factor.dtype
+        seen["blended"] = blended.factor.dtype
+        value = original(self, prediction, blended, *rest)
+        seen["loss"] = value.total.dtype
+        return value
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer.loss.__class__, "__call__", spy)
+        metrics = trainer.run_epoch()
+    assert seen == {
+        "network": torch.bfloat16,
+        "factor": torch.complex64,
+        "blended": torch.complex64,
+        "loss": torch.float32,
+    }
+    assert metrics["skipped_steps"] == 0
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_bf16_training_follows_full_precision(device: str) -> None:
+    def curve(amp: str) -> list[float]:
+        config = tiny_config(
+            precision={"amp": amp}, training={"epochs": 6}, network={"dropout": 0.0}
+        )
+        trainer = Trainer(config, device)
+        return [float(trainer.run_epoch()["loss"]) for _ in range(6)]
+
+    # bf16 keeps 8 bits: single losses differ by per cents, the curve does not drift away.
+    assert curve("bf16") == pytest.approx(curve("off"), rel=0.05)
+
+
+def test_features_and_loss_are_the_same_under_a_foreign_autocast() -> None:
+    trainer = Trainer(tiny_config())
+    scenes = trainer.source.validation()
+    trainer.network.eval()
+    with torch.no_grad():
+        features = trainer._features(scenes, scenes.snr_db)
+        prediction = trainer.network(features)
+        plain = trainer.loss(prediction, prediction.covariance(), scenes).total
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            again = trainer._features(scenes, scenes.snr_db)
+            inside = trainer.loss(prediction, prediction.covariance(), scenes).total
+    assert torch.equal(features.ridge, again.ridge)
+    assert torch.equal(features.spectrum, again.spectrum)
+    assert torch.equal(plain, inside)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU with its gradient scaler")
+def test_fp16_steps_that_the_scaler_skips_are_counted() -> None:
+    trainer = Trainer(tiny_config(precision={"amp": "fp16"}), "cuda")
+    trainer.amp.scaler = torch.amp.GradScaler("cuda", init_scale=2.0**40)
+    assert trainer.run_epoch()["skipped_steps"] > 0
