@@ -24,9 +24,7 @@ def unit_codes(*shape: int, seed: int = 0, dtype: torch.dtype = torch.complex128
     """Codes of unit modulus and uniform phase."""
     return torch.polar(
         torch.ones(shape, dtype=dtype.to_real()),
-        torch.rand(
-            shape, generator=torch.Generator().manual_seed(seed), dtype=dtype.to_real()
-        )
+        torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype.to_real())
         * (2 * torch.pi),
     )
 

@@ -10,7 +10,9 @@ from physics import PlanarArray, rician_channel, steering_vector
 ARRAY = PlanarArray(4, 3)
 
 
-def channel(k_factor_db: float, count: int = 4000, dtype: torch.dtype = torch.complex64) -> torch.Tensor:
+def channel(
+    k_factor_db: float, count: int = 4000, dtype: torch.dtype = torch.complex64
+) -> torch.Tensor:
     station = torch.tensor([0.4, 0.1, 30.0], dtype=dtype.to_real()).expand(count, 3)
     return rician_channel(
         5,

@@ -50,7 +50,9 @@ def test_dft_codes_are_orthogonal_and_steer_to_their_spatial_frequency(
     book = dft_codebook(array, torch.complex128)
     eye = torch.eye(array.size, dtype=torch.complex128)
     assert torch.allclose(book @ book.mH / array.size, eye, atol=array.size * eps(book.dtype))
-    for row, (v, h) in ((v * sides[0] + h, (v, h)) for v in range(sides[1]) for h in range(sides[0])):
+    for row, (v, h) in (
+        (v * sides[0] + h, (v, h)) for v in range(sides[1]) for h in range(sides[0])
+    ):
         for n in range(array.size):
             turns = h * (n % sides[0]) / sides[0] + v * (n // sides[0]) / sides[1]
             expected = torch.polar(torch.tensor(1.0), torch.tensor(-2 * torch.pi * turns))

@@ -54,7 +54,7 @@ def test_bad_array_configuration_is_refused_by_name(bad: dict[str, object]) -> N
 
 @pytest.mark.parametrize("bad", [{"n_vertical": 0}, {"spacing": -0.1}, {"wavelength": 0.0}])
 def test_bad_array_is_refused(bad: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match="array has|must be positive"):
+    with pytest.raises(ValueError, match=r"array has|must be positive"):
         PlanarArray(**bad)  # type: ignore[arg-type]
 
 

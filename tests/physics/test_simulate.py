@@ -50,9 +50,10 @@ def test_noise_meets_the_drawn_snr_in_every_scene(mode: str, snr_db: float) -> N
 
 def surface_signal(batch: Scenes) -> Tensor:
     """x_l (B, L, N) that explains y without noise, where M >= N."""
-    return torch.linalg.lstsq(batch.H.unsqueeze(1), batch.y.unsqueeze(-1)).solution.squeeze(
-        -1
-    ) / batch.codes
+    return (
+        torch.linalg.lstsq(batch.H.unsqueeze(1), batch.y.unsqueeze(-1)).solution.squeeze(-1)
+        / batch.codes
+    )
 
 
 def test_constant_symbols_stay_over_the_sweep_and_fluctuating_ones_do_not() -> None:

@@ -31,9 +31,7 @@ def oracle(position: Tensor, array: PlanarArray) -> Tensor:
 
 
 def draw(count: int, low: float = 0.5, high: float = 10.0, seed: int = 0) -> Tensor:
-    unit = torch.rand(
-        count, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
-    )
+    unit = torch.rand(count, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     first = torch.tensor([-math.pi / 3, -math.pi / 6, low], dtype=torch.float64)
     last = torch.tensor([math.pi / 3, math.pi / 6, high], dtype=torch.float64)
     return first + (last - first) * unit

@@ -30,18 +30,11 @@ def peaks(spectrum: Real, n_peaks: int) -> list[tuple[int, int, int]]:
     """Cells at least as high as all of their up to 26 neighbours, highest first."""
     found = []
     for cell in itertools.product(*(range(n) for n in spectrum.shape)):
-        around = [
-            spectrum[neighbour]
-            for step in itertools.product((-1, 0, 1), repeat=3)
-            if all(
-                0 <= c < n
-                for c, n in zip(
-                    neighbour := tuple(c + s for c, s in zip(cell, step, strict=True)),
-                    spectrum.shape,
-                    strict=True,
-                )
-            )
-        ]
+        around = []
+        for step in itertools.product((-1, 0, 1), repeat=3):
+            neighbour = tuple(c + s for c, s in zip(cell, step, strict=True))
+            if all(0 <= c < n for c, n in zip(neighbour, spectrum.shape, strict=True)):
+                around.append(spectrum[neighbour])
         if spectrum[cell] >= max(around):
             found.append(cell)
     found.sort(key=lambda cell: -spectrum[cell])
