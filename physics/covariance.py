@@ -96,11 +96,8 @@ class LowRankCovariance:
 
     def normalized(self) -> LowRankCovariance:
         """R scaled to trace N. The zero matrix, which says nothing, becomes the identity."""
-        peak = self.factor.detach().abs().amax((-2, -1))
-        peak = torch.maximum(peak, self.loading.detach().sqrt())
-        # A subnormal divisor would overflow: the smallest normal number serves those.
-        usable = peak.clamp_min(torch.finfo(peak.dtype).tiny)
-        peak = torch.where(peak > 0, usable, torch.ones_like(peak))
+        peak = torch.maximum(_peak(self.factor), self.loading.detach().sqrt())
+        peak = _divisor(peak)
         factor = self.factor / peak[..., None, None]
         loading = self.loading / peak / peak
         trace = _energy(factor) + self.size * loading
@@ -158,9 +155,9 @@ class LowRankCovariance:
     @in_full_precision
     def quadratic(self, vectors: Tensor) -> Tensor:
         """``v^H R v`` (…, G) of row vectors (…, G, N)."""
-        projected = vectors.conj() @ self.factor
         norm = vectors.abs().square().sum(-1)
-        return projected.abs().square().sum(-1) + self.loading[..., None] * norm
+        energy = torch.view_as_real(self._project(vectors)).square().sum((-3, -1))
+        return energy + self.loading[..., None] * norm
 
     @in_full_precision
     def inverse_quadratic(self, vectors: Tensor) -> Tensor:
@@ -170,7 +167,7 @@ class LowRankCovariance:
             ValueError: a loading that is not positive.
         """
         self._require_loading("inverse_quadratic")
-        z = (vectors.conj() @ self.factor).mH  # (…, r, G) = F^H v
+        z = self._project(vectors).conj()  # F^H v
         whitened = torch.linalg.solve_triangular(self._capacitance_cholesky(), z, upper=False)
         norm = vectors.abs().square().sum(-1)
         explained = whitened.abs().square().sum(-2)
@@ -223,8 +220,22 @@ class LowRankCovariance:
     @in_full_precision
     def subspace_energy(self, vectors: Tensor, n_sources: int | Tensor) -> Tensor:
         """``||U_K^H v||^2`` (…, G) of row vectors (…, G, N) and the dominant subspace U_K."""
-        z = vectors.conj() @ self.factor  # (…, G, r); row g is (F^H v)^H
-        return ((z @ self.signal_weights(n_sources)) * z.conj()).real.sum(-1)
+        unit = self._without_scale()
+        return unit.weighted_energy(vectors, unit.signal_weights(n_sources))
+
+    @in_full_precision
+    def weighted_energy(self, vectors: Tensor, weights: Tensor) -> Tensor:
+        """``(F^H v)^H S (F^H v)`` (…, G) of row vectors (…, G, N) and Hermitian S (…, r, r)."""
+        w = self._project(vectors)
+        product = torch.view_as_real(weights.mT @ w) * torch.view_as_real(w)
+        return product.sum((-3, -1))
+
+    def _project(self, vectors: Tensor) -> Tensor:
+        """``conj(F^H v)`` (…, r, G) of row vectors (…, G, N).
+
+        Vectors without leading dimensions, such as a grid's, make one plain matrix product.
+        """
+        return self.factor.mT @ vectors.mH
 
     @in_full_precision
     def signal_subspace(self, n_sources: int) -> Tensor:
@@ -238,10 +249,16 @@ class LowRankCovariance:
                 f"n_sources is {n_sources}; a covariance of rank {self.rank} has a signal "
                 f"subspace of 0..{self.rank} dimensions"
             )
-        _, v = torch.linalg.eigh(self.gram())
-        dominant = self.factor @ v[..., self.rank - n_sources :].flip(-1)
+        unit = self._without_scale()
+        _, v = torch.linalg.eigh(unit.gram())
+        dominant = unit.factor @ v[..., self.rank - n_sources :].flip(-1)
         q, _ = torch.linalg.qr(dominant)
         return q
+
+    def _without_scale(self) -> LowRankCovariance:
+        """The same subspaces from a factor of largest modulus 1; its square cannot overflow."""
+        peak = _divisor(_peak(self.factor))
+        return LowRankCovariance(self.factor / peak[..., None, None], self.loading / peak / peak)
 
 
 class _SignalWeights(torch.autograd.Function):
@@ -292,6 +309,17 @@ def _fraction(name: str, value: float | Tensor, like: Tensor) -> Tensor:
     if not bool(((fraction >= 0) & (fraction <= 1)).all()):
         raise ValueError(f"{name} is {value}; expected a number in [0, 1]")
     return fraction
+
+
+def _peak(factor: Tensor) -> Tensor:
+    """Largest modulus (…), cut from the graph: what it is used for does not depend on it."""
+    return factor.detach().abs().amax((-2, -1))
+
+
+def _divisor(peak: Tensor) -> Tensor:
+    """A safe divisor: 1 for 0, and the smallest normal number for subnormal ones."""
+    usable = peak.clamp_min(torch.finfo(peak.dtype).tiny)
+    return torch.where(peak > 0, usable, torch.ones_like(peak))
 
 
 def _energy(factor: Tensor) -> Tensor:

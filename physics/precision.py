@@ -31,15 +31,15 @@ def full_precision() -> Iterator[None]:
         for device_type in ("cpu", "cuda"):
             if torch.is_autocast_enabled(device_type):
                 stack.enter_context(torch.autocast(device_type, enabled=False))
-        reduced = [(b, b.fp32_precision) for b in _BACKENDS if b.fp32_precision in ("tf32", "bf16")]
-        if reduced:
-            for backend, precision in reduced:
+        precisions = [backend.fp32_precision for backend in _BACKENDS]
+        if "tf32" in precisions or "bf16" in precisions:
+            for backend, precision in zip(_BACKENDS, precisions, strict=True):
                 stack.callback(setattr, backend, "fp32_precision", precision)
             # Where the older switch was used, torch wants both to say the same.
             if (older := _older_switch()) != "highest":
                 stack.callback(torch.set_float32_matmul_precision, older)
                 torch.set_float32_matmul_precision("highest")
-            for backend, _ in reduced:
+            for backend in _BACKENDS:
                 backend.fp32_precision = "ieee"
         yield
 

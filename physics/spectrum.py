@@ -131,7 +131,7 @@ def music_spectrum(
     a = grid.steering(
         array, wavefront, device=covariance.factor.device, dtype=covariance.factor.dtype
     )
-    energy = covariance.normalized().subspace_energy(a, n_sources)
+    energy = covariance.subspace_energy(a, n_sources)
     floor = torch.finfo(energy.dtype).eps * 8
     return (1.0 - energy).clamp(floor, 1.0).reciprocal().unflatten(-1, grid.shape)
 
