@@ -143,12 +143,14 @@ def _problem(address: str) -> str | None:
             pass
     except (OSError, OverflowError) as error:
         return str(getattr(error, "strerror", None) or error)
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]  # compiled
+
     answers: list[Any] = []
 
     def greet() -> None:
         try:
-            answers.append(ray._raylet.GcsClient(address=address))
-        except Exception as error:  # whatever keeps the head from answering is the answer
+            answers.append(GcsClient(address=address))
+        except Exception as error:  # noqa: BLE001 - whatever keeps it from answering
             answers.append(error)
 
     thread = threading.Thread(target=greet, daemon=True)
@@ -183,7 +185,7 @@ def _possible_resources() -> dict[str, float]:
 
     try:
         found = state.get_max_resources_from_cluster_config()
-    except Exception as error:  # a private door of Ray: without it, what is present counts
+    except Exception as error:  # noqa: BLE001 - a private door of Ray; what is present counts
         logger.debug("autoscaler limits are not known: %s", error)
         return {}
     return {key: float(value) for key, value in (found or {}).items()}

@@ -16,7 +16,7 @@ DONE, NOTHING_FINISHED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 def complain(message: str) -> None:
     """One line on stderr."""
-    print("error: " + " ".join(str(message).split()), file=sys.stderr)
+    typer.echo("error: " + " ".join(str(message).split()), err=True)
 
 
 def execute(app: typer.Typer, arguments: list[str] | None = None) -> int:
@@ -76,8 +76,8 @@ class Interruption:
     def watched(self) -> Iterator[Interruption]:
         """Take both signals for the time of the block."""
         before: dict[int, Any] = {}
-        for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, self._handle)
+        for taken in (signal.SIGINT, signal.SIGTERM):
+            before[taken] = signal.signal(taken, self._handle)
         try:
             yield self
         finally:

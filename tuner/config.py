@@ -18,6 +18,7 @@ from tuner.explain import did_you_mean, explain, field_paths
 from tuner.space import SearchSpace, Value, default_space, is_unsearchable
 from tuner.yamlfile import dump_yaml, parse_yaml, read_yaml
 
+_SPACE_FIELDS = {"type", "low", "high", "log", "step", "choices"}
 _MAX_JOINT = 4096  # joint choices of one section that are tried before a study starts
 
 
@@ -161,9 +162,7 @@ def check_space(study: StudyConfig) -> None:
         if is_unsearchable(path):
             raise ConfigError(f"{field}: may not be searched; it must be the same in every trial")
         if path not in known:
-            raise ConfigError(
-                f"{field}: names no searchable field{did_you_mean(path, known)}"
-            )
+            raise ConfigError(f"{field}: names no searchable field{did_you_mean(path, known)}")
         for value in parameter.probes():
             _check_buildable(study, {path: value}, f"{field}: {value!r} is not allowed", alone=True)
     sections: dict[str, list[str]] = {}
@@ -244,11 +243,10 @@ def _assign(data: dict[str, Any], path: str, value: Any) -> None:
 def _split(data: Mapping[str, Any], path: str) -> list[str]:
     """Split at dots, but keep together what is already a key (as in search.space)."""
     parts = path.split(".")
-    if parts[:2] == ["search", "space"] and len(parts) > 3:
-        section = data.get("search") or {}
-        space = section.get("space") or {} if isinstance(section, dict) else {}
-        rest = ".".join(parts[2:])
-        if rest in space:
-            return ["search", "space", rest]
-        return ["search", "space", ".".join(parts[2:-1]), parts[-1]]
-    return parts
+    if parts[:2] != ["search", "space"] or len(parts) < 4:
+        return parts
+    section = data.get("search")
+    space = section.get("space") if isinstance(section, dict) else None
+    rest = ".".join(parts[2:])
+    inside = parts[-1] in _SPACE_FIELDS and rest not in (space or {})
+    return ["search", "space", rest.rpartition(".")[0], parts[-1]] if inside else [*parts[:2], rest]

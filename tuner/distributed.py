@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 # Ray Tune's own output, loggers and snapshots are not wanted: the ledger is the record.
 _QUIET = {
+    "RAY_AIR_NEW_OUTPUT": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
@@ -103,6 +104,8 @@ def run_distributed(
             verbose=0,
         ),
     )
+    # Its result grid looks for Ray's own result files, which are not written.
+    logging.getLogger("ray.tune.analysis").setLevel(logging.ERROR)
     try:
         tuner.fit()
     finally:

@@ -59,7 +59,7 @@ def report(
         raise StudyError(f"{folder.report}: cannot be written: {error.strerror}") from error
     finally:
         ledger.close()
-    print(folder.report)
+    typer.echo(folder.report)
     return 0
 
 
@@ -223,9 +223,7 @@ def _curves(trials: list[TrialRecord]) -> go.Figure | None:
     return figure.update_layout(xaxis_title="epoch", yaxis_title="objective")
 
 
-def _trial_table(
-    ledger: Ledger, trials: list[TrialRecord], best: TrialRecord | None
-) -> str:
+def _trial_table(ledger: Ledger, trials: list[TrialRecord], best: TrialRecord | None) -> str:
     paths = list(ledger.config.search.space)
     heads = ["trial", "state", "objective", "epochs", "seconds", "skipped", "fallbacks"]
     lines = ["<div class='scroll'><table><tr>"]

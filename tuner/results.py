@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from tuner.files import write_atomically
+from tuner.files import replace_folder, write_atomically
 from tuner.folder import RunFolder
 from tuner.study import Ledger, TrialRecord
 
@@ -86,9 +86,10 @@ def export_winner(folder: RunFolder, best: TrialRecord) -> bool:
             from ray.tune import Checkpoint
 
             with Checkpoint(best.checkpoint).as_directory() as local:
-                export_best(Path(local), folder.best)
+                replace_folder(folder.best, lambda out: export_best(Path(local), out))
         else:
-            export_best(Path(best.checkpoint), folder.best)
+            source = Path(best.checkpoint)
+            replace_folder(folder.best, lambda out: export_best(source, out))
     except (CheckpointError, OSError) as error:
         logger.warning("trial %04d: checkpoint cannot be exported: %s", best.number, error)
         return False

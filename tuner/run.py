@@ -17,8 +17,10 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 def run(
     config: Annotated[
         Path | None,
-        typer.Option(help="Study in YAML. Without it: the full study where there is a GPU, "
-                     "the quickstart where there is none."),
+        typer.Option(
+            help="Study in YAML. Without it: the full study where there is a GPU, "
+            "the quickstart where there is none."
+        ),
     ] = None,
     set_: Annotated[
         list[str] | None,
@@ -30,7 +32,8 @@ def run(
         Path | None, typer.Option(help="Run folder. Default: runs/<name>-<timestamp>.")
     ] = None,
     data: Annotated[
-        Path | None, typer.Option(help="Folder with train/ and val/ shards, in place of simulation.")
+        Path | None,
+        typer.Option(help="Folder with train/ and val/ shards, in place of simulation."),
     ] = None,
     local: Annotated[
         bool, typer.Option("--local", help="One trial after another in this process, without Ray.")
@@ -40,16 +43,16 @@ def run(
     ] = None,
     address: Annotated[
         str | None,
-        typer.Option(help="Ray cluster: host:port, auto, or local (always start Ray here). "
-                     "Default: RAY_ADDRESS, a head running here, else local."),
+        typer.Option(
+            help="Ray cluster: host:port, auto, or local (always start Ray here). "
+            "Default: RAY_ADDRESS, a head running here, else local."
+        ),
     ] = None,
     gpus_per_trial: Annotated[
         float | None,
         typer.Option(help="GPUs a trial, 0 to 1. Default: 1 where there is one, else 0."),
     ] = None,
-    cpus_per_trial: Annotated[
-        int | None, typer.Option(help="CPUs, and threads, a trial.")
-    ] = None,
+    cpus_per_trial: Annotated[int | None, typer.Option(help="CPUs, and threads, a trial.")] = None,
     concurrent: Annotated[
         int | None, typer.Option(help="Trials side by side. Default: as many as there is room for.")
     ] = None,

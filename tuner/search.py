@@ -67,11 +67,11 @@ class LedgerSearch(OptunaSearch):
         self.closed = False
         # What the base class keeps; the study is the ledger's own.
         self._space = dict(ledger.config.search.space)
-        self._ot_study = ledger.optuna_study
+        self._ot_study: Any = ledger.optuna_study
         self._ot_trials: dict[str, Any] = {}
         self._completed_trials = self._ended
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+    def suggest(self, trial_id: str) -> Any:
         """The next trial: first those that were cut, then new ones, then none."""
         if self.closed or self._stop():
             return Searcher.FINISHED
@@ -114,8 +114,8 @@ class LedgerSearch(OptunaSearch):
             )
         else:
             state: End = "done" if result.get("finished") else "pruned"
-            reason = None if state == "done" else f"stopped after epoch {result['epoch']}"
-            self._end(trial_id, state, objective=result.get("objective"), reason=reason)
+            stopped = None if state == "done" else f"stopped after epoch {result['epoch']}"
+            self._end(trial_id, state, objective=result.get("objective"), reason=stopped)
 
     def lost(self, trial_id: str, reason: str) -> None:
         """A machine died under the trial and Ray runs it again."""
@@ -196,7 +196,7 @@ class LedgerCallback(Callback):
 
 def location_of(checkpoint: Checkpoint) -> str:
     """A path on this machine's file system, or a URI."""
-    kind = checkpoint.filesystem.type_name
+    kind = checkpoint.filesystem.type_name if checkpoint.filesystem else "local"
     return checkpoint.path if kind == "local" else f"{kind}://{checkpoint.path}"
 
 
@@ -253,9 +253,7 @@ class LedgerASHA(AsyncHyperBandScheduler):
             return TrialScheduler.STOP
         return super().on_trial_result(tune_controller, trial, result)
 
-    def on_trial_complete(
-        self, tune_controller: Any, trial: Trial, result: dict[str, Any]
-    ) -> None:
+    def on_trial_complete(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> None:
         """Enter a sound end into the rungs."""
         if result.get("failed"):
             self._trial_info.pop(trial.trial_id, None)

@@ -151,7 +151,7 @@ def _load_resumed(request: Request, notes: list[str]) -> StudyConfig:
         )
     assert request.resume is not None
     folder = RunFolder.existing(request.resume, lock=False)
-    options = {key: request.options.get(key) for key in _RESUMABLE}
+    options: dict[str, Any] = {key: request.options.get(key) for key in _RESUMABLE}
     notes.append(f"study: {folder.config}, going on")
     return load_study(folder.config, **options)
 

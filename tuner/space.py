@@ -142,7 +142,7 @@ SearchSpace = dict[str, ParameterSpace]
 
 def default_space() -> SearchSpace:
     """The default search space: optimiser, network, each loss weight, β, ridge and shrinkage."""
-    weight = {"low": 0.005, "high": 0.5, "log": True}
+    weight = FloatSpace(low=0.005, high=0.5, log=True)
     return {
         "training.learning_rate": FloatSpace(low=1e-4, high=5e-3, log=True),
         "training.weight_decay": FloatSpace(low=1e-6, high=1e-1, log=True),
@@ -151,11 +151,11 @@ def default_space() -> SearchSpace:
         "network.depth": IntSpace(low=1, high=4),
         "network.heads": CategoricalSpace(choices=(2, 4)),
         "network.dropout": FloatSpace(low=0.0, high=0.3),
-        "loss.cov_pred": FloatSpace(**weight),
-        "loss.subspace_align": FloatSpace(**weight),
-        "loss.peak_contrast": FloatSpace(**weight),
-        "loss.existence": FloatSpace(**weight),
-        "loss.position": FloatSpace(**weight),
+        "loss.cov_pred": weight,
+        "loss.subspace_align": weight,
+        "loss.peak_contrast": weight,
+        "loss.existence": weight,
+        "loss.position": weight,
         "blend.beta": FloatSpace(low=0.0, high=0.6),
         "blend.shrinkage": FloatSpace(low=0.0, high=0.3),
         "tikhonov.regularization": FloatSpace(low=1e-4, high=1e-1, log=True),

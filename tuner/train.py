@@ -62,39 +62,40 @@ def train(
         with Interruption().watched():
             return _train(winner, config, folder, chosen, resume)
     except KeyboardInterrupt:
-        print("interrupted; go on with the same command and --resume")
+        typer.echo("interrupted; go on with the same command and --resume")
         return INTERRUPTED
 
 
 def _train(
     winner: dict[str, Any], config: TrialConfig, folder: Path, device: str, resume: bool
 ) -> int:
-    from model.checkpoint import STATE, export_best
+    from model.checkpoint import export_best, has_checkpoint
     from model.data import check_data
     from model.training import TrialDiverged, train
     from tuner.errors import StudyError
     from tuner.files import write_atomically
 
     checkpoint = folder / "checkpoint"
-    begun = (checkpoint / STATE).exists()
+    begun = has_checkpoint(checkpoint)
     if begun and not resume:
-        raise StudyError(f"--out: {folder} already holds a training; add --resume or choose another")
+        raise StudyError(
+            f"--out: {folder} already holds a training; add --resume or choose another"
+        )
     if resume and not begun:
         raise StudyError(f"--resume: no checkpoint in {checkpoint}")
-    print(f"data: {check_data(config)}")
+    typer.echo(f"data: {check_data(config)}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / "config.json", config.model_dump_json(indent=2) + "\n")
     except OSError as error:
         raise StudyError(f"--out: cannot write to {folder}: {error.strerror}") from error
     total = config.training.epochs
-    print(f"trial {winner['trial']:04d} of {winner['study']}: {total} epochs on {device}")
+    typer.echo(f"trial {winner['trial']:04d} of {winner['study']}: {total} epochs on {device}")
 
     def report(epoch: int, metrics: dict[str, Any]) -> None:
-        print(
+        typer.echo(
             f"epoch {epoch}/{total}: objective {metrics['objective']:.5f}, "
-            f"{metrics['epoch_seconds']:.1f} s, {metrics['skipped_steps']} steps skipped",
-            flush=True,
+            f"{metrics['epoch_seconds']:.1f} s, {metrics['skipped_steps']} steps skipped"
         )
         line = json.dumps(metrics) + "\n"
         with (folder / "metrics.jsonl").open("a", encoding="utf-8") as stream:
@@ -123,8 +124,8 @@ def _train(
         verdict = "the same, bit for bit"
     else:
         verdict = f"{(searched - score) / searched:+.2%} gained" if searched else "another score"
-    print(f"objective {score!r}; in the search {searched!r}: {verdict}")
-    print(f"network: {folder / 'best'}")
+    typer.echo(f"objective {score!r}; in the search {searched!r}: {verdict}")
+    typer.echo(f"network: {folder / 'best'}")
     return DONE
 
 
@@ -135,7 +136,9 @@ def _read_winner(source: Path) -> tuple[dict[str, Any], Path]:
     try:
         winner = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise StudyError(f"--from: {path}: no such file; has a trial of the study finished?") from None
+        raise StudyError(
+            f"--from: {path}: no such file; has a trial of the study finished?"
+        ) from None
     except (OSError, ValueError) as error:
         raise StudyError(f"--from: {path}: cannot be read: {error}") from error
     needed = ("study", "trial", "objective", "config", "seed", "epochs")

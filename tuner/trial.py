@@ -91,7 +91,7 @@ class TrialRun:
         self._checkpoint = folder
         try:
             self._build()
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - not swallowed:
             # step() meets the same error and reports it; a lost device shows there too.
             logger.warning("trial cannot be built: %s", error)
 

@@ -1,0 +1,152 @@
+"""A study small enough to run for real many times, and how to start and kill it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from tuner.config import StudyConfig, load_study
+from tuner.yamlfile import dump_yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+
+TINY: dict[str, Any] = {
+    "name": "tiny",
+    "seed": 3,
+    "array": {"n_horizontal": 4, "n_vertical": 3},
+    "scene": {"n_antennas": 4, "n_snapshots": 4, "max_sources": 2},
+    "data": {"train_scenes": 16, "val_scenes": 8},
+    "network": {
+        "width": 8,
+        "depth": 1,
+        "heads": 2,
+        "conv_channels": 4,
+        "image_channels": 4,
+        "rank": 3,
+        "azimuth_cells": 4,
+        "elevation_cells": 3,
+        "range_cells": 2,
+    },
+    "training": {"epochs": 2, "batch_size": 8, "learning_rate": 1e-3, "ema_decay": 0.5},
+    "search": {
+        "trials": 3,
+        "startup_trials": 2,
+        "space": {
+            "training.learning_rate": {"type": "float", "low": 1e-4, "high": 1e-2, "log": True},
+            "network.heads": {"type": "categorical", "choices": [1, 2, 4]},
+            "blend.beta": {"type": "float", "low": 0.0, "high": 0.6},
+        },
+    },
+}
+
+
+def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The base with sections merged; dotted keys (of a space) are plain keys."""
+    result = dict(base)
+    for key, value in changes.items():
+        held = result.get(key)
+        both = isinstance(held, Mapping) and isinstance(value, Mapping) and key != "space"
+        result[key] = merged(held, value) if both else value  # type: ignore[arg-type]
+    return result
+
+
+def write_study(folder: Path, **changes: Any) -> Path:
+    """The tiny study, changed, as a file."""
+    path = folder / "study.yaml"
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(dump_yaml(merged(TINY, changes)), encoding="utf-8")
+    return path
+
+
+def tiny_study(folder: Path, **changes: Any) -> StudyConfig:
+    """The tiny study, changed, as read from its file."""
+    return load_study(write_study(folder, **changes))
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """What a started command sees: one thread, Ray without tokens, no cluster from outside."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "TUNE_"))}
+    return kept | {"OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled", **extra}
+
+
+def command(*arguments: object, module: str = "tuner.run") -> list[str]:
+    """The command line of one of the project's commands."""
+    return [sys.executable, "-m", module, *(str(argument) for argument in arguments)]
+
+
+def run(
+    *arguments: object, module: str = "tuner.run", timeout: float = 120, **extra: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end."""
+    return subprocess.run(
+        command(*arguments, module=module),
+        cwd=ROOT,
+        env=environment(**extra),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+def start(*arguments: object, module: str = "tuner.run", **extra: str) -> subprocess.Popen[str]:
+    """Start a command and let it run."""
+    return subprocess.Popen(
+        command(*arguments, module=module),
+        cwd=ROOT,
+        env=environment(**extra),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def read_until(process: subprocess.Popen[str], wanted: str, timeout: float = 90) -> list[str]:
+    """The lines of a command up to the one that holds `wanted`."""
+    assert process.stdout is not None
+    lines: list[str] = []
+    deadline = time.monotonic() + timeout
+    for line in process.stdout:
+        lines.append(line)
+        if wanted in line:
+            return lines
+        if time.monotonic() > deadline:
+            break
+    raise AssertionError(f"{wanted!r} never came:\n{''.join(lines)}")
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    """kill -9 and reap."""
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+
+
+def processes_with(mark: str, name: str) -> list[int]:
+    """Processes of ours (by a mark in their environment) with a word in their title."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        if not folder.name.isdigit():
+            continue
+        try:
+            title = (folder / "cmdline").read_bytes().decode(errors="replace")
+            if name in title and mark.encode() in (folder / "environ").read_bytes():
+                found.append(int(folder.name))
+        except OSError:
+            continue
+    return found
+
+
+def wait_for(happened: Callable[[], bool], timeout: float = 60) -> None:
+    """Poll until something is so."""
+    deadline = time.monotonic() + timeout
+    while not happened():
+        if time.monotonic() > deadline:
+            raise AssertionError("it did not happen in time")
+        time.sleep(0.05)

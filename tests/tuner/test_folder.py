@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.tuner.support import tiny_study
+from tuner.errors import StudyError
+from tuner.files import write_atomically
+from tuner.folder import RunFolder
+
+
+def test_a_folder_that_holds_a_study_is_refused(tmp_path: Path) -> None:
+    folder = RunFolder.fresh(tmp_path / "run")
+    folder.config.write_text(tiny_study(tmp_path).to_yaml())
+    folder.release()
+    with pytest.raises(StudyError, match=r"already holds a study; go on with --resume"):
+        RunFolder.fresh(tmp_path / "run")
+
+
+def test_a_second_driver_is_refused_and_told_by_whom(tmp_path: Path) -> None:
+    import os
+
+    folder = RunFolder.fresh(tmp_path / "run")
+    folder.config.write_text(tiny_study(tmp_path).to_yaml())
+    with pytest.raises(StudyError, match=rf"another run \(process {os.getpid()}\) is at work"):
+        RunFolder.existing(tmp_path / "run")
+    folder.release()
+    RunFolder.existing(tmp_path / "run").release()
+
+
+def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StudyError, match=r"--out: cannot write to .*: Not a directory"):
+        RunFolder.fresh(tmp_path / "file" / "run")
+
+
+def test_a_folder_without_a_study_cannot_go_on(tmp_path: Path) -> None:
+    with pytest.raises(StudyError, match="no such folder"):
+        RunFolder.existing(tmp_path / "absent")
+    with pytest.raises(StudyError, match="holds no study"):
+        RunFolder.existing(tmp_path)
+
+
+def test_default_folders_do_not_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    first = RunFolder.default_path("name")
+    first.mkdir(parents=True)
+    assert RunFolder.default_path("name") != first
+
+
+def test_a_failed_write_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "best.json"
+    write_atomically(path, "old")
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        write_atomically(path, "new")
+    assert path.read_text() == "old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["best.json"]

@@ -1,0 +1,147 @@
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from model import Localizer
+from tests.tuner.support import (
+    ROOT,
+    environment,
+    kill,
+    read_until,
+    run,
+    start,
+    tiny_study,
+    write_study,
+)
+from tuner.config import load_study
+from tuner.study import Ledger
+
+FILES = ["best", "best.json", "config.yaml", "report.html", "study.db", "trials", "trials.csv",
+         "tuner.log"]  # fmt: skip
+
+
+def ledger_of(folder: Path) -> Ledger:
+    return Ledger(folder / "study.db", load_study(folder / "config.yaml"))
+
+
+def test_the_local_mode_imports_no_ray_and_fills_the_run_folder(tmp_path: Path) -> None:
+    arguments = ["--config", str(write_study(tmp_path)), "--local", "--out", str(tmp_path / "run")]
+    code = (
+        "import sys\n"
+        "from tuner.command import execute\n"
+        "from tuner.run import app\n"
+        f"code = execute(app, {arguments!r})\n"
+        "assert 'ray' not in sys.modules\n"
+        "sys.exit(code)"
+    )
+    finished = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment(), capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    present = sorted(p.name for p in (tmp_path / "run").iterdir() if not p.name.startswith("."))
+    assert present == FILES
+    assert load_study(tmp_path / "run" / "config.yaml") == tiny_study(tmp_path)
+    Localizer.load(tmp_path / "run" / "best")
+
+
+def test_optuna_prunes_in_the_local_mode(tmp_path: Path) -> None:
+    config = write_study(
+        tmp_path,
+        search={
+            "trials": 8,
+            "grace_epochs": 1,
+            "reduction_factor": 2,
+            "space": {"training.learning_rate": {"type": "float", "low": 1e-6, "high": 1e-1,
+                                                 "log": True}},
+        },
+        training={"epochs": 4},
+    )  # fmt: skip
+    assert run("--config", config, "--local", "--out", tmp_path / "run").returncode == 0
+    states = [trial.state for trial in ledger_of(tmp_path / "run").trials()]
+    assert "pruned" in states
+    assert "done" in states
+
+
+def test_a_killed_local_run_goes_on_and_ends_as_if_nothing_had_happened(tmp_path: Path) -> None:
+    config = write_study(tmp_path, training={"epochs": 6}, search={"scheduler": "none"})
+    whole = run("--config", config, "--local", "--out", tmp_path / "whole")
+    assert whole.returncode == 0
+    process = start("--config", config, "--local", "--out", tmp_path / "cut")
+    read_until(process, "trial 0001 epoch 3/6")
+    kill(process)
+    resumed = run("--resume", tmp_path / "cut", "--local")
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    assert "trial 0001 goes on after epoch" in resumed.stdout
+    assert "trial 0000 starts" not in resumed.stdout
+    outcomes = [
+        [(t.number, t.state, t.seed, t.params, t.curve) for t in ledger_of(tmp_path / n).trials()]
+        for n in ("whole", "cut")
+    ]
+    assert outcomes[0] == outcomes[1]
+
+
+def test_ctrl_c_ends_with_130_and_prints_how_to_go_on(tmp_path: Path) -> None:
+    config = write_study(tmp_path, training={"epochs": 400}, search={"scheduler": "none"})
+    process = start("--config", config, "--local", "--out", tmp_path / "run")
+    read_until(process, "trial 0000 epoch 2/400")
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert f"python -m tuner.run --resume {tmp_path / 'run'}" in output
+    assert [trial.state for trial in ledger_of(tmp_path / "run").trials()] == ["running"]
+    assert (tmp_path / "run" / "trials.csv").exists()
+
+
+def test_a_finished_study_only_reports_and_can_be_extended(tmp_path: Path) -> None:
+    config = write_study(tmp_path, search={"trials": 2})
+    assert run("--config", config, "--local", "--out", tmp_path / "run").returncode == 0
+    again = run("--resume", tmp_path / "run", "--local")
+    assert again.returncode == 0
+    assert "starts" not in again.stdout
+    longer = run("--resume", tmp_path / "run", "--local", "--trials", 3)
+    assert longer.returncode == 0
+    assert "trial 0002 starts" in longer.stdout
+    assert "trial 0001 starts" not in longer.stdout
+    assert load_study(tmp_path / "run" / "config.yaml").search.trials == 3
+
+
+def test_a_second_driver_is_refused(tmp_path: Path) -> None:
+    config = write_study(tmp_path, training={"epochs": 400}, search={"scheduler": "none"})
+    process = start("--config", config, "--local", "--out", tmp_path / "run")
+    try:
+        read_until(process, "trial 0000 epoch 1/400")
+        second = run("--resume", tmp_path / "run", "--local")
+        assert second.returncode == 2
+        assert f"another run (process {process.pid}) is at work" in second.stderr
+        fresh = run("--config", config, "--local", "--out", tmp_path / "run")
+        assert fresh.returncode == 2
+    finally:
+        kill(process)
+
+
+def test_a_crash_never_ranks_best_and_the_search_goes_on(tmp_path: Path) -> None:
+    space = {"training.learning_rate": {"type": "float", "low": 1e-4, "high": 1e31, "log": True}}
+    config = write_study(
+        tmp_path,
+        training={"gradient_clip": 1e30, "max_skipped_steps": 1},
+        search={"space": space, "enqueue": [{"training.learning_rate": 1e30}], "trials": 2},
+    )
+    assert run("--config", config, "--local", "--out", tmp_path / "run").returncode == 0
+    trials = ledger_of(tmp_path / "run").trials()
+    assert [trial.state for trial in trials] == ["done", "failed"]
+    assert str(trials[1].reason).startswith("diverged")
+    assert (tmp_path / "run" / "trials" / "0001" / "error.txt").read_text().strip()
+    assert json.loads((tmp_path / "run" / "best.json").read_text())["trial"] == 0
+
+
+def test_only_the_winners_checkpoint_is_kept(tmp_path: Path) -> None:
+    config = write_study(tmp_path)
+    assert run("--config", config, "--local", "--out", tmp_path / "run").returncode == 0
+    kept = list((tmp_path / "run" / "trials").glob("*/checkpoint"))
+    best = json.loads((tmp_path / "run" / "best.json").read_text())["trial"]
+    assert [path.parent.name for path in kept] == [f"{best:04d}"]

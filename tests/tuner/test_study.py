@@ -1,0 +1,172 @@
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.tuner.support import tiny_study
+from tuner.study import Assignment, Ledger, trial_seed
+
+
+def ledger_in(folder: Path, **changes: Any) -> Ledger:
+    return Ledger(folder / "study.db", tiny_study(folder, **changes))
+
+
+def asked(ledger: Ledger) -> Assignment:
+    found = ledger.ask()
+    assert found is not None
+    return found
+
+
+def run(ledger: Ledger, *objectives: float) -> int:
+    """A trial that reports these objectives and stays running."""
+    number = asked(ledger).number
+    for epoch, objective in enumerate(objectives, start=1):
+        ledger.report(number, {"epoch": epoch, "objective": objective})
+    return number
+
+
+def test_the_configurations_own_values_are_tried_first_then_the_enqueued(tmp_path: Path) -> None:
+    ledger = ledger_in(tmp_path, search={"enqueue": [{"blend.beta": 0.55}]})
+    first, second = asked(ledger), asked(ledger)
+    assert first.params == ledger.config.base_point()
+    assert second.params["blend.beta"] == 0.55
+
+
+def test_no_more_trials_are_proposed_than_asked_for(tmp_path: Path) -> None:
+    ledger = ledger_in(tmp_path)
+    numbers = [asked(ledger).number for _ in range(3)]
+    assert numbers == [0, 1, 2]
+    assert ledger.ask() is None
+
+
+def test_a_study_can_be_extended(tmp_path: Path) -> None:
+    ledger = ledger_in(tmp_path, search={"trials": 1})
+    ledger.finish(run(ledger, 1.0), "done", objective=1.0)
+    assert ledger.ask() is None
+    ledger.close()
+    longer = ledger_in(tmp_path, search={"trials": 2})
+    assert asked(longer).number == 1
+    assert longer.ask() is None
+
+
+def test_seeds_differ_between_trials_and_follow_from_the_study_seed(tmp_path: Path) -> None:
+    ledger = ledger_in(tmp_path)
+    seeds = [asked(ledger).seed for _ in range(3)]
+    assert seeds == [trial_seed(3, number) for number in range(3)]
+    assert len(set(seeds)) == 3
+    assert trial_seed(4, 0) != trial_seed(3, 0)
+
+
+def test_proposals_do_not_depend_on_where_a_session_began(tmp_path: Path) -> None:
+    def propose(folder: Path, *, reopened: bool) -> list[dict[str, Any]]:
+        folder.mkdir()
+        ledger = ledger_in(folder, search={"trials": 6})
+        found = []
+        for index in range(6):
+            if reopened:
+                ledger.close()
+                ledger = ledger_in(folder, search={"trials": 6})
+            trial = asked(ledger)
+            found.append(trial.params)
+            ledger.finish(trial.number, "done", objective=1.0 + index)
+        return found
+
+    whole = propose(tmp_path / "whole", reopened=False)
+    assert propose(tmp_path / "reopened", reopened=True) == whole
+    assert len({repr(params) for params in whole}) == 6
+
+
+def test_a_crash_never_ranks_best(tmp_path: Path) -> None:
+    ledger = ledger_in(tmp_path)
+    crashed, sound = run(ledger, 0.001), run(ledger, 2.0, 1.5)
+    ledger.finish(crashed, "failed", reason="ValueError: crash", traceback="Traceback ...")
+    ledger.finish(sound, "done", objective=1.5)
+    assert [trial.number for trial in ledger.ranking()] == [sound]
+    assert ledger.trial(crashed).reason == "ValueError: crash"
+
+
+@pytest.mark.parametrize("objective", [math.nan, math.inf, -math.inf, None])
+def test_a_trial_without_a_finite_objective_has_failed(
+    tmp_path: Path, objective: float | None
+) -> None:
+    ledger = ledger_in(tmp_path)
+    number = run(ledger, 2.0)
+    assert ledger.finish(number, "done", objective=objective) == "failed"
+    assert ledger.trial(number).state == "failed"
+    assert "objective is" in str(ledger.trial(number).reason)
+    assert ledger.best() is None
+
+
+def test_a_stopped_trial_is_pruned_with_its_steps_and_never_ranks(tmp_path: Path) -> None:
+    ledger = ledger_in(tmp_path)
+    number = run(ledger, 3.0, 2.0)
+    ledger.finish(number, "pruned", reason="stopped after epoch 2")
+    frozen = ledger.optuna_study.trials[number]
+    assert frozen.state.name == "PRUNED"
+    assert frozen.intermediate_values == {1: 3.0, 2: 2.0}
+    assert ledger.ranking() == []
+
+
+def test_trials_of_another_budget_never_rank(tmp_path: Path) -> None:
+    ledger = ledger_in(tmp_path)
+    ledger.finish(run(ledger, 1.0), "done", objective=1.0)
+    ledger.close()
+    longer = ledger_in(tmp_path, training={"epochs": 5})
+    assert longer.ranking() == []
+    ledger.close()
+
+
+def test_an_epoch_that_is_run_again_replaces_its_record(tmp_path: Path) -> None:
+    ledger = ledger_in(tmp_path)
+    number = run(ledger, 3.0, 2.0)
+    ledger.report(number, {"epoch": 2, "objective": 2.5, "skipped_steps": 4})
+    record = ledger.trial(number)
+    assert record.curve == [(1, 3.0), (2, 2.5)]
+    assert record.metrics["skipped_steps"] == 4
+    assert ledger.optuna_study.trials[number].intermediate_values[2] == 2.5
+
+
+def test_a_configuration_is_not_evaluated_twice(tmp_path: Path) -> None:
+    space = {"network.heads": {"type": "categorical", "choices": [1, 2, 4]}}
+    ledger = ledger_in(tmp_path, search={"trials": 50, "space": space, "sampler": "random"})
+    proposed = []
+    while (trial := ledger.ask()) is not None:
+        proposed.append(trial.params["network.heads"])
+        ledger.finish(trial.number, "done", objective=1.0)
+    assert sorted(map(int, map(str, proposed))) == [1, 2, 4]
+    assert len(ledger.trials()) == 3
+
+
+def test_running_trials_come_back_with_number_parameters_seed_and_checkpoint(
+    tmp_path: Path,
+) -> None:
+    ledger = ledger_in(tmp_path)
+    first, second = asked(ledger), asked(ledger)
+    ledger.report(first.number, {"epoch": 1, "objective": 2.0})
+    ledger.checkpointed(first.number, "/kept/checkpoint", 1)
+    ledger.close()
+    again = ledger_in(tmp_path)
+    orphans = again.orphans()
+    assert orphans == [
+        Assignment(first.number, first.params, first.seed, "/kept/checkpoint", 1),
+        second,
+    ]
+    again.finish(first.number, "done", objective=1.0)
+    assert [orphan.number for orphan in again.orphans()] == [second.number]
+
+
+def test_optuna_stops_a_trial_that_is_worse_than_its_rung(tmp_path: Path) -> None:
+    changes = {"search": {"grace_epochs": 1, "reduction_factor": 2}, "training": {"epochs": 4}}
+    ledger = ledger_in(tmp_path, **changes)
+    good = run(ledger, 1.0)
+    assert not ledger.should_prune(good)
+    assert ledger.should_prune(run(ledger, 2.0))
+
+
+def test_nothing_is_stopped_without_a_scheduler(tmp_path: Path) -> None:
+    ledger = ledger_in(tmp_path, search={"scheduler": "none"})
+    run(ledger, 1.0)
+    assert not ledger.should_prune(run(ledger, 2.0))

@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.tuner.support import tiny_study
+from tuner.trainable import CONFIG, DEVICE, NUMBER, RESUME, START, STUDY, TrialActor
+
+
+@pytest.fixture(autouse=True)
+def _results_in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray.tune.trainable.trainable.DEFAULT_STORAGE_PATH", str(tmp_path / "ray"))
+
+
+def order(folder: Path, number: int, **changes: Any) -> dict[str, Any]:
+    config = tiny_study(folder, **changes).trial_config({}, seed=number)
+    return {
+        NUMBER: number,
+        STUDY: "tiny",
+        CONFIG: config.model_dump(mode="json"),
+        DEVICE: "cpu",
+        RESUME: None,
+        START: 0,
+    }
+
+
+def test_an_actor_saves_and_restores_between_epochs(tmp_path: Path) -> None:
+    whole = TrialActor(order(tmp_path, 1))
+    wanted = [whole.train()["objective"] for _ in range(2)]
+    first = TrialActor(order(tmp_path, 1))
+    first.train()
+    first.save(str(tmp_path / "checkpoint"))
+    second = TrialActor(order(tmp_path, 1))
+    second.restore(str(tmp_path / "checkpoint"))
+    result = second.train()
+    assert (result["epoch"], result["objective"]) == (2, wanted[1])
+    assert result["done"]
+
+
+def test_a_reused_actor_leaves_nothing_of_the_last_trial_behind(tmp_path: Path) -> None:
+    fresh = TrialActor(order(tmp_path, 2))
+    wanted = [fresh.train()["objective"] for _ in range(2)]
+    reused = TrialActor(order(tmp_path, 1, network={"width": 16}))
+    reused.train()
+    assert reused.reset(order(tmp_path, 2))
+    results = [reused.train() for _ in range(2)]
+    assert [result["objective"] for result in results] == wanted
+    assert [result["epoch"] for result in results] == [1, 2]
+    assert [result["training_iteration"] for result in results] == [1, 2]
+
+
+def test_a_failed_trial_is_done_asks_for_no_checkpoint_and_frees_the_actor(tmp_path: Path) -> None:
+    actor = TrialActor(order(tmp_path, 1, data={"shards": str(tmp_path / "absent")}))
+    result = actor.train()
+    assert result["done"]
+    assert result["failed"]
+    assert not result["should_checkpoint"]
+    assert actor.reset(order(tmp_path, 2))
+    assert not actor.train()["failed"]
+
+
+def test_a_name_never_tells_of_a_trial_that_is_over(tmp_path: Path) -> None:
+    actor = TrialActor(order(tmp_path, 1))
+    name = repr(actor)
+    actor.reset(order(tmp_path, 2))
+    assert repr(actor) == name
+    assert "tiny" in name
+
+
+def test_an_actor_goes_on_from_the_ledgers_checkpoint(tmp_path: Path) -> None:
+    first = TrialActor(order(tmp_path, 1))
+    first.train()
+    first.save(str(tmp_path / "checkpoint"))
+    again = TrialActor(order(tmp_path, 1) | {RESUME: str(tmp_path / "checkpoint"), START: 1})
+    assert again.train()["epoch"] == 2
