@@ -1,9 +1,16 @@
-"""Devices that the tests of physics run on."""
+"""Devices that the tests of physics run on, and how Hypothesis draws for them."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
+
+# The same examples in every run; a busy machine is no failure.
+settings.register_profile(
+    "physics", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("physics")
 
 
 @pytest.fixture(

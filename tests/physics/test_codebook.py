@@ -85,7 +85,7 @@ def test_b_bits_give_exactly_two_to_the_b_numbers(bits: int, dtype: torch.dtype)
     assert len(torch.view_as_real(codes).reshape(-1, 2).unique(dim=0)) == 2**bits
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(bits=st.integers(1, 8), seed=st.integers(0, 1000))
 def test_quantisation_moves_a_phase_by_at_most_half_a_step_and_only_once(
     bits: int, seed: int

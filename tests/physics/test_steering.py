@@ -66,7 +66,7 @@ def test_float32_keeps_its_digits_at_every_range(range_m: float) -> None:
     assert error < tolerance(array, position)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     azimuth=st.floats(-1.5, 1.5),
     elevation=st.floats(-1.5, 1.5),

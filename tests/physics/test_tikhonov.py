@@ -77,7 +77,7 @@ def test_lambda_of_zero_gives_the_pseudo_inverse(
     assert relative_error(a, oracle(y, H, codes, 0.0)) < eps(y.dtype) * 1e8
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     B=st.integers(1, 3),
     L=st.integers(1, 4),

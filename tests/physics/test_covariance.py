@@ -1,0 +1,485 @@
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from physics import (
+    BlendConfig,
+    LowRankCovariance,
+    PlanarArray,
+    SceneConfig,
+    blend,
+    covariance_of,
+    nmse,
+    sample_covariance,
+    simulate,
+    tikhonov_solve,
+)
+from tests.physics.helpers import LargestTensor, complex_normal, eps, relative_error, unit_codes
+from tests.reference import covariance as reference
+
+DTYPES = [torch.complex128, torch.complex64]
+
+
+def covariance(
+    B: int = 3,
+    N: int = 7,
+    r: int = 3,
+    *,
+    loading: float | None = None,
+    seed: int = 0,
+    dtype: torch.dtype = torch.complex128,
+) -> LowRankCovariance:
+    factor = complex_normal(B, N, r, seed=seed, dtype=dtype)
+    level = None if loading is None else torch.full((B,), loading, dtype=dtype.to_real())
+    return LowRankCovariance(factor, level)
+
+
+def dense(R: LowRankCovariance) -> list[reference.Complex]:
+    """The oracle's N x N matrices, from factor and loading."""
+    return [
+        reference.dense(f.detach().cpu().numpy(), float(d))
+        for f, d in zip(R.factor, R.loading, strict=True)
+    ]
+
+
+def assert_equals(R: LowRankCovariance, matrices: list[Any], tolerance: float) -> None:
+    for value, matrix in zip(R.dense(), matrices, strict=True):
+        assert relative_error(value, torch.from_numpy(matrix)) < tolerance
+
+
+shapes = st.tuples(st.integers(1, 3), st.integers(1, 6), st.integers(1, 8))
+laws = settings(max_examples=30)
+
+
+@laws
+@given(shape=shapes, loading=st.floats(0, 3), seed=st.integers(0, 1000))
+def test_it_is_hermitian_positive_and_its_trace_is_the_diagonals_sum(
+    shape: tuple[int, int, int], loading: float, seed: int
+) -> None:
+    R = covariance(*shape, loading=loading, seed=seed)
+    matrix = R.dense()
+    assert torch.allclose(matrix, matrix.mH, atol=1e-14 * (1 + loading + shape[2]))
+    values = torch.linalg.eigvalsh(matrix)
+    assert (values >= loading - 1e-12 * values[:, -1:]).all()
+    trace = matrix.diagonal(dim1=-2, dim2=-1).real.sum(-1)
+    assert torch.allclose(R.trace(), trace, rtol=1e-12)
+    assert_equals(R, dense(R), 1e-12)
+
+
+@laws
+@given(shape=shapes, loading=st.sampled_from([0.0, 0.3]), seed=st.integers(0, 1000))
+def test_every_method_matches_the_dense_matrix(
+    shape: tuple[int, int, int], loading: float, seed: int
+) -> None:
+    B, N, r = shape
+    R, S = covariance(*shape, loading=loading, seed=seed), covariance(B, N, 2, seed=seed + 1)
+    matrix, other = R.dense(), S.dense()
+    x, v = complex_normal(B, N, 4, seed=seed), complex_normal(B, 5, N, seed=seed)
+    assert torch.allclose(R.gram(), R.factor.mH @ R.factor)
+    assert torch.allclose(R.inner(S), (matrix * other.conj()).sum((-2, -1)).real, rtol=1e-10)
+    assert torch.allclose(R.matmul(x), matrix @ x)
+    expected = torch.einsum("bgn,bnm,bgm->bg", v.conj(), matrix, v).real
+    assert torch.allclose(R.quadratic(v), expected)
+    largest = torch.linalg.eigvalsh(matrix).flip(-1)[:, : min(r, N)]
+    assert torch.allclose(R.eigenvalues()[:, : min(r, N)], largest, atol=1e-11)
+    assert torch.allclose(R.eigenvalues()[:, N:], torch.full((B, max(0, r - N)), loading).double())
+    if loading:
+        assert relative_error(R.solve(x), torch.linalg.solve(matrix, x)) < 1e-10
+        inverse = torch.linalg.inv(matrix)
+        expected = torch.einsum("bgn,bnm,bgm->bg", v.conj(), inverse, v).real
+        assert torch.allclose(R.inverse_quadratic(v), expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_normalising_shrinking_and_loading_match_the_dense_matrix(
+    dtype: torch.dtype, device: torch.device
+) -> None:
+    R = covariance(loading=0.2, dtype=dtype).to(device)
+    matrices, tolerance = dense(R), 50 * eps(dtype)
+    assert_equals(R.normalized(), [reference.normalize(m) for m in matrices], tolerance)
+    assert torch.allclose(
+        R.normalized().trace().cpu(), torch.full((3,), 7.0, dtype=dtype.to_real())
+    )
+    for rho in (0.0, 0.3, 1.0):
+        assert_equals(R.shrunk(rho), [reference.shrink(m, rho) for m in matrices], tolerance)
+        assert torch.allclose(R.shrunk(rho).trace(), R.trace())
+        loaded = [m + rho * m.trace().real / 7 * torch.eye(7).numpy() for m in matrices]
+        assert_equals(R.loaded(rho), loaded, tolerance)
+    per_item = torch.tensor([0.0, 0.5, 1.0], device=device)
+    expected = [reference.shrink(m, p) for m, p in zip(matrices, (0.0, 0.5, 1.0), strict=True)]
+    assert_equals(R.shrunk(per_item), expected, tolerance)
+
+
+def test_shrinkage_of_an_unloaded_covariance_lifts_the_noise_floor_to_rho() -> None:
+    R = covariance(r=2).normalized().shrunk(0.25)
+    values = torch.linalg.eigvalsh(R.dense())
+    assert torch.allclose(values[:, :5], torch.full((3, 5), 0.25, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_zero_matrix_says_nothing_and_becomes_the_identity(dtype: torch.dtype) -> None:
+    factor = torch.zeros(2, 5, 3, dtype=dtype, requires_grad=True)
+    R = LowRankCovariance(factor).normalized()
+    assert torch.equal(R.dense(), torch.eye(5, dtype=dtype).expand(2, 5, 5))
+    R.inner(R).sum().backward()
+    assert factor.grad is not None
+    assert torch.isfinite(factor.grad).all()
+
+
+@pytest.mark.parametrize("scale", [1e-40, 1e-25, 1e-15, 1e15, 1e25, 1e37])
+def test_normalising_forgets_any_scale(scale: float) -> None:
+    R = covariance(dtype=torch.complex64)
+    S = LowRankCovariance(R.factor * scale).normalized()
+    # Below 1.2e-38 float32 keeps fewer digits: about five at 1e-40.
+    tolerance = 1e-4 if scale < 1e-38 else 20 * eps(torch.complex64)
+    assert relative_error(S.dense(), R.normalized().dense().to(torch.complex128)) < tolerance
+    assert float(nmse(S, R).max()) < 1e-5
+
+
+def test_scaled_loading_is_forgotten_with_the_factor() -> None:
+    R = covariance(dtype=torch.complex64, loading=0.5)
+    S = LowRankCovariance(R.factor * 1e15, R.loading * 1e30).normalized()
+    assert relative_error(S.dense(), R.normalized().dense().to(torch.complex128)) < 1e-5
+
+
+@pytest.mark.parametrize("r", [1, 4, 12])
+def test_signal_subspace_matches_the_dense_eigenvectors(r: int) -> None:
+    R = covariance(N=8, r=r, loading=0.1)
+    for k in range(min(r, 8) + 1):
+        U = R.signal_subspace(k)
+        assert U.shape == (3, 8, k)
+        assert torch.allclose(U.mH @ U, torch.eye(k, dtype=U.dtype).expand(3, k, k), atol=1e-12)
+        for u, matrix in zip(U, dense(R), strict=True):
+            expected = torch.from_numpy(reference.signal_subspace(matrix, k).copy())
+            assert torch.allclose(u @ u.mH, expected @ expected.mH, atol=1e-9)
+
+
+def test_signal_subspace_comes_largest_first() -> None:
+    R = covariance(N=8, r=4)
+    U = R.signal_subspace(4)
+    power = torch.einsum("bnk,bnm,bmk->bk", U.conj(), R.dense(), U).real
+    assert torch.allclose(power, R.eigenvalues())
+    assert (power.diff(dim=-1) < 0).all()
+
+
+def test_more_sources_than_columns_are_refused_for_a_basis() -> None:
+    for k in (-1, 4):
+        with pytest.raises(ValueError, match=r"rank 3 .* 0\.\.3"):
+            covariance().signal_subspace(k)
+
+
+@laws
+@given(shape=shapes, seed=st.integers(0, 1000))
+def test_signal_weights_project_on_the_dominant_subspace(
+    shape: tuple[int, int, int], seed: int
+) -> None:
+    B, N, r = shape
+    R = covariance(*shape, seed=seed)
+    counts = torch.randint(0, r + 3, (B,), generator=torch.Generator().manual_seed(seed))
+    projector = R.factor @ R.signal_weights(counts) @ R.factor.mH
+    vectors = complex_normal(B, 4, N, seed=seed)
+    energy = R.subspace_energy(vectors, counts)
+    for b, matrix in enumerate(dense(R)):
+        k = min(int(counts[b]), r, N)
+        U = torch.from_numpy(reference.signal_subspace(matrix, k).copy())
+        # Accurate to eps over the smallest relative eigenvalue that is kept.
+        assert torch.allclose(projector[b], U @ U.mH, atol=1e-7)
+        expected = (vectors[b].conj() @ U).abs().square().sum(-1)
+        assert torch.allclose(energy[b], expected, atol=1e-6)
+
+
+def test_sources_beyond_the_numerical_rank_add_nothing() -> None:
+    for dtype in DTYPES:
+        factor = complex_normal(2, 6, 2, dtype=dtype)
+        padded = torch.cat([factor, torch.zeros(2, 6, 3, dtype=dtype)], dim=-1)
+        for rows in (padded, torch.cat([factor, factor], dim=-1)):
+            S = LowRankCovariance(rows)
+            projector = S.factor @ S.signal_weights(5) @ S.factor.mH
+            assert float(torch.linalg.matrix_norm(projector, 2).max()) < 1 + 1e-4
+            trace = projector.diagonal(dim1=-2, dim2=-1).sum(-1).real
+            assert torch.allclose(trace, torch.full_like(trace, 2.0), atol=1e-3)
+
+
+def weights_of(factor: Tensor, counts: Tensor) -> Tensor:
+    R = LowRankCovariance(factor)
+    return factor @ R.signal_weights(counts) @ factor.mH
+
+
+def test_gradient_of_the_signal_weights_matches_finite_differences() -> None:
+    factor = complex_normal(3, 5, 3).requires_grad_()
+    counts = torch.tensor([0, 1, 2])
+    assert torch.autograd.gradcheck(lambda f: weights_of(f, counts), (factor,))
+    vectors = complex_normal(2, 5)
+    assert torch.autograd.gradcheck(
+        lambda f: LowRankCovariance(f).subspace_energy(vectors, counts), (factor,)
+    )
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e12])
+def test_gradient_of_the_subspace_energy_knows_the_scale(scale: float) -> None:
+    plain = complex_normal(2, 6, 3, dtype=torch.complex64).requires_grad_()
+    scaled = (plain.detach() * scale).requires_grad_()
+    vectors = complex_normal(4, 6, seed=1, dtype=torch.complex64)
+    for factor in (plain, scaled):
+        LowRankCovariance(factor).subspace_energy(vectors, 2)[:, 0].sum().backward()
+    assert plain.grad is not None
+    assert scaled.grad is not None
+    assert relative_error(scaled.grad * scale, plain.grad.to(torch.complex128)) < 1e-3
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("repeated", ["all", "across the gap", "inside", "zero", "tiny"])
+def test_lesson_3_gradient_is_finite_at_repeated_eigenvalues(
+    repeated: str, dtype: torch.dtype
+) -> None:
+    diagonal = {
+        "all": [2.0, 2.0, 2.0, 2.0],
+        "across the gap": [3.0, 2.0, 2.0, 1.0],
+        "inside": [2.0, 2.0, 1.0, 1.0],
+        "zero": [0.0, 0.0, 0.0, 0.0],
+        "tiny": [1e-15, 1e-15, 1e-15, 1e-15],
+    }[repeated]
+    factor = torch.zeros(1, 6, 4, dtype=dtype)
+    factor[0, :4] = torch.diag(torch.tensor(diagonal, dtype=dtype))
+    factor.requires_grad_()
+    vectors = complex_normal(3, 6, dtype=dtype)
+    for door in (
+        lambda: LowRankCovariance(factor).normalized().subspace_energy(vectors, 2).sum(),
+        lambda: nmse(LowRankCovariance(factor), covariance(1, 6, 2, dtype=dtype)).sum(),
+    ):
+        (gradient,) = torch.autograd.grad(door(), factor)
+        assert torch.isfinite(gradient).all()
+    if repeated == "inside":
+        exact = torch.autograd.gradcheck if dtype == torch.complex128 else None
+        if exact:
+            assert exact(lambda f: weights_of(f, torch.tensor([2])), (factor,))
+
+
+@laws
+@given(shape=shapes, beta=st.floats(0, 1), seed=st.integers(0, 1000))
+def test_lesson_2_blend_is_the_weighted_sum_of_the_normalised_matrices(
+    shape: tuple[int, int, int], beta: float, seed: int
+) -> None:
+    B, N, r = shape
+    predicted = covariance(*shape, loading=0.3, seed=seed)
+    measured = covariance(B, N, 2, seed=seed + 1)
+    blended = blend(predicted, measured, beta)
+    expected = [
+        reference.blend(p, m, beta) for p, m in zip(dense(predicted), dense(measured), strict=True)
+    ]
+    assert_equals(blended, expected, 1e-12)
+    assert torch.allclose(blended.trace(), torch.full((B,), float(N), dtype=torch.float64))
+    assert blended.rank == r + 2
+
+
+def test_blend_admits_zero_one_and_a_weight_for_each_item() -> None:
+    P, S = covariance(), covariance(r=2, seed=1)
+    assert torch.allclose(blend(P, S, 0.0).dense(), P.normalized().dense())
+    assert torch.allclose(blend(P, S, 1.0).dense(), S.normalized().dense())
+    weights = torch.tensor([0.0, 0.4, 1.0])
+    blended = blend(P, S, weights).dense()
+    for b, beta in enumerate(weights.tolist()):
+        alone = blend(LowRankCovariance(P.factor[b]), LowRankCovariance(S.factor[b]), beta)
+        assert torch.allclose(blended[b], alone.dense(), atol=1e-6)
+
+
+def test_blend_broadcasts_leading_dimensions() -> None:
+    P, S = covariance(), LowRankCovariance(complex_normal(7, 2))
+    assert torch.allclose(blend(P, S, 0.3).dense()[1], blend(
+        LowRankCovariance(P.factor[1]), S, 0.3
+    ).dense())  # fmt: skip
+    assert blend(S, S, torch.tensor([0.1, 0.2])).dense().shape == (2, 7, 7)
+
+
+@pytest.mark.parametrize("beta", [-0.1, 1.1, math.nan, torch.tensor([0.1, 0.2, 1.3])])
+def test_weights_outside_zero_to_one_are_refused(beta: Any) -> None:
+    with pytest.raises(ValueError, match="beta"):
+        blend(covariance(), covariance(), beta)
+    with pytest.raises(ValueError, match="shrinkage"):
+        covariance().shrunk(beta)
+
+
+def test_lesson_8_the_blend_is_jittered_by_default_about_three_tenths() -> None:
+    assert BlendConfig() == BlendConfig(beta=0.30, jitter=0.05, shrinkage=0.0)
+    assert BlendConfig(beta=0.0).beta == 0.0
+
+
+@laws
+@given(shape=shapes, loading=st.sampled_from([0.0, 0.5]), seed=st.integers(0, 1000))
+def test_lesson_6_nmse_matches_the_dense_matrices_and_normalises_both_sides(
+    shape: tuple[int, int, int], loading: float, seed: int
+) -> None:
+    B, N, _ = shape
+    E, T = covariance(*shape, loading=loading, seed=seed), covariance(B, N, 2, seed=seed + 1)
+    expected = torch.tensor(
+        [reference.nmse(e, t) for e, t in zip(dense(E), dense(T), strict=True)],
+        dtype=torch.float64,
+    )
+    # The factored difference cancels: a few eps of the energies, absolute.
+    assert torch.allclose(nmse(E, T), expected, rtol=1e-9, atol=1e-12)
+    scaled = LowRankCovariance(T.factor * 1e3, T.loading)
+    assert torch.allclose(nmse(E, scaled), expected, rtol=1e-9, atol=1e-12)
+    assert float(nmse(scaled, T).max()) < 1e-12
+    assert float(nmse(T, T).max()) < 1e-12
+
+
+def test_nmse_gradient_matches_finite_differences() -> None:
+    T = covariance(2, 5, 2, seed=4)
+    factor = complex_normal(2, 5, 3).requires_grad_()
+    assert torch.autograd.gradcheck(lambda f: nmse(LowRankCovariance(f), T), (factor,))
+
+
+@pytest.mark.parametrize("delta", [0.0, 0.1, 1.0, 10.0])
+def test_trap_diagonal_loading_puts_a_floor_under_a_perfect_nmse(delta: float) -> None:
+    """(R + d I) / (1 + d) misses R by d (I - R) / (1 + d), of energy N less than R's own.
+
+    NMSE = (d / (1 + d))^2 (1 - N / ||R||^2), where ||R||^2 = N^2 / K for K equal orthogonal
+    sources: 0.25 (1 - K / N) for a loading of 1.
+    """
+    R = covariance(N=40, r=3).normalized()
+    floor = (delta / (1 + delta)) ** 2 * (1 - 40 / R.inner(R))
+    assert torch.allclose(nmse(R.loaded(delta), R), floor)
+    q, _ = torch.linalg.qr(complex_normal(144, 3))
+    sources = LowRankCovariance(q)
+    assert float(nmse(sources.loaded(1.0), sources)) == pytest.approx(0.25 * (1 - 3 / 144))
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+def test_trap_the_blend_puts_a_floor_of_beta_squared_under_a_perfect_prediction(
+    beta: float,
+) -> None:
+    """With R_pred = R_true the blend misses by beta (R_samp - R_true): beta^2 NMSE(R_samp)."""
+    array = PlanarArray()
+    scenes = simulate(64, array=array, generator=torch.Generator().manual_seed(0))
+    truth = scenes.covariance(array, "spherical")
+    measured = sample_covariance(scenes.y, scenes.H, scenes.codes)
+    floor = nmse(blend(truth, measured, beta), truth)
+    # eps of the energies, which the factored difference cancels.
+    assert torch.allclose(floor, beta**2 * nmse(measured, truth), atol=1e-5)
+    if beta == 0.3:
+        assert 0.05 < float(floor.mean()) < 0.15
+
+
+@pytest.mark.parametrize("mode", ["constant", "fluctuating"])
+def test_trap_sample_covariance_is_not_mean_centred(mode: str) -> None:
+    array = PlanarArray(6, 6)
+    config = SceneConfig(source_mode=mode, snr_db=(60.0, 60.0), n_antennas=48)
+    scenes = simulate(
+        8, config, array, generator=torch.Generator().manual_seed(0), dtype=torch.complex128
+    )
+    a, _ = tikhonov_solve(scenes.y, scenes.H, scenes.codes, 1e-6)
+    R = sample_covariance(scenes.y, scenes.H, scenes.codes, 1e-6)
+    for b in range(8):
+        expected = reference.sample_covariance(a[b].numpy())
+        assert relative_error(R.dense()[b], torch.from_numpy(expected)) < 1e-10
+    if mode == "constant":  # the mean is the signal: what is left without it is mostly noise
+        centred = covariance_of(a - a.mean(-2, keepdim=True))
+        assert float(R.eigenvalues()[:, 0].median()) > 0.9 * array.size
+        assert float(centred.eigenvalues()[:, 0].median()) < 0.5 * array.size
+
+
+def test_sample_covariance_is_hermitian_positive_of_trace_n_and_rank_l() -> None:
+    scenes = simulate(5, generator=torch.Generator().manual_seed(0))
+    R = sample_covariance(scenes.y, scenes.H, scenes.codes)
+    assert R.factor.shape == (5, 144, 16)
+    assert torch.allclose(R.trace(), torch.full((5,), 144.0))
+    assert torch.equal(R.loading, torch.zeros(5))
+    matrix = R.dense()
+    assert relative_error(matrix, matrix.mH.to(torch.complex128)) < 1e-6
+    assert float(torch.linalg.eigvalsh(matrix).min()) > -144 * 16 * eps(matrix.dtype)
+
+
+def test_no_signal_gives_the_identity() -> None:
+    y, H, codes = complex_normal(2, 3, 4), complex_normal(2, 4, 6), unit_codes(2, 3, 6)
+    eye = torch.eye(6, dtype=torch.complex128).expand(2, 6, 6)
+    assert torch.equal(sample_covariance(0 * y, H, codes).dense(), eye)
+    assert torch.equal(sample_covariance(y, 0 * H, codes).dense(), eye)
+    mixed = sample_covariance(y * torch.tensor([0.0, 1.0])[:, None, None], H, codes).dense()
+    assert torch.equal(mixed[0], eye[0])
+    assert not torch.allclose(mixed[1], eye[1])
+
+
+def test_one_snapshot_and_no_batch_dimension_give_a_rank_one_matrix() -> None:
+    R = sample_covariance(complex_normal(1, 4), complex_normal(4, 6), unit_codes(1, 6))
+    assert R.dense().shape == (6, 6)
+    assert R.rank == 1
+    assert float(R.eigenvalues()) == pytest.approx(6)
+    empty = sample_covariance(complex_normal(0, 1, 4), complex_normal(0, 4, 6), unit_codes(0, 1, 6))
+    assert empty.dense().shape == (0, 6, 6)
+    assert nmse(empty, empty).shape == (0,)
+
+
+def test_dense_alone_forms_n_by_n() -> None:
+    N = 60
+    R, S = covariance(2, N, 3, loading=0.1), covariance(2, N, 2, seed=1)
+    vectors = complex_normal(2, 5, N)
+    with LargestTensor() as seen:
+        nmse(blend(R, S, 0.3).shrunk(0.1), S)
+        R.inverse_quadratic(vectors)
+        R.solve(vectors.mT)
+        R.subspace_energy(vectors, 2)
+        R.signal_subspace(2)
+    assert seen.elements < N * N
+    with LargestTensor() as seen:
+        R.dense()
+    assert seen.elements >= 2 * N * N
+
+
+def test_a_singular_covariance_is_not_solved_with() -> None:
+    for call in (
+        lambda: covariance().solve(complex_normal(3, 7, 1)),
+        lambda: covariance().inverse_quadratic(complex_normal(3, 1, 7)),
+    ):
+        with pytest.raises(ValueError, match=r"positive loading.*loaded\("):
+            call()
+
+
+def test_loading_below_the_rounding_is_raised_and_not_a_crash() -> None:
+    factor = complex_normal(2, 16, 1, dtype=torch.complex64) @ complex_normal(
+        2, 1, 5, seed=1, dtype=torch.complex64
+    )
+    R = LowRankCovariance(factor).normalized().loaded(1e-12)
+    value = R.inverse_quadratic(complex_normal(2, 3, 16, dtype=torch.complex64))
+    assert torch.isfinite(value).all()
+    assert (value > 0).all()
+
+
+def test_conjugate_views_serve_as_factors() -> None:
+    factor = complex_normal(2, 3, 7)
+    lazy, plain = LowRankCovariance(factor.mH), LowRankCovariance(factor.mH.resolve_conj())
+    assert torch.allclose(lazy.trace(), plain.trace())
+    assert torch.allclose(lazy.normalized().dense(), plain.normalized().dense())
+
+
+@pytest.mark.parametrize(
+    "factor", [torch.zeros(3, 4), torch.zeros(4).cfloat(), torch.zeros(4, 0).cfloat()]
+)
+def test_bad_factors_are_refused(factor: Tensor) -> None:
+    with pytest.raises(ValueError, match="factor"):
+        LowRankCovariance(factor)
+
+
+def test_bad_loadings_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"loading is torch\.complex64"):
+        LowRankCovariance(complex_normal(4, 2), torch.zeros(()).cfloat())
+
+
+def test_trap_autocast_stays_out_of_the_covariance(device: torch.device) -> None:
+    R = covariance(N=64, r=8, dtype=torch.complex64).to(device)
+    S = covariance(N=64, r=4, seed=1, dtype=torch.complex64).to(device)
+    exact = nmse(R.to(torch.complex128), S.to(torch.complex128))
+    with torch.autocast(device.type, torch.bfloat16):
+        value, matrix, subspace = nmse(R, S), R.dense(), R.signal_subspace(3)
+    assert value.dtype == torch.float32
+    assert matrix.dtype == subspace.dtype == torch.complex64
+    assert torch.allclose(value.double(), exact, rtol=1e-4)
+    assert relative_error(matrix, R.to(torch.complex128).dense().cpu()) < 10 * eps(matrix.dtype)
+    assert R.detach().factor.device.type == device.type
+    assert "rank=8" in repr(R)
