@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -37,6 +38,9 @@ class LossConfig(FrozenModel):
     peak_contrast: float = Field(0.1, ge=0, description="MUSIC energy at sources over decoys")
     existence: float = Field(0.1, ge=0, description="which slots hold a source")
     position: float = Field(0.1, ge=0, description="where the matched slots point")
+    decoys: int = Field(
+        128, ge=1, description="cells that peak_contrast draws a step as decoys; all in evaluation"
+    )
     schedule: bool = Field(
         True, description="subspace_align x0.4/1/1.4 and peak_contrast x0.5/1/1.2 over the phases"
     )
@@ -109,8 +113,18 @@ class ScenesLoss:
         blended: LowRankCovariance,
         scenes: Scenes,
         phase: Phase = "main",
+        generator: torch.Generator | None = None,
     ) -> LossValue:
-        """Loss of the prediction and of ``blended``, the R_blend that inference would use."""
+        """Loss of the prediction and of ``blended``, the R_blend that inference would use.
+
+        Args:
+            prediction: of B scenes.
+            blended: their R_blend.
+            scenes: their truth.
+            phase: of the training.
+            generator: CPU generator of a training, which draws the decoys of the step; without
+                it every cell is one.
+        """
         steering = steering_vector(scenes.position, self.array, self.wavefront)  # (B, K, N)
         truth = scenes.covariance(self.array, self.wavefront)
         present = scenes.present
@@ -121,12 +135,15 @@ class ScenesLoss:
             "nmse": nmse(blended, truth).mean(),
             "cov_pred": nmse(prediction.covariance(), truth).mean(),
         }
+        # |a_g^H a_k|^2 of cells and sources
+        overlap = power_of(steering @ self.dictionary.mH).mT  # (B, G, K)
         if weights["subspace_align"] or weights["peak_contrast"]:
             signal = blended.signal_weights(scenes.n_sources.clamp_max(blended.rank))
             terms["subspace_align"] = self._subspace(blended, signal, steering, present, occupied)
-            terms["peak_contrast"] = self._contrast(blended, signal, steering, present)
+            terms["peak_contrast"] = self._contrast(
+                blended, signal, steering, overlap, present, self._decoys(generator)
+            )
         if weights["existence"] or weights["position"]:
-            overlap = (self.dictionary @ steering.mH).abs().square()  # (B, G, K)
             slot, source = match_slots(prediction, overlap, present)
             terms["existence"] = self._existence(prediction, slot)
             terms["position"] = self._position(prediction, scenes, overlap, slot, source)
@@ -145,28 +162,39 @@ class ScenesLoss:
         u, s, _ = torch.linalg.svd(masked.mT, full_matrices=False)  # (B, N, K)
         cutoff = torch.finfo(s.dtype).eps * self.array.size * s[..., :1]
         basis = u * (s > cutoff).unsqueeze(-2)
-        z = basis.mH @ blended.factor  # (B, K, r)
-        energy = ((z @ signal) * z.conj()).real.sum((-2, -1))
+        energy = blended.weighted_energy(basis.mT, signal).sum(-1)
         count = (s > cutoff).sum(-1).clamp_min(1)
         loss = (1.0 - energy / count) * occupied
         return loss.sum() / occupied.sum().clamp_min(1)
 
     def _contrast(
-        self, blended: LowRankCovariance, signal: Tensor, steering: Tensor, present: Tensor
+        self,
+        blended: LowRankCovariance,
+        signal: Tensor,
+        steering: Tensor,
+        overlap: Tensor,
+        present: Tensor,
+        decoys: Tensor | slice,
     ) -> Tensor:
-        def energy(vectors: Tensor) -> Tensor:
-            z = vectors.conj() @ blended.factor
-            return ((z @ signal) * z.conj()).real.sum(-1)
-
-        at_source = energy(steering)  # (B, K)
-        at_decoy = energy(self.dictionary.expand(at_source.shape[0], -1, -1))  # (B, G)
-        overlap = (self.dictionary @ steering.mH).abs().square()  # (B, G, K)
+        at_source = blended.weighted_energy(steering, signal)  # (B, K)
+        at_decoy = blended.weighted_energy(self.dictionary[decoys], signal)  # (B, G')
+        overlap = overlap[:, decoys]
         near = ((overlap > 0.5) & present.unsqueeze(-2)).any(-1)
-        decoys = (at_decoy / self.temperature).masked_fill(near, -torch.inf)
-        level = torch.logsumexp(decoys, dim=-1, keepdim=True)
+        level = torch.logsumexp(
+            (at_decoy / self.temperature).masked_fill(near, -torch.inf), dim=-1, keepdim=True
+        )
+        # a drawn share of the decoys stands for all of them
+        level = level + math.log(self.dictionary.shape[0] / at_decoy.shape[-1])
         loss = functional.softplus(level - at_source / self.temperature)
         loss = torch.where(present, loss, torch.zeros_like(loss))
         return loss.sum() / present.sum().clamp_min(1)
+
+    def _decoys(self, generator: torch.Generator | None) -> Tensor | slice:
+        n_cells = self.dictionary.shape[0]
+        if generator is None or self.config.decoys >= n_cells:
+            return slice(None)
+        drawn = torch.randperm(n_cells, generator=generator)[: self.config.decoys]
+        return drawn.to(self.dictionary.device)
 
     def _existence(self, prediction: Prediction, slot: Tensor) -> Tensor:
         return functional.binary_cross_entropy_with_logits(
@@ -192,6 +220,11 @@ class ScenesLoss:
         ).sum(-1)
         loss = torch.where(slot, pointing + 0.1 * distance, torch.zeros_like(pointing))
         return loss.sum() / slot.sum().clamp_min(1)
+
+
+def power_of(value: Tensor) -> Tensor:
+    """|z|^2, without the square root of ``abs``."""
+    return torch.view_as_real(value).square().sum(-1)
 
 
 @torch.no_grad()

@@ -187,8 +187,9 @@ class ShardSplit:
             if arrays[key].shape != shape:
                 raise DataError(
                     f"{path}: {key} has shape {arrays[key].shape}; expected "
-                    f"{('n', *shape[1:])} with scene.n_snapshots={length}, scene.n_antennas={m} and "
-                    f"{n} array elements: change the configuration or the data"
+                    f"{('n', *shape[1:])} with scene.n_snapshots={length}, "
+                    f"scene.n_antennas={m} and {n} array elements: "
+                    "change the configuration or the data"
                 )
             kind = "iu" if key == "K" else "f"
             if arrays[key].dtype.kind not in kind:

@@ -235,7 +235,7 @@ class Trainer:
         blended = blended_covariance(prediction, features, self.config.blend, self._jitter)
         warmup = round(training.warmup_fraction * self.total_steps)
         phase = self.config.loss.phase(self.step, self.total_steps, warmup)
-        value = self.loss(prediction, blended, scenes, phase)
+        value = self.loss(prediction, blended, scenes, phase, self._jitter)
         self.optimizer.zero_grad(set_to_none=True)
         self.amp.backward(value.total)
         self.amp.unscale(self.optimizer)

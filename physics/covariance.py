@@ -235,6 +235,9 @@ class LowRankCovariance:
 
         Vectors without leading dimensions, such as a grid's, make one plain matrix product.
         """
+        if vectors.ndim == 2:
+            rows = self.factor.mT.reshape(-1, self.size)
+            return (rows @ vectors.mH).unflatten(0, (*self.factor.shape[:-2], self.rank))
         return self.factor.mT @ vectors.mH
 
     @in_full_precision
