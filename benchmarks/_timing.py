@@ -1,0 +1,103 @@
+"""Timing of alternating runs, and the memory that a call adds."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+def alternate(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each call, one after the other in every round, after one round unmeasured.
+
+    Alternating shares slow spells of the machine among the calls, so that the ratio of medians
+    of one run stands on a busy machine too.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for round_ in range(rounds + 1):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            if round_:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def median_ratio(slow: list[float], fast: list[float]) -> float:
+    """Median over the rounds of slow / fast."""
+    return statistics.median(s / f for s, f in zip(slow, fast, strict=True))
+
+
+class PeakMemory(TorchDispatchMode):
+    """Tallies bytes of the tensors that live at once, beyond those from before the block.
+
+    Results count, the scratch space inside a LAPACK call does not.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        kwargs = kwargs or {}
+        borrowed = {
+            leaf.untyped_storage().data_ptr()
+            for leaf in tree_leaves((args, kwargs))
+            if isinstance(leaf, Tensor)
+        }
+        result = func(*args, **kwargs)
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._count(leaf.untyped_storage(), borrowed)
+        return result
+
+    def _count(self, storage: Any, borrowed: set[int]) -> None:
+        address, size = storage.data_ptr(), storage.nbytes()
+        if not size or address in borrowed or address in self._known:
+            return
+        self._known.add(address)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._release, address, size)
+
+    def _release(self, address: int, size: int) -> None:
+        self._known.discard(address)
+        self.live -= size
+
+
+def peak_bytes(call: Callable[[], object]) -> int:
+    """Bytes that a call holds at its peak beyond its arguments."""
+    with PeakMemory() as memory:
+        call()
+    return memory.peak
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """Arguments that all benchmarks take."""
+    p = argparse.ArgumentParser(description=description)
+    p.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE too")
+    p.add_argument("--threads", type=int, default=2, help="CPU threads (default: %(default)s)")
+    p.add_argument("--rounds", type=int, default=9, help="timed rounds (default: %(default)s)")
+    return p
+
+
+def save(figures: dict[str, Any], path: Path | None) -> None:
+    """Write the figures, with what they were measured on."""
+    if path is not None:
+        machine = {"torch": torch.__version__, "threads": torch.get_num_threads()}
+        path.write_text(json.dumps({**figures, "machine": machine}, indent=2) + "\n")
+
+
+def verdict(met: bool) -> str:
+    return "met" if met else "MISSED"
