@@ -48,6 +48,7 @@ class LowRankCovariance:
             raise ValueError(f"loading is {loading.dtype}; expected a real tensor (...)")
         self.factor = factor
         self.loading = loading
+        self._at_trace_n = False
 
     def __repr__(self) -> str:
         return (
@@ -72,7 +73,13 @@ class LowRankCovariance:
 
     def detach(self) -> LowRankCovariance:
         """The same matrix, cut from the graph."""
-        return LowRankCovariance(self.factor.detach(), self.loading.detach())
+        same = LowRankCovariance(self.factor.detach(), self.loading.detach())
+        return same._marked(self._at_trace_n)
+
+    def _marked(self, at_trace_n: bool) -> LowRankCovariance:
+        """This matrix, remembered as being at trace N so that it is not scaled again."""
+        self._at_trace_n = at_trace_n
+        return self
 
     def to(self, *args: Any, **kwargs: Any) -> LowRankCovariance:
         """Move the factor by ``Tensor.to``; the loading follows in the matching real dtype."""
@@ -96,6 +103,8 @@ class LowRankCovariance:
 
     def normalized(self) -> LowRankCovariance:
         """R scaled to trace N. The zero matrix, which says nothing, becomes the identity."""
+        if self._at_trace_n:
+            return self
         peak = torch.maximum(_peak(self.factor), self.loading.detach().sqrt())
         peak = _divisor(peak)
         factor = self.factor / peak[..., None, None]
@@ -104,7 +113,8 @@ class LowRankCovariance:
         known = trace > 0
         scale = self.size / torch.where(known, trace, torch.ones_like(trace))
         loading = torch.where(known, loading * scale, torch.ones_like(loading))
-        return LowRankCovariance(factor * scale.sqrt()[..., None, None], loading)
+        factor = factor * scale.sqrt()[..., None, None]
+        return LowRankCovariance(factor, loading)._marked(True)
 
     def shrunk(self, shrinkage: float | Tensor) -> LowRankCovariance:
         """``(1 - rho) R + rho tr(R)/N I``, which keeps the trace.
@@ -115,7 +125,8 @@ class LowRankCovariance:
         rho = _fraction("shrinkage", shrinkage, self.loading)
         mean = self.trace() / self.size
         factor = self.factor * (1.0 - rho).sqrt()[..., None, None]
-        return LowRankCovariance(factor, (1.0 - rho) * self.loading + rho * mean)
+        shrunk = LowRankCovariance(factor, (1.0 - rho) * self.loading + rho * mean)
+        return shrunk._marked(self._at_trace_n)
 
     def loaded(self, loading: float | Tensor) -> LowRankCovariance:
         """``R + loading tr(R)/N I``: diagonal loading relative to the mean diagonal."""
@@ -315,8 +326,8 @@ def _fraction(name: str, value: float | Tensor, like: Tensor) -> Tensor:
 
 
 def _peak(factor: Tensor) -> Tensor:
-    """Largest modulus (…), cut from the graph: what it is used for does not depend on it."""
-    return factor.detach().abs().amax((-2, -1))
+    """Largest part (…), cut from the graph: what it is used for does not depend on it."""
+    return torch.view_as_real(factor.detach().resolve_conj()).abs().amax((-3, -2, -1))
 
 
 def _divisor(peak: Tensor) -> Tensor:
@@ -352,7 +363,7 @@ def blend(
     )
     factor = torch.cat([part.expand(*batch, *part.shape[-2:]) for part in parts], dim=-1)
     loading = (1.0 - weight) * predicted.loading + weight * measured.loading
-    return LowRankCovariance(factor, loading)
+    return LowRankCovariance(factor, loading)._marked(True)
 
 
 def nmse(estimate: LowRankCovariance, truth: LowRankCovariance) -> Tensor:

@@ -144,7 +144,7 @@ def test_trap_leaks_are_refused_with_their_index(folder: Path, what: str) -> Non
     edit(folder / "val" / "shard_000.npz", **val)
     with pytest.raises(
         DataError,
-        match=rf"leak.*val.shard_000\.npz scene 3 has the same {what}.*shard_001.npz scene {row}",
+        match=rf"leak.*val.shard_000\.npz scene 3 has the same {what}.*_001.npz scene {row}",
     ):
         check_data(config_for(folder))
 
