@@ -11,6 +11,7 @@ from typing import Any
 
 import typer
 
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 DONE, NOTHING_FINISHED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 
@@ -75,14 +76,18 @@ class Interruption:
     @contextmanager
     def watched(self) -> Iterator[Interruption]:
         """Take both signals for the time of the block."""
-        before: dict[int, Any] = {}
-        for taken in (signal.SIGINT, signal.SIGTERM):
-            before[taken] = signal.signal(taken, self._handle)
+        before: dict[int, Any] = {number: signal.getsignal(number) for number in _SIGNALS}
+        self.take()
         try:
             yield self
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    def take(self) -> None:
+        """Take the signals (again: connecting to Ray installs handlers of its own)."""
+        for number in _SIGNALS:
+            signal.signal(number, self._handle)
 
     @contextmanager
     def gracefully(self) -> Iterator[Callable[[], bool]]:

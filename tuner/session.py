@@ -76,6 +76,7 @@ def run_session(request: Request) -> int:
         notes.append("data: " + check_data(study))
         if cluster is None and not request.local:
             cluster = _connect(stack, request.address)
+        interruption.take()
         gpus, concurrent, device = _resources(study, cluster, notes)
         folder = _folder(request, study)
         stack.callback(folder.release)

@@ -11,7 +11,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from tuner.command import execute
 from tuner.config import StudyConfig, load_study
+from tuner.run import app
 from tuner.yamlfile import dump_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -93,6 +95,11 @@ def run(
         timeout=timeout,
         check=False,
     )
+
+
+def run_here(*arguments: object) -> int:
+    """Run a study in this process; its exit code."""
+    return execute(app, [str(argument) for argument in arguments])
 
 
 def start(*arguments: object, module: str = "tuner.run", **extra: str) -> subprocess.Popen[str]:

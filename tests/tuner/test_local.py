@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from model import Localizer
 from tests.tuner.support import (
     ROOT,
@@ -13,6 +15,7 @@ from tests.tuner.support import (
     kill,
     read_until,
     run,
+    run_here,
     start,
     tiny_study,
     write_study,
@@ -61,7 +64,7 @@ def test_optuna_prunes_in_the_local_mode(tmp_path: Path) -> None:
         },
         training={"epochs": 4},
     )  # fmt: skip
-    assert run("--config", config, "--local", "--out", tmp_path / "run").returncode == 0
+    assert run_here("--config", config, "--local", "--out", tmp_path / "run") == 0
     states = [trial.state for trial in ledger_of(tmp_path / "run").trials()]
     assert "pruned" in states
     assert "done" in states
@@ -97,29 +100,29 @@ def test_ctrl_c_ends_with_130_and_prints_how_to_go_on(tmp_path: Path) -> None:
     assert (tmp_path / "run" / "trials.csv").exists()
 
 
-def test_a_finished_study_only_reports_and_can_be_extended(tmp_path: Path) -> None:
+def test_a_finished_study_only_reports_and_can_be_extended(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = write_study(tmp_path, search={"trials": 2})
-    assert run("--config", config, "--local", "--out", tmp_path / "run").returncode == 0
-    again = run("--resume", tmp_path / "run", "--local")
-    assert again.returncode == 0
-    assert "starts" not in again.stdout
-    longer = run("--resume", tmp_path / "run", "--local", "--trials", 3)
-    assert longer.returncode == 0
-    assert "trial 0002 starts" in longer.stdout
-    assert "trial 0001 starts" not in longer.stdout
+    assert run_here("--config", config, "--local", "--out", tmp_path / "run") == 0
+    capsys.readouterr()
+    assert run_here("--resume", tmp_path / "run", "--local") == 0
+    assert "starts" not in capsys.readouterr().out
+    assert run_here("--resume", tmp_path / "run", "--local", "--trials", 3) == 0
+    said = capsys.readouterr().out
+    assert "trial 0002 starts" in said
+    assert "trial 0001 starts" not in said
     assert load_study(tmp_path / "run" / "config.yaml").search.trials == 3
 
 
-def test_a_second_driver_is_refused(tmp_path: Path) -> None:
+def test_a_second_driver_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = write_study(tmp_path, training={"epochs": 400}, search={"scheduler": "none"})
     process = start("--config", config, "--local", "--out", tmp_path / "run")
     try:
         read_until(process, "trial 0000 epoch 1/400")
-        second = run("--resume", tmp_path / "run", "--local")
-        assert second.returncode == 2
-        assert f"another run (process {process.pid}) is at work" in second.stderr
-        fresh = run("--config", config, "--local", "--out", tmp_path / "run")
-        assert fresh.returncode == 2
+        assert run_here("--resume", tmp_path / "run", "--local") == 2
+        assert f"another run (process {process.pid}) is at work" in capsys.readouterr().err
+        assert run_here("--config", config, "--local", "--out", tmp_path / "run") == 2
     finally:
         kill(process)
 
@@ -131,7 +134,7 @@ def test_a_crash_never_ranks_best_and_the_search_goes_on(tmp_path: Path) -> None
         training={"gradient_clip": 1e30, "max_skipped_steps": 1},
         search={"space": space, "enqueue": [{"training.learning_rate": 1e30}], "trials": 2},
     )
-    assert run("--config", config, "--local", "--out", tmp_path / "run").returncode == 0
+    assert run_here("--config", config, "--local", "--out", tmp_path / "run") == 0
     trials = ledger_of(tmp_path / "run").trials()
     assert [trial.state for trial in trials] == ["done", "failed"]
     assert str(trials[1].reason).startswith("diverged")
@@ -141,7 +144,7 @@ def test_a_crash_never_ranks_best_and_the_search_goes_on(tmp_path: Path) -> None
 
 def test_only_the_winners_checkpoint_is_kept(tmp_path: Path) -> None:
     config = write_study(tmp_path)
-    assert run("--config", config, "--local", "--out", tmp_path / "run").returncode == 0
+    assert run_here("--config", config, "--local", "--out", tmp_path / "run") == 0
     kept = list((tmp_path / "run" / "trials").glob("*/checkpoint"))
     best = json.loads((tmp_path / "run" / "best.json").read_text())["trial"]
     assert [path.parent.name for path in kept] == [f"{best:04d}"]

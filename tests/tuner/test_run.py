@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tuner.support import ROOT, environment, run, write_study
+from tests.tuner.support import ROOT, environment, run, run_here, write_study
 from tuner.command import execute
 from tuner.run import app
 
@@ -105,7 +105,9 @@ def test_an_address_without_a_cluster_ends_in_bounded_time(tmp_path: Path) -> No
     assert "Ray client address" in ray_client.stderr
 
 
-def test_a_study_of_which_no_trial_finishes_ends_with_1(tmp_path: Path) -> None:
+def test_a_study_of_which_no_trial_finishes_ends_with_1(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = write_study(
         tmp_path,
         training={"learning_rate": 1e30, "gradient_clip": 1e30, "max_skipped_steps": 1},
@@ -114,9 +116,8 @@ def test_a_study_of_which_no_trial_finishes_ends_with_1(tmp_path: Path) -> None:
             "space": {"training.learning_rate": {"type": "float", "low": 1e29, "high": 1e31}},
         },
     )
-    finished = run("--config", config, "--local", "--out", tmp_path / "run")
-    assert finished.returncode == 1, finished.stdout + finished.stderr
-    assert "no trial finished; for example: diverged" in finished.stdout
+    assert run_here("--config", config, "--local", "--out", tmp_path / "run") == 1
+    assert "no trial finished; for example: diverged" in capsys.readouterr().out
     assert not (tmp_path / "run" / "best.json").exists()
     rows = (tmp_path / "run" / "trials.csv").read_text().splitlines()
     assert [row.split(",")[1] for row in rows[1:]] == ["failed", "failed"]

@@ -18,18 +18,14 @@ def test_exponents_without_a_dot_are_numbers(text: str, value: float) -> None:
     assert read == value
 
 
-@pytest.mark.parametrize(
-    ("text", "value"), [("12", 12), ("e3", "e3"), ("1e", "1e"), ("true", True)]
-)
+@pytest.mark.parametrize(("text", "value"), [("12", 12), ("e3", "e3"), ("1e", "1e"), ("on", True)])
 def test_what_is_no_float_stays_what_it_is(text: str, value: object) -> None:
     assert parse_yaml(text, "x") == value
 
 
 def test_a_key_given_twice_is_refused_with_its_place() -> None:
-    with pytest.raises(
-        ConfigError, match=r"study.yaml, line 3, column 3: .*'epochs' is given twice"
-    ):
-        parse_yaml("training:\n  epochs: 1\n  epochs: 2\n", "study.yaml")
+    with pytest.raises(ConfigError, match=r"s.yaml, line 3, column 3: .*'epochs' is given twice"):
+        parse_yaml("training:\n  epochs: 1\n  epochs: 2\n", "s.yaml")
 
 
 def test_a_syntax_error_is_one_line_with_its_place() -> None:

@@ -1,0 +1,252 @@
+"""Real studies on a real Ray: stopped, killed, interrupted and gone on with."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.tuner.support import (
+    environment,
+    kill,
+    processes_with,
+    read_until,
+    run,
+    run_here,
+    start,
+    wait_for,
+    write_study,
+)
+from tuner.config import load_study
+from tuner.study import Ledger, TrialRecord
+
+
+@dataclass(frozen=True)
+class Head:
+    """A cluster of our own: its address, and the mark that all its processes carry."""
+
+    address: str
+    mark: str
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[Head]:
+    """`ray start --head` with its own ports and folder, ended by its own process."""
+    mark = f"ristune-test-{uuid.uuid4().hex}"
+    folder = tempfile.mkdtemp(prefix="rt", dir="/tmp")  # short: sockets lie in it
+    port = free_port()
+    command = [
+        *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"),
+        *(f"--port={port}", f"--temp-dir={folder}", "--num-cpus=2", "--num-gpus=0"),
+        *(f"--ray-client-server-port={free_port()}", "--include-dashboard=false"),
+        *("--node-ip-address=127.0.0.1", "--disable-usage-stats"),
+        f"--object-store-memory={100 * 2**20}",
+    ]
+    process = subprocess.Popen(
+        command,
+        env=environment(RISTUNE_MARK=mark),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        read_until(process, "Ray runtime started")
+        yield Head(f"127.0.0.1:{port}", mark)
+    finally:
+        process.terminate()
+        try:
+            process.communicate(timeout=20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+        for left in processes_with(mark, ""):
+            os.kill(left, signal.SIGKILL)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def trials_of(folder: Path) -> list[TrialRecord]:
+    ledger = Ledger(folder / "study.db", load_study(folder / "config.yaml"))
+    try:
+        return ledger.trials()
+    finally:
+        ledger.close()
+
+
+def actors(head: Head) -> list[int]:
+    return processes_with(head.mark, "ray::TrialActor")
+
+
+def assert_whole(trial: TrialRecord, epochs: int) -> None:
+    """Every epoch is there once, and the last is the score."""
+    assert [epoch for epoch, _ in trial.curve] == list(range(1, epochs + 1))
+    assert trial.state == "done"
+    assert trial.objective == trial.curve[-1][1]
+
+
+def test_a_study_runs_on_a_cluster_prunes_and_survives_bad_trials(
+    tmp_path: Path, head: Head
+) -> None:
+    rate: dict[str, Any] = {"type": "float", "low": 1e-6, "high": 1e31, "log": True}
+    config = write_study(
+        tmp_path,
+        training={"epochs": 4, "gradient_clip": 1e30, "max_skipped_steps": 1},
+        search={
+            "trials": 6,
+            "reduction_factor": 2,
+            "space": {"training.learning_rate": rate},
+            "enqueue": [{"training.learning_rate": value} for value in (1e30, 1e-6, 2e-6, 1e-2)],
+        },
+    )
+    out = tmp_path / "run"
+    finished = run("--config", config, "--address", head.address, "--out", out)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert f"the Ray cluster at {head.address}: 2 CPUs, 0 GPUs" in finished.stdout
+    assert "no GPU is used (there is none): trials run on the CPU" in finished.stdout
+    trials = trials_of(out)
+    assert [trial.number for trial in trials] == list(range(6))
+    assert trials[1].state == "failed"
+    assert str(trials[1].reason).startswith("diverged")
+    assert "pruned" in {trial.state for trial in trials}
+    for trial in trials:
+        if trial.state == "pruned":
+            assert trial.epoch < 4
+            assert len(trial.curve) == trial.epoch
+        elif trial.state == "done":
+            assert_whole(trial, 4)
+    best = json.loads((out / "best.json").read_text())
+    done = {t.number: t.objective for t in trials if t.state == "done"}
+    assert best["objective"] == min(value for value in done.values() if value is not None)
+    with (out / "trials.csv").open() as stream:
+        assert [row["state"] for row in csv.DictReader(stream)] == [t.state for t in trials]
+    assert sorted(path.name for path in (out / "best").iterdir()) == [
+        "config.json",
+        "model.safetensors",
+    ]
+    assert "\x1b" not in finished.stdout
+
+
+def test_a_trial_whose_actor_is_killed_goes_on_from_its_checkpoint(
+    tmp_path: Path, head: Head
+) -> None:
+    changes: dict[str, Any] = {
+        "training": {"epochs": 8},
+        "search": {"trials": 1, "scheduler": "none"},
+        "data": {"train_scenes": 128},
+    }
+    config = write_study(tmp_path, **changes)
+    out = tmp_path / "run"
+    process = start("--config", config, "--address", head.address, "--out", out)
+    read_until(process, "trial 0000 epoch 3/8")
+    (victim,) = actors(head)
+    os.kill(victim, signal.SIGKILL)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert "trial 0000 lost its machine" in output
+    (trial,) = trials_of(out)
+    assert_whole(trial, 8)
+    assert run_here("--config", config, "--local", "--out", tmp_path / "calm") == 0
+    assert trials_of(tmp_path / "calm")[0].curve == trial.curve, "not bit for bit"
+
+
+def test_a_killed_driver_loses_nothing_and_repeats_nothing(tmp_path: Path, head: Head) -> None:
+    config = write_study(
+        tmp_path,
+        training={"epochs": 6},
+        search={"trials": 4, "scheduler": "none"},
+        data={"train_scenes": 128},
+    )
+    out = tmp_path / "run"
+    process = start("--config", config, "--address", head.address, "--out", out)
+    read_until(process, "trial 0002 epoch 2/6")
+    before = {trial.number: trial for trial in trials_of(out)}
+    kill(process)
+    wait_for(lambda: not actors(head))
+    resumed = run("--resume", out, "--address", head.address)
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    assert "trial 0002 goes on after epoch" in resumed.stdout
+    after = {trial.number: trial for trial in trials_of(out)}
+    assert list(after) == [0, 1, 2, 3]
+    for number, trial in after.items():
+        assert_whole(trial, 6)
+        if number in before:
+            assert (trial.params, trial.seed) == (before[number].params, before[number].seed)
+            known = before[number].curve
+            assert trial.curve[: len(known)] == known
+        if number in before and before[number].state == "done":
+            assert f"trial {number:04d} goes on" not in resumed.stdout
+            assert f"trial {number:04d} starts" not in resumed.stdout
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_ends_with_130_and_goes_on(
+    tmp_path: Path, head: Head, capsys: pytest.CaptureFixture[str], number: signal.Signals
+) -> None:
+    config = write_study(
+        tmp_path,
+        training={"epochs": 8},
+        search={"trials": 2, "scheduler": "none"},
+        data={"train_scenes": 128},
+    )
+    out = tmp_path / "run"
+    process = start("--config", config, "--address", head.address, "--out", out)
+    read_until(process, "epoch 3/8")
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert f"python -m tuner.run --resume {out}" in output
+    assert "Traceback" not in output
+    assert "running" in {trial.state for trial in trials_of(out)}
+    # Either mode goes on where the other stopped.
+    assert run_here("--resume", out, "--local") == 0
+    assert "goes on after epoch" in capsys.readouterr().out
+    for trial in trials_of(out):
+        assert_whole(trial, 8)
+
+
+def test_a_gpu_that_can_never_be_given_is_refused_at_once(tmp_path: Path, head: Head) -> None:
+    config = write_study(tmp_path)
+    asked = ["--config", config, "--address", head.address, "--out", tmp_path / "run"]
+    finished = run(*asked, "--gpus-per-trial", 1)
+    assert finished.returncode == 2
+    assert "resources.gpus_per_trial: 1 GPU a trial asked, but" in finished.stderr
+    assert len(finished.stderr.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+    many = run(*asked, "--cpus-per-trial", 3)
+    assert many.returncode == 2
+    assert "resources.cpus_per_trial: 3 CPUs a trial asked" in many.stderr
+
+
+def test_ray_is_started_here_where_there_is_no_cluster(tmp_path: Path) -> None:
+    mark = f"ristune-test-{uuid.uuid4().hex}"
+    out = tmp_path / "run"
+    finished = run(
+        *("--config", write_study(tmp_path), "--address", "local", "--out", out, "--trials", 2),
+        RISTUNE_MARK=mark,
+        RAY_TMPDIR=tempfile.gettempdir(),
+    )
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert "Ray started on this machine" in finished.stdout
+    assert "Ray dashboard: http://127.0.0.1:" in finished.stdout
+    assert finished.stderr == ""
+    wait_for(lambda: not processes_with(mark, "raylet"))
+    assert [trial.state for trial in trials_of(out)] == ["done", "done"]
