@@ -10,6 +10,7 @@ from torch import Tensor
 
 from physics.config import FrozenModel
 from physics.precision import in_full_precision
+from physics.scaling import divide, divisor, energy, multiply, peak
 from physics.tikhonov import Solver, tikhonov_solve
 
 
@@ -99,21 +100,20 @@ class LowRankCovariance:
 
     def trace(self) -> Tensor:
         """tr R (…) real."""
-        return _energy(self.factor) + self.size * self.loading
+        return energy(self.factor) + self.size * self.loading
 
     def normalized(self) -> LowRankCovariance:
         """R scaled to trace N. The zero matrix, which says nothing, becomes the identity."""
         if self._at_trace_n:
             return self
-        peak = torch.maximum(_peak(self.factor), self.loading.detach().sqrt())
-        peak = _divisor(peak)
-        factor = self.factor / peak[..., None, None]
-        loading = self.loading / peak / peak
-        trace = _energy(factor) + self.size * loading
+        scale = divisor(torch.maximum(peak(self.factor), self.loading.detach().sqrt()))
+        factor = divide(self.factor, scale[..., None, None])
+        loading = self.loading / scale / scale
+        trace = energy(factor) + self.size * loading
         known = trace > 0
         scale = self.size / torch.where(known, trace, torch.ones_like(trace))
         loading = torch.where(known, loading * scale, torch.ones_like(loading))
-        factor = factor * scale.sqrt()[..., None, None]
+        factor = multiply(factor, scale.sqrt()[..., None, None])
         return LowRankCovariance(factor, loading)._marked(True)
 
     def shrunk(self, shrinkage: float | Tensor) -> LowRankCovariance:
@@ -124,7 +124,7 @@ class LowRankCovariance:
         """
         rho = _fraction("shrinkage", shrinkage, self.loading)
         mean = self.trace() / self.size
-        factor = self.factor * (1.0 - rho).sqrt()[..., None, None]
+        factor = multiply(self.factor, (1.0 - rho).sqrt()[..., None, None])
         shrunk = LowRankCovariance(factor, (1.0 - rho) * self.loading + rho * mean)
         return shrunk._marked(self._at_trace_n)
 
@@ -140,9 +140,9 @@ class LowRankCovariance:
         ``||F^H G||^2 + a ||G||^2 + b ||F||^2 + a b N`` for ``R = F F^H + a I, S = G G^H + b I``.
         """
         return (
-            _energy(self.factor.mH @ other.factor)
-            + self.loading * _energy(other.factor)
-            + other.loading * _energy(self.factor)
+            energy(self.factor.mH @ other.factor)
+            + self.loading * energy(other.factor)
+            + other.loading * energy(self.factor)
             + self.size * self.loading * other.loading
         )
 
@@ -199,7 +199,7 @@ class LowRankCovariance:
         cholesky, info = torch.linalg.cholesky_ex(capacitance)
         if bool((info != 0).any()):
             # A loading below the rounding of the Gram matrix: raise it there to that rounding.
-            rounding = self.rank * torch.finfo(self.loading.dtype).eps * _energy(self.factor)
+            rounding = self.rank * torch.finfo(self.loading.dtype).eps * energy(self.factor)
             raised = torch.where(info != 0, rounding, torch.zeros_like(rounding))
             cholesky = torch.linalg.cholesky(capacitance + raised[..., None, None] * eye)
         return cholesky
@@ -232,10 +232,10 @@ class LowRankCovariance:
     def subspace_energy(self, vectors: Tensor, n_sources: int | Tensor) -> Tensor:
         """``||U_K^H v||^2`` (…, G) of row vectors (…, G, N) and the dominant subspace U_K."""
         unit = self._without_scale()
-        return unit.weighted_energy(vectors, unit.signal_weights(n_sources))
+        return unit.weightedenergy(vectors, unit.signal_weights(n_sources))
 
     @in_full_precision
-    def weighted_energy(self, vectors: Tensor, weights: Tensor) -> Tensor:
+    def weightedenergy(self, vectors: Tensor, weights: Tensor) -> Tensor:
         """``(F^H v)^H S (F^H v)`` (…, G) of row vectors (…, G, N) and Hermitian S (…, r, r)."""
         w = self._project(vectors)
         product = torch.view_as_real(weights.mT @ w) * torch.view_as_real(w)
@@ -271,8 +271,10 @@ class LowRankCovariance:
 
     def _without_scale(self) -> LowRankCovariance:
         """The same subspaces from a factor of largest modulus 1; its square cannot overflow."""
-        peak = _divisor(_peak(self.factor))
-        return LowRankCovariance(self.factor / peak[..., None, None], self.loading / peak / peak)
+        scale = divisor(peak(self.factor))
+        return LowRankCovariance(
+            divide(self.factor, scale[..., None, None]), self.loading / scale / scale
+        )
 
 
 class _SignalWeights(torch.autograd.Function):
@@ -325,22 +327,6 @@ def _fraction(name: str, value: float | Tensor, like: Tensor) -> Tensor:
     return fraction
 
 
-def _peak(factor: Tensor) -> Tensor:
-    """Largest part (…), cut from the graph: what it is used for does not depend on it."""
-    return torch.view_as_real(factor.detach().resolve_conj()).abs().amax((-3, -2, -1))
-
-
-def _divisor(peak: Tensor) -> Tensor:
-    """A safe divisor: 1 for 0, and the smallest normal number for subnormal ones."""
-    usable = peak.clamp_min(torch.finfo(peak.dtype).tiny)
-    return torch.where(peak > 0, usable, torch.ones_like(peak))
-
-
-def _energy(factor: Tensor) -> Tensor:
-    """||F||_F^2 (…) real."""
-    return torch.view_as_real(factor.resolve_conj()).square().sum((-3, -2, -1))
-
-
 def blend(
     predicted: LowRankCovariance, measured: LowRankCovariance, beta: float | Tensor
 ) -> LowRankCovariance:
@@ -358,8 +344,8 @@ def blend(
     weight = _fraction("beta", beta, predicted.loading)
     batch = torch.broadcast_shapes(predicted.batch_shape, measured.batch_shape, weight.shape)
     parts = (
-        predicted.factor * (1.0 - weight).sqrt()[..., None, None],
-        measured.factor * weight.sqrt()[..., None, None],
+        multiply(predicted.factor, (1.0 - weight).sqrt()[..., None, None]),
+        multiply(measured.factor, weight.sqrt()[..., None, None]),
     )
     factor = torch.cat([part.expand(*batch, *part.shape[-2:]) for part in parts], dim=-1)
     loading = (1.0 - weight) * predicted.loading + weight * measured.loading

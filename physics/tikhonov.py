@@ -13,6 +13,7 @@ from torch import Tensor
 from physics.checks import check_measurement
 from physics.config import FrozenModel
 from physics.precision import in_full_precision
+from physics.scaling import divide, divisor, energy, multiply, peak, power
 
 Solver = Literal["auto", "dual", "lstsq", "gram", "svd"]
 
@@ -51,7 +52,7 @@ class SolveReport:
 def is_unit_modulus(codes: Tensor) -> bool:
     """Whether all codes (…, L, N) have modulus 1 to within rounding."""
     tolerance = 16 * torch.finfo(codes.dtype.to_real()).eps
-    return bool(((_power(codes) - 1.0).abs() <= tolerance).all())
+    return bool(((power(codes) - 1.0).abs() <= tolerance).all())
 
 
 def tikhonov_solve(
@@ -126,18 +127,18 @@ def solve_unchecked(
     y, H, codes = (
         t.expand(*batch, *t.shape[-2:]).reshape(n_scenes, *t.shape[-2:]) for t in (y, H, codes)
     )
-    y_scale, H_scale = _scale(y, (-2, -1)), _scale(H, (-2, -1))
-    y, H = y / y_scale, H / H_scale
+    y_scale, H_scale = (divisor(peak(t))[:, None, None] for t in (y, H))
+    y, H = divide(y, y_scale), divide(H, H_scale)
     if unit_modulus is None:
         unit_modulus = is_unit_modulus(codes)
     if unit_modulus:
-        trace = torch.view_as_real(H).square().sum((-3, -2, -1)).unsqueeze(-1)
+        trace = energy(H).unsqueeze(-1)
         back = y_scale / H_scale
     else:
-        code_scale = _scale(codes, (-1,))
-        codes = codes / code_scale
-        column_power = torch.view_as_real(H).square().sum(-1).sum(-2)  # (B, N)
-        trace = (_power(codes) @ column_power.unsqueeze(-1)).squeeze(-1)
+        code_scale = divisor(peak(codes, 1)).unsqueeze(-1)  # (B, L, 1)
+        codes = divide(codes, code_scale)
+        column_power = power(H).sum(-2)  # (B, N)
+        trace = (power(codes) @ column_power.unsqueeze(-1)).squeeze(-1)
         back = y_scale / H_scale / code_scale
     # A zero channel or code has the solution 0, which any positive alpha gives.
     alpha = torch.where(trace > 0, regularization * trace / n_elements, torch.ones_like(trace))
@@ -165,27 +166,14 @@ def solve_unchecked(
             *(_zero_non_finite(t[failed]) for t in (y, H, codes, alpha.expand(y.shape[:2]))),
         )
         a[failed] = _zero_non_finite(again)
-    a = a * back
+    a = multiply(a, back)
     return a.reshape(*batch, *a.shape[-2:]), SolveReport(
         resolved, unit_modulus, failed.reshape(batch)
     )
 
 
-def _scale(value: Tensor, dim: tuple[int, ...]) -> Tensor:
-    """Largest modulus over some dimensions (kept), and 1 where that is zero or not finite."""
-    peak = value.abs().amax(dim, keepdim=True)
-    # A subnormal divisor would overflow: the smallest normal number serves those.
-    usable = peak.clamp_min(torch.finfo(peak.dtype).tiny)
-    return torch.where((peak > 0) & torch.isfinite(peak), usable, torch.ones_like(peak))
-
-
 def _zero_non_finite(value: Tensor) -> Tensor:
     return torch.nan_to_num(value, 0.0, 0.0, 0.0)
-
-
-def _power(value: Tensor) -> Tensor:
-    """|value|^2, without the square root of abs()."""
-    return torch.view_as_real(value.resolve_conj()).square().sum(-1)
 
 
 def _factorize(kernel: Tensor) -> tuple[Tensor, Tensor]:
@@ -245,7 +233,7 @@ def _dual(y: Tensor, H: Tensor, codes: Tensor, alpha: Tensor) -> tuple[Tensor, T
     n_antennas = H.shape[-2]
     columns = H.mT.contiguous()  # (B, N, M)
     outer = columns.unsqueeze(-1) * columns.conj().unsqueeze(-2)  # (B, N, M, M)
-    kernel = _power(codes) @ torch.view_as_real(outer).flatten(-3)
+    kernel = power(codes) @ torch.view_as_real(outer).flatten(-3)
     kernel = torch.view_as_complex(kernel.unflatten(-1, (n_antennas, n_antennas, 2)))
     kernel.diagonal(dim1=-2, dim2=-1).add_(alpha.unsqueeze(-1))
     cholesky, failed = _factorize(kernel)
@@ -279,8 +267,8 @@ def _lstsq(y: Tensor, H: Tensor, codes: Tensor, alpha: Tensor) -> tuple[Tensor, 
     target = torch.cat([y, y.new_zeros(*y.shape[:-1], n_elements)], dim=-1)
     a = torch.linalg.lstsq(augmented, target.unsqueeze(-1)).solution.squeeze(-1)
     # QR takes the augmented matrix for one of full rank: not so when sqrt(alpha) is rounding.
-    energy = _power(phi).sum((-2, -1))
-    return a, (alpha <= torch.finfo(alpha.dtype).eps ** 2 * energy).any(-1)
+    rounding = torch.finfo(alpha.dtype).eps ** 2 * energy(phi)
+    return a, (alpha <= rounding).any(-1)
 
 
 def _gram(y: Tensor, H: Tensor, codes: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
