@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
@@ -25,6 +26,7 @@ logger = logging.getLogger("tuner")
 _COLOURS = {"running": "cyan", "done": "green", "pruned": "yellow", "failed": "red"}
 _SHOWN = 18  # rows of the live table: running trials first, then the latest
 _PARAMS_SHOWN = 5
+_FIXED_WIDTH, _PARAM_WIDTH, _PLACE_WIDTH = 70, 14, 24  # characters
 
 
 @contextmanager
@@ -177,13 +179,22 @@ class Progress:
             self._best = (row.number, row.objective)
 
     def _draw(self) -> Group:
-        table = Table(title=None, expand=False, pad_edge=False)
-        for name in ("trial", "state", "epoch", "objective", "s/epoch"):
-            table.add_column(name, no_wrap=True, justify="right" if name != "state" else "left")
-        for path in self._keys:
-            table.add_column(path.rpartition(".")[2], no_wrap=True, justify="right")
-        table.add_column("skipped/fallbacks", no_wrap=True, justify="right")
-        table.add_column("where", overflow="ellipsis", no_wrap=True)
+        # A narrow terminal shows fewer columns, not narrower ones.
+        spare = self._console.width - _FIXED_WIDTH
+        keys = self._keys[: max(0, min(_PARAMS_SHOWN, spare // _PARAM_WIDTH))]
+        spare -= len(keys) * _PARAM_WIDTH
+        table = Table(expand=False, pad_edge=False, box=SIMPLE_HEAD)
+        table.add_column("trial", no_wrap=True, justify="right")
+        table.add_column("state", no_wrap=True, min_width=9)
+        for name in ("epoch", "objective", "s/epoch"):
+            table.add_column(name, no_wrap=True, justify="right", min_width=len(name))
+        for path in keys:
+            name = path.rpartition(".")[2][:_PARAM_WIDTH]
+            table.add_column(name, no_wrap=True, justify="right", min_width=8)
+        table.add_column("skip/fallb", no_wrap=True, justify="right", min_width=10)
+        with_place = spare > _PLACE_WIDTH
+        if with_place:
+            table.add_column("where", overflow="ellipsis", no_wrap=True, max_width=_PLACE_WIDTH)
         table.add_column("note", overflow="ellipsis", no_wrap=True)
         for row in self._chosen_rows():
             best = self._best is not None and self._best[0] == row.number
@@ -193,9 +204,9 @@ class Progress:
                 f"{row.epoch}/{self._study.training.epochs}",
                 "-" if row.objective is None else f"{row.objective:.5f}",
                 "-" if row.seconds is None else f"{row.seconds:.1f}",
-                *(_short(row.params.get(path)) for path in self._keys),
+                *(_short(row.params.get(path)) for path in keys),
                 f"{row.skipped}/{row.fallbacks}",
-                row.place,
+                *([row.place] if with_place else []),
                 row.note,
             )
         counts = self.counts()

@@ -75,6 +75,7 @@ def _train(
     from tuner.errors import StudyError
     from tuner.files import write_atomically
 
+    typer.echo(f"data: {check_data(config)}")
     checkpoint = folder / "checkpoint"
     begun = has_checkpoint(checkpoint)
     if begun and not resume:
@@ -83,7 +84,6 @@ def _train(
         )
     if resume and not begun:
         raise StudyError(f"--resume: no checkpoint in {checkpoint}")
-    typer.echo(f"data: {check_data(config)}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / "config.json", config.model_dump_json(indent=2) + "\n")
@@ -160,7 +160,7 @@ def _configure(
     return load_trial(
         winner["config"],
         overrides,
-        training__epochs=epochs or winner.get("full_epochs"),
+        training__epochs=winner.get("full_epochs") if epochs is None else epochs,
         seed=seed,
         data__shards=data,
     )

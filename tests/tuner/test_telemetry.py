@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import io
+import logging
+from pathlib import Path
+
+import pytest
+
+from tests.tuner.support import tiny_study
+from tuner.study import Assignment
+from tuner.telemetry import Progress, logging_to
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def play(progress: Progress) -> None:
+    params: dict[str, bool | int | float | str | None] = {"training.learning_rate": 1e-3}
+    for number in range(3):
+        progress.started(Assignment(number, params, seed=number))
+    progress.reported(0, {"epoch": 1, "objective": 2.5, "skipped_steps": 3, "epoch_seconds": 1.2})
+    progress.reported(0, {"epoch": 2, "objective": 2.0, "solver_fallbacks": 4, "node": "there"})
+    progress.finished(0, "done", None)
+    progress.finished(1, "failed", "diverged: NaN")
+    progress.lost(2, "failure 1")
+
+
+def test_a_pipe_gets_one_plain_line_an_event(tmp_path: Path) -> None:
+    stream = io.StringIO()
+    progress = Progress(tiny_study(tmp_path), [], stream)
+    with progress.shown():
+        play(progress)
+    text = stream.getvalue()
+    assert not progress.is_live
+    assert "\x1b" not in text
+    assert "trial 0000 epoch 1/2: 2.50000, 1.2 s, 3 steps skipped\n" in text
+    assert "trial 0000 epoch 2/2: 2.00000, 4 solver fallbacks\n" in text
+    assert "trial 0000 done after epoch 2: 2.00000 (best so far)\n" in text
+    assert "trial 0001 failed after epoch 0: diverged: NaN\n" in text
+    assert "trial 0002 lost its machine" in text
+    assert len(text.splitlines()) == 8
+
+
+@pytest.mark.parametrize("columns", [80, 160])
+def test_a_terminal_gets_a_table_with_states_counts_and_the_best(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, columns: int
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setenv("TERM", "xterm")
+    stream = Terminal()
+    progress = Progress(tiny_study(tmp_path), [], stream)
+    with progress.shown():
+        play(progress)
+    text = stream.getvalue()
+    assert progress.counts() == {"running": 1, "done": 1, "pruned": 0, "failed": 1}
+    assert "1 running, 1 done, 0 pruned, 1 failed of 3; best 2.00000 (trial 0000)" in text
+    for words in ("0000", "done *", "2.00000", "0/4", "objective"):
+        assert words in text
+    assert ("learning_rate" in text) == (columns > 100)
+
+
+def test_the_log_holds_every_event(tmp_path: Path) -> None:
+    stream = io.StringIO()
+    with logging_to(tmp_path / "tuner.log"):
+        play(Progress(tiny_study(tmp_path), [], stream))
+        logging.getLogger("model.training").warning("step skipped")
+    text = (tmp_path / "tuner.log").read_text()
+    assert "WARNING tuner: trial 0001 failed after epoch 0: diverged: NaN" in text
+    assert "step skipped" in text
