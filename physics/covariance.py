@@ -232,10 +232,10 @@ class LowRankCovariance:
     def subspace_energy(self, vectors: Tensor, n_sources: int | Tensor) -> Tensor:
         """``||U_K^H v||^2`` (…, G) of row vectors (…, G, N) and the dominant subspace U_K."""
         unit = self._without_scale()
-        return unit.weightedenergy(vectors, unit.signal_weights(n_sources))
+        return unit.weighted_energy(vectors, unit.signal_weights(n_sources))
 
     @in_full_precision
-    def weightedenergy(self, vectors: Tensor, weights: Tensor) -> Tensor:
+    def weighted_energy(self, vectors: Tensor, weights: Tensor) -> Tensor:
         """``(F^H v)^H S (F^H v)`` (…, G) of row vectors (…, G, N) and Hermitian S (…, r, r)."""
         w = self._project(vectors)
         product = torch.view_as_real(weights.mT @ w) * torch.view_as_real(w)
