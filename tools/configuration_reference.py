@@ -1,0 +1,131 @@
+"""Writes docs/configuration.md from the configuration's own fields.
+
+python -m tools.configuration_reference          # prints it
+python -m tools.configuration_reference --write  # to docs/configuration.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import types
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from tuner.config import StudyConfig
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
+
+HEAD = """# Configuration
+
+<!-- written by python -m tools.configuration_reference --write -->
+
+A study is one YAML file of the sections below. What is left out takes its default; an unknown key
+or a value that is not allowed ends the command with exit code 2 and one line that names the field.
+Any field can be changed on the command line: `--set section.field=VALUE`, the value in YAML.
+"""
+
+
+def type_name(annotation: Any) -> str:
+    """A reader's name for a type."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return " \\| ".join(f"`{value}`" for value in arguments)
+    if origin in (Union, types.UnionType):
+        names = [type_name(a) for a in arguments if a is not type(None)]
+        return " or ".join([*names, *(["null"] if type(None) in arguments else [])])
+    if origin is tuple:
+        return f"[{', '.join('…' if a is Ellipsis else type_name(a) for a in arguments)}]"
+    if origin is not None:
+        return str(origin.__name__)
+    if annotation is Path:
+        return "path"
+    return {float: "number", int: "integer", bool: "true/false", str: "text"}.get(
+        annotation, getattr(annotation, "__name__", str(annotation))
+    )
+
+
+def limits(field: FieldInfo) -> str:
+    """The bounds that pydantic checks."""
+    signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
+    found = []
+    for rule in field.metadata:
+        for name, sign in signs.items():
+            bound = getattr(rule, name, None)
+            if bound is not None:
+                found.append(f"{sign} {bound:g}")
+    return ", ".join(found)
+
+
+def escaped(field: FieldInfo) -> str:
+    """The description, safe inside a table."""
+    return (field.description or "").replace("|", "\\|")
+
+
+def default(field: FieldInfo) -> str:
+    """The default as YAML would hold it."""
+    value = field.get_default(call_default_factory=True)
+    if isinstance(value, dict):
+        return "see below"
+    if isinstance(value, float) and value != 0 and abs(value) < 1e-2:
+        return f"`{value:g}`"
+    return f"`{json.dumps(value)}`"
+
+
+def section(name: str, model: type[BaseModel]) -> str:
+    """One section's table."""
+    lines = [f"## {name}", ""]
+    if model.__doc__:
+        lines += [model.__doc__.strip().splitlines()[0], ""]
+    lines += ["| field | default | type | allowed | |", "|---|---|---|---|---|"]
+    for key, field in model.model_fields.items():
+        lines.append(
+            f"| `{name}.{key}` | {default(field)} | {type_name(field.annotation)} "
+            f"| {limits(field)} | {escaped(field)} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def page() -> str:
+    """The whole page."""
+    scalars, sections = [], []
+    for name, field in StudyConfig.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            sections.append(section(name, kind))
+        else:
+            scalars.append(
+                f"- `{name}`, default {default(field)}. {field.description or ''}".strip()
+            )
+    space = [
+        "## search.space",
+        "",
+        "The space that is searched when a study names none:",
+        "",
+        "```yaml",
+    ]
+    for path, parameter in StudyConfig().search.space.items():
+        shown = parameter.model_dump(exclude_defaults=True) | {"type": parameter.type}
+        inside = ", ".join(
+            f"{k}: {json.dumps(shown[k])}"
+            for k in sorted(shown, key=lambda k: (k != "type", k != "low", k))
+        )
+        space.append(f"{path}: {{{inside}}}")
+    return "\n".join([HEAD, *scalars, "", *sections, *space, "```", ""])
+
+
+def main() -> None:
+    """Print the page or write it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--write", action="store_true", help=f"write {PAGE.name}")
+    if parser.parse_args().write:
+        PAGE.write_text(page(), encoding="utf-8")
+    else:
+        print(page())
+
+
+if __name__ == "__main__":
+    main()
