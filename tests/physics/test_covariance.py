@@ -193,6 +193,8 @@ def test_signal_weights_project_on_the_dominant_subspace(
         assert torch.allclose(projector[b], U @ U.mH, atol=1e-7)
         expected = (vectors[b].conj() @ U).abs().square().sum(-1)
         assert torch.allclose(energy[b], expected, atol=1e-6)
+    weights = R.signal_weights(counts)
+    assert torch.allclose(R.weighted_energy(vectors, weights), energy, atol=1e-6)
 
 
 def test_sources_beyond_the_numerical_rank_add_nothing() -> None:

@@ -15,7 +15,6 @@ ROOT = Path(__file__).resolve().parents[2]
 CUDA, CPU = "torch.backends.cuda.matmul", "torch.backends.mkldnn.matmul"
 
 REQUESTS = {
-    "nothing": "",
     "precision high": "torch.set_float32_matmul_precision('high')",
     "precision medium": "torch.set_float32_matmul_precision('medium')",
     "older switch": f"{CUDA}.allow_tf32 = True",

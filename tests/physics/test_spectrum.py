@@ -190,6 +190,18 @@ def test_gradients_of_both_spectra_match_finite_differences() -> None:
         assert torch.autograd.gradcheck(spectrum, (factor,))
 
 
+@pytest.mark.parametrize("batch", [(), (0,), (2, 0), (2, 3)])
+def test_spectra_take_any_leading_shape(batch: tuple[int, ...]) -> None:
+    factor = complex_normal(*batch, ARRAY.size, 3)
+    R = LowRankCovariance(factor)
+    music, mvdr = music_spectrum(R, GRID, 2, ARRAY), mvdr_spectrum(R, GRID, ARRAY)
+    assert music.shape == mvdr.shape == (*batch, *GRID.shape)
+    if batch == (2, 3):
+        alone = LowRankCovariance(factor[1, 2])
+        assert torch.allclose(music[1, 2], music_spectrum(alone, GRID, 2, ARRAY))
+        assert torch.allclose(mvdr[1, 2], mvdr_spectrum(alone, GRID, ARRAY))
+
+
 def test_bad_spectra_requests_are_refused() -> None:
     R = covariance()
     with pytest.raises(ValueError, match="30 x 30 but the array has 144"):
