@@ -115,7 +115,7 @@ def losses(trainer: Trainer, scenes: Scenes, repeats: int) -> dict[str, float]:
         draw = torch.Generator().manual_seed(0)
         if dense:
             decoys = loss._decoys(draw)
-            total = dense_loss(trainer, blended.dense(), p.covariance().dense(), scenes, decoys)
+            total = dense_loss(trainer, blended.dense(), p.covariance.dense(), scenes, decoys)
         else:
             total = loss(p, blended, scenes, "main", draw).total
         total.backward()

@@ -31,4 +31,4 @@ def blended_covariance(
         drawn = config.beta + config.jitter * (2.0 * unit - 1.0)
         beta = drawn.clamp(0.0, 1.0).to(features.y.device)
     measured = features.measured_covariance(config.shrinkage)
-    return blend(prediction.covariance(), measured, beta)
+    return blend(prediction.covariance, measured, beta)

@@ -133,7 +133,7 @@ class ScenesLoss:
 
         terms = {
             "nmse": nmse(blended, truth).mean(),
-            "cov_pred": nmse(prediction.covariance(), truth).mean(),
+            "cov_pred": nmse(prediction.covariance, truth).mean(),
         }
         # |a_g^H a_k|^2 of cells and sources
         overlap = power_of(steering @ self.dictionary.mH).mT  # (B, G, K)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Self
 
 import torch
@@ -52,8 +53,9 @@ class Prediction:
     log_pointer: Tensor  # (B, r, G) log probability of each cell
     position: Tensor  # (B, r, 3) azimuth, elevation [rad], inverse range [1/m]
 
+    @cached_property
     def covariance(self) -> LowRankCovariance:
-        """R_pred."""
+        """R_pred, trace N."""
         return LowRankCovariance(self.factor).normalized()
 
 

@@ -273,7 +273,7 @@ class Trainer:
                     prediction = self.network(features)
                 blended = blended_covariance(prediction, features, self.config.blend)
                 truth = batch.covariance(self.array, self.config.scene.wavefront)
-                pred.append(nmse(prediction.covariance(), truth).double())
+                pred.append(nmse(prediction.covariance, truth).double())
                 blended_error.append(nmse(blended, truth).double())
                 counted.append((prediction.existence > 0).sum(-1) == batch.n_sources)
         finally:

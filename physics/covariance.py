@@ -50,6 +50,7 @@ class LowRankCovariance:
         self.factor = factor
         self.loading = loading
         self._at_trace_n = False
+        self._gram: Tensor | None = None
 
     def __repr__(self) -> str:
         return (
@@ -89,8 +90,10 @@ class LowRankCovariance:
 
     @in_full_precision
     def gram(self) -> Tensor:
-        """F^H F (…, r, r)."""
-        return self.factor.mH @ self.factor
+        """F^H F (…, r, r), computed once."""
+        if self._gram is None:
+            self._gram = self.factor.mH @ self.factor
+        return self._gram
 
     @in_full_precision
     def dense(self) -> Tensor:
@@ -100,7 +103,13 @@ class LowRankCovariance:
 
     def trace(self) -> Tensor:
         """tr R (…) real."""
-        return energy(self.factor) + self.size * self.loading
+        return self._factor_energy() + self.size * self.loading
+
+    def _factor_energy(self) -> Tensor:
+        """||F||_F^2 (…), which follows from the loading where the trace is N."""
+        if self._at_trace_n:
+            return self.size * (1.0 - self.loading)
+        return energy(self.factor)
 
     def normalized(self) -> LowRankCovariance:
         """R scaled to trace N. The zero matrix, which says nothing, becomes the identity."""
@@ -140,9 +149,9 @@ class LowRankCovariance:
         ``||F^H G||^2 + a ||G||^2 + b ||F||^2 + a b N`` for ``R = F F^H + a I, S = G G^H + b I``.
         """
         return (
-            energy(self.factor.mH @ other.factor)
-            + self.loading * energy(other.factor)
-            + other.loading * energy(self.factor)
+            energy(self.gram() if other is self else self.factor.mH @ other.factor)
+            + self.loading * other._factor_energy()
+            + other.loading * self._factor_energy()
             + self.size * self.loading * other.loading
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -18,6 +19,10 @@ from tests.reference import losses as reference
 ARRAY = PlanarArray(6, 6)
 SCENE = SceneConfig(n_antennas=4, n_snapshots=4, min_sources=0, max_sources=3)
 GRID = PolarGrid.covering(SCENE, 6, 4, 2)
+
+
+def tensors(prediction: Prediction) -> list[Tensor]:
+    return [getattr(prediction, f.name) for f in fields(prediction)]
 
 
 def _case(dtype: torch.dtype = torch.complex128, n_slots: int = 4, n_scenes: int = 6):
@@ -43,7 +48,7 @@ def _case(dtype: torch.dtype = torch.complex128, n_slots: int = 4, n_scenes: int
     )
     dictionary = GRID.steering(ARRAY, dtype=dtype)
     loss = ScenesLoss(LossConfig(), ARRAY, "spherical", dictionary, torch.ones(3, dtype=real))
-    return scenes, prediction, blend(prediction.covariance(), measured, 0.3), loss, dictionary
+    return scenes, prediction, blend(prediction.covariance, measured, 0.3), loss, dictionary
 
 
 def test_every_covariance_term_equals_its_dense_reference() -> None:
@@ -54,7 +59,7 @@ def test_every_covariance_term_equals_its_dense_reference() -> None:
 
     a = steering_vector(scenes.position, ARRAY).numpy()
     dense, dense_truth = blended.dense().numpy(), truth.dense().numpy()
-    dense_pred = prediction.covariance().dense().numpy()
+    dense_pred = prediction.covariance.dense().numpy()
     counts = scenes.n_sources.tolist()
     assert min(counts) == 0 < 1 < max(counts), "the case must hold empty and crowded scenes"
     nmse = np.mean([reference.nmse(r, t) for r, t in zip(dense, dense_truth, strict=True)])
@@ -85,7 +90,7 @@ def test_single_precision_agrees_with_double() -> None:
 
     single = ScenesLoss(LossConfig(), ARRAY, "spherical", narrow(dictionary), torch.ones(3))
     small = single(
-        Prediction(*(narrow(t) for t in vars(prediction).values())),
+        Prediction(*(narrow(t) for t in tensors(prediction))),
         blended.to(torch.complex64),
         scenes._map(lambda t: narrow(t) if t.is_floating_point() or t.is_complex() else t),
     )
@@ -99,7 +104,7 @@ def test_gradients_of_the_whole_loss_match_finite_differences() -> None:
 
     def total(factor: Tensor, existence: Tensor, score: Tensor, position: Tensor) -> Tensor:
         p = Prediction(factor, existence, torch.log_softmax(score, -1), position)
-        return loss(p, blend(p.covariance(), measured, 0.3), scenes).total
+        return loss(p, blend(p.covariance, measured, 0.3), scenes).total
 
     inputs = [
         t.clone().requires_grad_()
@@ -121,10 +126,10 @@ def test_every_term_is_on_by_default_and_contributes_to_the_gradient(term: str) 
     assert LossConfig().weights("main")[term] > 0
 
     def gradients(weights: dict[str, float]) -> list[Tensor]:
-        leaves = [t.clone().requires_grad_() for t in vars(prediction).values()]
+        leaves = [t.clone().requires_grad_() for t in tensors(prediction)]
         p = Prediction(*leaves)
         value = ScenesLoss(LossConfig(**weights), ARRAY, "spherical", dictionary, torch.ones(3))(
-            p, p.covariance(), scenes
+            p, p.covariance, scenes
         )
         return [
             torch.zeros_like(t) if g is None else g
@@ -197,8 +202,8 @@ def test_trap_loss_is_invariant_to_the_order_of_slots_and_sources() -> None:
         two.y, two.H, two.codes, two.position.flip(1), two.power.flip(1), two.n_sources, two.snr_db
     )
     pick = LowRankCovariance(blended.factor[index], blended.loading[index])
-    first = loss(Prediction(*(t[index] for t in vars(prediction).values())), pick, two)
-    second = loss(Prediction(*(t[index] for t in vars(shuffled).values())), pick, swapped)
+    first = loss(Prediction(*(t[index] for t in tensors(prediction))), pick, two)
+    second = loss(Prediction(*(t[index] for t in tensors(shuffled))), pick, swapped)
     assert float(first.total) == pytest.approx(float(second.total), rel=1e-10)
 
 
@@ -216,9 +221,9 @@ def test_scenes_without_any_source_give_a_finite_loss_and_gradient() -> None:
     scenes, prediction, _, loss, _ = _case()
     empty = scenes[(scenes.n_sources == 0).nonzero().squeeze(-1)]
     index = (scenes.n_sources == 0).nonzero().squeeze(-1)
-    leaves = [t[index].clone().requires_grad_() for t in vars(prediction).values()]
+    leaves = [t[index].clone().requires_grad_() for t in tensors(prediction)]
     p = Prediction(*leaves)
-    value = loss(p, p.covariance(), empty)
+    value = loss(p, p.covariance, empty)
     value.total.backward()
     assert torch.isfinite(value.total)
     assert float(value.terms["subspace_align"]) == float(value.terms["peak_contrast"]) == 0.0
@@ -229,7 +234,7 @@ def test_lesson_3_equal_columns_give_a_finite_gradient() -> None:
     scenes, prediction, _, loss, _ = _case()
     factor = prediction.factor[..., :1].expand(-1, -1, 4).clone().requires_grad_()
     p = Prediction(factor, prediction.existence, prediction.log_pointer, prediction.position)
-    loss(p, p.covariance(), scenes).total.backward()
+    loss(p, p.covariance, scenes).total.backward()
     assert factor.grad is not None
     assert bool(torch.isfinite(torch.view_as_real(factor.grad)).all())
 
@@ -248,11 +253,11 @@ def test_nothing_in_the_loss_is_n_by_n() -> None:
             return out
 
     scenes, prediction, _, loss, _ = _case()
-    leaves = [t.clone().requires_grad_() for t in vars(prediction).values()]
+    leaves = [t.clone().requires_grad_() for t in tensors(prediction)]
     with Largest():
         p = Prediction(*leaves)
-        loss(p, p.covariance(), scenes).total.backward()
+        loss(p, p.covariance, scenes).total.backward()
     assert Largest.square == 0
     with Largest():
-        prediction.covariance().dense()
+        prediction.covariance.dense()
     assert Largest.square > 0, "the detector must see a dense matrix"

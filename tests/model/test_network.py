@@ -45,7 +45,7 @@ def test_prediction_has_the_documented_shapes_and_trace(
     assert p.existence.shape == (5, 3)
     assert p.log_pointer.shape == (5, 3, cells)
     assert p.position.shape == (5, 3, 3)
-    torch.testing.assert_close(p.covariance().trace(), torch.full((5,), 36.0))
+    torch.testing.assert_close(p.covariance.trace(), torch.full((5,), 36.0))
     torch.testing.assert_close(p.log_pointer.exp().sum(-1), torch.ones(5, 3))
 
 
@@ -110,7 +110,7 @@ def test_lesson_3_ugly_scenes_give_finite_output_and_gradient(
         y, codes = y[:, :1], codes[:, :1]
     p = network(features_of(network, y, H, codes, scenes.snr_db))
     network.zero_grad()
-    (p.covariance().gram().abs().square().sum() + p.position.sum()).backward()
+    (p.covariance.gram().abs().square().sum() + p.position.sum()).backward()
     grads = [q.grad for q in network.parameters() if q.grad is not None]
     assert grads
     assert all(bool(torch.isfinite(g).all()) for g in grads)

@@ -71,10 +71,10 @@ def test_features_and_loss_are_the_same_under_a_foreign_autocast() -> None:
     with torch.no_grad():
         features = trainer._features(scenes, scenes.snr_db)
         prediction = trainer.network(features)
-        plain = trainer.loss(prediction, prediction.covariance(), scenes).total
+        plain = trainer.loss(prediction, prediction.covariance, scenes).total
         with torch.autocast("cpu", dtype=torch.bfloat16):
             again = trainer._features(scenes, scenes.snr_db)
-            inside = trainer.loss(prediction, prediction.covariance(), scenes).total
+            inside = trainer.loss(prediction, prediction.covariance, scenes).total
     assert torch.equal(features.ridge, again.ridge)
     assert torch.equal(features.spectrum, again.spectrum)
     assert torch.equal(plain, inside)

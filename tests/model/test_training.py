@@ -133,7 +133,7 @@ def test_trap_objective_is_the_dense_nmse_of_r_pred_over_all_validation_scenes()
     scenes = trainer.source.validation()
     with torch.no_grad():
         prediction = trainer.network(trainer._features(scenes, scenes.snr_db))
-    dense = prediction.covariance().dense()
+    dense = prediction.covariance.dense()
     truth = scenes.covariance(trainer.array, "spherical").dense()
     error = torch.linalg.matrix_norm(dense - truth) ** 2 / torch.linalg.matrix_norm(truth) ** 2
     assert metrics["objective"] == pytest.approx(float(error.mean()), rel=1e-4)
@@ -192,7 +192,7 @@ def test_lesson_8_beta_is_jittered_in_training_only() -> None:
     features = trainer._features(scenes, scenes.snr_db)
     with torch.no_grad():
         prediction = trainer.network(features)
-    predicted = prediction.covariance()
+    predicted = prediction.covariance
     measured = features.measured_covariance()
 
     def betas(generator: torch.Generator | None, **blend: float) -> Tensor:
