@@ -29,7 +29,7 @@ from physics import Scenes, steering_vector
 
 
 def dense_loss(
-    trainer: Trainer, blended: Tensor, predicted: Tensor, scenes: Scenes, decoys: Tensor | slice
+    trainer: Trainer, blended: Tensor, predicted: Tensor, scenes: Scenes, decoys: Tensor
 ) -> Tensor:
     """The loss's covariance terms from dense (B, N, N) matrices."""
     config, array = trainer.config, trainer.array
@@ -60,11 +60,10 @@ def dense_loss(
     def at(vectors: Tensor) -> Tensor:
         return ((vectors.conj() @ projector) * vectors).real.sum(-1) / trainer.loss.temperature
 
-    dictionary = trainer.network.dictionary[decoys]
-    overlap = (dictionary @ steering.mH).abs().square()
+    overlap = (decoys @ steering.mH).abs().square()
     near = ((overlap > 0.5) & present.unsqueeze(-2)).any(-1)
-    level = torch.logsumexp(at(dictionary).masked_fill(near, -torch.inf), -1, keepdim=True)
-    level = level + math.log(trainer.network.dictionary.shape[0] / dictionary.shape[0])
+    level = torch.logsumexp(at(decoys).masked_fill(near, -torch.inf), -1, keepdim=True)
+    level = level + math.log(trainer.network.dictionary.shape[0] / decoys.shape[0])
     contrast = torch.nn.functional.softplus(level - at(steering))
     contrast = torch.where(present, contrast, 0.0).sum() / present.sum()
     return (

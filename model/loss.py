@@ -39,7 +39,7 @@ class LossConfig(FrozenModel):
     existence: float = Field(0.1, ge=0, description="which slots hold a source")
     position: float = Field(0.1, ge=0, description="where the matched slots point")
     decoys: int = Field(
-        128, ge=1, description="cells that peak_contrast draws a step as decoys; all in evaluation"
+        64, ge=1, description="cells that peak_contrast draws a step as decoys; all in evaluation"
     )
     schedule: bool = Field(
         True, description="subspace_align x0.4/1/1.4 and peak_contrast x0.5/1/1.2 over the phases"
@@ -135,15 +135,14 @@ class ScenesLoss:
             "nmse": nmse(blended, truth).mean(),
             "cov_pred": nmse(prediction.covariance, truth).mean(),
         }
-        # |a_g^H a_k|^2 of cells and sources
-        overlap = power_of(steering @ self.dictionary.mH).mT  # (B, G, K)
         if weights["subspace_align"] or weights["peak_contrast"]:
             signal = blended.signal_weights(scenes.n_sources.clamp_max(blended.rank))
             terms["subspace_align"] = self._subspace(blended, signal, steering, present, occupied)
             terms["peak_contrast"] = self._contrast(
-                blended, signal, steering, overlap, present, self._decoys(generator)
+                blended, signal, steering, present, self._decoys(generator)
             )
         if weights["existence"] or weights["position"]:
+            overlap = overlap_of(self.dictionary, steering)
             slot, source = match_slots(prediction, overlap, present)
             terms["existence"] = self._existence(prediction, slot)
             terms["position"] = self._position(prediction, scenes, overlap, slot, source)
@@ -172,14 +171,12 @@ class ScenesLoss:
         blended: LowRankCovariance,
         signal: Tensor,
         steering: Tensor,
-        overlap: Tensor,
         present: Tensor,
-        decoys: Tensor | slice,
+        decoys: Tensor,
     ) -> Tensor:
         at_source = blended.weighted_energy(steering, signal)  # (B, K)
-        at_decoy = blended.weighted_energy(self.dictionary[decoys], signal)  # (B, G')
-        overlap = overlap[:, decoys]
-        near = ((overlap > 0.5) & present.unsqueeze(-2)).any(-1)
+        at_decoy = blended.weighted_energy(decoys, signal)  # (B, G')
+        near = ((overlap_of(decoys, steering) > 0.5) & present.unsqueeze(-2)).any(-1)
         level = torch.logsumexp(
             (at_decoy / self.temperature).masked_fill(near, -torch.inf), dim=-1, keepdim=True
         )
@@ -189,12 +186,13 @@ class ScenesLoss:
         loss = torch.where(present, loss, torch.zeros_like(loss))
         return loss.sum() / present.sum().clamp_min(1)
 
-    def _decoys(self, generator: torch.Generator | None) -> Tensor | slice:
+    def _decoys(self, generator: torch.Generator | None) -> Tensor:
+        """Steering vectors (G', N) of the decoys."""
         n_cells = self.dictionary.shape[0]
         if generator is None or self.config.decoys >= n_cells:
-            return slice(None)
+            return self.dictionary
         drawn = torch.randperm(n_cells, generator=generator)[: self.config.decoys]
-        return drawn.to(self.dictionary.device)
+        return self.dictionary[drawn.to(self.dictionary.device)]
 
     def _existence(self, prediction: Prediction, slot: Tensor) -> Tensor:
         return functional.binary_cross_entropy_with_logits(
@@ -222,9 +220,10 @@ class ScenesLoss:
         return loss.sum() / slot.sum().clamp_min(1)
 
 
-def power_of(value: Tensor) -> Tensor:
-    """|z|^2, without the square root of ``abs``."""
-    return torch.view_as_real(value).square().sum(-1)
+def overlap_of(cells: Tensor, steering: Tensor) -> Tensor:
+    """``|a_g^H a_k|^2`` (B, G, K) of cells (G, N) and sources (B, K, N)."""
+    product = steering.flatten(0, 1) @ cells.mH
+    return torch.view_as_real(product).square().sum(-1).unflatten(0, steering.shape[:2]).mT
 
 
 @torch.no_grad()

@@ -318,3 +318,27 @@ def test_r_true_of_the_validation_scenes_has_no_error_against_itself() -> None:
     trainer = Trainer(tiny_config())
     truth = trainer.source.validation().covariance(trainer.array, "spherical")
     assert float(nmse(truth, truth).max()) < 1e-6
+
+
+def test_trap_training_and_validation_build_the_same_r_pred(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    trainer = Trainer(tiny_config(training={"snr_dropout": 0.0}, network={"dropout": 0.0}))
+    seen: list[Tensor] = []
+    original_loss, original_nmse = trainer.loss.__class__.__call__, training_module.nmse
+
+    def loss_spy(self: Any, prediction: Any, *rest: Any) -> Any:
+        seen.append(prediction.covariance.dense().detach())
+        return original_loss(self, prediction, *rest)
+
+    def nmse_spy(estimate: Any, truth: Any) -> Tensor:
+        seen.append(estimate.dense())
+        return original_nmse(estimate, truth)
+
+    monkeypatch.setattr(trainer.loss.__class__, "__call__", loss_spy)
+    monkeypatch.setattr(training_module, "nmse", nmse_spy)
+    trainer.validate()  # the average is the network before its first step
+    validated = seen[0]
+    trainer.network.train()
+    trainer._train_step(trainer.source.validation())
+    torch.testing.assert_close(seen[-1], validated, rtol=1e-5, atol=1e-5)

@@ -202,3 +202,16 @@ def test_trap_the_origins_convention_explains_its_covariances(origin_shards: Pat
 def test_direction_is_a_unit_vector() -> None:
     p = draw(50)
     assert torch.allclose(direction(p[:, 0], p[:, 1]).norm(dim=-1), torch.ones(50).double())
+
+
+def test_trap_near_field_vectors_are_not_centro_symmetric() -> None:
+    """Forward-backward averaging takes J a* for a; that holds for plane waves only."""
+    array = PlanarArray()
+    position = draw(50, 0.5, 2.0)
+    planar = steering_vector(position, array, "planar")
+    near = steering_vector(position, array, "spherical")
+    # J reverses the element order; a unit-norm vector overlaps itself with 1.
+    kept = (planar.conj() * planar.conj().flip(-1)).sum(-1).abs()
+    lost = (near.conj() * near.conj().flip(-1)).sum(-1).abs()
+    torch.testing.assert_close(kept, torch.ones_like(kept))
+    assert float(lost.mean()) < 0.5
