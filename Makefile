@@ -53,7 +53,7 @@ format: dev  ## rewrite the code in the project's style
 
 bench: setup  ## print the benchmark figures
 	@set -e; for file in benchmarks/[a-z]*.py; do \
-		echo "== $$file"; $(VENV)/python "$$file" $(ARGS); done
+		echo "== $$file"; $(VENV)/python -m "benchmarks.$$(basename "$$file" .py)" $(ARGS); done
 
 clean:  ## remove .venv and the caches (results in runs/ stay)
 	rm -rf .venv .venv.lock build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
