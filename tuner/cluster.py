@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import socket
 import threading
@@ -34,7 +35,9 @@ class Cluster:
     n_cpus_possible: float
     n_gpus_possible: float
     largest_node_cpus: float
+    n_nodes_possible: float
     dashboard: str | None
+    token_file: Path | None
 
 
 @contextmanager
@@ -84,7 +87,7 @@ def trial_resources(cluster: Cluster, wanted: ResourcesConfig, trials: int) -> t
             f"{cluster.n_gpus_possible:g}; ask for 0 to run the trials on the CPU"
         )
     cpus = wanted.cpus_per_trial or 1
-    if cpus > max(cluster.largest_node_cpus, cluster.n_cpus_possible):
+    if cpus > cluster.largest_node_cpus:
         raise StudyError(
             f"resources.cpus_per_trial: {cpus} CPUs a trial asked, but the largest node of "
             f"{cluster.description} has {cluster.largest_node_cpus:g}"
@@ -174,9 +177,20 @@ def _look(description: str, dashboard: str | None) -> Cluster:
         n_gpus=present.get("GPU", 0.0),
         n_cpus_possible=max(present.get("CPU", 0.0), possible.get("CPU", 0.0)),
         n_gpus_possible=max(present.get("GPU", 0.0), possible.get("GPU", 0.0)),
-        largest_node_cpus=largest,
+        # What an autoscaler may add is not known node by node: nothing is ruled out.
+        largest_node_cpus=math.inf if possible else largest,
+        n_nodes_possible=math.inf if possible else len(alive),
         dashboard=f"http://{dashboard}" if dashboard else None,
+        token_file=_token_file(),
     )
+
+
+def _token_file() -> Path | None:
+    """Where the token lies for which the dashboard asks, if it asks."""
+    if os.environ.get("RAY_AUTH_MODE", "token") != "token":
+        return None
+    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    return path if path.exists() else None
 
 
 def _possible_resources() -> dict[str, float]:

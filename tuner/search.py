@@ -9,8 +9,10 @@ it, and the scheduler's rungs are rebuilt from it.
 from __future__ import annotations
 
 import logging
+import re
 from collections import deque
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Protocol
 
 from ray.tune import Callback, Checkpoint
@@ -188,10 +190,23 @@ class LedgerCallback(Callback):
         self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
     ) -> None:
         """A machine was lost and the trial waits for another."""
-        self._search.lost(trial.trial_id, f"failure {trial.num_failures}")
+        self._search.lost(trial.trial_id, _what_happened(trial))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (str, (type(self).__name__,))
+
+
+def _what_happened(trial: Trial) -> str:
+    """One line about a trial's last failure, from what Ray wrote about it."""
+    try:
+        text = Path(trial.error_file).read_text(encoding="utf-8", errors="replace")
+    except (OSError, TypeError):
+        return f"failure {trial.num_failures}"
+    last = text.rpartition("Failure #")[2].splitlines()[1:]
+    lines = [line.strip() for line in last if line.strip()]
+    errors = [line for line in lines if re.match(r"[\w.]+(Error|Exception|Lost)\b.*: ", line)]
+    chosen = errors[-1] if errors else " ".join(lines[:1])
+    return chosen[:200] or f"failure {trial.num_failures}"
 
 
 def location_of(checkpoint: Checkpoint) -> str:

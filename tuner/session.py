@@ -116,6 +116,11 @@ def run_session(request: Request) -> int:
                         )
         except KeyboardInterrupt:
             interruption.wished = True
+        except Exception:
+            logger.exception("the run was cut short")
+            where = shlex.quote(str(folder.path))
+            progress.say(f"cut short by an error; go on with: python -m tuner.run --resume {where}")
+            raise
         return _conclude(folder, ledger, progress, interrupted=interruption.wished)
 
 
@@ -200,8 +205,14 @@ def _resources(
     if not gpus:
         reason = "by request" if cluster.n_gpus_possible else "there is none"
         notes.append(f"no GPU is used ({reason}): trials run on the CPU")
+    if cluster.n_nodes_possible > 1 and not study.resources.storage:
+        notes.append(
+            "the cluster has several nodes: the run folder must lie on storage that all of them "
+            "share (NFS), or resources.storage must name it (s3://...)"
+        )
     if cluster.dashboard:
-        notes.append(f"Ray dashboard: {cluster.dashboard}")
+        token = f" (token: {cluster.token_file})" if cluster.token_file else ""
+        notes.append(f"Ray dashboard: {cluster.dashboard}{token}")
     return gpus, concurrent, "cuda" if gpus else "cpu"
 
 

@@ -149,21 +149,22 @@ def test_a_trial_whose_actor_is_killed_goes_on_from_its_checkpoint(
     tmp_path: Path, head: Head
 ) -> None:
     changes: dict[str, Any] = {
-        "training": {"epochs": 8},
+        "training": {"epochs": 16},
         "search": {"trials": 1, "scheduler": "none"},
         "data": {"train_scenes": 128},
     }
     config = write_study(tmp_path, **changes)
     out = tmp_path / "run"
+    wait_for(lambda: not actors(head))
     process = start("--config", config, "--address", head.address, "--out", out)
-    read_until(process, "trial 0000 epoch 3/8")
-    (victim,) = actors(head)
-    os.kill(victim, signal.SIGKILL)
+    read_until(process, "trial 0000 epoch 3/16")
+    for victim in actors(head):
+        os.kill(victim, signal.SIGKILL)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
     assert "trial 0000 lost its machine" in output
     (trial,) = trials_of(out)
-    assert_whole(trial, 8)
+    assert_whole(trial, 16)
     assert run_here("--config", config, "--local", "--out", tmp_path / "calm") == 0
     assert trials_of(tmp_path / "calm")[0].curve == trial.curve, "not bit for bit"
 

@@ -10,7 +10,7 @@ from model.config import TrialConfig
 from tests.tuner.support import tiny_study
 from tuner.errors import ConfigError
 from tuner.explain import field_paths
-from tuner.space import CategoricalSpace, FloatSpace, IntSpace, default_space, suggest
+from tuner.space import CategoricalSpace, FloatSpace, IntSpace, SearchSpace, default_space, suggest
 
 
 def with_space(folder: Path, **space: dict[str, Any]) -> None:
@@ -83,7 +83,7 @@ def test_the_default_space_covers_the_promised_parameters() -> None:
 
 
 def test_suggestions_lie_in_the_space() -> None:
-    space = {
+    space: SearchSpace = {
         "a": FloatSpace(low=0.1, high=0.9, step=0.2),
         "b": IntSpace(low=1, high=64, log=True),
         "c": CategoricalSpace(choices=(1, "x", None)),
