@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from model.network import Prediction
 from physics.config import FrozenModel
-from physics.covariance import LowRankCovariance, nmse
+from physics.covariance import LowRankCovariance, nmse, source_covariance
 from physics.geometry import PlanarArray
 from physics.precision import in_full_precision
 from physics.scene import Scenes
@@ -126,7 +126,7 @@ class ScenesLoss:
                 it every cell is one.
         """
         steering = steering_vector(scenes.position, self.array, self.wavefront)  # (B, K, N)
-        truth = scenes.covariance(self.array, self.wavefront)
+        truth = source_covariance(steering, scenes.power)
         present = scenes.present
         weights = self.config.weights(phase)
         occupied = present.any(-1)
@@ -157,12 +157,14 @@ class ScenesLoss:
         present: Tensor,
         occupied: Tensor,
     ) -> Tensor:
-        masked = steering * present.unsqueeze(-1)
-        u, s, _ = torch.linalg.svd(masked.mT, full_matrices=False)  # (B, N, K)
-        cutoff = torch.finfo(s.dtype).eps * self.array.size * s[..., :1]
-        basis = u * (s > cutoff).unsqueeze(-2)
-        energy = blended.weighted_energy(basis.mT, signal).sum(-1)
-        count = (s > cutoff).sum(-1).clamp_min(1)
+        # Q = A V Lambda^-1/2 from the K x K Gram matrix; sources that coincide count once.
+        rows = steering * present.unsqueeze(-1)  # A^T
+        values, vectors = torch.linalg.eigh(rows.conj() @ rows.mT)
+        apart = values > self.array.size * torch.finfo(values.dtype).eps * values[..., -1:]
+        scale = torch.where(apart, values, 1.0).rsqrt() * apart
+        basis = (vectors * scale.unsqueeze(-2)).mT @ rows
+        energy = blended.weighted_energy(basis, signal).sum(-1)
+        count = apart.sum(-1).clamp_min(1)
         loss = (1.0 - energy / count) * occupied
         return loss.sum() / occupied.sum().clamp_min(1)
 

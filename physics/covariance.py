@@ -131,6 +131,8 @@ class LowRankCovariance:
         Source: Ledoit and Wolf, "A well-conditioned estimator for large-dimensional covariance
         matrices", J. Multivariate Anal. 88(2), 2004.
         """
+        if isinstance(shrinkage, float) and shrinkage == 0.0:
+            return self
         rho = _fraction("shrinkage", shrinkage, self.loading)
         mean = self.trace() / self.size
         factor = multiply(self.factor, (1.0 - rho).sqrt()[..., None, None])
@@ -370,6 +372,16 @@ def nmse(estimate: LowRankCovariance, truth: LowRankCovariance) -> Tensor:
     energy = truth.inner(truth)
     error = estimate.inner(estimate) - 2.0 * estimate.inner(truth) + energy
     return error.clamp_min(0.0) / energy
+
+
+def source_covariance(steering: Tensor, power: Tensor) -> LowRankCovariance:
+    """``sum_k p_k a_k a_k^H`` of incoherent sources, scaled to trace N.
+
+    Args:
+        steering: (…, K, N) complex steering vectors in rows.
+        power: (…, K) real, at least 0; absent sources have none. Without any it is the identity.
+    """
+    return LowRankCovariance(multiply(steering.mT, power.sqrt().unsqueeze(-2))).normalized()
 
 
 def covariance_of(snapshots: Tensor) -> LowRankCovariance:

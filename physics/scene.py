@@ -12,7 +12,7 @@ from torch import Tensor
 
 from physics.codebook import Codebook
 from physics.config import FrozenModel
-from physics.covariance import LowRankCovariance
+from physics.covariance import LowRankCovariance, source_covariance
 from physics.geometry import PlanarArray
 from physics.steering import Wavefront, steering_vector
 
@@ -109,9 +109,7 @@ class Scenes:
 
     def covariance(self, array: PlanarArray, wavefront: Wavefront) -> LowRankCovariance:
         """R_true = sum p_k a_k a_k^H on the nominal manifold, trace N; identity without sources."""
-        a = steering_vector(self.position, array, wavefront)  # (B, K, N)
-        factor = a.mT * self.power.sqrt().unsqueeze(-2).to(a.dtype)
-        return LowRankCovariance(factor).normalized()
+        return source_covariance(steering_vector(self.position, array, wavefront), self.power)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Scenes:
         """The same scenes on another device."""
