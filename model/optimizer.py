@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 
 import torch
 from pydantic import Field
@@ -100,8 +99,3 @@ class WeightAverage:
         self.steps = steps
         for name, value in self.weights.items():
             value.copy_(weights[name])
-
-
-def gradients_are_finite(norm: Tensor, parameters: Iterable[nn.Parameter]) -> bool:
-    """Whether a step may be taken: the gradient norm is finite and some gradient exists."""
-    return bool(torch.isfinite(norm)) and any(p.grad is not None for p in parameters)

@@ -47,7 +47,8 @@ class AmpPolicy:
         if amp == "auto":
             if device.type != "cuda":
                 return None
-            return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+            return torch.bfloat16 if native else torch.float16
         if amp == "fp16" and device.type != "cuda":
             raise ValueError(
                 f"precision.amp is fp16 on device {device}; fp16 needs a GPU: use bf16, off or auto"
@@ -74,12 +75,10 @@ class AmpPolicy:
         self.scaler.unscale_(optimizer)
 
     def step(self, optimizer: torch.optim.Optimizer, finite: bool) -> None:
-        """Step the optimiser where all gradients are finite, and let the scaler learn."""
-        if self.scaler.is_enabled():
-            self.scaler.step(optimizer)  # skips by itself on what unscale_ saw
-            self.scaler.update()
-        elif finite:
-            optimizer.step()
+        """Step the optimiser where the step is finite, and let the scaler learn."""
+        if finite:
+            self.scaler.step(optimizer)
+        self.scaler.update()
 
     def state_dict(self) -> dict[str, Any]:
         """State of the scaler; empty when there is none."""

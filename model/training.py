@@ -22,7 +22,6 @@ from model.loss import ScenesLoss
 from model.network import SnapshotNetwork
 from model.optimizer import (
     WeightAverage,
-    gradients_are_finite,
     learning_rate,
     make_optimizer,
     set_learning_rate,
@@ -175,7 +174,7 @@ class Trainer:
         training = self.config.training
         self.network.train()
         totals: dict[str, float] = {}
-        n_scenes = n_taken = n_fallbacks = 0
+        n_scenes = n_finite = n_fallbacks = 0
         norms: list[float] = []
         rate = 0.0
         batches = self.source.train_batches(self.epoch, training.batch_size, self.config.seed)
@@ -185,24 +184,26 @@ class Trainer:
             n_scenes += len(scenes)
             terms, norm, fallbacks = self._train_step(scenes)
             n_fallbacks += fallbacks
-            if terms is None:
+            if terms is not None:
+                n_finite += 1
+                for name, value in terms.items():
+                    totals[name] = totals.get(name, 0.0) + value
+            if terms is None or not math.isfinite(norm):
                 self._count_skip(norm)
                 continue
             self._skipped_in_a_row = 0
-            n_taken += 1
             norms.append(norm)
-            for name, value in terms.items():
-                totals[name] = totals.get(name, 0.0) + value
-        if not n_taken:
+        # A gradient scaler overflows while it finds its scale: then finite losses are enough.
+        if not (n_finite if self.amp.scaler.is_enabled() else norms):
             raise TrialDiverged(
                 f"no step of epoch {self.epoch + 1} was finite; lower the learning rate"
             )
-        loss = {name: value / n_taken for name, value in totals.items()}
+        loss = {name: value / n_finite for name, value in totals.items()}
         return {
             "loss": loss.pop("total"),
             **{f"loss_{name}": value for name, value in loss.items()},
-            "grad_norm": sum(norms) / n_taken,
-            "grad_norm_max": max(norms),
+            "grad_norm": sum(norms) / max(1, len(norms)),
+            "grad_norm_max": max(norms, default=0.0),
             "learning_rate": rate,
             "solver_fallbacks": n_fallbacks,
             "n_scenes": n_scenes,
@@ -225,7 +226,11 @@ class Trainer:
             )
 
     def _train_step(self, scenes: Scenes) -> tuple[dict[str, float] | None, float, int]:
-        """One optimiser step: its loss terms (None if skipped), gradient norm and fallbacks."""
+        """One optimiser step: its loss terms, gradient norm and fallbacks.
+
+        The terms are None where the loss is not finite. The step is skipped there, and where the
+        norm is not finite.
+        """
         training = self.config.training
         hidden = torch.rand(len(scenes), generator=self._jitter) < training.snr_dropout
         snr_db = scenes.snr_db.masked_fill(hidden.to(self.device), torch.nan)
@@ -240,13 +245,14 @@ class Trainer:
         self.amp.backward(value.total)
         self.amp.unscale(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), training.gradient_clip)
-        finite = gradients_are_finite(norm, self.network.parameters())
-        finite = finite and bool(torch.isfinite(value.total))
+        finite_loss = bool(torch.isfinite(value.total))
+        finite = finite_loss and bool(torch.isfinite(norm))
         self.amp.step(self.optimizer, finite)
         self.step += 1
-        if not finite:
+        if finite:
+            self.average.update(self.network)
+        if not finite_loss:
             return None, float(norm), features.n_fallbacks
-        self.average.update(self.network)
         terms = {"total": float(value.total.detach())} | {
             k: float(v) for k, v in value.terms.items()
         }

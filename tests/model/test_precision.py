@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -80,8 +83,59 @@ def test_features_and_loss_are_the_same_under_a_foreign_autocast() -> None:
     assert torch.equal(plain, inside)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU with its gradient scaler")
-def test_fp16_steps_that_the_scaler_skips_are_counted() -> None:
-    trainer = Trainer(tiny_config(precision={"amp": "fp16"}), "cuda")
-    trainer.amp.scaler = torch.amp.GradScaler("cuda", init_scale=2.0**40)
-    assert trainer.run_epoch()["skipped_steps"] > 0
+def test_auto_takes_fp16_on_a_gpu_that_only_emulates_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    def as_on_turing(including_emulation: bool = True) -> bool:
+        return including_emulation
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", as_on_turing)
+    assert AmpPolicy._resolve("auto", torch.device("cuda")) is torch.float16
+
+
+def fp16_trainer(device: str, init_scale: float) -> Trainer:
+    """Three steps an epoch in fp16 with a gradient scaler, on a CPU too."""
+    trainer = Trainer(tiny_config(training={"epochs": 20}), device)
+    trainer.amp.dtype = torch.float16
+    trainer.amp.scaler = torch.amp.GradScaler(device, init_scale=init_scale)
+    return trainer
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_steps_that_the_scaler_skips_while_it_calibrates_are_counted_and_survived(
+    device: str,
+) -> None:
+    trainer = fp16_trainer(device, 2.0**30)
+    before = [p.detach().clone() for p in trainer.network.parameters()]
+    metrics = trainer.run_epoch()
+    assert metrics["skipped_steps"] == 3, "the scale halves from step to step"
+    assert all(math.isfinite(v) for v in metrics.values())
+    assert metrics["grad_norm"] == metrics["grad_norm_max"] == 0.0
+    assert all(torch.equal(p, b) for p, b in zip(trainer.network.parameters(), before, strict=True))
+    while trainer.average.steps < 3:
+        metrics = trainer.run_epoch()
+    assert metrics["grad_norm"] > 0
+    assert trainer.average.steps + trainer.skipped_steps == trainer.step
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_scale_of_the_gradients_is_kept_in_a_checkpoint(device: str, tmp_path: Path) -> None:
+    trainer = fp16_trainer(device, 2.0**30)
+    trainer.run_epoch()
+    trainer.save(tmp_path)
+    restored = fp16_trainer(device, 2.0**16)
+    restored.load(tmp_path)
+    assert restored.amp.scaler.get_scale() == trainer.amp.scaler.get_scale() == 2.0**27
+
+
+@pytest.mark.parametrize("enabled", [False, True])
+def test_a_step_that_is_not_finite_is_not_taken(enabled: bool) -> None:
+    """A loss that overflowed may have finite gradients, which the scaler alone would follow."""
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    policy = AmpPolicy(PrecisionConfig(amp="off"), torch.device("cpu"))
+    policy.scaler = torch.amp.GradScaler("cpu", enabled=enabled)
+    for finite in (False, True):
+        optimizer.zero_grad()
+        policy.backward(weight.sum())
+        policy.unscale(optimizer)
+        policy.step(optimizer, finite)
+        assert torch.equal(weight, torch.zeros(2) if finite else torch.ones(2))
