@@ -19,6 +19,7 @@ A shard is an uncompressed ``.npz`` in ``{train,val,test}/shard_%03d.npz``, floa
 from __future__ import annotations
 
 import hashlib
+import math
 import struct
 import zipfile
 from collections.abc import Iterator
@@ -50,13 +51,16 @@ class DataError(ValueError):
 def open_npz(path: Path) -> dict[str, NDArray[np.generic]]:
     """Memory-map the arrays of an uncompressed ``.npz``; nothing is read but the headers.
 
+    All arrays are views of one map, which holds one open file.
+
     Raises:
         DataError: not an npz, truncated, compressed, or holding pickled objects (never loaded).
     """
     try:
         with zipfile.ZipFile(path) as archive, path.open("rb") as handle:
+            content = np.memmap(path, np.uint8, "r")
             return {
-                info.filename.removesuffix(".npy"): _map_member(path, handle, info)
+                info.filename.removesuffix(".npy"): _map_member(path, handle, content, info)
                 for info in archive.infolist()
                 if info.filename.endswith(".npy")
             }
@@ -70,7 +74,9 @@ def open_npz(path: Path) -> dict[str, NDArray[np.generic]]:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
 
 
-def _map_member(path: Path, handle: BinaryIO, info: zipfile.ZipInfo) -> NDArray[np.generic]:
+def _map_member(
+    path: Path, handle: BinaryIO, content: NDArray[np.uint8], info: zipfile.ZipInfo
+) -> NDArray[np.generic]:
     name = info.filename
     if info.compress_type != zipfile.ZIP_STORED:
         raise DataError(
@@ -100,12 +106,13 @@ def _map_member(path: Path, handle: BinaryIO, info: zipfile.ZipInfo) -> NDArray[
             "expected float32 or int32 arrays"
         )
     offset = handle.tell()
-    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-    if offset + size > start + info.file_size or offset + size > path.stat().st_size:
+    size = math.prod(shape) * dtype.itemsize
+    end = offset + size
+    if min(shape, default=0) < 0 or end > start + info.file_size or end > content.size:
         raise DataError(f"{path}: member {name} is truncated; copy or write the shard again")
     if size == 0:
         return np.zeros(shape, dtype)
-    return np.memmap(path, dtype, "r", offset, shape, "F" if fortran else "C")
+    return content[offset:end].view(dtype).reshape(shape, order="F" if fortran else "C")
 
 
 @dataclass
@@ -223,17 +230,19 @@ class ShardSplit:
         """Read scenes in the order asked.
 
         Raises:
-            DataError: a non-finite value, naming file and scene.
+            DataError: a non-finite value or a source without a range, naming file and scene.
         """
         values = {key: self._gather(key, indices) for key in READ if key != "R"}
         for key in ("y", "H_full", "codes", "ptr", "snr"):
-            bad = ~np.isfinite(values[key]).reshape(len(indices), -1).all(1)
-            if bad.any():
-                raise DataError(
-                    f"{self.where(int(indices[np.argmax(bad)]))}: {key} holds NaN or Inf; "
-                    "repair or drop the scene"
-                )
+            self._check_finite(key, values[key], indices)
         position, present = self._positions(values["ptr"], values["K"])
+        nowhere = ((position[..., 2] <= 0) & present).any(-1).numpy()
+        if nowhere.any():
+            row = int(np.argmax(nowhere))
+            raise DataError(
+                f"{self.where(int(indices[row]))}: ptr gives one of its {values['K'][row]} sources "
+                f"a range of {float(position[row, present[row], 2].min())} m; expected above 0"
+            )
         power = self._source_power(indices, position, present)
         return Scenes(
             y=_complex(values["y"]) / GAIN,
@@ -244,6 +253,16 @@ class ShardSplit:
             n_sources=torch.from_numpy(values["K"].astype(np.int64)),
             snr_db=torch.from_numpy(values["snr"].astype(np.float32)),
         )
+
+    def _check_finite(
+        self, key: str, values: NDArray[np.generic], indices: NDArray[np.int64]
+    ) -> None:
+        bad = ~np.isfinite(values).reshape(len(indices), -1).all(1)
+        if bad.any():
+            raise DataError(
+                f"{self.where(int(indices[np.argmax(bad)]))}: {key} holds NaN or Inf; "
+                "repair or drop the scene"
+            )
 
     def _positions(
         self, ptr: NDArray[np.generic], counts: NDArray[np.generic]
@@ -268,7 +287,9 @@ class ShardSplit:
         known = ~np.isnan(self._power[indices]).any(1)
         if not known.all():
             todo = torch.from_numpy(~known)
-            R = _complex(self._gather("R", indices[~known]))
+            rows = self._gather("R", indices[~known])
+            self._check_finite("R", rows, indices[~known])
+            R = _complex(rows)
             a = self.steering(position[todo]) * present[todo].unsqueeze(-1)
             diagonal = ((a.conj() @ R) * a).sum(-1).real  # a_k^H R a_k
             overlap = (a.conj() @ a.mT).abs().square()

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
+from model import Trainer
 from model.data import check_convention, check_data
 from model.shards import DataError, ShardSplit, open_npz, refuse_leaks, write_shards
-from physics import LowRankCovariance, Scenes, nmse, simulate
+from physics import LowRankCovariance, Scenes, nmse, simulate, tikhonov_solve
 from tests.tiny import tiny_config
 
 CONFIG = tiny_config(scene={"wavefront": "paraxial", "source_mode": "constant", "min_sources": 0})
@@ -89,6 +90,30 @@ def test_arrays_are_memory_mapped_and_not_read(folder: Path) -> None:
     loaded = np.load(folder / "train" / "shard_000.npz")
     for key, value in arrays.items():
         np.testing.assert_array_equal(value, loaded[key])
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="counts the files of /proc")
+def test_a_shard_costs_one_open_file(folder: Path) -> None:
+    """A hundred thousand scenes are a hundred shards and more, and 1024 files the usual limit."""
+
+    def open_files() -> int:
+        return len(list(Path("/proc/self/fd").iterdir()))
+
+    before = open_files()
+    opened = split(folder)
+    assert open_files() - before <= len(opened.shards) == 3
+
+
+def test_arrays_of_any_order_and_byte_order_are_mapped(tmp_path: Path) -> None:
+    values = {
+        "fortran": np.asfortranarray(np.arange(12.0).reshape(3, 4)),
+        "big": np.arange(5, dtype=">f4"),
+        "empty": np.zeros((0, 3), np.float32),
+        "scalar": np.float32(2.0),
+    }
+    np.savez(tmp_path / "a.npz", **values)
+    for name, value in open_npz(tmp_path / "a.npz").items():
+        np.testing.assert_array_equal(value, values[name])
 
 
 def test_origin_shards_follow_the_documented_convention(origin_shards: Path) -> None:
@@ -200,7 +225,7 @@ def test_a_foreign_archive_is_refused_by_what_it_lacks(folder: Path) -> None:
         split(folder, "val")
 
 
-@pytest.mark.parametrize("key", ["y", "H_full", "codes", "ptr", "snr"])
+@pytest.mark.parametrize("key", ["y", "H_full", "codes", "ptr", "snr", "R"])
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_non_finite_values_are_refused_with_file_and_scene(
     folder: Path, key: str, bad: float
@@ -211,6 +236,34 @@ def test_non_finite_values_are_refused_with_file_and_scene(
     edit(path, **{key: values})
     with pytest.raises(DataError, match=rf"shard_001\.npz scene 2: {key} holds NaN or Inf"):
         check_data(config_for(folder))
+
+
+@pytest.mark.parametrize("distance", [0.0, -1.0])
+def test_a_source_without_a_range_is_refused_with_file_and_scene(
+    folder: Path, distance: float
+) -> None:
+    path = folder / "train" / "shard_001.npz"
+    values = np.load(path)
+    row = int(np.flatnonzero(values["K"])[-1])
+    points = values["ptr"].copy()
+    points[row, 2 * points.shape[1] // 3] = distance
+    edit(path, ptr=points)
+    with pytest.raises(DataError, match=rf"shard_001\.npz scene {row}: .* range .*{distance} m"):
+        check_data(config_for(folder))
+
+
+def test_amplitudes_in_the_codes_of_any_scene_are_heeded(folder: Path) -> None:
+    """Unit modulus is a matter of each batch, not of the scenes that come first."""
+    path = folder / "train" / "shard_002.npz"
+    codes = np.load(path)["codes"].copy()
+    codes[-1] *= np.linspace(0.2, 1.0, codes.shape[2], dtype=np.float32)[:, None]
+    edit(path, codes=codes)
+    trainer = Trainer(config_for(folder))
+    scenes = ShardSplit.read(trainer.source.train, np.array([0, 9]))  # type: ignore[attr-defined]
+    a, report = tikhonov_solve(scenes.y, scenes.H, scenes.codes)
+    assert not report.unit_modulus
+    a = a / a.abs().square().mean((-2, -1), keepdim=True).sqrt()
+    torch.testing.assert_close(trainer._features(scenes, scenes.snr_db).ridge, a)
 
 
 def test_other_sizes_are_refused_with_the_field_to_change(folder: Path) -> None:
