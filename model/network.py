@@ -100,8 +100,9 @@ class SnapshotNetwork(nn.Module):
             "dictionary", self.grid.steering(array, scene.wavefront).clone(), persistent=False
         )
         spans = [values[-1] - values[0] for values in (self.grid.azimuth, self.grid.elevation)]
-        spans.append(self.grid.inverse_range[-1] - self.grid.inverse_range[0])
-        cell_size = [s / max(1, n - 1) for s, n in zip(spans, self.grid.shape, strict=True)]
+        # A single plane stands for all ranges; an axis without extent is measured in its unit.
+        spans.append(1.0 / scene.range_m[0] - 1.0 / scene.range_m[1])
+        cell_size = [s / max(1, n - 1) or 1.0 for s, n in zip(spans, self.grid.shape, strict=True)]
         self.register_buffer("cell_size", torch.tensor(cell_size), persistent=False)
 
         self.snapshot_conv = _surface_encoder(4, channels, width, array)

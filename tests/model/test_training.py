@@ -70,6 +70,20 @@ def test_training_lowers_loss_and_objective() -> None:
     assert objectives == sorted(objectives, reverse=True), "best so far never rises"
 
 
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"network": {"range_cells": 1}},
+        {"scene": {"range_m": (3.0, 3.0)}},
+        {"scene": {"elevation_deg": (7.0, 7.0)}},
+    ],
+)
+def test_an_axis_of_one_cell_or_without_extent_trains(sections: dict[str, Any]) -> None:
+    metrics = Trainer(tiny_config(**sections)).run_epoch()
+    assert metrics["skipped_steps"] == 0
+    assert metrics["loss_position"] < 10
+
+
 def test_every_metric_is_finite_and_plain() -> None:
     metrics = Trainer(tiny_config()).run_epoch()
     assert metrics["epoch"] == 1
