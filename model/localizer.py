@@ -15,6 +15,7 @@ from model.features import Features, compute_features
 from model.network import Prediction, SnapshotNetwork
 from physics.checks import check_measurement
 from physics.covariance import LowRankCovariance
+from physics.scaling import divide, divisor, peak
 from physics.spectrum import PolarGrid, find_peaks, music_spectrum
 from physics.steering import steering_vector
 
@@ -67,6 +68,8 @@ class Localizer:
             raise CheckpointError(
                 f"{folder}: no such folder; expected {WEIGHTS} and config.json, as in RUN_DIR/best"
             )
+        if not (folder / WEIGHTS).exists() and (folder / "best" / WEIGHTS).exists():
+            raise CheckpointError(f"{folder}: a run directory; load its winner, {folder / 'best'}")
         config = read_config(folder)
         network = SnapshotNetwork(config.network, config.scene, config.array.build())
         try:
@@ -82,7 +85,13 @@ class Localizer:
     def predict(
         self, y: Tensor, H: Tensor, codes: Tensor, snr_db: float | Tensor | None = None
     ) -> tuple[Prediction, LowRankCovariance, Features]:
-        """Run the network on scenes (B, …) and build R_blend.
+        """Run the network on scenes and build R_blend.
+
+        Args:
+            y: (B, L, M) complex.
+            H: (B, M, N) complex, or (M, N) for all.
+            codes: (B, L, N) complex, or (L, N) for all.
+            snr_db: one for all, (B,), or None where it is not known.
 
         Raises:
             TypeError, ValueError: as :func:`physics.checks.check_measurement`, or sizes that the
@@ -90,17 +99,25 @@ class Localizer:
         """
         check_measurement(y, H, codes)
         self._check_sizes(y, H)
-        y, H, codes = (t.to(self.device, torch.complex64) for t in (y, H, codes))
-        batch = y.shape[0]
+        batch = torch.broadcast_shapes(y.shape[:-2], H.shape[:-2], codes.shape[:-2])
+        if len(batch) != 1:
+            raise ValueError(
+                f"y has shape {tuple(y.shape)}, H {tuple(H.shape)} and codes {tuple(codes.shape)}; "
+                "expected a batch (B, L, M) of scenes (locate takes one scene too)"
+            )
+        y, H, codes = (t.expand(*batch, *t.shape[-2:]) for t in (y, H, codes))
         if snr_db is None:
-            level = torch.full((batch,), torch.nan, device=self.device)
+            level = torch.full(batch, torch.nan, device=self.device)
         else:
             level = torch.as_tensor(snr_db, dtype=torch.float32, device=self.device)
-            if level.ndim > 1 or (level.ndim == 1 and level.shape[0] != batch):
+            if level.ndim > 1 or (level.ndim == 1 and level.shape != batch):
                 raise ValueError(
-                    f"snr_db has shape {tuple(level.shape)}; expected a number or ({batch},)"
+                    f"snr_db has shape {tuple(level.shape)}; expected a number or ({batch[0]},)"
                 )
             level = level.expand(batch)
+        # Only their scale, which changes nothing, may be beyond single precision.
+        y, H = (divide(t, divisor(peak(t))[..., None, None]) for t in (y, H))
+        y, H, codes = (t.to(self.device, torch.complex64) for t in (y, H, codes))
         features = compute_features(
             y,
             H,
@@ -130,20 +147,14 @@ class Localizer:
         Raises:
             TypeError, ValueError: see :meth:`predict`.
         """
-        check_measurement(y, H, codes)
-        batch = torch.broadcast_shapes(y.shape[:-2], H.shape[:-2], codes.shape[:-2])
-        if len(batch) > 1:
-            raise ValueError(
-                f"y has shape {tuple(y.shape)}; expected one scene (L, M) or a batch (B, L, M)"
-            )
-        y, H, codes = (t.expand(*(batch or (1,)), *t.shape[-2:]) for t in (y, H, codes))
-        prediction, blended, _ = self.predict(y, H, codes, snr_db)
+        alone = all(isinstance(t, Tensor) and t.ndim == 2 for t in (y, H, codes))
+        prediction, blended, _ = self.predict(y.unsqueeze(0) if alone else y, H, codes, snr_db)
         found = self._decode(prediction, blended)
-        return found if batch else found[0]
+        return found[0] if alone else found
 
     def _check_sizes(self, y: Tensor, H: Tensor) -> None:
         m, n = self.config.scene.n_antennas, self.array.size
-        if y.ndim != 3 or H.shape[-2:] != (m, n):
+        if H.shape[-2:] != (m, n):
             raise ValueError(
                 f"y has shape {tuple(y.shape)} and H {tuple(H.shape)}; this network was trained "
                 f"for y (B, L, {m}) and H (B, {m}, {n})"

@@ -37,6 +37,7 @@ def test_locate_answers_one_scene_and_a_batch_alike(best: Path, scenes: Scenes) 
     localizer = Localizer.load(best)
     batch = localizer.locate(scenes.y, scenes.H, scenes.codes)
     assert len(batch) == 6
+    assert any(batch), "needs scenes in which something is found"
     for i in range(6):
         alone = localizer.locate(scenes.y[i], scenes.H[i], scenes.codes[i])
         assert len(alone) == len(batch[i])
@@ -50,6 +51,7 @@ def test_every_source_is_inside_the_field_of_view_and_has_a_probability(
 ) -> None:
     localizer = Localizer.load(best)
     found = [s for part in localizer.locate(scenes.y, scenes.H, scenes.codes) for s in part]
+    assert found
     assert all(isinstance(s, Source) for s in found)
     for s in found:
         assert -60.001 <= s.azimuth_deg <= 60.001
@@ -116,8 +118,21 @@ def test_misshapen_input_is_refused(best: Path, scenes: Scenes) -> None:
         localizer.locate(y, H[..., :9], codes[..., :9])
     with pytest.raises(ValueError, match=r"snr_db has shape \(2,\); expected a number or \(6,\)"):
         localizer.locate(y, H, codes, torch.zeros(2))
-    with pytest.raises(ValueError, match="expected one scene"):
-        localizer.locate(y[None], H[None], codes[None])
+    for call in (localizer.locate, localizer.predict):
+        with pytest.raises(ValueError, match=r"y has shape \(1, 6, .*expected a batch \(B, L, M\)"):
+            call(y[None], H[None], codes[None])
+    with pytest.raises(ValueError, match="locate takes one scene"):
+        localizer.predict(y[0], H[0], codes[0])
+
+
+def test_a_channel_and_codes_may_be_common_to_a_batch(best: Path, scenes: Scenes) -> None:
+    localizer = Localizer.load(best)
+    y, H, codes = scenes.y, scenes.H[:1], scenes.codes[:1]
+    _, expected, _ = localizer.predict(y, H.expand(6, -1, -1), codes.expand(6, -1, -1))
+    for common in ((H, codes), (H[0], codes[0])):
+        _, R, _ = localizer.predict(y, *common)
+        torch.testing.assert_close(R.factor, expected.factor)
+        assert len(localizer.locate(y, *common)) == 6
 
 
 @pytest.mark.parametrize("what", ["zero channel", "zero snapshots", "one snapshot"])
@@ -137,16 +152,24 @@ def test_an_empty_batch_has_no_answers(best: Path, scenes: Scenes) -> None:
     assert Localizer.load(best).locate(scenes.y[:0], scenes.H[:0], scenes.codes[:0]) == []
 
 
-def test_scale_changes_nothing(best: Path, scenes: Scenes) -> None:
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
+def test_scale_changes_nothing(best: Path, scenes: Scenes, dtype: torch.dtype) -> None:
     localizer = Localizer.load(best)
-    one = localizer.locate(scenes.y, scenes.H, scenes.codes)
-    two = localizer.locate(scenes.y * 1e15, scenes.H * 1e-15, scenes.codes)
-    assert [len(s) for s in one] == [len(s) for s in two]
+    scale = 1e15 if dtype == torch.complex64 else 1e60
+    y, H, codes = (t.to(dtype) for t in (scenes.y, scenes.H, scenes.codes))
+    _, one, _ = localizer.predict(y, H, codes)
+    _, two, _ = localizer.predict(y * scale, H / scale, codes)
+    # Rounding of the scaled input, through the network.
+    torch.testing.assert_close(one.dense(), two.dense(), rtol=1e-3, atol=1e-3)
+    found = localizer.locate(y * scale, H / scale, codes)
+    assert [len(s) for s in localizer.locate(y, H, codes)] == [len(s) for s in found]  # type: ignore[arg-type]
 
 
 def test_missing_damaged_or_foreign_weights_are_named(best: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no such folder; expected model\.safetensors"):
         Localizer.load(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match=r"a run directory; load its winner, .*best"):
+        Localizer.load(best.parent)
     (tmp_path / "config.json").write_bytes((best / "config.json").read_bytes())
     with pytest.raises(CheckpointError, match=r"model\.safetensors: no such file"):
         Localizer.load(tmp_path)
