@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import resource
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from model import Trainer
 from model.checkpoint import Checkpoint, CheckpointError, export_best, read_config
@@ -88,13 +92,28 @@ while True:
         assert trainer.epoch == 1
 
 
-def test_a_checkpoint_holds_no_pickle(tmp_path: Path) -> None:
+def test_a_checkpoint_is_one_file_of_safetensors(tmp_path: Path) -> None:
     trainer = Trainer(tiny_config())
     trainer.run_epoch()
-    trainer.save(tmp_path / "c")
-    names = [p.name for p in (tmp_path / "c").iterdir()]
-    assert names == ["checkpoint.safetensors"]
-    assert b"pickle" not in (tmp_path / "c" / names[0]).read_bytes()
+    trainer.save(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.safetensors"]
+    assert len(load_file(tmp_path / "checkpoint.safetensors")) > len(trainer.best_weights) * 3
+
+
+def test_a_pickle_in_place_of_a_checkpoint_is_refused_and_never_run(tmp_path: Path) -> None:
+    trace = tmp_path / "executed"
+
+    class Evil:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return (Path.touch, (trace,))
+
+    trainer = Trainer(tiny_config())
+    for write in (pickle.dump, torch.save):
+        with (tmp_path / "checkpoint.safetensors").open("wb") as file:
+            write(Evil(), file)
+        with pytest.raises(CheckpointError, match="not readable as safetensors"):
+            trainer.load(tmp_path)
+    assert not trace.exists()
 
 
 def test_nothing_is_exported_before_an_epoch_was_scored(tmp_path: Path) -> None:
