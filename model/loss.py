@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from model.network import Prediction
 from physics.config import FrozenModel
-from physics.covariance import LowRankCovariance, nmse, source_covariance
+from physics.covariance import LowRankCovariance, nmse, source_covariance, weighted_energy
 from physics.geometry import PlanarArray
 from physics.precision import in_full_precision
 from physics.scene import Scenes
@@ -129,7 +129,6 @@ class ScenesLoss:
         truth = source_covariance(steering, scenes.power)
         present = scenes.present
         weights = self.config.weights(phase)
-        occupied = present.any(-1)
 
         terms = {
             "nmse": nmse(blended, truth).mean(),
@@ -137,9 +136,14 @@ class ScenesLoss:
         }
         if weights["subspace_align"] or weights["peak_contrast"]:
             signal = blended.signal_weights(scenes.n_sources.clamp_max(blended.rank))
-            terms["subspace_align"] = self._subspace(blended, signal, steering, present, occupied)
+            at_sources = blended.project(steering)  # (B, r, K)
+            terms["subspace_align"] = self._subspace(at_sources, signal, steering, present)
+            decoys = self._decoys(generator)
             terms["peak_contrast"] = self._contrast(
-                blended, signal, steering, present, self._decoys(generator)
+                weighted_energy(at_sources, signal),
+                weighted_energy(blended.project(decoys), signal),
+                overlap_of(decoys, steering),
+                present,
             )
         if weights["existence"] or weights["position"]:
             overlap = overlap_of(self.dictionary, steering)
@@ -151,34 +155,30 @@ class ScenesLoss:
 
     def _subspace(
         self,
-        blended: LowRankCovariance,
-        signal: Tensor,
-        steering: Tensor,
-        present: Tensor,
-        occupied: Tensor,
+        at_sources: Tensor,  # (B, r, K)
+        signal: Tensor,  # (B, r, r)
+        steering: Tensor,  # (B, K, N)
+        present: Tensor,  # (B, K) bool
     ) -> Tensor:
         # Q = A V Lambda^-1/2 from the K x K Gram matrix; sources that coincide count once.
-        rows = steering * present.unsqueeze(-1)  # A^T
+        rows = steering * present.unsqueeze(-1)
         values, vectors = torch.linalg.eigh(rows.conj() @ rows.mT)
         apart = values > self.array.size * torch.finfo(values.dtype).eps * values[..., -1:]
         scale = torch.where(apart, values, 1.0).rsqrt() * apart
-        basis = (vectors * scale.unsqueeze(-2)).mT @ rows
-        energy = blended.weighted_energy(basis, signal).sum(-1)
-        count = apart.sum(-1).clamp_min(1)
-        loss = (1.0 - energy / count) * occupied
+        whiten = vectors * scale.unsqueeze(-2)
+        energy = weighted_energy(at_sources @ whiten.conj(), signal).sum(-1)
+        occupied = present.any(-1)
+        loss = (1.0 - energy / apart.sum(-1).clamp_min(1)) * occupied
         return loss.sum() / occupied.sum().clamp_min(1)
 
     def _contrast(
         self,
-        blended: LowRankCovariance,
-        signal: Tensor,
-        steering: Tensor,
-        present: Tensor,
-        decoys: Tensor,
+        at_source: Tensor,  # (B, K) energy in the signal subspace
+        at_decoy: Tensor,  # (B, G')
+        overlap: Tensor,  # (B, G', K)
+        present: Tensor,  # (B, K) bool
     ) -> Tensor:
-        at_source = blended.weighted_energy(steering, signal)  # (B, K)
-        at_decoy = blended.weighted_energy(decoys, signal)  # (B, G')
-        near = ((overlap_of(decoys, steering) > 0.5) & present.unsqueeze(-2)).any(-1)
+        near = ((overlap > 0.5) & present.unsqueeze(-2)).any(-1)
         level = torch.logsumexp(
             (at_decoy / self.temperature).masked_fill(near, -torch.inf), dim=-1, keepdim=True
         )

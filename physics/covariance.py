@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -26,28 +27,32 @@ class LowRankCovariance:
     """Hermitian positive semi-definite matrix ``R = F F^H + loading I``.
 
     Args:
-        factor: F (…, N, r) complex.
+        factor: F (…, N, r) complex, or its columns in several blocks (…, N, r_i) of one leading
+            shape. Products are taken block by block, so that backward leaves out blocks that
+            need no gradient, such as R_samp's in a blend.
         loading: (…) real, at least 0, or None for none.
 
     The methods cost O(N r^2) at most; only :meth:`dense` forms N x N.
     """
 
-    def __init__(self, factor: Tensor, loading: Tensor | None = None) -> None:
-        if not factor.is_complex() or factor.ndim < 2:
-            raise ValueError(
-                f"factor is {factor.dtype} of shape {tuple(factor.shape)}; "
-                "expected a complex tensor (..., N, r)"
-            )
-        if 0 in factor.shape[-2:]:
-            raise ValueError(
-                f"factor has shape {tuple(factor.shape)}; expected at least one row and column "
-                "(a zero column stands for rank 0)"
-            )
+    def __init__(self, factor: Tensor | tuple[Tensor, ...], loading: Tensor | None = None) -> None:
+        blocks = (factor,) if isinstance(factor, Tensor) else factor
+        for block in blocks:
+            if not block.is_complex() or block.ndim < 2:
+                raise ValueError(
+                    f"factor is {block.dtype} of shape {tuple(block.shape)}; "
+                    "expected a complex tensor (..., N, r)"
+                )
+            if 0 in block.shape[-2:]:
+                raise ValueError(
+                    f"factor has shape {tuple(block.shape)}; expected at least one row and "
+                    "column (a zero column stands for rank 0)"
+                )
         if loading is None:
-            loading = factor.real.new_zeros(factor.shape[:-2])
+            loading = blocks[0].real.new_zeros(blocks[0].shape[:-2])
         elif loading.is_complex():
             raise ValueError(f"loading is {loading.dtype}; expected a real tensor (...)")
-        self.factor = factor
+        self._blocks = blocks
         self.loading = loading
         self._at_trace_n = False
         self._gram: Tensor | None = None
@@ -58,20 +63,25 @@ class LowRankCovariance:
             f"rank={self.rank}, dtype={self.factor.dtype}, device={self.factor.device})"
         )
 
+    @cached_property
+    def factor(self) -> Tensor:
+        """F (…, N, r)."""
+        return self._blocks[0] if len(self._blocks) == 1 else torch.cat(self._blocks, dim=-1)
+
     @property
     def size(self) -> int:
         """N."""
-        return self.factor.shape[-2]
+        return self._blocks[0].shape[-2]
 
     @property
     def rank(self) -> int:
         """Columns of the factor, r."""
-        return self.factor.shape[-1]
+        return sum(block.shape[-1] for block in self._blocks)
 
     @property
     def batch_shape(self) -> torch.Size:
         """Leading shape."""
-        return torch.broadcast_shapes(self.factor.shape[:-2], self.loading.shape)
+        return torch.broadcast_shapes(self._blocks[0].shape[:-2], self.loading.shape)
 
     def detach(self) -> LowRankCovariance:
         """The same matrix, cut from the graph."""
@@ -92,7 +102,15 @@ class LowRankCovariance:
     def gram(self) -> Tensor:
         """F^H F (…, r, r), computed once."""
         if self._gram is None:
-            self._gram = self.factor.mH @ self.factor
+            blocks = self._blocks
+            upper = {
+                (i, j): blocks[i].mH @ blocks[j] for j in range(len(blocks)) for i in range(j + 1)
+            }
+            rows = [
+                [upper[i, j] if i <= j else upper[j, i].mH for j in range(len(blocks))]
+                for i in range(len(blocks))
+            ]
+            self._gram = torch.cat([torch.cat(row, dim=-1) for row in rows], dim=-2)
         return self._gram
 
     @in_full_precision
@@ -151,7 +169,7 @@ class LowRankCovariance:
         ``||F^H G||^2 + a ||G||^2 + b ||F||^2 + a b N`` for ``R = F F^H + a I, S = G G^H + b I``.
         """
         return (
-            energy(self.gram() if other is self else self.factor.mH @ other.factor)
+            (energy(self.gram()) if other is self else energy(self.project(other.factor.mT)))
             + self.loading * other._factor_energy()
             + other.loading * self._factor_energy()
             + self.size * self.loading * other.loading
@@ -178,7 +196,7 @@ class LowRankCovariance:
     def quadratic(self, vectors: Tensor) -> Tensor:
         """``v^H R v`` (…, G) of row vectors (…, G, N)."""
         norm = vectors.abs().square().sum(-1)
-        energy = torch.view_as_real(self._project(vectors)).square().sum((-3, -1))
+        energy = torch.view_as_real(self.project(vectors)).square().sum((-3, -1))
         return energy + self.loading[..., None] * norm
 
     @in_full_precision
@@ -189,7 +207,7 @@ class LowRankCovariance:
             ValueError: a loading that is not positive.
         """
         self._require_loading("inverse_quadratic")
-        z = self._project(vectors).conj()  # F^H v
+        z = self.project(vectors).conj()  # F^H v
         whitened = torch.linalg.solve_triangular(self._capacitance_cholesky(), z, upper=False)
         norm = vectors.abs().square().sum(-1)
         explained = whitened.abs().square().sum(-2)
@@ -243,24 +261,23 @@ class LowRankCovariance:
     def subspace_energy(self, vectors: Tensor, n_sources: int | Tensor) -> Tensor:
         """``||U_K^H v||^2`` (…, G) of row vectors (…, G, N) and the dominant subspace U_K."""
         unit = self._without_scale()
-        return unit.weighted_energy(vectors, unit.signal_weights(n_sources))
+        return weighted_energy(unit.project(vectors), unit.signal_weights(n_sources))
 
     @in_full_precision
-    def weighted_energy(self, vectors: Tensor, weights: Tensor) -> Tensor:
-        """``(F^H v)^H S (F^H v)`` (…, G) of row vectors (…, G, N) and Hermitian S (…, r, r)."""
-        w = self._project(vectors)
-        product = torch.view_as_real(weights.mT @ w) * torch.view_as_real(w)
-        return product.sum((-3, -1))
-
-    def _project(self, vectors: Tensor) -> Tensor:
+    def project(self, vectors: Tensor) -> Tensor:
         """``conj(F^H v)`` (…, r, G) of row vectors (…, G, N).
 
         Vectors without leading dimensions, such as a grid's, make one plain matrix product.
         """
-        if vectors.ndim == 2:
-            rows = self.factor.mT.reshape(-1, self.size)
-            return (rows @ vectors.mH).unflatten(0, (*self.factor.shape[:-2], self.rank))
-        return self.factor.mT @ vectors.mH
+        parts = []
+        for block in self._blocks:
+            if vectors.ndim == 2:
+                rows = block.mT.reshape(-1, self.size)
+                part = (rows @ vectors.mH).unflatten(0, (*block.shape[:-2], block.shape[-1]))
+            else:
+                part = block.mT @ vectors.mH
+            parts.append(part)
+        return torch.cat(parts, dim=-2)
 
     @in_full_precision
     def signal_subspace(self, n_sources: int) -> Tensor:
@@ -358,20 +375,37 @@ def blend(
         multiply(predicted.factor, (1.0 - weight).sqrt()[..., None, None]),
         multiply(measured.factor, weight.sqrt()[..., None, None]),
     )
-    factor = torch.cat([part.expand(*batch, *part.shape[-2:]) for part in parts], dim=-1)
+    blocks = tuple(part.expand(*batch, *part.shape[-2:]) for part in parts)
     loading = (1.0 - weight) * predicted.loading + weight * measured.loading
-    return LowRankCovariance(factor, loading)._marked(True)
+    return LowRankCovariance(blocks, loading)._marked(True)
 
 
 def nmse(estimate: LowRankCovariance, truth: LowRankCovariance) -> Tensor:
     """Normalised mean-square error ``||R^ - R||_F^2 / ||R||_F^2`` (…) of trace-normalised matrices.
 
-    Both sides are Hermitian by construction and are brought to trace N here.
+    Both sides are Hermitian by construction and are brought to trace N here. With
+    ``R^ = F F^H + a I`` and ``R = G G^H + b I`` of trace N, the loadings add only
+    ``-N (a - b)^2`` to ``||F F^H - G G^H||^2 = ||F^H F||^2 - 2 ||F^H G||^2 + ||G^H G||^2``.
     """
     estimate, truth = estimate.normalized(), truth.normalized()
-    energy = truth.inner(truth)
-    error = estimate.inner(estimate) - 2.0 * estimate.inner(truth) + energy
-    return error.clamp_min(0.0) / energy
+    cross = energy(estimate.project(truth.factor.mT))
+    own = energy(truth.gram())
+    error = energy(estimate.gram()) - 2.0 * cross + own
+    error = error - truth.size * (estimate.loading - truth.loading).square()
+    norm = own + truth.size * truth.loading * (2.0 - truth.loading)
+    return error.clamp_min(0.0) / norm
+
+
+@in_full_precision
+def weighted_energy(projected: Tensor, weights: Tensor) -> Tensor:
+    """``(F^H v)^H S (F^H v)`` (…, G) of Hermitian S (…, r, r).
+
+    Args:
+        projected: ``conj(F^H v)`` (…, r, G), as :meth:`LowRankCovariance.project` gives it.
+        weights: S, as :meth:`LowRankCovariance.signal_weights` gives it.
+    """
+    product = torch.view_as_real(weights.mT @ projected) * torch.view_as_real(projected)
+    return product.sum((-3, -1))
 
 
 def source_covariance(steering: Tensor, power: Tensor) -> LowRankCovariance:
