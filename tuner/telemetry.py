@@ -78,7 +78,7 @@ class Progress:
         self._best: tuple[int, float] | None = None
         for trial in history:
             row = _Row(trial.number, trial.params, trial.state, trial.epoch, trial.objective)
-            row.note = trial.reason or ""
+            row.note = _note(trial.state, trial.reason)
             row.skipped = int(trial.metrics.get("skipped_steps", 0))
             row.fallbacks = int(trial.metrics.get("solver_fallbacks", 0))
             if trial.state != "running":
@@ -146,7 +146,7 @@ class Progress:
     def finished(self, number: int, state: State, reason: str | None) -> None:
         """A trial ended."""
         row = self._rows[number]
-        row.state, row.note = state, reason or ""
+        row.state, row.note = state, _note(state, reason)
         self._note_best(row)
         text = f"{state} after epoch {row.epoch}"
         if state == "done":
@@ -184,18 +184,20 @@ class Progress:
         keys = self._keys[: max(0, min(_PARAMS_SHOWN, spare // _PARAM_WIDTH))]
         spare -= len(keys) * _PARAM_WIDTH
         table = Table(expand=False, pad_edge=False, box=SIMPLE_HEAD)
-        table.add_column("trial", no_wrap=True, justify="right")
+        table.add_column("trial", no_wrap=True, justify="right", min_width=5)
         table.add_column("state", no_wrap=True, min_width=9)
         for name in ("epoch", "objective", "s/epoch"):
             table.add_column(name, no_wrap=True, justify="right", min_width=len(name))
         for path in keys:
             name = path.rpartition(".")[2][:_PARAM_WIDTH]
-            table.add_column(name, no_wrap=True, justify="right", min_width=8)
+            table.add_column(name, no_wrap=True, justify="right", min_width=max(8, len(name)))
         table.add_column("skip/fallb", no_wrap=True, justify="right", min_width=10)
         with_place = spare > _PLACE_WIDTH
         if with_place:
             table.add_column("where", overflow="ellipsis", no_wrap=True, max_width=_PLACE_WIDTH)
-        table.add_column("note", overflow="ellipsis", no_wrap=True)
+        with_note = any(row.note for row in self._rows.values())
+        if with_note:
+            table.add_column("note", overflow="ellipsis", no_wrap=True)
         for row in self._chosen_rows():
             best = self._best is not None and self._best[0] == row.number
             table.add_row(
@@ -207,7 +209,7 @@ class Progress:
                 *(_short(row.params.get(path)) for path in keys),
                 f"{row.skipped}/{row.fallbacks}",
                 *([row.place] if with_place else []),
-                row.note,
+                *([row.note] if with_note else []),
             )
         counts = self.counts()
         parts = [f"{count} {state}" for state, count in counts.items()]
@@ -233,6 +235,11 @@ def _telling(study: StudyConfig) -> list[str]:
     chosen = [path for path in first if path in space]
     chosen += [path for path in space if path not in chosen]
     return chosen[:_PARAMS_SHOWN]
+
+
+def _note(state: State, reason: str | None) -> str:
+    """What the table says of an end; a pruned trial's epoch tells it all."""
+    return reason or "" if state == "failed" else ""
 
 
 def _short(value: Any) -> str:
