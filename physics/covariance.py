@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -55,6 +54,7 @@ class LowRankCovariance:
         self._blocks = blocks
         self.loading = loading
         self._at_trace_n = False
+        self._factor: Tensor | None = None
         self._gram: Tensor | None = None
 
     def __repr__(self) -> str:
@@ -63,10 +63,19 @@ class LowRankCovariance:
             f"rank={self.rank}, dtype={self.factor.dtype}, device={self.factor.device})"
         )
 
-    @cached_property
+    @property
     def factor(self) -> Tensor:
-        """F (…, N, r)."""
-        return self._blocks[0] if len(self._blocks) == 1 else torch.cat(self._blocks, dim=-1)
+        """F (…, N, r), put together once."""
+        if len(self._blocks) == 1:
+            return self._blocks[0]
+        if self._factor is None or not self._serves(self._factor):
+            self._factor = torch.cat(self._blocks, dim=-1)
+        return self._factor
+
+    def _serves(self, kept: Tensor) -> bool:
+        """Whether a kept product may be used here; one made without a graph lacks the gradient."""
+        wanted = torch.is_grad_enabled() and any(block.requires_grad for block in self._blocks)
+        return kept.requires_grad or not wanted
 
     @property
     def size(self) -> int:
@@ -101,7 +110,7 @@ class LowRankCovariance:
     @in_full_precision
     def gram(self) -> Tensor:
         """F^H F (…, r, r), computed once."""
-        if self._gram is None:
+        if self._gram is None or not self._serves(self._gram):
             blocks = self._blocks
             upper = {
                 (i, j): blocks[i].mH @ blocks[j] for j in range(len(blocks)) for i in range(j + 1)

@@ -486,3 +486,20 @@ def test_trap_autocast_stays_out_of_the_covariance(device: torch.device) -> None
     assert relative_error(matrix, R.to(torch.complex128).dense().cpu()) < 10 * eps(matrix.dtype)
     assert R.detach().factor.device.type == device.type
     assert "rank=8" in repr(R)
+
+
+def test_what_is_kept_without_a_graph_takes_no_gradient_away() -> None:
+    parts = [complex_normal(7, 2, seed=i).requires_grad_() for i in range(2)]
+    truth = LowRankCovariance(complex_normal(7, 2, seed=2))
+
+    def gradients(*, looked_at: bool) -> tuple[Tensor, ...]:
+        R = LowRankCovariance(tuple(parts))
+        if looked_at:
+            with torch.no_grad():
+                R.gram()
+                R.dense()
+        energy = R.inner(R) + R.inner(truth) + R.factor.abs().square().sum()
+        return torch.autograd.grad(energy, parts)
+
+    for plain, later in zip(gradients(looked_at=False), gradients(looked_at=True), strict=True):
+        assert torch.equal(plain, later)
