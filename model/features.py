@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from physics.covariance import LowRankCovariance, covariance_of
-from physics.geometry import PlanarArray
 from physics.precision import in_full_precision
 from physics.tikhonov import TikhonovConfig, solve_unchecked
 
@@ -39,7 +38,6 @@ def compute_features(
     snr_db: Tensor,
     *,
     dictionary: Tensor,
-    array: PlanarArray,
     tikhonov: TikhonovConfig,
     unit_modulus: bool | None = None,
 ) -> Features:
@@ -55,7 +53,6 @@ def compute_features(
         codes: (B, L, N) complex.
         snr_db: (B,) real; NaN where unknown.
         dictionary: (G, N) complex steering vectors.
-        array: the surface.
         tikhonov: how the ridge solutions are computed.
         unit_modulus: what is known of the codes; None looks.
     """

@@ -124,7 +124,6 @@ class Localizer:
             codes,
             level,
             dictionary=self.network.dictionary,
-            array=self.array,
             tikhonov=self.config.tikhonov,
         )
         prediction = self.network(features)

@@ -165,7 +165,6 @@ class Trainer:
             scenes.codes,
             snr_db,
             dictionary=self.network.dictionary,
-            array=self.array,
             tikhonov=self.config.tikhonov,
             unit_modulus=self.source.unit_modulus,
         )

@@ -71,11 +71,14 @@ def test_a_perfect_covariance_is_decoded_to_its_sources(best: Path) -> None:
     position = torch.tensor([[0.3, 0.1, 1.2], [-0.5, -0.2, 3.0]])
     a = steering_vector(position, array)
     R = LowRankCovariance((a.mT * torch.tensor([1.0, 0.6])).unsqueeze(0)).normalized()
-    cells = network.dictionary.shape[0]
+    # The first slot points at the second source, the second at the first.
+    pointer = torch.zeros(1, 3, network.dictionary.shape[0])
+    nearest = (network.dictionary @ a.mH).abs().argmax(0)
+    pointer[0, [1, 0], nearest] = 50.0
     prediction = Prediction(
         R.factor,
         torch.tensor([[4.0, 3.0, -5.0]]),
-        torch.log_softmax(torch.zeros(1, 3, cells), -1),
+        torch.log_softmax(pointer, -1),
         torch.zeros(1, 3, 3),
     )
     first, second = localizer._decode(prediction, R)[0]
@@ -86,6 +89,8 @@ def test_a_perfect_covariance_is_decoded_to_its_sources(best: Path) -> None:
         assert source.elevation_deg == pytest.approx(math.degrees(elevation), abs=0.5)
         assert source.range_m == pytest.approx(distance, rel=0.1)
     assert first.power > second.power
+    assert first.probability == pytest.approx(1 / (1 + math.exp(-3.0)))
+    assert second.probability == pytest.approx(1 / (1 + math.exp(-4.0)))
 
 
 @pytest.mark.parametrize("snr_db", [None, 10.0, "each"])

@@ -261,3 +261,47 @@ def test_nothing_in_the_loss_is_n_by_n() -> None:
     with Largest():
         prediction.covariance.dense()
     assert Largest.square > 0, "the detector must see a dense matrix"
+
+
+def test_a_drawn_share_of_the_decoys_stands_for_all_of_them() -> None:
+    scenes, prediction, blended, _, dictionary = _case()
+    loss = ScenesLoss(
+        LossConfig(decoys=len(dictionary) // 4), ARRAY, "spherical", dictionary, torch.ones(3)
+    )
+    full = float(loss(prediction, blended, scenes).terms["peak_contrast"])
+    drawn = [
+        float(
+            loss(
+                prediction, blended, scenes, "main", torch.Generator().manual_seed(i)
+            ).terms["peak_contrast"]
+        )
+        for i in range(100)
+    ]  # fmt: skip
+    assert len(set(drawn)) == 100, "every step draws others"
+    # The logarithm of a mean over 12 cells falls a little short; a wrong scale would err by log 4.
+    assert np.mean(drawn) == pytest.approx(full, abs=0.4)
+
+
+def test_position_counts_the_cells_between_a_slot_and_its_source() -> None:
+    scenes, prediction, blended, _, dictionary = _case()
+    cell = torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64)
+    loss = ScenesLoss(LossConfig(), ARRAY, "spherical", dictionary, cell)
+    from physics import steering_vector
+
+    overlap = (dictionary @ steering_vector(scenes.position, ARRAY).mH).abs().square()
+    _, source = match_slots(prediction, overlap, scenes.present)
+    truth = scenes.position.gather(1, source.unsqueeze(-1).expand(-1, -1, 3)).clone()
+    truth[..., 2] = 1 / truth[..., 2]
+
+    def term(position: Tensor) -> float:
+        moved = Prediction(
+            prediction.factor, prediction.existence, prediction.log_pointer, position
+        )
+        return float(loss(moved, blended, scenes).terms["position"])
+
+    exact = term(truth)
+    for axis in range(3):
+        off = truth.clone()
+        off[..., axis] += 3 * cell[axis]
+        # Huber with a knee at one cell, 3 - 1/2, weighted by 0.1
+        assert term(off) - exact == pytest.approx(0.25)

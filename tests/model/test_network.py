@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from model.features import Features, compute_features
 from model.network import NetworkConfig, SnapshotNetwork
-from physics import Scenes, simulate
+from physics import Scenes, simulate, tikhonov_solve
 from tests.tiny import tiny_config
 
 CONFIG = tiny_config()
@@ -31,7 +32,7 @@ def features_of(
     network: SnapshotNetwork, y: Tensor, H: Tensor, codes: Tensor, snr_db: Tensor
 ) -> Features:
     return compute_features(
-        y, H, codes, snr_db, dictionary=network.dictionary, array=ARRAY, tikhonov=CONFIG.tikhonov
+        y, H, codes, snr_db, dictionary=network.dictionary, tikhonov=CONFIG.tikhonov
     )
 
 
@@ -47,6 +48,21 @@ def test_prediction_has_the_documented_shapes_and_trace(
     assert p.position.shape == (5, 3, 3)
     torch.testing.assert_close(p.covariance.trace(), torch.full((5,), 36.0))
     torch.testing.assert_close(p.log_pointer.exp().sum(-1), torch.ones(5, 3))
+
+
+def test_spectra_are_the_incoherent_and_the_coherent_matched_filter(
+    network: SnapshotNetwork, scenes: Scenes
+) -> None:
+    seen = features_of(network, scenes.y, scenes.H, scenes.codes, scenes.snr_db)
+    ridge, _ = tikhonov_solve(scenes.y, scenes.H, scenes.codes, CONFIG.tikhonov.regularization)
+    filtered = np.einsum("gn,bln->blg", network.dictionary.numpy().conj(), ridge.numpy())
+    for found, power in zip(
+        seen.spectrum.unbind(1),
+        ((np.abs(filtered) ** 2).mean(1), np.abs(filtered.mean(1)) ** 2),
+        strict=True,
+    ):
+        expected = np.log(power) - np.log(power).mean(-1, keepdims=True)
+        np.testing.assert_allclose(found.numpy(), expected, atol=1e-3)
 
 
 def test_snapshots_are_an_unordered_set(network: SnapshotNetwork, scenes: Scenes) -> None:

@@ -169,7 +169,7 @@ def test_trap_objective_is_free_of_loss_weights_beta_and_shrinkage() -> None:
 def test_lesson_2_training_and_inference_build_the_same_r_blend(tmp_path: Path) -> None:
     from model.localizer import Localizer
 
-    trainer = Trainer(tiny_config(blend={"shrinkage": 0.2}))
+    trainer = Trainer(tiny_config(blend={"shrinkage": 0.2}, tikhonov={"regularization": 0.1}))
     run(trainer, 1)
     trainer.save(tmp_path / "c")
     export_best(tmp_path / "c", tmp_path / "best")
@@ -259,6 +259,72 @@ def test_a_run_of_non_finite_steps_ends_the_trial_with_its_reason() -> None:
     )
     with pytest.raises(TrialDiverged, match="3 non-finite steps in a row in epoch 1; lower"):
         Trainer(config).run_epoch()
+
+
+def poison(trainer: Trainer, bad_steps: set[tuple[int, int]]) -> None:
+    """Make (epoch, batch) of a training non-finite."""
+    original = trainer.source.train_batches
+
+    def poisoned(epoch: int, batch_size: int, seed: int) -> Any:
+        for i, scenes in enumerate(original(epoch, batch_size, seed)):
+            bad = torch.full_like(scenes.power, float("nan"))
+            yield replace(scenes, power=bad) if (epoch, i) in bad_steps else scenes
+
+    trainer.source.train_batches = poisoned  # type: ignore[method-assign]
+
+
+def test_only_a_run_of_non_finite_steps_ends_a_trial_and_it_runs_on_through_a_checkpoint(
+    tmp_path: Path,
+) -> None:
+    config = tiny_config(training={"epochs": 4, "max_skipped_steps": 3})
+    trainer = Trainer(config)
+    poison(trainer, {(0, 0), (0, 2), (1, 0), (2, 1), (2, 2)})
+    assert [r["skipped_steps"] for r in run(trainer, 3)] == [2, 3, 5]
+    trainer.save(tmp_path)
+    restored = Trainer(config)
+    restored.load(tmp_path)
+    poison(restored, {(3, 0)})
+    with pytest.raises(TrialDiverged, match="3 non-finite steps in a row in epoch 4"):
+        restored.run_epoch()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_the_snr_of_a_share_of_the_training_scenes_is_hidden(
+    monkeypatch: pytest.MonkeyPatch, share: float
+) -> None:
+    seen: list[Tensor] = []
+    original = training_module.compute_features
+
+    def spy(y: Tensor, H: Tensor, codes: Tensor, snr_db: Tensor, **rest: Any) -> Any:
+        seen.append(snr_db)
+        return original(y, H, codes, snr_db, **rest)
+
+    monkeypatch.setattr(training_module, "compute_features", spy)
+    trainer = Trainer(tiny_config(training={"snr_dropout": share, "epochs": 1}))
+    trainer.validate()
+    assert not torch.cat(seen).isnan().any(), "never in validation"
+    seen.clear()
+    trainer._train_epoch()
+    hidden = float(torch.cat(seen).isnan().double().mean())
+    # 48 draws: their share is within four standard deviations, 4 * 0.5 / sqrt(48).
+    assert hidden == share if share in (0.0, 1.0) else abs(hidden - share) < 0.29
+
+
+def test_the_loss_goes_through_its_phases(monkeypatch: pytest.MonkeyPatch) -> None:
+    phases: list[str] = []
+    config = tiny_config(
+        training={"epochs": 3, "warmup_fraction": 0.34}, loss={"final_fraction": 0.4}
+    )
+    trainer = Trainer(config)
+    original = trainer.loss.__class__.__call__
+
+    def spy(self: Any, prediction: Any, blended: Any, scenes: Any, phase: str, *rest: Any) -> Any:
+        phases.append(phase)
+        return original(self, prediction, blended, scenes, phase, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(trainer.loss.__class__, "__call__", spy)
+    run(trainer, 3)
+    assert phases == ["warmup"] * 3 + ["main"] * 3 + ["final"] * 3
 
 
 def test_gradient_norm_is_reported_before_clipping_and_clipped() -> None:
