@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from physics.covariance import LowRankCovariance, covariance_of
+from physics.covariance import LowRankCovariance
 from physics.precision import in_full_precision
+from physics.scaling import energy
 from physics.tikhonov import TikhonovConfig, solve_unchecked
 
 
@@ -26,7 +28,9 @@ class Features:
 
     def measured_covariance(self, shrinkage: float = 0.0) -> LowRankCovariance:
         """R_samp of the same ridge solutions, trace N."""
-        return covariance_of(self.ridge).shrunk(shrinkage)
+        # The ridge solutions of a scene have unit mean power, or are zero throughout.
+        factor = self.ridge.mT / math.sqrt(self.ridge.shape[-2])
+        return LowRankCovariance.of_trace_n(factor, energy(factor)).shrunk(shrinkage)
 
 
 @in_full_precision

@@ -92,6 +92,15 @@ class LowRankCovariance:
         """Leading shape."""
         return torch.broadcast_shapes(self._blocks[0].shape[:-2], self.loading.shape)
 
+    @classmethod
+    def of_trace_n(cls, factor: Tensor, total: Tensor) -> LowRankCovariance:
+        """A factor that is known to be at trace N, or zero where ``total`` (…) is.
+
+        As in :meth:`normalized`, zero becomes the identity.
+        """
+        loading = (total == 0).to(factor.dtype.to_real())
+        return cls(factor, loading)._marked(True)
+
     def detach(self) -> LowRankCovariance:
         """The same matrix, cut from the graph."""
         same = LowRankCovariance(self.factor.detach(), self.loading.detach())
@@ -359,7 +368,8 @@ class _SignalWeights(torch.autograd.Function):
 def _fraction(name: str, value: float | Tensor, like: Tensor) -> Tensor:
     """A weight in [0, 1] as a tensor; a clear error instead of the root of a negative number."""
     fraction = torch.as_tensor(value, device=like.device, dtype=like.dtype)
-    if not bool(((fraction >= 0) & (fraction <= 1)).all()):
+    inside = (fraction >= 0) & (fraction <= 1) if isinstance(value, Tensor) else 0 <= value <= 1
+    if not (bool(inside.all()) if isinstance(inside, Tensor) else inside):
         raise ValueError(f"{name} is {value}; expected a number in [0, 1]")
     return fraction
 
@@ -424,7 +434,11 @@ def source_covariance(steering: Tensor, power: Tensor) -> LowRankCovariance:
         steering: (…, K, N) complex steering vectors in rows.
         power: (…, K) real, at least 0; absent sources have none. Without any it is the identity.
     """
-    return LowRankCovariance(multiply(steering.mT, power.sqrt().unsqueeze(-2))).normalized()
+    total = power.sum(-1, keepdim=True)
+    share = power / divisor(total) * steering.shape[-1]  # steering vectors have unit norm
+    return LowRankCovariance.of_trace_n(
+        multiply(steering.mT, share.sqrt().unsqueeze(-2)), total.squeeze(-1)
+    )
 
 
 def covariance_of(snapshots: Tensor) -> LowRankCovariance:
