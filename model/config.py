@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from typing import Self
+
+from pydantic import Field, model_validator
 
 from model.data import DataConfig
 from model.loss import LossConfig
@@ -29,3 +31,12 @@ class TrialConfig(FrozenModel):
     precision: PrecisionConfig = PrecisionConfig()
     data: DataConfig = DataConfig()
     training: TrainingConfig = TrainingConfig()
+
+    @model_validator(mode="after")
+    def _a_slot_for_every_source(self) -> Self:
+        if self.network.rank < self.scene.max_sources:
+            raise ValueError(
+                f"network.rank {self.network.rank} is below scene.max_sources "
+                f"{self.scene.max_sources}; every source needs a slot"
+            )
+        return self

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Self
 
 import torch
@@ -53,10 +52,15 @@ class Prediction:
     log_pointer: Tensor  # (B, r, G) log probability of each cell
     position: Tensor  # (B, r, 3) azimuth, elevation [rad], inverse range [1/m]
 
-    @cached_property
+    @property
     def covariance(self) -> LowRankCovariance:
-        """R_pred, trace N."""
-        return LowRankCovariance(self.factor).normalized()
+        """R_pred, trace N; computed once, and again where gradients are wanted later."""
+        kept: LowRankCovariance | None = self.__dict__.get("_covariance")
+        wanted = torch.is_grad_enabled() and self.factor.requires_grad
+        if kept is None or (wanted and not kept.factor.requires_grad):
+            kept = LowRankCovariance(self.factor).normalized()
+            self.__dict__["_covariance"] = kept
+        return kept
 
 
 class SnapshotNetwork(nn.Module):

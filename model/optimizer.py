@@ -31,6 +31,10 @@ class TrainingConfig(FrozenModel):
     )
     threads: int = Field(1, ge=1, description="CPU threads of the trial")
 
+    def warmup_steps(self, total_steps: int) -> int:
+        """Optimiser steps of the warm-up."""
+        return round(self.warmup_fraction * total_steps)
+
 
 def make_optimizer(
     network: nn.Module, config: TrainingConfig, device: torch.device
@@ -55,7 +59,7 @@ def learning_rate(config: TrainingConfig, step: int, total_steps: int) -> float:
 
     The schedule counts optimiser steps, and is read before each of them.
     """
-    warmup = round(config.warmup_fraction * total_steps)
+    warmup = config.warmup_steps(total_steps)
     if step < warmup:
         return config.learning_rate * (step + 1) / warmup
     progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))

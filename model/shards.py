@@ -39,6 +39,7 @@ from physics.scene import Scenes
 from physics.steering import Wavefront, steering_vector
 
 GAIN = 1000.0
+_ROWS = 8  # of R that are read to find the sources' powers
 KEYS = ("y", "H", "H_full", "codes", "ptr", "K", "snr", "R", "R_samp")
 READ = ("y", "H_full", "codes", "ptr", "K", "snr", "R")
 SPLITS = ("train", "val", "test")
@@ -163,6 +164,12 @@ class ShardSplit:
         if not paths:
             raise DataError(f"{split}: holds no .npz shard; expected {self.name}/shard_000.npz")
         self.shards = [self._open(path) for path in paths]
+        widths = {shard.arrays["ptr"].shape[1]: shard.path.name for shard in self.shards}
+        if len(widths) > 1:
+            raise DataError(
+                f"{split}: ptr has {' and '.join(f'{w} columns in {n}' for w, n in widths.items())}"
+                "; expected one width in all shards"
+            )
         self._starts = np.cumsum([0, *(len(s) for s in self.shards)])
         if len(self) == 0:
             raise DataError(f"{split}: the shards hold no scene")
@@ -211,15 +218,20 @@ class ShardSplit:
             )
         return Shard(path, arrays)
 
-    def _gather(self, key: str, indices: NDArray[np.int64]) -> NDArray[np.generic]:
-        """Rows of one key, in the order asked, read shard by shard."""
+    def _gather(
+        self, key: str, indices: NDArray[np.int64], part: NDArray[np.int64] | None = None
+    ) -> NDArray[np.generic]:
+        """Scenes of one key (or a part of each), in the order asked, read shard by shard."""
         owner = np.searchsorted(self._starts, indices, side="right") - 1
         first = self.shards[0].arrays[key]
-        rows = np.empty((len(indices), *first.shape[1:]), first.dtype)
+        shape = first.shape[1:] if part is None else (len(part), *first.shape[2:])
+        found = np.empty((len(indices), *shape), first.dtype)
         for shard in np.unique(owner):
             here = owner == shard
-            rows[here] = self.shards[shard].arrays[key][indices[here] - self._starts[shard]]
-        return rows
+            rows = indices[here] - self._starts[shard]
+            array = self.shards[shard].arrays[key]
+            found[here] = array[rows] if part is None else array[rows[:, None], part]
+        return found
 
     def where(self, index: int) -> str:
         """File and row of a scene, for messages."""
@@ -287,14 +299,18 @@ class ShardSplit:
         known = ~np.isnan(self._power[indices]).any(1)
         if not known.all():
             todo = torch.from_numpy(~known)
-            rows = self._gather("R", indices[~known])
+            # A few rows of R determine the K powers; the whole would be 166 kB a scene.
+            few = np.linspace(0, self.array.size - 1, min(self.array.size, _ROWS), dtype=np.int64)
+            rows = self._gather("R", indices[~known], few)
             self._check_finite("R", rows, indices[~known])
-            R = _complex(rows)
-            a = self.steering(position[todo]) * present[todo].unsqueeze(-1)
-            diagonal = ((a.conj() @ R) * a).sum(-1).real  # a_k^H R a_k
-            overlap = (a.conj() @ a.mT).abs().square()
+            a = self.steering(position[todo]) * present[todo].unsqueeze(-1)  # (B, K, N)
+            part = a[..., few]
+            # Normal equations of R_sn = sum_k p_k a_k[s] conj(a_k[n]).
+            gram = ((part.conj() @ part.mT) * (a @ a.mH)).real
+            right = ((part.conj() @ _complex(rows)) * a).sum(-1).real
             eye = torch.eye(self.max_sources) * (~present[todo]).unsqueeze(-1)
-            power = torch.linalg.lstsq(overlap + eye, diagonal.unsqueeze(-1)).solution.squeeze(-1)
+            solved = torch.linalg.lstsq((gram + eye).double(), right.double().unsqueeze(-1))
+            power = solved.solution.squeeze(-1).float()
             power = torch.nan_to_num(power, nan=0.0, posinf=0.0, neginf=0.0).clamp_min(0.0)
             self._power[indices[~known]] = (power * present[todo]).numpy()
         return torch.from_numpy(self._power[indices])

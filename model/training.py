@@ -237,25 +237,25 @@ class Trainer:
         with self.amp.autocast():
             prediction = self.network(features)
         blended = blended_covariance(prediction, features, self.config.blend, self._jitter)
-        warmup = round(training.warmup_fraction * self.total_steps)
+        warmup = training.warmup_steps(self.total_steps)
         phase = self.config.loss.phase(self.step, self.total_steps, warmup)
         value = self.loss(prediction, blended, scenes, phase, self._jitter)
         self.optimizer.zero_grad(set_to_none=True)
         self.amp.backward(value.total)
         self.amp.unscale(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), training.gradient_clip)
-        finite_loss = bool(torch.isfinite(value.total))
-        finite = finite_loss and bool(torch.isfinite(norm))
+        # One transfer from the device for all that is looked at.
+        terms = {"total": value.total.detach()} | value.terms
+        *values, norm_value = torch.stack([*terms.values(), norm.detach()]).tolist()
+        finite_loss = math.isfinite(values[0])
+        finite = finite_loss and math.isfinite(norm_value)
         self.amp.step(self.optimizer, finite)
         self.step += 1
         if finite:
             self.average.update(self.network)
         if not finite_loss:
-            return None, float(norm), features.n_fallbacks
-        terms = {"total": float(value.total.detach())} | {
-            k: float(v) for k, v in value.terms.items()
-        }
-        return terms, float(norm), features.n_fallbacks
+            return None, norm_value, features.n_fallbacks
+        return dict(zip(terms, values, strict=True)), norm_value, features.n_fallbacks
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
@@ -386,7 +386,8 @@ def train(
         checkpoint: folder that is saved to after every epoch, and gone on from if it exists.
 
     Returns:
-        The metrics of the last epoch.
+        The metrics of the last epoch; only ``epoch`` and ``objective`` where the checkpoint was
+        finished already.
 
     Raises:
         TrialDiverged, DataError, CheckpointError: see :class:`Trainer`.

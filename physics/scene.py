@@ -73,13 +73,6 @@ class SceneConfig(FrozenModel):
             )
         return self
 
-    @property
-    def has_mismatch(self) -> bool:
-        """Whether the hardware departs from the nominal model."""
-        return any(
-            (self.element_jitter, self.phase_error_deg, self.amplitude_error_db, self.dropout)
-        )
-
 
 @dataclass(frozen=True)
 class Scenes:

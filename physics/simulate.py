@@ -42,7 +42,7 @@ def simulate(
         config: how scenes are drawn; the defaults of ``SceneConfig`` if left out.
         array: the surface; 12 x 12 at half a wavelength if left out.
         generator: random generator on ``device``; torch's default one if left out.
-        device: where to compute.
+        device: where to compute; the generator's if left out.
         dtype: complex64 or complex128.
 
     Returns:
@@ -57,6 +57,8 @@ def simulate(
         raise ValueError(f"dtype is {dtype}; expected torch.complex64 or torch.complex128")
     config = config or SceneConfig()
     array = array or PlanarArray()
+    if device is None and generator is not None:
+        device = generator.device
     real = dtype.to_real()
     draw: Any = {"generator": generator, "device": device}
 

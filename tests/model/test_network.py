@@ -148,3 +148,18 @@ def test_sizes_come_from_the_configuration() -> None:
 def test_width_that_the_heads_do_not_divide_is_refused() -> None:
     with pytest.raises(ValidationError, match="width 20 is not a multiple of heads 8"):
         NetworkConfig(width=20, heads=8)
+
+
+def test_a_prediction_looked_at_without_gradient_keeps_its_gradient(
+    network: SnapshotNetwork, scenes: Scenes
+) -> None:
+    p = network(features_of(network, scenes.y, scenes.H, scenes.codes, scenes.snr_db))
+    with torch.no_grad():
+        assert not p.covariance.factor.requires_grad
+    assert p.covariance.factor.requires_grad
+    assert p.covariance is p.covariance
+
+
+def test_fewer_slots_than_sources_are_refused() -> None:
+    with pytest.raises(ValidationError, match=r"network\.rank 1 is below scene\.max_sources 2"):
+        tiny_config(network={"rank": 1})

@@ -152,6 +152,7 @@ def test_origin_shards_pass_every_check(origin_shards: Path) -> None:
             "n_antennas": 16, "n_snapshots": 16, "max_sources": 5,
             "wavefront": "paraxial", "source_mode": "constant",
         },
+        network={"rank": 5},
         data={"shards": origin_shards},
     )  # fmt: skip
     assert "48 train, 24 val" in check_data(config)
@@ -307,3 +308,11 @@ def test_zero_power_covariance_reads_as_a_defined_truth(folder: Path) -> None:
     assert len(empty)
     identity = LowRankCovariance(torch.zeros(len(empty), 36, 1, dtype=torch.complex64)).normalized()
     assert float(nmse(empty.covariance(ARRAY, "paraxial"), identity).max()) == 0.0
+
+
+def test_shards_of_different_widths_are_refused(folder: Path) -> None:
+    path = folder / "train" / "shard_001.npz"
+    ptr = np.load(path)["ptr"]
+    edit(path, ptr=np.concatenate([ptr, np.zeros((len(ptr), 3), np.float32)], axis=1))
+    with pytest.raises(DataError, match=r"ptr has 6 columns in \S+ and 9 columns in \S+"):
+        split(folder)
