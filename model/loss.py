@@ -17,6 +17,7 @@ from physics.config import FrozenModel
 from physics.covariance import LowRankCovariance, nmse, source_covariance, weighted_energy
 from physics.geometry import PlanarArray
 from physics.precision import in_full_precision
+from physics.scaling import power
 from physics.scene import Scenes
 from physics.steering import Wavefront, steering_vector
 
@@ -130,13 +131,16 @@ class ScenesLoss:
         present = scenes.present
         weights = self.config.weights(phase)
 
+        blended = blended.normalized()
+        at_sources = blended.project(steering)  # (B, r, K)
+        # R_true is made of the same steering vectors: ||F^H G||^2 needs no further product.
+        cross = (power(at_sources).sum(-2) * power(truth.factor).sum(-2)).sum(-1)
         terms = {
-            "nmse": nmse(blended, truth).mean(),
+            "nmse": nmse(blended, truth, cross).mean(),
             "cov_pred": nmse(prediction.covariance, truth).mean(),
         }
         if weights["subspace_align"] or weights["peak_contrast"]:
             signal = blended.signal_weights(scenes.n_sources.clamp_max(blended.rank))
-            at_sources = blended.project(steering)  # (B, r, K)
             terms["subspace_align"] = self._subspace(at_sources, signal, steering, present)
             decoys = self._decoys(generator)
             terms["peak_contrast"] = self._contrast(

@@ -399,15 +399,23 @@ def blend(
     return LowRankCovariance(blocks, loading)._marked(True)
 
 
-def nmse(estimate: LowRankCovariance, truth: LowRankCovariance) -> Tensor:
+def nmse(
+    estimate: LowRankCovariance, truth: LowRankCovariance, cross: Tensor | None = None
+) -> Tensor:
     """Normalised mean-square error ``||R^ - R||_F^2 / ||R||_F^2`` (…) of trace-normalised matrices.
 
     Both sides are Hermitian by construction and are brought to trace N here. With
     ``R^ = F F^H + a I`` and ``R = G G^H + b I`` of trace N, the loadings add only
     ``-N (a - b)^2`` to ``||F F^H - G G^H||^2 = ||F^H F||^2 - 2 ||F^H G||^2 + ||G^H G||^2``.
+
+    Args:
+        estimate: R^.
+        truth: R.
+        cross: ``||F^H G||^2`` (…) of the matrices at trace N, where it is known already.
     """
     estimate, truth = estimate.normalized(), truth.normalized()
-    cross = energy(estimate.project(truth.factor.mT))
+    if cross is None:
+        cross = energy(estimate.project(truth.factor.mT))
     own = energy(truth.gram())
     error = energy(estimate.gram()) - 2.0 * cross + own
     error = error - truth.size * (estimate.loading - truth.loading).square()
