@@ -65,9 +65,9 @@ def report(
 
 def write_report(folder: RunFolder, ledger: Ledger) -> None:
     """Write the page; it holds all that it needs and opens without a network."""
-    from tuner.files import write_atomically
+    from model.files import write_text
 
-    write_atomically(folder.report, page(ledger))
+    write_text(folder.report, page(ledger))
 
 
 def page(ledger: Ledger) -> str:

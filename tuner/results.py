@@ -11,7 +11,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from tuner.files import replace_folder, write_atomically
+from model.files import write_text
+from tuner.files import replace_folder
 from tuner.folder import RunFolder
 from tuner.study import Ledger, TrialRecord
 
@@ -47,7 +48,7 @@ def write_trials(folder: RunFolder, ledger: Ledger) -> None:
                 *(_cell(trial.params.get(path, "")) for path in paths),
             ]
         )
-    write_atomically(folder.trials_csv, stream.getvalue())
+    write_text(folder.trials_csv, stream.getvalue())
 
 
 def write_best(folder: RunFolder, ledger: Ledger) -> TrialRecord | None:
@@ -70,7 +71,7 @@ def write_best(folder: RunFolder, ledger: Ledger) -> TrialRecord | None:
         "device": device,
         "config": config.model_dump(mode="json"),
     }
-    write_atomically(folder.best_json, json.dumps(content, indent=2) + "\n")
+    write_text(folder.best_json, json.dumps(content, indent=2) + "\n")
     return best
 
 

@@ -22,7 +22,7 @@ from ray.tune.schedulers.trial_scheduler import TrialScheduler
 from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
-from tuner.files import write_atomically
+from model.files import write_text
 from tuner.folder import RunFolder
 from tuner.study import Assignment, End, Ledger, State
 from tuner.trainable import CONFIG, DEVICE, NUMBER, RESUME, START, STUDY
@@ -146,7 +146,7 @@ class LedgerSearch(OptunaSearch):
         ended = self._ledger.finish(number, state, **details)
         if details.get("traceback"):
             note = self._folder.trial(number) / "error.txt"
-            write_atomically(note, details["traceback"])
+            write_text(note, details["traceback"])
         self._watcher.finished(number, ended, self._ledger.trial(number).reason)
         self._after()
 

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from model.data import check_data
+from model.files import write_text
 from model.precision import AmpPolicy
 from tuner.command import DONE, INTERRUPTED, NOTHING_FINISHED, Interruption
 from tuner.config import StudyConfig, load_study
 from tuner.errors import ConfigError, StudyError
-from tuner.files import write_atomically
 from tuner.folder import RunFolder
 from tuner.local import local_device, run_local
 from tuner.report import write_report
@@ -85,7 +85,7 @@ def run_session(request: Request) -> int:
             from tuner.cluster import quiet_ray
 
             quiet_ray()
-        write_atomically(folder.config, study.to_yaml())
+        write_text(folder.config, study.to_yaml())
         ledger = Ledger(folder.database, study)
         stack.callback(ledger.close)
         progress = Progress(study, ledger.trials())

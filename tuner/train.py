@@ -71,9 +71,9 @@ def _train(
 ) -> int:
     from model.checkpoint import export_best, has_checkpoint
     from model.data import check_data
+    from model.files import write_text
     from model.training import TrialDiverged, train
     from tuner.errors import StudyError
-    from tuner.files import write_atomically
 
     typer.echo(f"data: {check_data(config)}")
     checkpoint = folder / "checkpoint"
@@ -86,7 +86,7 @@ def _train(
         raise StudyError(f"--resume: no checkpoint in {checkpoint}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / "config.json", config.model_dump_json(indent=2) + "\n")
+        write_text(folder / "config.json", config.model_dump_json(indent=2) + "\n")
     except OSError as error:
         raise StudyError(f"--out: cannot write to {folder}: {error.strerror}") from error
     total = config.training.epochs
@@ -119,7 +119,7 @@ def _train(
         "device": device,
         "metrics": metrics,
     }
-    write_atomically(folder / "result.json", json.dumps(result, indent=2) + "\n")
+    write_text(folder / "result.json", json.dumps(result, indent=2) + "\n")
     if score == searched:
         verdict = "the same, bit for bit"
     else:

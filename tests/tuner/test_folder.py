@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from model.files import write_text
 from tests.tuner.support import tiny_study
 from tuner.errors import StudyError
-from tuner.files import write_atomically
 from tuner.folder import RunFolder
 
 
@@ -53,13 +53,13 @@ def test_a_failed_write_leaves_the_old_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "best.json"
-    write_atomically(path, "old")
+    write_text(path, "old")
 
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(OSError, match="No space"):
-        write_atomically(path, "new")
+        write_text(path, "new")
     assert path.read_text() == "old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["best.json"]

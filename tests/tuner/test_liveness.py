@@ -46,7 +46,7 @@ def trained(folder: Path, params: dict[str, Value]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("path", _PATHS)
-def test_every_searched_parameter_changes_the_result(tmp_path: Path, path: str) -> None:
+def test_trap_every_searched_parameter_changes_the_result(tmp_path: Path, path: str) -> None:
     assert path in _OTHER, "a searched parameter without a liveness check"
     base, changed = trained(tmp_path, {}), trained(tmp_path, {path: _OTHER[path]})
     assert changed["nmse_pred"] != base["nmse_pred"], "the scored network is the same"
@@ -57,7 +57,7 @@ def test_the_same_parameters_give_the_same_result(tmp_path: Path) -> None:
     assert first["nmse_pred"] == second["nmse_pred"]
 
 
-def test_the_objective_is_free_of_every_searched_parameter(tmp_path: Path) -> None:
+def test_trap_the_objective_is_free_of_every_searched_parameter(tmp_path: Path) -> None:
     """With the same weights, no searched loss weight, β or shrinkage enters the score."""
     study = tiny_study(tmp_path)
     score = Trainer(study.trial_config({}, seed=1)).validate()["nmse_pred"]

@@ -79,7 +79,7 @@ def test_proposals_do_not_depend_on_where_a_session_began(tmp_path: Path) -> Non
     assert len({repr(params) for params in whole}) == 6
 
 
-def test_a_crash_never_ranks_best(tmp_path: Path) -> None:
+def test_trap_a_crash_never_ranks_best(tmp_path: Path) -> None:
     ledger = ledger_in(tmp_path)
     crashed, sound = run(ledger, 0.001), run(ledger, 2.0, 1.5)
     ledger.finish(crashed, "failed", reason="ValueError: crash", traceback="Traceback ...")
@@ -100,7 +100,7 @@ def test_a_trial_without_a_finite_objective_has_failed(
     assert ledger.best() is None
 
 
-def test_a_stopped_trial_is_pruned_with_its_steps_and_never_ranks(tmp_path: Path) -> None:
+def test_trap_a_stopped_trial_is_pruned_with_its_steps_and_never_ranks(tmp_path: Path) -> None:
     ledger = ledger_in(tmp_path)
     number = run(ledger, 3.0, 2.0)
     ledger.finish(number, "pruned", reason="stopped after epoch 2")

@@ -25,7 +25,7 @@ def train(*arguments: object) -> int:
     return execute(app, [str(argument) for argument in arguments])
 
 
-def test_the_tuned_configuration_retrains_to_its_score_bit_for_bit(
+def test_trap_the_tuned_configuration_retrains_to_its_score_bit_for_bit(
     searched: Path, tmp_path: Path
 ) -> None:
     finished = run(
