@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -113,15 +113,21 @@ class SnapshotNetwork(nn.Module):
         self.channel_conv = _surface_encoder(2 * scene.n_antennas, channels, width, array)
         self.measurement = nn.Linear(2 * scene.n_antennas, width)
         self.snr = nn.Linear(2, width)
+        layer: dict[str, Any] = {
+            "d_model": width,
+            "nhead": config.heads,
+            "dim_feedforward": 4 * width,
+            "dropout": config.dropout,
+            "activation": "gelu",
+            "batch_first": True,
+            "norm_first": True,
+        }
         self.encoder = nn.TransformerEncoder(
-            nn.TransformerEncoderLayer(
-                width, config.heads, 4 * width, config.dropout, "gelu", batch_first=True,
-                norm_first=True,
-            ),
+            nn.TransformerEncoderLayer(**layer),
             config.depth,
             norm=nn.LayerNorm(width),
             enable_nested_tensor=False,
-        )  # fmt: skip
+        )
         planes = self.grid.shape[2]
         image = config.image_channels
         self.image_conv = nn.Sequential(
@@ -144,13 +150,8 @@ class SnapshotNetwork(nn.Module):
         self.cell_key = nn.Conv2d(image, width * planes, 1)
         self.slots = nn.Parameter(torch.randn(config.rank, width))
         self.decoder = nn.TransformerDecoder(
-            nn.TransformerDecoderLayer(
-                width, config.heads, 4 * width, config.dropout, "gelu", batch_first=True,
-                norm_first=True,
-            ),
-            config.depth,
-            norm=nn.LayerNorm(width),
-        )  # fmt: skip
+            nn.TransformerDecoderLayer(**layer), config.depth, norm=nn.LayerNorm(width)
+        )
         self.query = nn.Linear(width, width)
         self.spectrum_gain = nn.Parameter(torch.tensor([1.0, 0.5]))
         self.existence = nn.Linear(width, 1)
