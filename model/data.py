@@ -36,7 +36,9 @@ class DataConfig(FrozenModel):
     """Where scenes come from."""
 
     shards: Path | None = Field(None, description="folder with train/ and val/; null: simulated")
-    train_scenes: int = Field(4096, ge=1, description="scenes per epoch; at most so many shards'")
+    train_scenes: int = Field(
+        4096, ge=1, description="scenes an epoch; of shards at most all there are"
+    )
     val_scenes: int = Field(512, ge=1, description="scenes of the fixed validation set")
     fresh: bool = Field(True, description="simulate new training scenes in every epoch")
     seed: int = Field(0, ge=0, description="of the simulated scenes; the same for all trials")
@@ -202,11 +204,11 @@ def check_convention(splits: list[ShardSplit], per_shard: int = 4) -> None:
         DataError: a share of R outside the sources' steering vectors, with what to set.
     """
     for split in splits:
-        for start, shard in zip(split._starts[:-1], split.shards, strict=True):
+        for start, shard in split.starts():
             with_sources = np.flatnonzero(np.asarray(shard.arrays["K"]))[:per_shard]
             if not len(with_sources):
                 continue
-            share = split.subspace_share(int(start) + with_sources).min()
+            share = split.subspace_share(start + with_sources).min()
             if not share > CONVENTION_SHARE:
                 offset = tuple(float(v) for v in split.array.offset)
                 raise DataError(

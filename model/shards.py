@@ -33,6 +33,7 @@ from numpy.lib import format as npy_format
 from numpy.typing import NDArray
 from torch import Tensor
 
+from model.files import replacing
 from physics.covariance import LowRankCovariance, sample_covariance
 from physics.geometry import PlanarArray
 from physics.scene import Scenes
@@ -332,14 +333,20 @@ class ShardSplit:
         projected = torch.linalg.matrix_norm(basis.mH @ R)
         return projected / torch.linalg.matrix_norm(R).clamp_min(torch.finfo(torch.float32).tiny)
 
+    def starts(self) -> list[tuple[int, Shard]]:
+        """Each shard with the index of its first scene."""
+        return [
+            (int(start), shard) for start, shard in zip(self._starts, self.shards, strict=False)
+        ]
+
     def fingerprints(self) -> Iterator[tuple[int, str, bytes]]:
         """Index, what was hashed, and hash: of every measurement and of every source layout."""
-        for shard, start in zip(self.shards, self._starts[:-1], strict=True):
+        for start, shard in self.starts():
             y, ptr, counts = (shard.arrays[key] for key in ("y", "ptr", "K"))
             for row in range(len(shard)):
-                yield int(start) + row, "measurement", _digest(y[row])
+                yield start + row, "measurement", _digest(y[row])
                 if int(counts[row]):
-                    yield int(start) + row, "set of sources", _digest(ptr[row])
+                    yield start + row, "set of sources", _digest(ptr[row])
 
 
 def _digest(row: NDArray[np.generic]) -> bytes:
@@ -405,18 +412,19 @@ def write_shards(
         part = scenes[slice(start, start + shard_size)].to("cpu")
         points = torch.where(part.present.unsqueeze(-1), part.position, 0.0)
         path = split / f"shard_{number:03d}.npz"
-        np.savez(
-            path,
-            y=_pairs(part.y * GAIN),
-            H=_pairs(part.codes @ part.H.mT),
-            H_full=_pairs(part.H),
-            codes=_pairs(part.codes),
-            ptr=points.mT.flatten(1).float().numpy(),
-            K=part.n_sources.to(torch.int32).numpy(),
-            snr=part.snr_db.float().numpy(),
-            R=_pairs(_dense(part.covariance(array, wavefront), part)),
-            R_samp=_pairs(sample_covariance(part.y, part.H, part.codes).dense()),
-        )
+        with replacing(path) as fresh, fresh.open("wb") as stream:
+            np.savez(
+                stream,
+                y=_pairs(part.y * GAIN),
+                H=_pairs(part.codes @ part.H.mT),
+                H_full=_pairs(part.H),
+                codes=_pairs(part.codes),
+                ptr=points.mT.flatten(1).float().numpy(),
+                K=part.n_sources.to(torch.int32).numpy(),
+                snr=part.snr_db.float().numpy(),
+                R=_pairs(_dense(part.covariance(array, wavefront), part)),
+                R_samp=_pairs(sample_covariance(part.y, part.H, part.codes).dense()),
+            )
         paths.append(path)
     return paths
 

@@ -26,6 +26,9 @@ def full_precision() -> Iterator[None]:
     float32; either one ruins a Cholesky factorisation of a covariance. Both of torch's ways to
     ask for TF32 are heeded, ``set_float32_matmul_precision`` (with the older ``allow_tf32``) and
     ``fp32_precision``, on the GPU (cuBLAS) and on the CPU (oneDNN, where it may also be bf16).
+
+    A backward pass runs outside of the block: whoever switches TF32 on (torch leaves it off) has
+    it in the gradients.
     """
     with ExitStack() as stack:
         for device_type in ("cpu", "cuda"):

@@ -37,7 +37,9 @@ class SceneConfig(FrozenModel):
     path_loss_exponent: float = Field(1.0, ge=0, description="amplitude falls as range^-exponent")
     codebook: Codebook = "random"
     code_bits: int | None = Field(3, ge=1, le=16, description="phase bits; null: continuous")
-    k_factor_db: float = Field(3.0, description="Rice factor of the BS-RIS channel [dB]")
+    k_factor_db: float = Field(
+        3.0, ge=-100, le=100, description="Rice factor of the BS-RIS channel [dB]"
+    )
     base_station_range_m: tuple[float, float] = (20.0, 50.0)
     element_jitter: float = Field(0.0, ge=0, description="std of element displacement [m]")
     phase_error_deg: float = Field(0.0, ge=0, description="std of element phase error [deg]")
