@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from scipy.optimize import linear_sum_assignment, nnls
 from torch import Tensor
 
 from model.blending import blended_covariance
@@ -27,8 +28,8 @@ class Source:
     azimuth_deg: float
     elevation_deg: float
     range_m: float
-    power: float  # share of the scene's power on the surface, 0..1
-    probability: float  # that a source is there, by the slot that is nearest
+    power: float  # share of R_blend's trace that the source explains, by non-negative fit
+    probability: float  # that a source is there, by the slot that points at it; not calibrated
 
 
 class Localizer:
@@ -173,9 +174,10 @@ class Localizer:
                 continue
             a = steering_vector(kept, self.array, wavefront)
             single = LowRankCovariance(blended.factor[item], blended.loading[item])
-            power = single.quadratic(a) / self.array.size
-            nearest = self._nearest_slot(prediction.log_pointer[item], a)
-            probability = torch.sigmoid(prediction.existence[item][nearest])
+            # a_k^H R a_k = sum_j |a_k^H a_j|^2 p_j: neighbours share what they both see.
+            seen = single.quadratic(a) / self.array.size
+            power, _ = nnls((a.conj() @ a.mT).abs().square().cpu().numpy(), seen.cpu().numpy())
+            probability = self._probabilities(prediction, item, a)
             sources = [
                 Source(
                     azimuth_deg=float(torch.rad2deg(p[0])),
@@ -189,6 +191,12 @@ class Localizer:
             result.append(sorted(sources, key=lambda s: -s.power))
         return result
 
-    def _nearest_slot(self, log_pointer: Tensor, steering: Tensor) -> Tensor:
+    def _probabilities(self, prediction: Prediction, item: int, steering: Tensor) -> list[float]:
+        """Existence of the slot that points at each source; no slot speaks for two sources."""
+        existing = (prediction.existence[item] > 0).nonzero().squeeze(-1)
         overlap = (self.network.dictionary @ steering.mH).abs().square()  # (G, K)
-        return (log_pointer.exp() @ overlap).argmax(0)
+        pointing = prediction.log_pointer[item][existing].exp() @ overlap
+        slots, sources = linear_sum_assignment(-pointing.cpu().numpy())
+        probability = torch.sigmoid(prediction.existence[item][existing]).tolist()
+        of_source = dict(zip(sources.tolist(), slots.tolist(), strict=True))
+        return [probability[of_source[k]] for k in range(len(steering))]

@@ -191,7 +191,7 @@ def _resources(
                 "none; ask for 0 to run the trials on the CPU"
             )
         if device == "cpu":
-            notes.append(f"no GPU is used: trials run on the CPU, {cpus} threads each")
+            notes.append(f"no GPU is used: trials run on the CPU, threads each: {cpus}")
         else:
             notes.append(f"trials run on {torch.cuda.get_device_name()}, one after another")
         return float(device != "cpu"), 1, device
@@ -224,7 +224,8 @@ def _conclude(folder: RunFolder, ledger: Ledger, progress: Progress, *, interrup
         export_winner(folder, best)
     _attempt(lambda: write_report(folder, ledger), progress, "report.html")
     counts = progress.counts()
-    summary = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
+    words = {"running": "to go on"} if interrupted else {}
+    summary = ", ".join(f"{n} {words.get(state, state)}" for state, n in counts.items() if n)
     progress.say(f"trials: {summary or 'none'}")
     where = shlex.quote(str(folder.path))
     if best is not None:

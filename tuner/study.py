@@ -1,8 +1,8 @@
 """The ledger: what was tried, how far it came and how it ended.
 
 One Optuna study in SQLite is the only record of a search. Ray Tune and the local
-loop both write to it and both go on from it, so that a crash costs at most the
-epoch under way. Numbers:
+loop both write to it and both go on from it, so that a crash costs little: the
+epoch under way, and one whose checkpoint was not on disk yet. Numbers:
 
 - a trial's seed is `SeedSequence(study seed, spawn_key=(0, number))`, one word of it;
 - the sampler is seeded anew for each proposal by `spawn_key=(1, number)`, so that a
@@ -88,10 +88,9 @@ class TrialRecord:
 
     @property
     def seconds(self) -> float | None:
-        """Wall-clock time between start and end."""
-        if self.started is None or self.finished is None:
-            return None
-        return (self.finished - self.started).total_seconds()
+        """Time spent in its epochs; waiting and interruptions do not count."""
+        spent = [_finite(metrics.get("epoch_seconds")) for metrics in self.epochs.values()]
+        return sum(value for value in spent if value is not None) if spent else None
 
 
 def trial_seed(study_seed: int, number: int) -> int:

@@ -123,7 +123,10 @@ def _train(
     if score == searched:
         verdict = "the same, bit for bit"
     else:
-        verdict = f"{(searched - score) / searched:+.2%} gained" if searched else "another score"
+        side = "better" if score < searched else "worse"
+        verdict = f"{abs(searched - score) / abs(searched):.2%} {side}" if searched else side
+        if total != winner["epochs"]:
+            verdict += f" ({total} epochs; the search had {winner['epochs']})"
     typer.echo(f"objective {score!r}; in the search {searched!r}: {verdict}")
     typer.echo(f"network: {folder / 'best'}")
     return DONE
