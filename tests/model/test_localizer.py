@@ -191,3 +191,23 @@ def test_missing_damaged_or_foreign_weights_are_named(best: Path, tmp_path: Path
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(CheckpointError, match="weights of another network"):
         Localizer.load(tmp_path)
+
+
+def test_power_that_two_neighbours_see_counts_once(best: Path) -> None:
+    trained = Localizer.load(best)
+    # The grid holds both sources, so that their peaks are exact; their beams overlap.
+    grid = PolarGrid((0.04, 0.10, 0.16, 0.22, 0.28), (0.0,), (1.0 / 3.0,))
+    localizer = Localizer(trained.config, trained.network, grid=grid)
+    position = torch.tensor([[0.10, 0.0, 3.0], [0.22, 0.0, 3.0]])
+    a = steering_vector(position, trained.array)
+    assert float((a[0].conj() @ a[1]).abs().square()) > 0.2
+    R = LowRankCovariance((a.mT * torch.tensor([0.8, 0.6])).unsqueeze(0)).normalized()
+    prediction = Prediction(
+        R.factor,
+        torch.tensor([[4.0, 3.0, -5.0]]),
+        torch.log_softmax(torch.zeros(1, 3, trained.network.dictionary.shape[0]), -1),
+        torch.zeros(1, 3, 3),
+    )
+    powers = [source.power for source in localizer._decode(prediction, R)[0]]
+    # 0.8^2 and 0.6^2; what each sees alone would be 0.64 + 0.36 times the overlap.
+    assert powers == pytest.approx([0.64, 0.36], abs=0.03)
