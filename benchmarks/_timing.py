@@ -18,18 +18,19 @@ from torch.utils._pytree import tree_leaves
 
 
 def alternate(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each call, one after the other in every round, after one round unmeasured.
+    """Seconds of each call, one after the other in every round.
 
     Alternating shares slow spells of the machine among the calls, so that the ratio of medians
-    of one run stands on a busy machine too.
+    of one run stands on a busy machine too. Every timed call follows an untimed one of its own,
+    so that none pays for the caches and the memory that the other left behind.
     """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for round_ in range(rounds + 1):
+    for _ in range(rounds):
         for name, call in calls.items():
+            call()
             start = time.perf_counter()
             call()
-            if round_:
-                seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(time.perf_counter() - start)
     return seconds
 
 

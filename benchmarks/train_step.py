@@ -3,8 +3,7 @@
     python -m benchmarks.train_step [--json FILE] [--threads 2] [--batch 64]
 
 The dense loss computes the same covariance terms with N x N matrices and eigh, differentiated by
-autograd; both are timed forward and backward on the same prediction, alternating, each as a
-training runs it: several times in a row.
+autograd; both are timed forward and backward on the same prediction, alternating.
 """
 
 from __future__ import annotations
@@ -25,7 +24,6 @@ from model.network import Prediction
 from physics import Scenes, steering_vector
 
 SPEEDUP = 20.0
-IN_A_ROW = 8  # factored losses timed together; one takes milliseconds
 
 
 def dense_loss(
@@ -102,11 +100,6 @@ def losses(trainer: Trainer, scenes: Scenes, rounds: int) -> dict[str, float]:
     values: dict[str, float] = {}
 
     def run(dense: bool) -> None:
-        for _ in range(1 if dense else IN_A_ROW):
-            once(dense)
-        synchronize()
-
-    def once(dense: bool) -> None:
         factor = prediction.factor.clone().requires_grad_()
         p = Prediction(factor, prediction.existence, prediction.log_pointer, prediction.position)
         draw = torch.Generator().manual_seed(0)
@@ -116,14 +109,14 @@ def losses(trainer: Trainer, scenes: Scenes, rounds: int) -> dict[str, float]:
             blended = blended_covariance(p, features, config.blend)
             total = loss(p, blended, scenes, "main", draw).total
         total.backward()
+        synchronize()
         values["dense" if dense else "factored"] = float(total.detach())
 
     seconds = alternate({"factored": lambda: run(False), "dense": lambda: run(True)}, rounds)
-    factored = [value / IN_A_ROW for value in seconds["factored"]]
     return {
-        "factored_ms": 1e3 * statistics.median(factored),
+        "factored_ms": 1e3 * statistics.median(seconds["factored"]),
         "dense_ms": 1e3 * statistics.median(seconds["dense"]),
-        "ratio": median_ratio(seconds["dense"], factored),
+        "ratio": median_ratio(seconds["dense"], seconds["factored"]),
         "relative_difference": abs(values["dense"] / values["factored"] - 1.0),
     }
 

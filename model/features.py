@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +9,6 @@ from torch import Tensor
 
 from physics.covariance import LowRankCovariance
 from physics.precision import in_full_precision
-from physics.scaling import energy
 from physics.tikhonov import TikhonovConfig, solve_unchecked
 
 
@@ -29,8 +27,7 @@ class Features:
     def measured_covariance(self, shrinkage: float = 0.0) -> LowRankCovariance:
         """R_samp of the same ridge solutions, trace N."""
         # The ridge solutions of a scene have unit mean power, or are zero throughout.
-        factor = self.ridge.mT / math.sqrt(self.ridge.shape[-2])
-        return LowRankCovariance.of_trace_n(factor, energy(factor)).shrunk(shrinkage)
+        return LowRankCovariance(self.ridge.mT).normalized(moderate=True).shrunk(shrinkage)
 
 
 @in_full_precision

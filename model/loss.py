@@ -14,10 +14,10 @@ from torch.nn import functional
 
 from model.network import Prediction
 from physics.config import FrozenModel
-from physics.covariance import LowRankCovariance, nmse, source_covariance, weighted_energy
+from physics.covariance import LowRankCovariance, nmse, source_covariance
 from physics.geometry import PlanarArray
 from physics.precision import in_full_precision
-from physics.scaling import power
+from physics.scaling import multiply
 from physics.scene import Scenes
 from physics.steering import Wavefront, steering_vector
 
@@ -132,22 +132,24 @@ class ScenesLoss:
         weights = self.config.weights(phase)
 
         blended = blended.normalized()
-        at_sources = blended.project(steering)  # (B, r, K)
-        # R_true is made of the same steering vectors: ||F^H G||^2 needs no further product.
-        cross = (power(at_sources).sum(-2) * power(truth.factor).sum(-2)).sum(-1)
+        predicted = prediction.covariance
+        # What R_pred and R_blend share of the projections is computed once.
+        basis, n_bases = self._orthonormal(truth, steering, present)
+        directions = torch.cat([steering, basis], dim=-2)
+        projected = blended.project(directions)  # (B, r, 2 K)
+        most = steering.shape[-2]
         terms = {
-            "nmse": nmse(blended, truth, cross).mean(),
-            "cov_pred": nmse(prediction.covariance, truth).mean(),
+            "nmse": nmse(blended, truth, projected[..., :most]).mean(),
+            "cov_pred": nmse(predicted, truth, predicted.project(directions)[..., :most]).mean(),
         }
         if weights["subspace_align"] or weights["peak_contrast"]:
-            signal = blended.signal_weights(scenes.n_sources.clamp_max(blended.rank))
-            terms["subspace_align"] = self._subspace(at_sources, signal, steering, present)
             decoys = self._decoys(generator)
+            seen = torch.cat([projected, blended.project(decoys)], dim=-1)
+            energy = blended.dominant_energy(seen, scenes.n_sources, most)
+            at_source, of_basis, at_decoy = energy.split([most, most, decoys.shape[0]], dim=-1)
+            terms["subspace_align"] = self._subspace(of_basis, n_bases)
             terms["peak_contrast"] = self._contrast(
-                weighted_energy(at_sources, signal),
-                weighted_energy(blended.project(decoys), signal),
-                overlap_of(decoys, steering),
-                present,
+                at_source, at_decoy, overlap_of(decoys, steering), present
             )
         if weights["existence"] or weights["position"]:
             overlap = overlap_of(self.dictionary, steering)
@@ -157,22 +159,27 @@ class ScenesLoss:
         total = torch.stack([weights[name] * value for name, value in terms.items()]).sum()
         return LossValue(total, {name: value.detach() for name, value in terms.items()})
 
+    def _orthonormal(
+        self, truth: LowRankCovariance, steering: Tensor, present: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Basis (B, K, N) of the sources' span, zero rows beyond its dimension (B,).
+
+        ``Q = A V Lambda^-1/2`` from the K x K Gram matrix of the steering vectors; sources that
+        coincide count once.
+        """
+        sources = truth.reweighted(present.to(truth.loading.dtype))
+        values, vectors = torch.linalg.eigh(sources.gram())
+        apart = values > self.array.size * torch.finfo(values.dtype).eps * values[..., -1:]
+        scale = torch.where(apart, values, torch.inf).rsqrt()
+        return multiply(vectors, scale.unsqueeze(-2)).mT @ steering, apart.sum(-1)
+
     def _subspace(
         self,
-        at_sources: Tensor,  # (B, r, K)
-        signal: Tensor,  # (B, r, r)
-        steering: Tensor,  # (B, K, N)
-        present: Tensor,  # (B, K) bool
+        energy: Tensor,  # (B, K) of an orthonormal basis, in the signal subspace
+        n_bases: Tensor,  # (B,)
     ) -> Tensor:
-        # Q = A V Lambda^-1/2 from the K x K Gram matrix; sources that coincide count once.
-        rows = steering * present.unsqueeze(-1)
-        values, vectors = torch.linalg.eigh(rows.conj() @ rows.mT)
-        apart = values > self.array.size * torch.finfo(values.dtype).eps * values[..., -1:]
-        scale = torch.where(apart, values, 1.0).rsqrt() * apart
-        whiten = vectors * scale.unsqueeze(-2)
-        energy = weighted_energy(at_sources @ whiten.conj(), signal).sum(-1)
-        occupied = present.any(-1)
-        loss = (1.0 - energy / apart.sum(-1).clamp_min(1)) * occupied
+        occupied = n_bases > 0
+        loss = (1.0 - energy.sum(-1) / n_bases.clamp_min(1)) * occupied
         return loss.sum() / occupied.sum().clamp_min(1)
 
     def _contrast(

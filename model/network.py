@@ -57,8 +57,8 @@ class Prediction:
         """R_pred, trace N; computed once, and again where gradients are wanted later."""
         kept: LowRankCovariance | None = self.__dict__.get("_covariance")
         wanted = torch.is_grad_enabled() and self.factor.requires_grad
-        if kept is None or (wanted and not kept.factor.requires_grad):
-            kept = LowRankCovariance(self.factor).normalized()
+        if kept is None or (wanted and not kept.requires_grad):
+            kept = LowRankCovariance(self.factor).normalized(moderate=True)
             self.__dict__["_covariance"] = kept
         return kept
 

@@ -7,10 +7,13 @@ from typing import Any
 import torch
 from pydantic import Field
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from physics.columns import Columns, serves
 from physics.config import FrozenModel
 from physics.precision import in_full_precision
-from physics.scaling import divide, divisor, energy, multiply, peak
+from physics.scaling import divide, divisor, energy, multiply, peak, power
+from physics.subspace import dominant_energy
 from physics.tikhonov import Solver, tikhonov_solve
 
 
@@ -23,93 +26,117 @@ class BlendConfig(FrozenModel):
 
 
 class LowRankCovariance:
-    """Hermitian positive semi-definite matrix ``R = F F^H + loading I``.
+    """Hermitian positive semi-definite matrix ``R = F F^H + loading I`` with ``F = C diag(s)``.
 
     Args:
-        factor: F (…, N, r) complex, or its columns in several blocks (…, N, r_i) of one leading
-            shape. Products are taken block by block, so that backward leaves out blocks that
-            need no gradient, such as R_samp's in a blend.
+        columns: C (…, N, r) complex: the factor itself, or steering vectors of sources.
         loading: (…) real, at least 0, or None for none.
+        amplitudes: s (…, r) real, at least 0, or None for ones. Scaling and blending change these
+            alone: the columns, and what was computed of them, are shared. A blend keeps the
+            columns of its parts apart, so that backward leaves out those that need no gradient.
 
     The methods cost O(N r^2) at most; only :meth:`dense` forms N x N.
     """
 
-    def __init__(self, factor: Tensor | tuple[Tensor, ...], loading: Tensor | None = None) -> None:
-        blocks = (factor,) if isinstance(factor, Tensor) else factor
-        for block in blocks:
-            if not block.is_complex() or block.ndim < 2:
-                raise ValueError(
-                    f"factor is {block.dtype} of shape {tuple(block.shape)}; "
-                    "expected a complex tensor (..., N, r)"
-                )
-            if 0 in block.shape[-2:]:
-                raise ValueError(
-                    f"factor has shape {tuple(block.shape)}; expected at least one row and "
-                    "column (a zero column stands for rank 0)"
-                )
-        if loading is None:
-            loading = blocks[0].real.new_zeros(blocks[0].shape[:-2])
-        elif loading.is_complex():
+    def __init__(
+        self,
+        columns: Tensor,
+        loading: Tensor | None = None,
+        amplitudes: Tensor | None = None,
+    ) -> None:
+        if loading is not None and loading.is_complex():
             raise ValueError(f"loading is {loading.dtype}; expected a real tensor (...)")
+        self._set((Columns(columns, amplitudes),), loading)
+
+    @classmethod
+    def _of(
+        cls, blocks: tuple[Columns, ...], loading: Tensor | None, *, at_trace_n: bool = False
+    ) -> LowRankCovariance:
+        """Of columns that are there already, known to be at trace N or not."""
+        made = cls.__new__(cls)
+        made._set(blocks, loading, at_trace_n)
+        return made
+
+    def _set(
+        self, blocks: tuple[Columns, ...], loading: Tensor | None, at_trace_n: bool = False
+    ) -> None:
         self._blocks = blocks
-        self.loading = loading
-        self._at_trace_n = False
+        self._loading = loading
+        self._at_trace_n = at_trace_n
         self._factor: Tensor | None = None
         self._gram: Tensor | None = None
 
     def __repr__(self) -> str:
         return (
             f"LowRankCovariance(batch={tuple(self.batch_shape)}, size={self.size}, "
-            f"rank={self.rank}, dtype={self.factor.dtype}, device={self.factor.device})"
+            f"rank={self.rank}, dtype={self.dtype}, device={self.device})"
         )
 
     @property
-    def factor(self) -> Tensor:
-        """F (…, N, r), put together once."""
-        if len(self._blocks) == 1:
-            return self._blocks[0]
-        if self._factor is None or not self._serves(self._factor):
-            self._factor = torch.cat(self._blocks, dim=-1)
-        return self._factor
+    def dtype(self) -> torch.dtype:
+        """Of the columns."""
+        return self._blocks[0].columns.dtype
 
-    def _serves(self, kept: Tensor) -> bool:
-        """Whether a kept product may be used here; one made without a graph lacks the gradient."""
-        wanted = torch.is_grad_enabled() and any(block.requires_grad for block in self._blocks)
-        return kept.requires_grad or not wanted
+    @property
+    def device(self) -> torch.device:
+        """Of the columns."""
+        return self._blocks[0].columns.device
 
     @property
     def size(self) -> int:
         """N."""
-        return self._blocks[0].shape[-2]
+        return self._blocks[0].columns.shape[-2]
 
     @property
     def rank(self) -> int:
         """Columns of the factor, r."""
-        return sum(block.shape[-1] for block in self._blocks)
+        return sum(block.rank for block in self._blocks)
 
     @property
     def batch_shape(self) -> torch.Size:
         """Leading shape."""
-        return torch.broadcast_shapes(self._blocks[0].shape[:-2], self.loading.shape)
+        shapes = [block.batch_shape for block in self._blocks]
+        return torch.broadcast_shapes(*shapes, self.loading.shape)
 
-    @classmethod
-    def of_trace_n(cls, factor: Tensor, total: Tensor) -> LowRankCovariance:
-        """A factor that is known to be at trace N, or zero where ``total`` (…) is.
+    @property
+    def requires_grad(self) -> bool:
+        """Whether a gradient is to flow into the factor."""
+        return any(block.wants_gradient for block in self._blocks)
 
-        As in :meth:`normalized`, zero becomes the identity.
-        """
-        loading = (total == 0).to(factor.dtype.to_real())
-        return cls(factor, loading)._marked(True)
+    @property
+    def loading(self) -> Tensor:
+        """Diagonal loading (…) real."""
+        if self._loading is None:
+            columns = self._blocks[0].columns
+            return columns.real.new_zeros(columns.shape[:-2])
+        return self._loading
+
+    @property
+    def columns(self) -> Tensor:
+        """C (…, N, r)."""
+        return _joined([block.columns for block in self._blocks], dim=-1)
+
+    @property
+    def amplitudes(self) -> Tensor:
+        """s (…, r)."""
+        batch = torch.broadcast_shapes(*(b.amplitudes.shape[:-1] for b in self._blocks))
+        return torch.cat([b.amplitudes.expand(*batch, b.rank) for b in self._blocks], dim=-1)
+
+    @property
+    def factor(self) -> Tensor:
+        """F (…, N, r), put together once."""
+        if self._factor is None or not self._keeps(self._factor):
+            self._factor = _joined([block.factor() for block in self._blocks], dim=-1)
+        return self._factor
+
+    def _keeps(self, product: Tensor) -> bool:
+        return serves(product, self.requires_grad)
 
     def detach(self) -> LowRankCovariance:
         """The same matrix, cut from the graph."""
-        same = LowRankCovariance(self.factor.detach(), self.loading.detach())
-        return same._marked(self._at_trace_n)
-
-    def _marked(self, at_trace_n: bool) -> LowRankCovariance:
-        """This matrix, remembered as being at trace N so that it is not scaled again."""
-        self._at_trace_n = at_trace_n
-        return self
+        blocks = tuple(block.detach() for block in self._blocks)
+        loading = None if self._loading is None else self._loading.detach()
+        return self._of(blocks, loading, at_trace_n=self._at_trace_n)
 
     def to(self, *args: Any, **kwargs: Any) -> LowRankCovariance:
         """Move the factor by ``Tensor.to``; the loading follows in the matching real dtype."""
@@ -119,47 +146,64 @@ class LowRankCovariance:
     @in_full_precision
     def gram(self) -> Tensor:
         """F^H F (…, r, r), computed once."""
-        if self._gram is None or not self._serves(self._gram):
-            blocks = self._blocks
-            upper = {
-                (i, j): blocks[i].mH @ blocks[j] for j in range(len(blocks)) for i in range(j + 1)
-            }
-            rows = [
-                [upper[i, j] if i <= j else upper[j, i].mH for j in range(len(blocks))]
-                for i in range(len(blocks))
-            ]
-            self._gram = torch.cat([torch.cat(row, dim=-1) for row in rows], dim=-2)
+        if self._gram is None or not self._keeps(self._gram):
+            rows: list[list[Tensor]] = []
+            for i, one in enumerate(self._blocks):
+                before = [rows[j][i].mH for j in range(i)]
+                after = [one.across(other) for other in self._blocks[i + 1 :]]
+                rows.append([*before, one.gram(), *after])
+            self._gram = _joined([_joined(row, dim=-1) for row in rows], dim=-2)
         return self._gram
 
     @in_full_precision
     def dense(self) -> Tensor:
         """The matrix itself (…, N, N)."""
-        eye = torch.eye(self.size, dtype=self.factor.dtype, device=self.factor.device)
+        eye = torch.eye(self.size, dtype=self.dtype, device=self.device)
         return self.factor @ self.factor.mH + self.loading[..., None, None] * eye
 
     def trace(self) -> Tensor:
         """tr R (…) real."""
-        return self._factor_energy() + self.size * self.loading
+        energy = self._factor_energy()
+        return energy if self._loading is None else energy + self.size * self._loading
 
     def _factor_energy(self) -> Tensor:
         """||F||_F^2 (…), which follows from the loading where the trace is N."""
         if self._at_trace_n:
             return self.size * (1.0 - self.loading)
-        return energy(self.factor)
+        return self.gram().diagonal(dim1=-2, dim2=-1).real.sum(-1)
 
-    def normalized(self) -> LowRankCovariance:
-        """R scaled to trace N. The zero matrix, which says nothing, becomes the identity."""
+    def normalized(self, *, moderate: bool = False) -> LowRankCovariance:
+        """R scaled to trace N. The zero matrix, which says nothing, becomes the identity.
+
+        Args:
+            moderate: the caller knows that no product of two entries over- or underflows; the
+                columns then stay as they are. Otherwise they are brought to modulus 1 first.
+        """
         if self._at_trace_n:
             return self
-        scale = divisor(torch.maximum(peak(self.factor), self.loading.detach().sqrt()))
-        factor = divide(self.factor, scale[..., None, None])
-        loading = self.loading / scale / scale
-        trace = energy(factor) + self.size * loading
+        unit = self if moderate else self._without_scale()
+        trace = unit.trace()
         known = trace > 0
-        scale = self.size / torch.where(known, trace, torch.ones_like(trace))
-        loading = torch.where(known, loading * scale, torch.ones_like(loading))
-        factor = multiply(factor, scale.sqrt()[..., None, None])
-        return LowRankCovariance(factor, loading)._marked(True)
+        scale = self.size / torch.where(known, trace, 1.0)
+        if unit._loading is None:
+            loading = (~known).to(trace.dtype)
+        else:
+            loading = torch.where(known, unit._loading * scale, 1.0)
+        return unit._scaled(scale.sqrt(), loading, at_trace_n=True)
+
+    def reweighted(self, amplitudes: Tensor) -> LowRankCovariance:
+        """``C diag(s)^2 C^H`` of the same columns with other amplitudes s (…, r), unloaded."""
+        parts = amplitudes.split([block.rank for block in self._blocks], dim=-1)
+        blocks = tuple(b.reweighted(p) for b, p in zip(self._blocks, parts, strict=True))
+        return self._of(blocks, None)
+
+    def _scaled(
+        self, root: Tensor, loading: Tensor | None = None, *, at_trace_n: bool = False
+    ) -> LowRankCovariance:
+        """The same columns with their amplitudes times ``root`` (…), and another loading."""
+        blocks = tuple(block.scaled(root) for block in self._blocks)
+        loading = self.loading if loading is None else loading
+        return self._of(blocks, loading, at_trace_n=at_trace_n)
 
     def shrunk(self, shrinkage: float | Tensor) -> LowRankCovariance:
         """``(1 - rho) R + rho tr(R)/N I``, which keeps the trace.
@@ -170,15 +214,13 @@ class LowRankCovariance:
         if isinstance(shrinkage, float) and shrinkage == 0.0:
             return self
         rho = _fraction("shrinkage", shrinkage, self.loading)
-        mean = self.trace() / self.size
-        factor = multiply(self.factor, (1.0 - rho).sqrt()[..., None, None])
-        shrunk = LowRankCovariance(factor, (1.0 - rho) * self.loading + rho * mean)
-        return shrunk._marked(self._at_trace_n)
+        loading = (1.0 - rho) * self.loading + rho * self.trace() / self.size
+        return self._scaled((1.0 - rho).sqrt(), loading, at_trace_n=self._at_trace_n)
 
     def loaded(self, loading: float | Tensor) -> LowRankCovariance:
         """``R + loading tr(R)/N I``: diagonal loading relative to the mean diagonal."""
-        mean = self.trace() / self.size
-        return LowRankCovariance(self.factor, self.loading + loading * mean)
+        raised = self.loading + loading * self.trace() / self.size
+        return self._of(self._blocks, raised)
 
     @in_full_precision
     def inner(self, other: LowRankCovariance) -> Tensor:
@@ -187,11 +229,16 @@ class LowRankCovariance:
         ``||F^H G||^2 + a ||G||^2 + b ||F||^2 + a b N`` for ``R = F F^H + a I, S = G G^H + b I``.
         """
         return (
-            (energy(self.gram()) if other is self else energy(self.project(other.factor.mT)))
+            (energy(self.gram()) if other is self else self._cross_energy(other))
             + self.loading * other._factor_energy()
             + other.loading * self._factor_energy()
             + self.size * self.loading * other.loading
         )
+
+    def _cross_energy(self, other: LowRankCovariance) -> Tensor:
+        """||F^H G||^2 (…)."""
+        energies = power(self.project(other.columns.mT)).sum(-2)
+        return (energies * other.amplitudes.square()).sum(-1)
 
     @in_full_precision
     def matmul(self, x: Tensor) -> Tensor:
@@ -213,9 +260,8 @@ class LowRankCovariance:
     @in_full_precision
     def quadratic(self, vectors: Tensor) -> Tensor:
         """``v^H R v`` (…, G) of row vectors (…, G, N)."""
-        norm = vectors.abs().square().sum(-1)
-        energy = torch.view_as_real(self.project(vectors)).square().sum((-3, -1))
-        return energy + self.loading[..., None] * norm
+        projected = power(self.project(vectors)).sum(-2)
+        return projected + self.loading[..., None] * power(vectors).sum(-1)
 
     @in_full_precision
     def inverse_quadratic(self, vectors: Tensor) -> Tensor:
@@ -227,10 +273,9 @@ class LowRankCovariance:
         self._require_loading("inverse_quadratic")
         z = self.project(vectors).conj()  # F^H v
         whitened = torch.linalg.solve_triangular(self._capacitance_cholesky(), z, upper=False)
-        norm = vectors.abs().square().sum(-1)
-        explained = whitened.abs().square().sum(-2)
+        norm = power(vectors).sum(-1)
         tiny = torch.finfo(norm.dtype).eps * norm
-        return torch.maximum(norm - explained, tiny) / self.loading[..., None]
+        return torch.maximum(norm - power(whitened).sum(-2), tiny) / self.loading[..., None]
 
     def _require_loading(self, what: str) -> None:
         if not bool((self.loading > 0).all()):
@@ -258,28 +303,20 @@ class LowRankCovariance:
         return values + self.loading[..., None]
 
     @in_full_precision
-    def signal_weights(self, n_sources: int | Tensor) -> Tensor:
-        """Hermitian S (…, r, r) such that ``F S F^H`` projects on the dominant subspace.
+    def dominant_energy(
+        self, projected: Tensor, n_sources: int | Tensor, at_most: int | None = None
+    ) -> Tensor:
+        """``||U_K^H v||^2`` (…, G) of vectors that :meth:`project` has seen already.
 
-        With ``F^H F = V Lambda V^H`` it is ``S = V_K Lambda_K^-1 V_K^H`` for the K largest
-        eigenvalues, so that ``||U_K^H a||^2 = (F^H a)^H S (F^H a)`` without ever forming U_K.
-        The gradient is safe at repeated eigenvalues (see :class:`_SignalWeights`).
-
-        Args:
-            n_sources: K, one for all or (…) one for each batch item; at most r counts.
+        See :func:`physics.subspace.dominant_energy`; the scale of R must be moderate.
         """
-        gram = self.gram()
-        counts = torch.as_tensor(n_sources, device=gram.device)
-        batch = torch.broadcast_shapes(counts.shape, gram.shape[:-2])
-        gram, counts = gram.expand(*batch, *gram.shape[-2:]), counts.expand(batch)
-        weights: Tensor = _SignalWeights.apply(gram, counts)
-        return weights
+        return dominant_energy(self.gram(), projected, n_sources, at_most)
 
     @in_full_precision
     def subspace_energy(self, vectors: Tensor, n_sources: int | Tensor) -> Tensor:
         """``||U_K^H v||^2`` (…, G) of row vectors (…, G, N) and the dominant subspace U_K."""
         unit = self._without_scale()
-        return weighted_energy(unit.project(vectors), unit.signal_weights(n_sources))
+        return unit.dominant_energy(unit.project(vectors), n_sources)
 
     @in_full_precision
     def project(self, vectors: Tensor) -> Tensor:
@@ -287,15 +324,7 @@ class LowRankCovariance:
 
         Vectors without leading dimensions, such as a grid's, make one plain matrix product.
         """
-        parts = []
-        for block in self._blocks:
-            if vectors.ndim == 2:
-                rows = block.mT.reshape(-1, self.size)
-                part = (rows @ vectors.mH).unflatten(0, (*block.shape[:-2], block.shape[-1]))
-            else:
-                part = block.mT @ vectors.mH
-            parts.append(part)
-        return torch.cat(parts, dim=-2)
+        return _joined([block.project(vectors) for block in self._blocks], dim=-2)
 
     @in_full_precision
     def signal_subspace(self, n_sources: int) -> Tensor:
@@ -317,52 +346,17 @@ class LowRankCovariance:
 
     def _without_scale(self) -> LowRankCovariance:
         """The same subspaces from a factor of largest modulus 1; its square cannot overflow."""
-        scale = divisor(peak(self.factor))
-        return LowRankCovariance(
-            divide(self.factor, scale[..., None, None]), self.loading / scale / scale
-        )
+        scale = divisor(torch.maximum(peak(self.factor), self.loading.detach().sqrt()))
+        loading = None if self._loading is None else self._loading / scale / scale
+        return LowRankCovariance(divide(self.factor, scale[..., None, None]), loading)
 
 
-class _SignalWeights(torch.autograd.Function):
-    """S = f(G) with f(lambda) = 1/lambda on the K largest eigenvalues and 0 on the others.
-
-    The derivative of a matrix function (Daleckii and Krein, 1965) weighs ``V^H dG V`` with the
-    divided differences of f. Inside the signal block they are ``-1/(lambda_i lambda_j)``, regular
-    however close the eigenvalues lie; only across the gap ``1/(lambda_i (lambda_i - lambda_j))``
-    can blow up, and there ``1/d`` is broadened to ``d / (d^2 + eps^2)``.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, gram: Tensor, n_sources: Tensor) -> Tensor:
-        # eigh raises on NaN; such items go through as NaN instead, and only they.
-        finite = torch.isfinite(torch.view_as_real(gram)).flatten(-3).all(-1)[..., None, None]
-        eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-        values, vectors = torch.linalg.eigh(torch.where(finite, gram, eye))
-        vectors = torch.where(finite, vectors, torch.full_like(vectors, torch.nan))
-        rank = gram.shape[-1]
-        order = torch.arange(rank, device=gram.device)
-        eps = torch.finfo(values.dtype).eps
-        floor = (values[..., -1:] * rank * eps).clamp_min(torch.finfo(values.dtype).tiny)
-        signal = (order >= rank - n_sources.unsqueeze(-1)) & (values > floor)
-        inverse = torch.where(signal, 1.0 / values.clamp_min(floor), torch.zeros_like(values))
-        ctx.save_for_backward(values, vectors, inverse, signal, floor)
-        return (vectors * inverse.unsqueeze(-2)) @ vectors.mH
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        values, vectors, inverse, signal, floor = ctx.saved_tensors
-        inside = -inverse.unsqueeze(-1) * inverse.unsqueeze(-2)
-        # In units of the largest eigenvalue, so that no square over- or underflows.
-        unit = values[..., -1:].clamp_min(torch.finfo(values.dtype).tiny)
-        gap = (values.unsqueeze(-1) - values.unsqueeze(-2)) / unit.unsqueeze(-1)
-        broadening = (8.0 * floor / unit).unsqueeze(-1)
-        across = gap / (gap.square() + broadening.square()) / unit.unsqueeze(-1)
-        one_sided = signal.unsqueeze(-1) != signal.unsqueeze(-2)
-        difference = inverse.unsqueeze(-1) - inverse.unsqueeze(-2)
-        divided = inside + torch.where(one_sided, difference * across, torch.zeros_like(across))
-        hermitian = 0.5 * (grad + grad.mH)
-        core = vectors.mH @ hermitian @ vectors
-        return vectors @ (core * divided) @ vectors.mH, None
+def _joined(parts: list[Tensor], dim: int) -> Tensor:
+    """One tensor of parts (…, n, m)."""
+    if len(parts) == 1:
+        return parts[0]
+    batch = torch.broadcast_shapes(*(part.shape[:-2] for part in parts))
+    return torch.cat([part.expand(*batch, *part.shape[-2:]) for part in parts], dim=dim)
 
 
 def _fraction(name: str, value: float | Tensor, like: Tensor) -> Tensor:
@@ -389,18 +383,14 @@ def blend(
     """
     predicted, measured = predicted.normalized(), measured.normalized()
     weight = _fraction("beta", beta, predicted.loading)
-    batch = torch.broadcast_shapes(predicted.batch_shape, measured.batch_shape, weight.shape)
-    parts = (
-        multiply(predicted.factor, (1.0 - weight).sqrt()[..., None, None]),
-        multiply(measured.factor, weight.sqrt()[..., None, None]),
-    )
-    blocks = tuple(part.expand(*batch, *part.shape[-2:]) for part in parts)
+    parts = (predicted._scaled((1.0 - weight).sqrt()), measured._scaled(weight.sqrt()))
     loading = (1.0 - weight) * predicted.loading + weight * measured.loading
-    return LowRankCovariance(blocks, loading)._marked(True)
+    return LowRankCovariance._of(parts[0]._blocks + parts[1]._blocks, loading, at_trace_n=True)
 
 
+@in_full_precision
 def nmse(
-    estimate: LowRankCovariance, truth: LowRankCovariance, cross: Tensor | None = None
+    estimate: LowRankCovariance, truth: LowRankCovariance, projected: Tensor | None = None
 ) -> Tensor:
     """Normalised mean-square error ``||R^ - R||_F^2 / ||R||_F^2`` (…) of trace-normalised matrices.
 
@@ -411,28 +401,39 @@ def nmse(
     Args:
         estimate: R^.
         truth: R.
-        cross: ``||F^H G||^2`` (…) of the matrices at trace N, where it is known already.
+        projected: ``estimate.project(truth.columns.mT)``, where it is known already.
     """
-    estimate, truth = estimate.normalized(), truth.normalized()
-    if cross is None:
-        cross = energy(estimate.project(truth.factor.mT))
+    if projected is not None:
+        # Columns at another scale would have been projected by that scale.
+        estimate, truth = estimate.normalized(moderate=True), truth.normalized(moderate=True)
+    else:
+        estimate, truth = estimate.normalized(), truth.normalized()
+    if projected is None:
+        projected = estimate.project(truth.columns.mT)
     own = energy(truth.gram())
-    error = energy(estimate.gram()) - 2.0 * cross + own
-    error = error - truth.size * (estimate.loading - truth.loading).square()
+    error: Tensor = _EnergyBeyond.apply(estimate.gram(), projected, truth.amplitudes.square())
+    error = error + (own - truth.size * (estimate.loading - truth.loading).square())
     norm = own + truth.size * truth.loading * (2.0 - truth.loading)
     return error.clamp_min(0.0) / norm
 
 
-@in_full_precision
-def weighted_energy(projected: Tensor, weights: Tensor) -> Tensor:
-    """``(F^H v)^H S (F^H v)`` (…, G) of Hermitian S (…, r, r).
+class _EnergyBeyond(torch.autograd.Function):
+    """``||F^H F||^2 - 2 ||F^H G||^2`` (…) from F^H F, conj(F^H C) and s^2 of ``G = C diag(s)``."""
 
-    Args:
-        projected: ``conj(F^H v)`` (…, r, G), as :meth:`LowRankCovariance.project` gives it.
-        weights: S, as :meth:`LowRankCovariance.signal_weights` gives it.
-    """
-    product = torch.view_as_real(weights.mT @ projected) * torch.view_as_real(projected)
-    return product.sum((-3, -1))
+    @staticmethod
+    def forward(ctx: Any, gram: Tensor, projected: Tensor, weights: Tensor) -> Tensor:
+        weights = weights.unsqueeze(-2)
+        ctx.save_for_backward(gram, projected, weights)
+        return energy(gram) - 2.0 * (power(projected) * weights).sum((-2, -1))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        gram, projected, weights = ctx.saved_tensors
+        grad = grad[..., None, None]
+        to_gram = multiply(gram, 2.0 * grad).sum_to_size(gram.shape)
+        to_projected = multiply(projected, (-4.0 * grad) * weights).sum_to_size(projected.shape)
+        return to_gram, to_projected, None
 
 
 def source_covariance(steering: Tensor, power: Tensor) -> LowRankCovariance:
@@ -442,11 +443,9 @@ def source_covariance(steering: Tensor, power: Tensor) -> LowRankCovariance:
         steering: (…, K, N) complex steering vectors in rows.
         power: (…, K) real, at least 0; absent sources have none. Without any it is the identity.
     """
-    total = power.sum(-1, keepdim=True)
-    share = power / divisor(total) * steering.shape[-1]  # steering vectors have unit norm
-    return LowRankCovariance.of_trace_n(
-        multiply(steering.mT, share.sqrt().unsqueeze(-2)), total.squeeze(-1)
-    )
+    largest = power.amax(-1, keepdim=True).clamp_min(torch.finfo(power.dtype).tiny)
+    sources = LowRankCovariance(steering.mT, amplitudes=(power / largest).sqrt())
+    return sources.normalized(moderate=True)  # steering vectors have unit norm
 
 
 def covariance_of(snapshots: Tensor) -> LowRankCovariance:

@@ -21,7 +21,6 @@ from physics import (
     simulate,
     tikhonov_solve,
 )
-from physics.covariance import weighted_energy
 from tests.physics.helpers import LargestTensor, complex_normal, eps, relative_error, unit_codes
 from tests.reference import covariance as reference
 
@@ -174,95 +173,6 @@ def test_more_sources_than_columns_are_refused_for_a_basis() -> None:
     for k in (-1, 4):
         with pytest.raises(ValueError, match=r"rank 3 .* 0\.\.3"):
             covariance().signal_subspace(k)
-
-
-@laws
-@given(shape=shapes, seed=st.integers(0, 1000))
-def test_signal_weights_project_on_the_dominant_subspace(
-    shape: tuple[int, int, int], seed: int
-) -> None:
-    B, N, r = shape
-    R = covariance(*shape, seed=seed)
-    counts = torch.randint(0, r + 3, (B,), generator=torch.Generator().manual_seed(seed))
-    projector = R.factor @ R.signal_weights(counts) @ R.factor.mH
-    vectors = complex_normal(B, 4, N, seed=seed)
-    energy = R.subspace_energy(vectors, counts)
-    for b, matrix in enumerate(dense(R)):
-        k = min(int(counts[b]), r, N)
-        U = torch.from_numpy(reference.signal_subspace(matrix, k).copy())
-        # Accurate to eps over the smallest relative eigenvalue that is kept.
-        assert torch.allclose(projector[b], U @ U.mH, atol=1e-7)
-        expected = (vectors[b].conj() @ U).abs().square().sum(-1)
-        assert torch.allclose(energy[b], expected, atol=1e-6)
-    weights = R.signal_weights(counts)
-    assert torch.allclose(weighted_energy(R.project(vectors), weights), energy, atol=1e-6)
-
-
-def test_sources_beyond_the_numerical_rank_add_nothing() -> None:
-    for dtype in DTYPES:
-        factor = complex_normal(2, 6, 2, dtype=dtype)
-        padded = torch.cat([factor, torch.zeros(2, 6, 3, dtype=dtype)], dim=-1)
-        for rows in (padded, torch.cat([factor, factor], dim=-1)):
-            S = LowRankCovariance(rows)
-            projector = S.factor @ S.signal_weights(5) @ S.factor.mH
-            assert float(torch.linalg.matrix_norm(projector, 2).max()) < 1 + 1e-4
-            trace = projector.diagonal(dim1=-2, dim2=-1).sum(-1).real
-            assert torch.allclose(trace, torch.full_like(trace, 2.0), atol=1e-3)
-
-
-def weights_of(factor: Tensor, counts: Tensor) -> Tensor:
-    R = LowRankCovariance(factor)
-    return factor @ R.signal_weights(counts) @ factor.mH
-
-
-def test_gradient_of_the_signal_weights_matches_finite_differences() -> None:
-    factor = complex_normal(3, 5, 3).requires_grad_()
-    counts = torch.tensor([0, 1, 2])
-    assert torch.autograd.gradcheck(lambda f: weights_of(f, counts), (factor,))
-    vectors = complex_normal(2, 5)
-    assert torch.autograd.gradcheck(
-        lambda f: LowRankCovariance(f).subspace_energy(vectors, counts), (factor,)
-    )
-
-
-@pytest.mark.parametrize("scale", [1e-12, 1e12])
-def test_gradient_of_the_subspace_energy_knows_the_scale(scale: float) -> None:
-    plain = complex_normal(2, 6, 3, dtype=torch.complex64).requires_grad_()
-    scaled = (plain.detach() * scale).requires_grad_()
-    vectors = complex_normal(4, 6, seed=1, dtype=torch.complex64)
-    for factor in (plain, scaled):
-        LowRankCovariance(factor).subspace_energy(vectors, 2)[:, 0].sum().backward()
-    assert plain.grad is not None
-    assert scaled.grad is not None
-    assert relative_error(scaled.grad * scale, plain.grad.to(torch.complex128)) < 1e-3
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("repeated", ["all", "across the gap", "inside", "zero", "tiny"])
-def test_lesson_3_gradient_is_finite_at_repeated_eigenvalues(
-    repeated: str, dtype: torch.dtype
-) -> None:
-    diagonal = {
-        "all": [2.0, 2.0, 2.0, 2.0],
-        "across the gap": [3.0, 2.0, 2.0, 1.0],
-        "inside": [2.0, 2.0, 1.0, 1.0],
-        "zero": [0.0, 0.0, 0.0, 0.0],
-        "tiny": [1e-15, 1e-15, 1e-15, 1e-15],
-    }[repeated]
-    factor = torch.zeros(1, 6, 4, dtype=dtype)
-    factor[0, :4] = torch.diag(torch.tensor(diagonal, dtype=dtype))
-    factor.requires_grad_()
-    vectors = complex_normal(3, 6, dtype=dtype)
-    for door in (
-        lambda: LowRankCovariance(factor).normalized().subspace_energy(vectors, 2).sum(),
-        lambda: nmse(LowRankCovariance(factor), covariance(1, 6, 2, dtype=dtype)).sum(),
-    ):
-        (gradient,) = torch.autograd.grad(door(), factor)
-        assert torch.isfinite(gradient).all()
-    if repeated == "inside":
-        exact = torch.autograd.gradcheck if dtype == torch.complex128 else None
-        if exact:
-            assert exact(lambda f: weights_of(f, torch.tensor([2])), (factor,))
 
 
 @laws
@@ -488,18 +398,80 @@ def test_trap_autocast_stays_out_of_the_covariance(device: torch.device) -> None
     assert "rank=8" in repr(R)
 
 
-def test_what_is_kept_without_a_graph_takes_no_gradient_away() -> None:
+@pytest.mark.parametrize("looked_at", ["without gradient", "in inference mode"])
+def test_what_is_kept_without_a_graph_takes_no_gradient_away(looked_at: str) -> None:
     parts = [complex_normal(7, 2, seed=i).requires_grad_() for i in range(2)]
-    truth = LowRankCovariance(complex_normal(7, 2, seed=2))
+    truth, vectors = LowRankCovariance(complex_normal(7, 2, seed=2)), complex_normal(1, 3, 7)
+    quiet = torch.no_grad if looked_at == "without gradient" else torch.inference_mode
 
-    def gradients(*, looked_at: bool) -> tuple[Tensor, ...]:
-        R = LowRankCovariance(tuple(parts))
-        if looked_at:
-            with torch.no_grad():
-                R.gram()
-                R.dense()
-        energy = R.inner(R) + R.inner(truth) + R.factor.abs().square().sum()
-        return torch.autograd.grad(energy, parts)
+    def gradients(*, look: bool) -> tuple[Tensor, ...]:
+        R, S = (LowRankCovariance(part) for part in parts)
+        if look:
+            with quiet():
+                for T in (R, S):
+                    T.gram()
+                    T.dense()
+                    T.project(vectors)
+        B = blend(R, S, 0.3)
+        energy = B.inner(B) + R.inner(truth) + B.factor.abs().square().sum()
+        return torch.autograd.grad(energy + B.project(vectors).abs().sum(), parts)
 
-    for plain, later in zip(gradients(looked_at=False), gradients(looked_at=True), strict=True):
+    for plain, later in zip(gradients(look=False), gradients(look=True), strict=True):
         assert torch.equal(plain, later)
+
+
+def test_amplitudes_scale_the_columns() -> None:
+    columns, amplitudes = (
+        complex_normal(3, 7, 2),
+        torch.tensor([[1.0, 0.0], [2.0, 3.0], [0.5, 1.0]]),
+    )
+    R = LowRankCovariance(columns, amplitudes=amplitudes.double())
+    plain = LowRankCovariance(columns * amplitudes.unsqueeze(-2))
+    vectors = complex_normal(3, 4, 7, seed=1)
+    for value, expected in (
+        (R.dense(), plain.dense()),
+        (R.gram(), plain.gram()),
+        (R.trace(), plain.trace()),
+        (R.project(vectors), plain.project(vectors)),
+        (R.quadratic(vectors), plain.quadratic(vectors)),
+        (R.normalized().dense(), plain.normalized().dense()),
+        (R.normalized(moderate=True).shrunk(0.3).dense(), plain.normalized().shrunk(0.3).dense()),
+        (
+            R.reweighted(amplitudes.double() ** 2).trace(),
+            (plain.factor * amplitudes.unsqueeze(-2)).abs().square().sum((-2, -1)),
+        ),
+        (
+            nmse(R, LowRankCovariance(complex_normal(3, 7, 2, seed=5))),
+            nmse(plain, LowRankCovariance(complex_normal(3, 7, 2, seed=5))),
+        ),
+        (R.to(torch.complex64).dense(), plain.dense().to(torch.complex64)),
+        (R.detach().dense(), plain.dense()),
+    ):
+        assert torch.allclose(value, expected)
+    one = LowRankCovariance(columns[0], amplitudes=amplitudes.double())  # columns broadcast
+    assert one.dense().shape == (3, 7, 7)
+    assert torch.allclose(one.dense()[1], LowRankCovariance(columns[0] * amplitudes[1]).dense())
+
+
+def test_nmse_takes_projections_that_are_known() -> None:
+    R, T = covariance(r=4).normalized(), covariance(r=2, seed=3)
+    known = nmse(R, T, R.project(T.columns.mT))
+    assert torch.allclose(known, nmse(R, T))
+
+
+def test_bad_amplitudes_are_refused() -> None:
+    for bad in (torch.ones(3), torch.ones(2).cfloat()):
+        with pytest.raises(ValueError, match="amplitudes"):
+            LowRankCovariance(complex_normal(4, 2), amplitudes=bad)
+
+
+def test_a_projection_follows_vectors_that_change_in_place() -> None:
+    R, vectors = covariance(), complex_normal(3, 4, 7)
+    R.project(vectors)
+    vectors.mul_(2.0)
+    assert torch.equal(R.project(vectors), R.factor.mT @ vectors.mH)
+    with torch.inference_mode():
+        vectors = complex_normal(3, 4, 7)
+        R.project(vectors)
+        vectors.mul_(2.0)
+        assert torch.equal(R.project(vectors), R.factor.mT @ vectors.mH)

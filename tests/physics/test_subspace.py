@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from physics import LowRankCovariance, nmse
+from tests.physics.helpers import complex_normal, relative_error
+from tests.physics.test_covariance import DTYPES, covariance, dense, laws, shapes
+from tests.reference import covariance as reference
+
+
+@laws
+@given(shape=shapes, seed=st.integers(0, 1000))
+def test_dominant_energy_is_the_energy_in_the_dense_subspace(
+    shape: tuple[int, int, int], seed: int
+) -> None:
+    B, N, r = shape
+    R = covariance(*shape, seed=seed)
+    counts = torch.randint(0, r + 3, (B,), generator=torch.Generator().manual_seed(seed))
+    vectors = complex_normal(B, 4, N, seed=seed)
+    energy = R.subspace_energy(vectors, counts)
+    for b, matrix in enumerate(dense(R)):
+        k = min(int(counts[b]), r, N)
+        U = torch.from_numpy(reference.signal_subspace(matrix, k).copy())
+        # Accurate to eps over the smallest relative eigenvalue that is kept.
+        expected = (vectors[b].conj() @ U).abs().square().sum(-1)
+        assert torch.allclose(energy[b], expected, atol=1e-6)
+    most = int(counts.max())
+    bounded = R.dominant_energy(R.project(vectors), counts, at_most=most)
+    assert torch.allclose(bounded, energy, atol=1e-6)
+
+
+def test_sources_beyond_the_numerical_rank_add_nothing() -> None:
+    for dtype in DTYPES:
+        factor = complex_normal(2, 6, 2, dtype=dtype)
+        padded = torch.cat([factor, torch.zeros(2, 6, 3, dtype=dtype)], dim=-1)
+        every_direction = torch.eye(6, dtype=dtype).expand(2, 6, 6)
+        for rows in (padded, torch.cat([factor, factor], dim=-1)):
+            trace = LowRankCovariance(rows).subspace_energy(every_direction, 5).sum(-1)
+            assert torch.allclose(trace, torch.full_like(trace, 2.0), atol=1e-3)
+
+
+def test_gradient_of_the_dominant_energy_matches_finite_differences() -> None:
+    factor = complex_normal(3, 5, 3).requires_grad_()
+    vectors = complex_normal(2, 5)
+    for counts in (torch.tensor([0, 1, 2]), torch.tensor([3, 2, 1]), 2):
+        assert torch.autograd.gradcheck(
+            lambda f, counts=counts: LowRankCovariance(f).subspace_energy(vectors, counts),
+            (factor,),
+        )
+
+    def energy(f: Tensor, v: Tensor, s: Tensor) -> Tensor:
+        R = LowRankCovariance(f, amplitudes=s.exp())
+        return R.dominant_energy(R.project(v), torch.tensor([0, 1, 2]), at_most=2)
+
+    moving = complex_normal(3, 4, 5, seed=1).requires_grad_()
+    amplitudes = torch.randn(3, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(energy, (factor, moving, amplitudes))
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e12])
+def test_gradient_of_the_subspace_energy_knows_the_scale(scale: float) -> None:
+    plain = complex_normal(2, 6, 3, dtype=torch.complex64).requires_grad_()
+    scaled = (plain.detach() * scale).requires_grad_()
+    vectors = complex_normal(4, 6, seed=1, dtype=torch.complex64)
+    for factor in (plain, scaled):
+        LowRankCovariance(factor).subspace_energy(vectors, 2)[:, 0].sum().backward()
+    assert plain.grad is not None
+    assert scaled.grad is not None
+    assert relative_error(scaled.grad * scale, plain.grad.to(torch.complex128)) < 1e-3
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("repeated", ["all", "across the gap", "inside", "zero", "tiny"])
+def test_lesson_3_gradient_is_finite_at_repeated_eigenvalues(
+    repeated: str, dtype: torch.dtype
+) -> None:
+    diagonal = {
+        "all": [2.0, 2.0, 2.0, 2.0],
+        "across the gap": [3.0, 2.0, 2.0, 1.0],
+        "inside": [2.0, 2.0, 1.0, 1.0],
+        "zero": [0.0, 0.0, 0.0, 0.0],
+        "tiny": [1e-15, 1e-15, 1e-15, 1e-15],
+    }[repeated]
+    factor = torch.zeros(1, 6, 4, dtype=dtype)
+    factor[0, :4] = torch.diag(torch.tensor(diagonal, dtype=dtype))
+    factor.requires_grad_()
+    vectors = complex_normal(3, 6, dtype=dtype)
+    for door in (
+        lambda: LowRankCovariance(factor).normalized().subspace_energy(vectors, 2).sum(),
+        lambda: nmse(LowRankCovariance(factor), covariance(1, 6, 2, dtype=dtype)).sum(),
+    ):
+        (gradient,) = torch.autograd.grad(door(), factor)
+        assert torch.isfinite(gradient).all()
+    if repeated == "inside":
+        exact = torch.autograd.gradcheck if dtype == torch.complex128 else None
+        if exact:
+            assert exact(lambda f: LowRankCovariance(f).subspace_energy(vectors, 2), (factor,))
+
+
+def test_nan_in_one_item_stays_there() -> None:
+    factor = complex_normal(3, 6, 2)
+    vectors = complex_normal(4, 6, seed=1)
+    clean = LowRankCovariance(factor).subspace_energy(vectors, 1)
+    factor[1, 2, 0] = complex("nan")
+    R = LowRankCovariance(factor)
+    energy = R.dominant_energy(R.project(vectors), 1)
+    assert torch.isnan(energy[1]).all()
+    assert torch.allclose(energy[::2], clean[::2])
