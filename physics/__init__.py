@@ -1,5 +1,6 @@
 """Near-field physics of a reconfigurable surface: tensors in, tensors out."""
 
+from physics.bounds import crb, scene_crb
 from physics.channel import rician_channel
 from physics.codebook import dft_codebook, draw_codes, hadamard_codebook, quantize, random_codes
 from physics.covariance import (
@@ -10,7 +11,9 @@ from physics.covariance import (
     nmse,
     sample_covariance,
 )
+from physics.detections import Detections
 from physics.geometry import ArrayConfig, PlanarArray, direction, from_cartesian, to_cartesian
+from physics.nomp import NompConfig, NompResult, estimate_snr_db, nomp, polish
 from physics.scene import SceneConfig, Scenes
 from physics.simulate import simulate
 from physics.spectrum import (
@@ -19,13 +22,16 @@ from physics.spectrum import (
     music_spectrum,
     mvdr_spectrum,
 )
-from physics.steering import steering_vector
+from physics.steering import steering_derivatives, steering_vector
 from physics.tikhonov import SolveReport, TikhonovConfig, tikhonov_solve
 
 __all__ = [
     "ArrayConfig",
     "BlendConfig",
+    "Detections",
     "LowRankCovariance",
+    "NompConfig",
+    "NompResult",
     "PlanarArray",
     "PolarGrid",
     "SceneConfig",
@@ -34,20 +40,26 @@ __all__ = [
     "TikhonovConfig",
     "blend",
     "covariance_of",
+    "crb",
     "dft_codebook",
     "direction",
     "draw_codes",
+    "estimate_snr_db",
     "find_peaks",
     "from_cartesian",
     "hadamard_codebook",
     "music_spectrum",
     "mvdr_spectrum",
     "nmse",
+    "nomp",
+    "polish",
     "quantize",
     "random_codes",
     "rician_channel",
     "sample_covariance",
+    "scene_crb",
     "simulate",
+    "steering_derivatives",
     "steering_vector",
     "tikhonov_solve",
     "to_cartesian",

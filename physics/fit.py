@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
 from physics.geometry import PlanarArray
 from physics.precision import in_full_precision
-from physics.scaling import multiply, power
+from physics.scaling import power
 from physics.scene import SourceMode
-from physics.steering import Wavefront, steering_derivatives, steering_vector
+from physics.steering import Wavefront, steering_derivatives
 
 _DAMPING = 1e-2  # of the first step, relative to the diagonal
 _DAMPING_RANGE = (1e-7, 1e7)
+_HOPELESS = 10.0  # a step shorter than a tenth of Newton's that does not help
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,11 @@ class Measurement:
         return replace(self, y=self.y[index], response=self.response[index])
 
     @property
+    def n_rows(self) -> int:
+        """Complex observations of a scene, L M."""
+        return self.y.shape[1] * self.y.shape[2]
+
+    @property
     def energy(self) -> Tensor:
         """||y||^2 (B,)."""
         return power(self.y).sum((-2, -1))
@@ -78,82 +84,103 @@ class Fit:
     amplitude: Tensor  # (B, G, K) complex
     cost: Tensor  # (B,) energy of the residual
     residual: Tensor  # (B, G, R) complex
+    gram: Tensor  # (B, G, K, K) of the sources' signals
+    seen: Tensor  # (B, G, K) inner products of the sources' signals with y
 
     @property
     def position(self) -> Tensor:
         """(B, K, 3) azimuth, elevation [rad], range [m]."""
-        angles, q = self.coordinates[..., :2], self.coordinates[..., 2:]
-        return torch.cat([angles, q.reciprocal()], dim=-1)
+        return position_of(self.coordinates)
+
+    def where(self, condition: Tensor, other: Fit) -> Fit:
+        """This fit in the scenes (B,) that meet the condition, the other one elsewhere."""
+
+        def pick(one: Tensor, two: Tensor) -> Tensor:
+            return torch.where(condition.view(-1, *(1,) * (one.ndim - 1)), one, two)
+
+        return Fit(
+            **{f.name: pick(getattr(self, f.name), getattr(other, f.name)) for f in fields(Fit)}
+        )
 
 
-def solve_amplitudes(measurement: Measurement, atoms: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Amplitudes of atoms (B, G, K, R) by least squares.
-
-    Atoms that coincide share theirs: the Gram matrix is loaded at its rounding.
-
-    Returns:
-        amplitude (B, G, K), residual (B, G, R) and the Gram matrix's Cholesky factor
-        (B, G, K, K).
-    """
-    gram = atoms.conj() @ atoms.mT
-    seen = (atoms.conj() @ measurement.y.unsqueeze(-1)).squeeze(-1)
-    cholesky = loaded_cholesky(gram)
-    amplitude = torch.cholesky_solve(seen.unsqueeze(-1), cholesky).squeeze(-1)
-    residual = measurement.y - (amplitude.unsqueeze(-2) @ atoms).squeeze(-2)
-    return amplitude, residual, cholesky
+def position_of(coordinates: Tensor) -> Tensor:
+    """Azimuth, elevation, range from azimuth, elevation, inverse range (…, 3), or the reverse."""
+    return torch.cat([coordinates[..., :2], coordinates[..., 2:].reciprocal()], dim=-1)
 
 
 def loaded_cholesky(gram: Tensor) -> Tensor:
-    """Cholesky factor of a Gram matrix loaded at 30 times the rounding of its diagonal."""
+    """Cholesky factor of Gram matrices (…, K, K) loaded at the rounding of their diagonal.
+
+    Sources that coincide then share their amplitude, and absent ones (zero rows) have none.
+    """
     kind = torch.finfo(gram.dtype)
     diagonal = gram.diagonal(dim1=-2, dim2=-1).real
     level = 30 * kind.eps * diagonal.amax(-1, keepdim=True) + kind.tiny
-    return torch.linalg.cholesky_ex(gram + torch.diag_embed(level.expand_as(diagonal)).to(gram.dtype))[0]
-
-
-def evaluate(measurement: Measurement, coordinates: Tensor) -> Fit:
-    """The fit of given coordinates (B, K, 3) = azimuth, elevation, inverse range."""
-    atoms = measurement.rows(_steering(measurement, coordinates))
-    amplitude, residual, _ = solve_amplitudes(measurement, atoms)
-    return Fit(coordinates, amplitude, power(residual).sum((-2, -1)), residual)
-
-
-def _steering(measurement: Measurement, coordinates: Tensor) -> Tensor:
-    position = torch.cat([coordinates[..., :2], coordinates[..., 2:].reciprocal()], dim=-1)
-    return steering_vector(position, measurement.array, measurement.wavefront)
+    loaded = gram + torch.diag_embed(level.expand_as(diagonal)).to(gram.dtype)
+    factor: Tensor = torch.linalg.cholesky_ex(loaded)[0]
+    return factor
 
 
 def normal_equations(
-    measurement: Measurement, coordinates: Tensor
+    measurement: Measurement, coordinates: Tensor, present: Tensor | None = None
 ) -> tuple[Fit, Tensor, Tensor]:
     """The fit at coordinates, with the Gauss-Newton matrix and gradient of its cost.
 
-    With amplitudes eliminated, the Jacobian of the residual is ``-P D`` (Kaufman, 1975): D holds
-    the derivatives of the sources' signals and P projects away the sources' own. The matrix
-    ``Re(D^H P D)`` is also the Fisher information of the coordinates, times sigma^2 / 2.
+    With amplitudes eliminated, the Jacobian of the residual is ``-P D`` (Kaufman, "A variable
+    projection method for solving separable nonlinear least squares problems", BIT 15, 1975): D
+    holds the derivatives of the sources' signals and P projects away the signals themselves.
+    ``Re(D^H P D)`` times ``2 / sigma^2`` is also the Fisher information of the coordinates.
+
+    Args:
+        measurement: B scenes.
+        coordinates: (B, K, 3) azimuth, elevation [rad], inverse range [1/m].
+        present: (B, K) bool, which of them hold a source; all if left out.
 
     Returns:
-        the fit, ``Re(D^H P D)`` (B, 3 K, 3 K) and ``Re(D^H P r)`` (B, 3 K), for coordinates in
-        the order of the sources.
+        the fit, ``Re(D^H P D)`` (B, 3 K, 3 K) and ``Re(D^H r)`` (B, 3 K), by source, then by
+        coordinate.
     """
     n_sources = coordinates.shape[-2]
-    position = torch.cat([coordinates[..., :2], coordinates[..., 2:].reciprocal()], dim=-1)
-    a, da = steering_derivatives(position, measurement.array, measurement.wavefront)
-    seen = measurement.rows(torch.cat([a, da.flatten(-3, -2)], dim=-2))
-    atoms, slopes = seen[..., :n_sources, :], seen[..., n_sources:, :]
-    amplitude, residual, cholesky = solve_amplitudes(measurement, atoms)
-    D = slopes * amplitude.repeat_interleave(3, dim=-1).unsqueeze(-1)  # (B, G, 3 K, R)
+    a, da = steering_derivatives(position_of(coordinates), measurement.array, measurement.wavefront)
+    vectors = torch.cat([a, da.flatten(-3, -2)], dim=-2)
+    if present is not None:
+        occupied = torch.cat([present, present.repeat_interleave(3, dim=-1)], dim=-1)
+        vectors = vectors * occupied.unsqueeze(-1)
+    signals = measurement.rows(vectors)
+    atoms, slopes = signals[..., :n_sources, :], signals[..., n_sources:, :]
+    conjugate = atoms.conj().resolve_conj()
+    gram = conjugate @ atoms.mT
+    seen = (conjugate @ measurement.y.unsqueeze(-1)).squeeze(-1)
+    cholesky = loaded_cholesky(gram)
+    amplitude = torch.cholesky_solve(seen.unsqueeze(-1), cholesky).squeeze(-1)
+    residual = measurement.y - (amplitude.unsqueeze(-2) @ atoms).squeeze(-2)
+    D, matrix = gauss_newton(atoms, slopes, amplitude, cholesky)
+    gradient = (
+        (torch.view_as_real(D) * torch.view_as_real(residual).unsqueeze(-3)).sum((-2, -1)).sum(1)
+    )
+    cost = power(residual).sum((-2, -1))
+    return Fit(coordinates, amplitude, cost, residual, gram, seen), matrix, gradient
+
+
+def gauss_newton(
+    atoms: Tensor, slopes: Tensor, amplitude: Tensor, cholesky: Tensor
+) -> tuple[Tensor, Tensor]:
+    """D^T (B, G, 3 K, R) and ``Re(D^H P D)`` (B, 3 K, 3 K).
+
+    Args:
+        atoms: (B, G, K, R) signals of unit sources.
+        slopes: (B, G, 3 K, R) their derivatives.
+        amplitude: (B, G, K) complex.
+        cholesky: (B, G, K, K) factor of the signals' Gram matrix.
+    """
+    D = slopes * amplitude.repeat_interleave(3, dim=-1).unsqueeze(-1)
     inside = torch.linalg.solve_triangular(cholesky, atoms.conj() @ D.mT, upper=False)
-    matrix = _real_gram(D.transpose(-1, -2)) - _real_gram(inside)
-    gradient = (D.conj() @ residual.unsqueeze(-1)).real.squeeze(-1).sum(1)
-    fit = Fit(coordinates, amplitude, power(residual).sum((-2, -1)), residual)
-    return fit, matrix, gradient
+    return D, _real_gram(D) - _real_gram(inside.mT)
 
 
-def _real_gram(columns: Tensor) -> Tensor:
-    """``Re sum_g C_g^H C_g`` (B, P, P) of (B, G, R, P): one product of real matrices."""
-    rows = torch.view_as_real(columns.resolve_conj().contiguous())  # (B, G, R, P, 2)
-    flat = rows.movedim(-2, 1).flatten(2)  # (B, P, G R 2)
+def _real_gram(rows: Tensor) -> Tensor:
+    """``Re sum_g C_g^H C_g`` (B, P, P) of rows C^T (B, G, P, R): one product of real matrices."""
+    flat = torch.view_as_real(rows.transpose(1, 2).contiguous()).flatten(2)  # (B, P, 2 G R)
     return flat @ flat.mT
 
 
@@ -163,68 +190,56 @@ def refine(
     coordinates: Tensor,
     bounds: Tensor,
     n_iterations: int,
-    *,
-    tolerance: float | None = None,
-) -> Fit:
+    present: Tensor | None = None,
+) -> tuple[Fit, Tensor]:
     """Joint Levenberg-Marquardt refinement of all sources of every scene.
 
     Steps that do not lower a scene's cost are undone and its damping is raised; coordinates at a
-    bound that the gradient pushes outwards are held there.
+    bound that the gradient pushes outwards are held there. It ends early when no scene gains
+    any more.
 
     Args:
         measurement: B scenes.
         coordinates: (B, K, 3) start: azimuth, elevation [rad], inverse range [1/m].
         bounds: (2, 3) least and greatest value of each coordinate.
         n_iterations: the most steps to take.
-        tolerance: stop when no scene's cost fell by more than this share in a step; the rounding
-            of the dtype if left out.
+        present: (B, K) bool, which of them hold a source; all if left out.
+
+    Returns:
+        the fit and ``Re(D^H P D)`` (B, 3 K, 3 K) there.
 
     Source: Marquardt, "An algorithm for least-squares estimation of nonlinear parameters", J.
     SIAM 11(2), 1963; Golub and Pereyra, "The differentiation of pseudo-inverses and nonlinear
     least squares problems whose variables separate", SIAM J. Numer. Anal. 10(2), 1973.
     """
     low, high = bounds[0], bounds[1]
-    coordinates = coordinates.clamp(low, high)
-    best, matrix, gradient = normal_equations(measurement, coordinates)
+    best, matrix, gradient = normal_equations(measurement, coordinates.clamp(low, high), present)
     kind = torch.finfo(best.cost.dtype)
-    tolerance = 10 * kind.eps if tolerance is None else tolerance
     damping = torch.full_like(best.cost, _DAMPING)
     for _ in range(n_iterations):
         step = _step(best.coordinates, matrix, gradient, damping, low, high)
         moved = (best.coordinates + step).clamp(low, high)
-        fit, new_matrix, new_gradient = normal_equations(measurement, moved)
+        fit, new_matrix, new_gradient = normal_equations(measurement, moved, present)
         better = fit.cost < best.cost
-        gain = torch.where(better, 1.0 - fit.cost / best.cost.clamp_min(kind.tiny), 0.0)
+        settled = fit.cost > best.cost * (1.0 - 10 * kind.eps)  # also where the step failed
         damping = torch.where(better, damping * 0.2, damping * 5.0).clamp(*_DAMPING_RANGE)
-        best = _where(better, fit, best)
+        best = fit.where(better, best)
         matrix = torch.where(better[:, None, None], new_matrix, matrix)
         gradient = torch.where(better[:, None], new_gradient, gradient)
-        if not bool((gain > tolerance).any()) and not bool((~better & (damping < 1e2)).any()):
+        if bool((settled & (better | (damping >= _HOPELESS))).all()):
             break
-    return best
-
-
-def _where(condition: Tensor, one: Fit, other: Fit) -> Fit:
-    pick = condition[:, None, None]
-    return Fit(
-        torch.where(pick, one.coordinates, other.coordinates),
-        torch.where(pick, one.amplitude, other.amplitude),
-        torch.where(condition, one.cost, other.cost),
-        torch.where(pick, one.residual, other.residual),
-    )
+    return best, matrix
 
 
 def _step(
-    coordinates: Tensor,
-    matrix: Tensor,
-    gradient: Tensor,
-    damping: Tensor,
-    low: Tensor,
-    high: Tensor,
+    coordinates: Tensor,  # (B, K, 3)
+    matrix: Tensor,  # (B, 3 K, 3 K)
+    gradient: Tensor,  # (B, 3 K): where the cost falls
+    damping: Tensor,  # (B,)
+    low: Tensor,  # (3,)
+    high: Tensor,  # (3,)
 ) -> Tensor:
-    flat = coordinates.flatten(-2)
-    n_sources = coordinates.shape[-2]
-    # gradient is that of -cost / 2: it points where the cost falls
+    flat, n_sources = coordinates.flatten(-2), coordinates.shape[-2]
     held = ((flat <= low.repeat(n_sources)) & (gradient < 0)) | (
         (flat >= high.repeat(n_sources)) & (gradient > 0)
     )
@@ -232,12 +247,10 @@ def _step(
     diagonal = matrix.diagonal(dim1=-2, dim2=-1)
     kind = torch.finfo(matrix.dtype)
     level = diagonal.amax(-1, keepdim=True) * kind.eps + kind.tiny
-    # Marquardt's scaling; what the data do not see at all stays where it is.
+    # Marquardt's scaling; a coordinate that the data do not see stays where it is.
     scale = (diagonal + level).rsqrt() * free
-    scaled = matrix * scale.unsqueeze(-1) * scale.unsqueeze(-2)
-    eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
-    held_diagonal = torch.diag_embed(1.0 - free)
-    system = scaled + damping[:, None, None] * eye + held_diagonal
+    system = matrix * scale.unsqueeze(-1) * scale.unsqueeze(-2)
+    system = system + torch.diag_embed(damping.unsqueeze(-1) + 1.0 - free)
     cholesky, info = torch.linalg.cholesky_ex(system)
     step = torch.cholesky_solve((gradient * scale).unsqueeze(-1), cholesky).squeeze(-1) * scale
     step = torch.where((info == 0).unsqueeze(-1) & torch.isfinite(step), step, 0.0)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from physics import PlanarArray, direction, steering_vector
+from physics import PlanarArray, direction, steering_derivatives, steering_vector
 from tests.physics.helpers import eps, relative_error
 from tests.reference import steering as reference
 
@@ -215,3 +216,39 @@ def test_trap_near_field_vectors_are_not_centro_symmetric() -> None:
     lost = (near.conj() * near.conj().flip(-1)).sum(-1).abs()
     torch.testing.assert_close(kept, torch.ones_like(kept))
     assert float(lost.mean()) < 0.5
+
+
+@pytest.mark.parametrize("wavefront", ["spherical", "fresnel", "paraxial", "planar"])
+@pytest.mark.parametrize("array", ARRAYS)
+def test_derivatives_match_finite_differences(array: PlanarArray, wavefront: Any) -> None:
+    position = draw(20, seed=3)
+    a, da = steering_derivatives(position, array, wavefront)
+    assert torch.equal(a, steering_vector(position, array, wavefront))
+
+    def moved(axis: int, step: float) -> Tensor:
+        coordinates = torch.cat([position[:, :2], position[:, 2:].reciprocal()], dim=-1)
+        coordinates[:, axis] += step
+        return steering_vector(
+            torch.cat([coordinates[:, :2], coordinates[:, 2:].reciprocal()], dim=-1),
+            array,
+            wavefront,
+        )
+
+    for axis in range(3):
+        slope = (moved(axis, 1e-6) - moved(axis, -1e-6)) / 2e-6
+        assert torch.allclose(da[:, axis], slope, atol=1e-6)
+
+
+@pytest.mark.parametrize("wavefront", ["spherical", "fresnel", "paraxial", "planar"])
+def test_derivatives_are_finite_at_infinite_range_and_on_an_element(wavefront: Any) -> None:
+    array = PlanarArray(3, 3, spacing=0.1, wavelength=0.2)  # an element 0.1 m along x
+    on_element = torch.tensor([[math.pi / 2, 0.0, 0.1], [0.2, 0.1, math.inf]], dtype=torch.float64)
+    _, da = steering_derivatives(on_element, array, wavefront)
+    assert torch.isfinite(torch.view_as_real(da)).all()
+
+
+def test_derivatives_refuse_what_steering_vectors_refuse() -> None:
+    with pytest.raises(ValueError, match="last dimension"):
+        steering_derivatives(torch.zeros(2), PlanarArray())
+    with pytest.raises(ValueError, match="wavefront 'flat' unknown"):
+        steering_derivatives(torch.ones(1, 3), PlanarArray(), "flat")  # type: ignore[arg-type]
