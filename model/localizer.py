@@ -12,12 +12,15 @@ from torch import Tensor
 from model.blending import blended_covariance
 from model.checkpoint import WEIGHTS, CheckpointError, load_tensors, read_config
 from model.config import TrialConfig
+from model.decode import detect
 from model.features import Features, compute_features
 from model.network import Prediction, SnapshotNetwork
 from physics.checks import check_measurement
 from physics.covariance import LowRankCovariance
+from physics.detections import Detections
+from physics.nomp import estimate_snr_db
 from physics.scaling import divide, divisor, peak
-from physics.spectrum import PolarGrid, find_peaks, music_spectrum
+from physics.spectrum import PolarGrid
 from physics.steering import steering_vector
 
 
@@ -92,7 +95,7 @@ class Localizer:
             y: (B, L, M) complex.
             H: (B, M, N) complex, or (M, N) for all.
             codes: (B, L, N) complex, or (L, N) for all.
-            snr_db: one for all, (B,), or None where it is not known.
+            snr_db: one for all, (B,), or None: it is then estimated from the measurement.
 
         Raises:
             TypeError, ValueError: as :func:`physics.checks.check_measurement`, or sizes that the
@@ -107,8 +110,11 @@ class Localizer:
                 "expected a batch (B, L, M) of scenes (locate takes one scene too)"
             )
         y, H, codes = (t.expand(*batch, *t.shape[-2:]) for t in (y, H, codes))
+        # Only their scale, which changes nothing, may be beyond single precision.
+        y, H = (divide(t, divisor(peak(t))[..., None, None]) for t in (y, H))
+        y, H, codes = (t.to(self.device, torch.complex64) for t in (y, H, codes))
         if snr_db is None:
-            level = torch.full(batch, torch.nan, device=self.device)
+            level = estimate_snr_db(y, H, codes, array=self.array, scene=self.config.scene)
         else:
             level = torch.as_tensor(snr_db, dtype=torch.float32, device=self.device)
             if level.ndim > 1 or (level.ndim == 1 and level.shape != batch):
@@ -116,9 +122,6 @@ class Localizer:
                     f"snr_db has shape {tuple(level.shape)}; expected a number or ({batch[0]},)"
                 )
             level = level.expand(batch)
-        # Only their scale, which changes nothing, may be beyond single precision.
-        y, H = (divide(t, divisor(peak(t))[..., None, None]) for t in (y, H))
-        y, H, codes = (t.to(self.device, torch.complex64) for t in (y, H, codes))
         features = compute_features(
             y,
             H,
@@ -130,6 +133,18 @@ class Localizer:
         prediction = self.network(features)
         return prediction, blended_covariance(prediction, features, self.config.blend), features
 
+    def detect(
+        self, y: Tensor, H: Tensor, codes: Tensor, snr_db: float | Tensor | None = None
+    ) -> tuple[Detections, Prediction, LowRankCovariance]:
+        """The sources of a batch in padded form, with the prediction and R_blend behind them.
+
+        Arguments and errors are those of :meth:`predict`.
+        """
+        prediction, blended, _ = self.predict(y, H, codes, snr_db)
+        wavefront = self.config.scene.wavefront
+        found = detect(prediction, blended, self.grid, self.array, wavefront)
+        return found, prediction, blended
+
     def locate(
         self, y: Tensor, H: Tensor, codes: Tensor, snr_db: float | Tensor | None = None
     ) -> list[Source] | list[list[Source]]:
@@ -139,7 +154,7 @@ class Localizer:
             y: (L, M) or (B, L, M) complex.
             H: (M, N) or (B, M, N) complex.
             codes: (L, N) or (B, L, N) complex.
-            snr_db: one for all, (B,), or None where it is not known.
+            snr_db: one for all, (B,), or None: it is then estimated from the measurement.
 
         Returns:
             The sources of the scene, most powerful first; a list of such lists for a batch.
@@ -162,13 +177,10 @@ class Localizer:
 
     def _decode(self, prediction: Prediction, blended: LowRankCovariance) -> list[list[Source]]:
         wavefront = self.config.scene.wavefront
-        counts = (prediction.existence > 0).sum(-1)
-        most = max([1, *counts.tolist()])
-        spectrum = music_spectrum(blended, self.grid, counts.clamp_min(1), self.array, wavefront)
-        positions, heights = find_peaks(spectrum, self.grid, most)
+        found = detect(prediction, blended, self.grid, self.array, wavefront)
         result: list[list[Source]] = []
-        for item, count in enumerate(counts.tolist()):
-            kept = positions[item, :count][heights[item, :count] > 0]
+        for item in range(len(found)):
+            kept = found.position[item][found.present[item]]
             if not len(kept):
                 result.append([])
                 continue

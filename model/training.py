@@ -17,6 +17,7 @@ from model.blending import blended_covariance
 from model.checkpoint import Checkpoint, CheckpointError, has_checkpoint
 from model.config import TrialConfig
 from model.data import open_source
+from model.decode import detect
 from model.features import Features, compute_features
 from model.loss import ScenesLoss
 from model.network import SnapshotNetwork
@@ -28,6 +29,9 @@ from model.optimizer import (
 )
 from model.precision import AmpPolicy
 from physics.covariance import nmse
+from physics.detections import Detections
+from physics.metrics import gospa, match
+from physics.nomp import pursuit_grid
 from physics.scene import Scenes
 
 log = logging.getLogger(__name__)
@@ -67,6 +71,7 @@ class Trainer:
         if self.device.type == "cpu":
             torch.set_num_threads(config.training.threads)
         self.array = config.array.build()
+        self.grid = pursuit_grid(config.scene, self.array)
         self.source = open_source(config, self.device)
         self._seed_epoch(0)
         self.network = SnapshotNetwork(config.network, config.scene, self.array).to(self.device)
@@ -262,31 +267,40 @@ class Trainer:
         """Score the averaged weights on the validation scenes.
 
         Returns:
-            nmse_pred, nmse_blend, and count_accuracy: how often the number of slots that exist is
-            the number of sources.
+            nmse_pred, nmse_blend, count_accuracy (how often the number of slots that exist is the
+            number of sources), and f1 (within 5 degrees, 5 degrees and 1 m) and gospa [m] of the
+            peaks on a coarse grid.
         """
         self.network.eval()
         scenes = self.source.validation()
         raw = {k: p.detach().clone() for k, p in self.network.named_parameters()}
         self._set_weights(self.average.weights)
         try:
-            pred, blended_error, counted = [], [], []
+            wavefront = self.config.scene.wavefront
+            pred, blended_error, counted, found = [], [], [], []
             for start in range(0, len(scenes), _VALIDATION_BATCH):
                 batch = scenes[slice(start, start + _VALIDATION_BATCH)]
                 features = self._features(batch, batch.snr_db)
                 with self.amp.autocast():
                     prediction = self.network(features)
                 blended = blended_covariance(prediction, features, self.config.blend)
-                truth = batch.covariance(self.array, self.config.scene.wavefront)
+                truth = batch.covariance(self.array, wavefront)
                 pred.append(nmse(prediction.covariance, truth).double())
                 blended_error.append(nmse(blended, truth).double())
                 counted.append((prediction.existence > 0).sum(-1) == batch.n_sources)
+                if bool(torch.isfinite(blended_error[-1]).all()):
+                    found.append(detect(prediction, blended, self.grid, self.array, wavefront))
         finally:
             self._set_weights(raw)
+        sound = len(found) == len(pred)  # weights that have diverged locate nothing
+        located = Detections.concatenate(found) if sound else None
+        sources = scenes.position, scenes.present
         return {
             "nmse_pred": float(torch.cat(pred).mean()),
             "nmse_blend": float(torch.cat(blended_error).mean()),
             "count_accuracy": float(torch.cat(counted).double().mean()),
+            "f1": match(located, *sources).f1 if located else math.nan,
+            "gospa": float(gospa(located, *sources).total.mean()) if located else math.nan,
         }
 
     def _set_weights(self, weights: dict[str, Tensor]) -> None:

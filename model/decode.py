@@ -1,0 +1,41 @@
+"""From a prediction to sources: as many as the slots say, where MUSIC on R_blend has its peaks."""
+
+from __future__ import annotations
+
+import torch
+
+from model.network import Prediction
+from physics.covariance import LowRankCovariance
+from physics.detections import Detections
+from physics.geometry import PlanarArray
+from physics.spectrum import PolarGrid, find_peaks, music_spectrum
+from physics.steering import Wavefront
+
+
+@torch.no_grad()
+def detect(
+    prediction: Prediction,
+    blended: LowRankCovariance,
+    grid: PolarGrid,
+    array: PlanarArray,
+    wavefront: Wavefront,
+) -> Detections:
+    """The highest peaks of the MUSIC spectrum of R_blend, highest first.
+
+    Args:
+        prediction: of B scenes; the slots whose existence is more likely than not are counted.
+        blended: their R_blend.
+        grid: where the spectrum is computed; peaks are interpolated between its points.
+        array: the surface.
+        wavefront: model of the steering vectors.
+
+    Returns:
+        As many sources a scene as it has slots and the spectrum peaks.
+    """
+    counts = (prediction.existence > 0).sum(-1)
+    most = max(1, int(counts.max())) if len(counts) else 1
+    spectrum = music_spectrum(blended, grid, counts.clamp_min(1), array, wavefront)
+    position, height = find_peaks(spectrum, grid, most)
+    wanted = torch.arange(most, device=counts.device) < counts.unsqueeze(-1)
+    present = wanted & (height > 0)
+    return Detections(torch.where(present.unsqueeze(-1), position, 1.0), present)
