@@ -1,0 +1,312 @@
+"""Estimators on the same scenes, and what each is worth."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.localizer import Localizer
+from physics.baselines import music, mvdr
+from physics.bounds import scene_crb
+from physics.covariance import LowRankCovariance, nmse, sample_covariance, source_covariance
+from physics.detections import Detections
+from physics.geometry import PlanarArray
+from physics.metrics import (
+    Matching,
+    count_confusion,
+    coverage,
+    crb_gated,
+    errors,
+    f1_interval,
+    gated_recall,
+    gospa,
+    match,
+    median_normalized_error,
+    normalized_errors,
+    subspace_error,
+)
+from physics.nomp import NompConfig, NompResult, nomp, polish
+from physics.scene import SceneConfig, Scenes
+from physics.spectrum import PolarGrid
+from physics.steering import steering_vector
+from physics.tikhonov import TikhonovConfig
+
+BATCH = 64
+COVERAGE = (0.5, 0.9, 0.95)
+RANGE_EDGES = (0.0, 2.0, 4.0, 6.0, 8.0, math.inf)
+SNR_STEP = 5.0
+REFERENCE = "nomp"
+
+Estimate = tuple[Detections, LowRankCovariance | None]
+
+
+@dataclass(frozen=True)
+class Estimator:
+    """A way to find sources in a batch of scenes."""
+
+    name: str
+    note: str
+    run: Callable[[Scenes], Estimate]
+
+
+@dataclass(frozen=True)
+class Truth:
+    """Scenes, and what can be known of their sources."""
+
+    scenes: Scenes
+    steering: Tensor  # (S, K, N) of the model that the scenes were made with
+    crb_std: Tensor  # (S, K, 3) [rad, rad, m]; inf without a source
+    gated: Tensor  # (S, K) bool: sources whose bound is within 2.5 degrees, 2.5 degrees, 0.5 m
+
+    @classmethod
+    def of(cls, scenes: Scenes, array: PlanarArray, config: SceneConfig) -> Truth:
+        """Bounds at the true positions, with the model that the scenes were made with."""
+        bound = scene_crb(scenes, array, config.wavefront, config.source_mode)
+        std = bound.diagonal(dim1=-2, dim2=-1).sqrt()
+        steering = steering_vector(scenes.position, array, config.wavefront)
+        return cls(scenes, steering, std, crb_gated(std) & scenes.present)
+
+
+@dataclass(frozen=True)
+class Score:
+    """One estimator's result on all scenes."""
+
+    name: str
+    note: str
+    scenes_per_second: float
+    found: Detections
+    matching: Matching
+    gospa: Tensor  # (S,) [m]
+    error: Tensor  # (S, K, 3) of the hits, NaN elsewhere
+    nmse: Tensor | None  # (S,) of the covariance, where the estimator gives one
+    subspace: Tensor | None  # (S,)
+
+
+def classical_estimators(
+    array: PlanarArray, scene: SceneConfig, tikhonov: TikhonovConfig, *, snr_known: bool
+) -> list[Estimator]:
+    """MUSIC and MVDR on R_samp, told the number of sources, and NOMP, told nothing but the SNR."""
+    grid = PolarGrid.covering(scene)
+
+    def spectral(method: Callable[..., Detections]) -> Callable[[Scenes], Estimate]:
+        def run(scenes: Scenes) -> Estimate:
+            R = sample_covariance(
+                scenes.y, scenes.H, scenes.codes, tikhonov.regularization, tikhonov.solver
+            )
+            counts = scenes.n_sources
+            most = max(1, int(counts.max()))
+            return method(R, array, scene.wavefront, grid, counts, max_sources=most), R
+
+        return run
+
+    def pursuit(scenes: Scenes) -> Estimate:
+        snr_db = scenes.snr_db if snr_known else None
+        result = nomp(scenes.y, scenes.H, scenes.codes, array=array, scene=scene, snr_db=snr_db)
+        return _with_covariance(result, array, scene)
+
+    criterion = NompConfig().criterion.upper()
+    return [
+        Estimator("music", "MUSIC on R_samp, K told", spectral(music)),
+        Estimator("mvdr", "MVDR on R_samp, K told", spectral(mvdr)),
+        Estimator(REFERENCE, f"NOMP, K by {criterion}", pursuit),
+    ]
+
+
+def network_estimators(
+    localizer: Localizer, array: PlanarArray, scene: SceneConfig, *, snr_known: bool
+) -> list[Estimator]:
+    """The network as it was trained, and its positions refined by maximum likelihood.
+
+    Args:
+        localizer: the network.
+        array, scene: what the refinement is told of the scenes.
+        snr_known: whether either is told the SNR.
+    """
+
+    def network(scenes: Scenes) -> Estimate:
+        snr_db = scenes.snr_db if snr_known else None
+        found, prediction, _ = localizer.detect(scenes.y, scenes.H, scenes.codes, snr_db)
+        return found, prediction.covariance
+
+    def refined(scenes: Scenes) -> Estimate:
+        found, _ = network(scenes)
+        snr_db = scenes.snr_db if snr_known else None
+        result = polish(
+            scenes.y, scenes.H, scenes.codes, found, array=array, scene=scene, snr_db=snr_db
+        )
+        return _with_covariance(result, array, scene)
+
+    return [
+        Estimator("network", "MUSIC on R_blend, K by the slots", network),
+        Estimator("network+refinement", "its positions, refined by maximum likelihood", refined),
+    ]
+
+
+def _with_covariance(result: NompResult, array: PlanarArray, scene: SceneConfig) -> Estimate:
+    power = result.amplitude.abs().square().mean(1)
+    a = steering_vector(result.detections.position, array, scene.wavefront)
+    return result.detections, source_covariance(a, power * result.detections.present)
+
+
+def score(estimator: Estimator, truth: Truth) -> Score:
+    """Run an estimator over all scenes, batch by batch, and compare it with the truth.
+
+    The first batch is run once before the clock starts.
+    """
+    scenes = truth.scenes
+    batches = [slice(i, i + BATCH) for i in range(0, len(scenes), BATCH)]
+    estimator.run(scenes[batches[0]])
+    found: list[Detections] = []
+    error: list[Tensor] = []
+    subspace: list[Tensor] = []
+    seconds = 0.0
+    for index in batches:
+        batch = scenes[index]
+        _synchronize(batch.y)
+        start = time.perf_counter()
+        detections, covariance = estimator.run(batch)
+        _synchronize(batch.y)
+        seconds += time.perf_counter() - start
+        found.append(detections)
+        if covariance is not None:
+            true = source_covariance(truth.steering[index], batch.power)
+            error.append(nmse(covariance, true).double())
+            subspace.append(
+                subspace_error(covariance, truth.steering[index], batch.present).double()
+            )
+    detections = Detections.concatenate(found)
+    matching = match(detections, scenes.position, scenes.present)
+    return Score(
+        estimator.name,
+        estimator.note,
+        len(scenes) / seconds,
+        detections,
+        matching,
+        gospa(detections, scenes.position, scenes.present).total,
+        errors(detections, matching, scenes.position),
+        torch.cat(error) if error else None,
+        torch.cat(subspace) if subspace else None,
+    )
+
+
+def _synchronize(tensor: Tensor) -> None:
+    if tensor.is_cuda:
+        torch.cuda.synchronize(tensor.device)
+
+
+def summary(score: Score, truth: Truth, chosen: Tensor | None = None) -> dict[str, Any]:
+    """What one estimator is worth on some of the scenes (S,) bool; None where undefined."""
+    if chosen is None:
+        chosen = torch.ones(len(truth.scenes), dtype=torch.bool, device=truth.gated.device)
+    matching = score.matching[chosen]
+    present, gated = truth.scenes.present[chosen], truth.gated[chosen]
+    if not len(matching):
+        return {"scenes": 0}
+    error, std = score.error[chosen], truth.crb_std[chosen]
+    low, high = f1_interval(matching)
+    ratio = median_normalized_error(error, std, gated)
+    content: dict[str, Any] = {
+        "scenes": len(matching),
+        "sources": int(present.sum()),
+        "f1": matching.f1,
+        "f1_interval": [low, high],
+        "precision": matching.precision,
+        "recall": matching.recall,
+        "gated_sources": int(gated.sum()),
+        "gated_recall": gated_recall(matching, gated, present),
+        "gospa_m": float(score.gospa[chosen].mean()),
+        "count_accuracy": matching.count_accuracy,
+        "all_found": matching.all_found,
+        "median_error_over_crb": pooled_median(error, std, gated),
+        "median_error_over_crb_azimuth": float(ratio[0]),
+        "median_error_over_crb_elevation": float(ratio[1]),
+        "median_error_over_crb_range": float(ratio[2]),
+    }
+    if score.nmse is not None and score.subspace is not None:
+        content["nmse"] = float(score.nmse[chosen].mean())
+        content["subspace_error"] = float(score.subspace[chosen].mean())
+    if score.found.covariance is not None:
+        found = score.found[chosen]
+        share = coverage(found, matching, truth.scenes.position[chosen], COVERAGE)
+        content["coverage"] = dict(
+            zip((f"{level:g}" for level in COVERAGE), share.tolist(), strict=True)
+        )
+    return _without_nan(content)
+
+
+def pooled_median(error: Tensor, std: Tensor, mask: Tensor) -> float:
+    """Median |error| / CRB over azimuth, elevation and range of the hits of a mask."""
+    values = normalized_errors(error, std)[mask]
+    return float(values[torch.isfinite(values)].median()) if bool(mask.any()) else math.nan
+
+
+def by_range(score: Score, truth: Truth) -> list[dict[str, Any]]:
+    """Recall of the sources in each band of true range."""
+    distance = truth.scenes.position[..., 2]
+    rows = []
+    for low, high in itertools.pairwise(RANGE_EDGES):
+        here = truth.scenes.present & (distance >= low) & (distance < high)
+        gated = here & truth.gated
+        rows.append(
+            _without_nan(
+                {
+                    "low_m": low,
+                    "high_m": high if math.isfinite(high) else None,
+                    "sources": int(here.sum()),
+                    "recall": float(score.matching.hit[here].double().mean()),
+                    "gated_sources": int(gated.sum()),
+                    "gated_recall": float(score.matching.hit[gated].double().mean()),
+                    "median_error_over_crb": pooled_median(score.error, truth.crb_std, gated),
+                }
+            )
+        )
+    return rows
+
+
+def snr_bands(truth: Truth) -> list[tuple[float, float]]:
+    """Bands of 5 dB that hold all scenes."""
+    level = truth.scenes.snr_db
+    low = SNR_STEP * math.floor(float(level.min()) / SNR_STEP)
+    high = SNR_STEP * math.ceil(float(level.max()) / SNR_STEP)
+    count = max(1, round((high - low) / SNR_STEP))
+    return [(low + i * SNR_STEP, low + (i + 1) * SNR_STEP) for i in range(count)]
+
+
+def in_band(truth: Truth, band: tuple[float, float], *, last: bool) -> Tensor:
+    """Scenes (S,) bool whose SNR lies in a band; the last band holds its upper end."""
+    level = truth.scenes.snr_db
+    return (level >= band[0]) & ((level <= band[1]) if last else (level < band[1]))
+
+
+def full_report(score: Score, truth: Truth) -> dict[str, Any]:
+    """Everything that the JSON holds of one estimator."""
+    bands, counts = snr_bands(truth), truth.scenes.n_sources
+    largest = int(max(counts.max(), score.matching.n_found.max()))
+    return {
+        "note": score.note,
+        "scenes_per_second": score.scenes_per_second,
+        "overall": summary(score, truth),
+        "by_snr": [
+            {"low_db": band[0], "high_db": band[1]}
+            | summary(score, truth, in_band(truth, band, last=band == bands[-1]))
+            for band in bands
+        ],
+        "by_k": [
+            {"n_sources": k} | summary(score, truth, counts == k) for k in counts.unique().tolist()
+        ],
+        "by_range": by_range(score, truth),
+        "confusion": count_confusion(counts, score.matching.n_found, largest).tolist(),
+    }
+
+
+def _without_nan(content: dict[str, Any]) -> dict[str, Any]:
+    return {
+        k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in content.items()
+    }

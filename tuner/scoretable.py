@@ -1,0 +1,90 @@
+"""The evaluation's tables on the terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+_WIDTH = 140
+
+
+def print_tables(content: dict[str, Any], console: Console | None = None) -> None:
+    """Overall, by SNR, by the number of sources, and by range."""
+    if console is None:
+        console = Console()
+        if not console.is_terminal:  # a file has no width
+            console = Console(width=_WIDTH)
+    methods = content["methods"]
+    console.print(_overall(content))
+    for title, key, label, value in (
+        ("F1 by SNR [dB]", "by_snr", _snr_label, "f1"),
+        ("all sources found, by their number", "by_k", _k_label, "all_found"),
+        ("recall by true range [m]", "by_range", _range_label, "recall"),
+    ):
+        table = Table(title=title, title_justify="left")
+        table.add_column("method")
+        rows = next(iter(methods.values()))[key]
+        for row in rows:
+            table.add_column(label(row), justify="right")
+        for name, report in methods.items():
+            table.add_row(name, *(_number(row.get(value)) for row in report[key]))
+        console.print(table)
+    snr = content["snr_estimate"]
+    if snr.get("scenes"):
+        console.print(
+            f"SNR from the measurement alone: off by {snr['median_absolute_error_db']:.2f} dB "
+            f"(median), {snr['mean_error_db']:+.2f} dB on average, "
+            f"over {snr['scenes']} scenes"
+        )
+
+
+def _overall(content: dict[str, Any]) -> Table:
+    methods, paired = content["methods"], content["paired_f1"]
+    table = Table(title=f"{content['description']}", title_justify="left")
+    table.add_column("method", no_wrap=True)
+    for head in (
+        "F1 [95 %]", "less NOMP's", "gated recall", "GOSPA [m]", "K right", "all found",
+        "|err|/CRB", "NMSE", "scenes/s",
+    ):  # fmt: skip
+        table.add_column(head, justify="right", no_wrap=True)
+    for name, report in methods.items():
+        numbers = report["overall"]
+        low, high = numbers["f1_interval"]
+        difference = paired.get(name)
+        table.add_row(
+            name,
+            f"{numbers['f1']:.3f} [{low:.3f}, {high:.3f}]",
+            "" if difference is None else _signed(difference),
+            _number(numbers["gated_recall"]),
+            _number(numbers["gospa_m"]),
+            # Who is told K cannot be wrong about it, nor right.
+            "told" if "K told" in report["note"] else _number(numbers["count_accuracy"]),
+            _number(numbers["all_found"]),
+            _number(numbers["median_error_over_crb"]),
+            _number(numbers.get("nmse")),
+            f"{report['scenes_per_second']:.1f}",
+        )
+    return table
+
+
+def _signed(difference: dict[str, Any]) -> str:
+    low, high = difference["interval"]
+    return f"{difference['f1_minus_nomp']:+.3f} [{low:+.3f}, {high:+.3f}]"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+def _snr_label(row: dict[str, Any]) -> str:
+    return f"{row['low_db']:g}..{row['high_db']:g}"
+
+
+def _k_label(row: dict[str, Any]) -> str:
+    return f"K={row['n_sources']}"
+
+
+def _range_label(row: dict[str, Any]) -> str:
+    return f"{row['low_m']:g}.." + ("" if row["high_m"] is None else f"{row['high_m']:g}")

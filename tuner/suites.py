@@ -1,0 +1,60 @@
+"""Scenes that estimators are compared on: as configured, harder, and with a wrong model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from physics.geometry import PlanarArray
+from physics.scene import SceneConfig
+
+
+@dataclass(frozen=True)
+class Suite:
+    """How a suite's scenes differ from the configured ones.
+
+    ``told`` says whether estimators are told of the difference (the classical ones: a network
+    stays as it was trained). Where they are not, they keep the configured model: that mismatch is
+    what the suite is for.
+    """
+
+    description: str
+    changes: dict[str, Any] = field(default_factory=dict)
+    told: bool = False
+    offset: tuple[float, float] | None = None
+
+    def scene(self, configured: SceneConfig) -> SceneConfig:
+        """What the scenes are drawn from."""
+        values = configured.model_dump() | self.changes
+        values["max_sources"] = max(values["max_sources"], values["min_sources"])
+        return SceneConfig.model_validate(values)
+
+    def array(self, configured: PlanarArray) -> PlanarArray:
+        """The surface that the scenes are made with."""
+        if self.offset is None:
+            return configured
+        return PlanarArray(
+            configured.n_horizontal,
+            configured.n_vertical,
+            configured.spacing,
+            configured.wavelength,
+            self.offset,
+        )
+
+
+SUITES: dict[str, Suite] = {
+    "nominal": Suite("scenes as configured"),
+    "jitter": Suite("elements displaced by 15 mm (standard deviation)", {"element_jitter": 0.015}),
+    "phase-error": Suite("element phases off by 20 degrees", {"phase_error_deg": 20.0}),
+    "dropout": Suite("one element in ten dead", {"dropout": 0.1}),
+    "low-snr": Suite("SNR from -15 to 0 dB", {"snr_db": (-15.0, 0.0)}),
+    "near": Suite("sources at 0.5 to 2 m", {"range_m": (0.5, 2.0)}),
+    "many": Suite("4 or 5 sources", {"min_sources": 4, "max_sources": 5}),
+    "origin-paraxial": Suite(
+        "the origin's scenes: paraxial waves, constant symbols, Rayleigh channel, array off its "
+        "centre by half a spacing; the classical estimators are told",
+        {"wavefront": "paraxial", "source_mode": "constant", "k_factor_db": -100.0},
+        told=True,
+        offset=(-0.075, -0.075),
+    ),
+}
