@@ -39,7 +39,7 @@ class NompConfig(FrozenModel):
     new_iterations: int = Field(3, ge=0, description="steps that refine a new source alone")
     joint_iterations: int = Field(5, ge=0, description="steps that refine all after each pick")
     final_iterations: int = Field(10, ge=0, description="steps that refine those that are kept")
-    patience: int = Field(2, ge=1, description="picks in a row without a gain that end the pursuit")
+    patience: int = Field(1, ge=1, description="picks in a row without a gain that end the pursuit")
 
 
 @dataclass(frozen=True)

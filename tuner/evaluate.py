@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,15 +13,10 @@ from tuner.command import DONE, INTERRUPTED, Interruption, execute
 if TYPE_CHECKING:
     from model.config import TrialConfig
     from model.localizer import Localizer
-    from physics.geometry import PlanarArray
-    from physics.scene import Scenes
-    from tuner.scoreboard import Estimator, Score, Truth
-    from tuner.suites import Suite
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
-_SCENES = 512
-_SNR_SCENES = 256  # that the estimate of the SNR is judged on
+_SCENES = 512  # of tuner.evaluation, which is slow to import
 
 
 @app.command()
@@ -80,6 +72,8 @@ def evaluate(
     import torch
 
     from tuner.errors import StudyError
+    from tuner.evaluation import evaluate_suite, write_evaluation
+    from tuner.scoretable import print_tables
 
     chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if chosen.startswith("cuda") and not torch.cuda.is_available():
@@ -103,10 +97,19 @@ def evaluate(
                 "suites": {},
             }
             for name in names:
-                content["suites"][name] = _evaluate_suite(
-                    name, conventions, localizer, scenes, method, not unknown_snr, chosen
+                suite_content = evaluate_suite(
+                    name,
+                    conventions,
+                    localizer,
+                    n_scenes=scenes,
+                    methods=method,
+                    snr_known=not unknown_snr,
+                    device=chosen,
+                    say=typer.echo,
                 )
-            _write(target, content)
+                content["suites"][name] = suite_content
+                print_tables(suite_content)
+            write_evaluation(target, content)
     except KeyboardInterrupt:
         typer.echo("interrupted; nothing was written")
         return INTERRUPTED
@@ -175,180 +178,6 @@ def _check_writable(target: Path) -> None:
             pass
     except OSError as error:
         raise StudyError(f"--out: cannot write to {target.parent}: {error.strerror}") from error
-
-
-def _scenes(
-    config: TrialConfig, suite: Suite, array: PlanarArray, n_scenes: int | None
-) -> tuple[Scenes, str]:
-    """The scenes of a suite, and where they come from."""
-    import numpy as np
-
-    from model.data import check_convention, open_split, simulate_split
-    from physics.scene import Scenes
-
-    scene = suite.scene(config.scene)
-    if config.data.shards is None:
-        count = n_scenes or _SCENES
-        parts = list(simulate_split(config.data, scene, array, "test", count))
-        return Scenes.concatenate(parts), f"{count} simulated, seed {config.data.seed}"
-    folder = Path(config.data.shards)
-    split = open_split(config.data, scene, array, "test" if (folder / "test").is_dir() else "val")
-    check_convention([split])
-    return split.read(np.arange(len(split))), f"{len(split)} of {folder / split.name}"
-
-
-def _evaluate_suite(
-    name: str,
-    config: TrialConfig,
-    localizer: Localizer | None,
-    n_scenes: int | None,
-    methods: list[str] | None,
-    snr_known: bool,
-    device: str,
-) -> dict[str, Any]:
-    from tuner.scoreboard import Truth, full_report, score
-    from tuner.scoretable import print_tables
-    from tuner.suites import SUITES
-
-    suite = SUITES[name]
-    array = config.array.build()
-    made_by, scene = suite.array(array), suite.scene(config.scene)
-    drawn, origin = _scenes(config, suite, made_by, n_scenes)
-    drawn = drawn.to(device)
-    truth = Truth.of(drawn, made_by, scene)
-    # What estimators believe: the fields of view and counts of the suite, and the waves and
-    # surface of the configuration unless they are told otherwise.
-    if not suite.told:
-        believed = {"wavefront": config.scene.wavefront, "source_mode": config.scene.source_mode}
-        scene = scene.model_copy(update=believed)
-    told_array = made_by if suite.told else array
-    estimators = _estimators(localizer, told_array, scene, config, methods, snr_known)
-    typer.echo(f"{name}: {suite.description}; scenes: {origin}")
-    scores: list[Score] = []
-    for estimator in estimators:
-        scores.append(score(estimator, truth))
-        typer.echo(f"  {estimator.name}: {scores[-1].scenes_per_second:.1f} scenes/s")
-    content = {
-        "description": suite.description,
-        "scenes": origin,
-        "gated_share": float(truth.gated.sum() / max(1, int(drawn.present.sum()))),
-        "methods": {s.name: full_report(s, truth) for s in scores},
-        "paired_f1": _paired(scores),
-        "snr_estimate": _snr_estimate(truth, told_array, scene),
-        "curves": {s.name: _curves(s, truth) for s in scores},
-    }
-    print_tables(content)
-    return content
-
-
-def _estimators(
-    localizer: Localizer | None,
-    array: PlanarArray,
-    scene: Any,
-    config: TrialConfig,
-    methods: list[str] | None,
-    snr_known: bool,
-) -> list[Estimator]:
-    from tuner.errors import StudyError
-    from tuner.scoreboard import classical_estimators, network_estimators
-
-    every = classical_estimators(array, scene, config.tikhonov, snr_known=snr_known)
-    if localizer is not None:
-        every = network_estimators(localizer, array, scene, snr_known=snr_known) + every
-    if methods is None:
-        return every
-    names = [estimator.name for estimator in every]
-    for name in methods:
-        if name not in names:
-            needs = " (with --checkpoint)" if name.startswith("network") else ""
-            raise StudyError(f"--method: no method {name!r}{needs}; there are {', '.join(names)}")
-    return [estimator for estimator in every if estimator.name in methods]
-
-
-def _paired(scores: list[Score]) -> dict[str, Any]:
-    """F1 less that of NOMP on the same scenes, with its bootstrap interval."""
-    from physics.metrics import f1_interval
-    from tuner.scoreboard import REFERENCE
-
-    reference = next((s for s in scores if s.name == REFERENCE), None)
-    if reference is None:
-        return {}
-    return {
-        s.name: {
-            "f1_minus_nomp": s.matching.f1 - reference.matching.f1,
-            "interval": list(f1_interval(s.matching, reference.matching)),
-        }
-        for s in scores
-        if s is not reference
-    }
-
-
-def _snr_estimate(truth: Truth, array: PlanarArray, scene: Any) -> dict[str, Any]:
-    """How well the SNR is known from the measurement alone [dB]."""
-    from physics.nomp import estimate_snr_db
-
-    some = truth.scenes[slice(0, _SNR_SCENES)]
-    level = estimate_snr_db(some.y, some.H, some.codes, array=array, scene=scene)
-    error = (level - some.snr_db)[some.n_sources > 0]
-    if not len(error):
-        return {"scenes": 0}
-    return {
-        "scenes": len(error),
-        "mean_error_db": float(error.mean()),
-        "median_absolute_error_db": float(error.abs().median()),
-        "ninetieth_percentile_db": float(error.abs().quantile(0.9)),
-    }
-
-
-def _curves(score: Score, truth: Truth) -> dict[str, Any]:
-    """What the page draws: |error| / CRB by SNR with its interval, and the errors' distribution."""
-    from tuner.curves import error_quantiles, ratio_by_snr
-
-    return {
-        "ratio_by_snr": ratio_by_snr(score, truth),
-        "error_quantiles": error_quantiles(score, truth),
-    }
-
-
-def _write(target: Path, content: dict[str, Any]) -> None:
-    from model.files import write_text
-    from tuner.evaluation_page import page
-
-    write_text(target, json.dumps(content, indent=2) + "\n")
-    write_text(target.with_suffix(".csv"), _table(content))
-    write_text(target.with_suffix(".html"), page(content))
-
-
-def _table(content: dict[str, Any]) -> str:
-    """One row per suite, method and group of scenes."""
-    rows: list[dict[str, Any]] = []
-    for suite, found in content["suites"].items():
-        for method, report in found["methods"].items():
-            groups = [("overall", "", report["overall"])]
-            groups += [
-                ("snr_db", f"{g['low_db']:g}..{g['high_db']:g}", g) for g in report["by_snr"]
-            ]
-            groups += [("n_sources", str(g["n_sources"]), g) for g in report["by_k"]]
-            groups += [
-                ("range_m", f"{g['low_m']:g}..{'' if g['high_m'] is None else g['high_m']}", g)
-                for g in report["by_range"]
-            ]
-            for group, value, numbers in groups:
-                flat = {k: v for k, v in numbers.items() if not isinstance(v, list | dict)}
-                interval = numbers.get("f1_interval")
-                if interval is not None:
-                    flat["f1_low"], flat["f1_high"] = interval
-                for level, share in (numbers.get("coverage") or {}).items():
-                    flat[f"coverage_{level}"] = share
-                first = {"suite": suite, "method": method, "group": group, "value": value}
-                speed = {"scenes_per_second": report["scenes_per_second"]}
-                rows.append(first | flat | (speed if group == "overall" else {}))
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    stream = io.StringIO()
-    writer = csv.DictWriter(stream, columns, restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return stream.getvalue()
 
 
 if __name__ == "__main__":

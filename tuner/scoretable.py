@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-_WIDTH = 140
+_WIDTH = 165
 
 
 def print_tables(content: dict[str, Any], console: Console | None = None) -> None:

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_SCORED_SCENES = 256  # that the winner is compared with NOMP on
+
 _CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 # What a study may still change when it goes on; the rest decides its trials' results.
 _RESUMABLE = {"search__trials", "resources__concurrent", "resources__gpus_per_trial"}
@@ -222,6 +224,8 @@ def _conclude(folder: RunFolder, ledger: Ledger, progress: Progress, *, interrup
     best = write_best(folder, ledger)
     if best is not None:
         export_winner(folder, best)
+    if best is not None and not interrupted:
+        _attempt(lambda: _score_winner(folder, progress), progress, "evaluation.json")
     _attempt(lambda: write_report(folder, ledger), progress, "report.html")
     counts = progress.counts()
     words = {"running": "to go on"} if interrupted else {}
@@ -243,6 +247,40 @@ def _conclude(folder: RunFolder, ledger: Ledger, progress: Progress, *, interrup
     progress.say(f"report: {folder.report}")
     progress.say(f"train the winner at full budget: python -m tuner.train --from {where}")
     return DONE
+
+
+def _score_winner(folder: RunFolder, progress: Progress) -> None:
+    """evaluation.json: the winner beside NOMP, on scenes that no trial has seen."""
+    from model.localizer import Localizer
+    from tuner.evaluation import evaluate_suite, write_evaluation
+
+    if not (folder.best / "config.json").exists():
+        return  # its checkpoint was out of reach, which has been said
+    localizer = Localizer.load(folder.best)
+    found = evaluate_suite(
+        "nominal",
+        localizer.config,
+        localizer,
+        n_scenes=_SCORED_SCENES,
+        methods=["network", "network+refinement", "nomp"],
+        say=logger.info,
+    )
+    content = {
+        "checkpoint": str(folder.best),
+        "snr": "known",
+        "device": "cpu",
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "config": localizer.config.model_dump(mode="json"),
+        "suites": {"nominal": found},
+    }
+    write_evaluation(folder.path / "evaluation.json", content)
+    for name, report in found["methods"].items():
+        numbers = report["overall"]
+        progress.say(
+            f"{name}: F1 {numbers['f1']:.3f}, GOSPA {numbers['gospa_m']:.2f} m "
+            f"({numbers['scenes']} scenes)"
+        )
 
 
 def _attempt(work: Callable[[], Any], progress: Progress, what: str) -> None:

@@ -1,0 +1,105 @@
+"""NOMP with the number of sources by BIC: scenes a second and what it finds.
+
+    python -m benchmarks.nomp [--json FILE] [--threads 2] [--batch 64] [--scenes 384]
+
+Scenes of the origin's convention (paraxial waves, constant symbols, Rayleigh channel) and of the
+default one (spherical waves, fluctuating symbols); on a GPU where there is one.
+"""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from typing import Any
+
+import torch
+
+from benchmarks._timing import parser, save, verdict
+from physics import PlanarArray, SceneConfig, nomp, scene_crb, simulate
+from physics.metrics import (
+    crb_gated,
+    errors,
+    f1_interval,
+    match,
+    normalized_errors,
+)
+
+TARGET = 60.0  # scenes a second on two cores
+CONVENTIONS: dict[str, tuple[PlanarArray, SceneConfig]] = {
+    "origin": (
+        PlanarArray(offset=(-0.075, -0.075)),
+        SceneConfig(wavefront="paraxial", source_mode="constant", k_factor_db=-100.0),
+    ),
+    "default": (PlanarArray(), SceneConfig()),
+}
+
+
+def measure(
+    array: PlanarArray, config: SceneConfig, n_scenes: int, batch: int, device: str, rounds: int
+) -> dict[str, Any]:
+    """Speed over batches, and the scores of all scenes."""
+    generator = torch.Generator().manual_seed(20)
+    scenes = simulate(n_scenes, config, array, generator=generator).to(device)
+    options: dict[str, Any] = {"array": array, "scene": config}
+
+    def run(index: slice) -> Any:
+        some = scenes[index]
+        return nomp(some.y, some.H, some.codes, snr_db=some.snr_db, **options)
+
+    run(slice(0, batch))
+    speeds = []
+    for _ in range(rounds):
+        if device == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        for first in range(0, n_scenes, batch):
+            run(slice(first, first + batch))
+        if device == "cuda":
+            torch.cuda.synchronize()
+        speeds.append(n_scenes / (time.perf_counter() - start))
+    found = run(slice(0, n_scenes)).detections
+    matching = match(found, scenes.position, scenes.present)
+    bound = scene_crb(scenes, array, config.wavefront, config.source_mode)
+    std = bound.diagonal(dim1=-2, dim2=-1).sqrt()
+    strong = crb_gated(std) & scenes.present & (scenes.snr_db >= 5.0).unsqueeze(-1)
+    ratio = normalized_errors(errors(found, matching, scenes.position), std)[strong]
+    low, high = f1_interval(matching)
+    return {
+        "scenes": n_scenes,
+        "batch": batch,
+        "scenes_per_second": statistics.median(speeds),
+        "scenes_per_second_rounds": speeds,
+        "f1": matching.f1,
+        "f1_interval": [low, high],
+        "count_accuracy": matching.count_accuracy,
+        "median_error_over_crb": float(ratio[torch.isfinite(ratio)].median()),
+    }
+
+
+def main() -> None:
+    """Run the benchmark and print it."""
+    arguments = parser(__doc__ or "")
+    arguments.add_argument("--batch", type=int, default=64, help="scenes a call (%(default)s)")
+    arguments.add_argument("--scenes", type=int, default=384, help="scenes (%(default)s)")
+    args = arguments.parse_args()
+    torch.set_num_threads(args.threads)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    name = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or "CPU"
+    print(f"torch {torch.__version__} on {name}, {args.threads} threads, batch {args.batch}")
+    result: dict[str, Any] = {"torch": torch.__version__, "device": name}
+    rounds = max(1, args.rounds // 5)
+    for label, (array, config) in CONVENTIONS.items():
+        row = result[label] = measure(array, config, args.scenes, args.batch, device, rounds)
+        low, high = row["f1_interval"]
+        speed = row["scenes_per_second"]
+        print(
+            f"{label:>8}: {speed:6.1f} scenes/s (target {TARGET:.0f}: {verdict(speed >= TARGET)}); "
+            f"F1 {row['f1']:.3f} [{low:.3f}, {high:.3f}], K right {row['count_accuracy']:.3f}, "
+            f"|err|/CRB of gated sources from 5 dB on {row['median_error_over_crb']:.3f}"
+        )
+    save(result, args.json)
+
+
+if __name__ == "__main__":
+    main()

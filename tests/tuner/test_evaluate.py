@@ -1,0 +1,305 @@
+from __future__ import annotations
+
+import csv
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from model import Trainer
+from model.checkpoint import export_best
+from physics import Detections, PlanarArray, SceneConfig, simulate, steering_vector
+from physics.covariance import source_covariance
+from physics.metrics import match
+from tests.tiny import TINY, tiny_config
+from tests.tuner.support import run
+from tuner.command import execute
+from tuner.evaluate import app
+from tuner.evaluation import evaluate_suite
+from tuner.scoreboard import Estimate, Estimator, Truth, by_range, full_report, score, snr_bands
+from tuner.scoretable import print_tables
+from tuner.suites import SUITES
+from tuner.yamlfile import dump_yaml
+
+
+def evaluate(*arguments: object) -> int:
+    return execute(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """best/ of a short training."""
+    folder = tmp_path_factory.mktemp("network")
+    trainer = Trainer(tiny_config())
+    trainer.run_epoch()
+    trainer.save(folder / "checkpoint")
+    export_best(folder / "checkpoint", folder / "best")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("study") / "tiny.yaml"
+    path.write_text(dump_yaml(TINY | {"name": "tiny"}))
+    return path
+
+
+def truth_and(estimate: Any, n: int = 40, **changes: Any) -> tuple[Truth, Any]:
+    """Scenes of two sources, and an estimator that answers from the truth."""
+    array = PlanarArray(6, 6)
+    config = SceneConfig(**{"n_antennas": 4, "n_snapshots": 4, "max_sources": 2} | changes)
+    scenes = simulate(n, config, array, generator=torch.Generator().manual_seed(0))
+    return Truth.of(scenes, array, config), Estimator("told", "from the truth", estimate)
+
+
+def test_a_perfect_estimator_scores_perfectly() -> None:
+    array = PlanarArray(6, 6)
+
+    def perfect(scenes: Any) -> Estimate:
+        a = steering_vector(scenes.position, array)
+        return Detections(scenes.position, scenes.present), source_covariance(a, scenes.power)
+
+    truth, estimator = truth_and(perfect, 100)  # more than one batch
+    report = full_report(score(estimator, truth), truth)
+    overall = report["overall"]
+    assert overall["scenes"] == 100
+    for key in ("f1", "precision", "recall", "gated_recall", "count_accuracy", "all_found"):
+        assert overall[key] == 1.0, key
+    assert overall["f1_interval"] == [1.0, 1.0]
+    assert overall["gospa_m"] == pytest.approx(0.0, abs=1e-6)
+    assert overall["median_error_over_crb"] == 0.0
+    assert overall["nmse"] == pytest.approx(0.0, abs=1e-5)
+    assert overall["subspace_error"] == pytest.approx(0.0, abs=1e-4)
+    assert "coverage" not in overall  # it predicts no covariance
+    confusion = torch.tensor(report["confusion"])
+    assert int(confusion.diagonal().sum()) == int(confusion.sum()) == 100
+
+
+def test_an_estimator_that_finds_nothing_scores_zero() -> None:
+    def blind(scenes: Any) -> Estimate:
+        return Detections(scenes.position, torch.zeros_like(scenes.present)), None
+
+    truth, estimator = truth_and(blind)
+    overall = full_report(score(estimator, truth), truth)["overall"]
+    assert overall["f1"] == overall["recall"] == overall["gated_recall"] == 0.0
+    assert overall["median_error_over_crb"] is None
+    assert "nmse" not in overall
+    sources = truth.scenes.n_sources.double()
+    # c^p / 2 = 2 for every missed source
+    assert overall["gospa_m"] == pytest.approx(float((2.0 * sources).sqrt().mean()))
+
+
+def test_groups_part_the_scenes_and_the_sources() -> None:
+    def half(scenes: Any) -> Estimate:
+        return Detections(
+            scenes.position, scenes.present & (scenes.position[..., 2:] < 5).all(-1)
+        ), None
+
+    truth, estimator = truth_and(half, 120)
+    scored = score(estimator, truth)
+    report = full_report(scored, truth)
+    assert sum(row["scenes"] for row in report["by_snr"]) == 120
+    assert sum(row["scenes"] for row in report["by_k"]) == 120
+    n_sources = int(truth.scenes.present.sum())
+    rows = by_range(scored, truth)
+    assert sum(row["sources"] for row in rows) == n_sources
+    near = [row["recall"] for row in rows if row["high_m"] is not None and row["high_m"] <= 4]
+    far = [row["recall"] for row in rows if row["low_m"] >= 6]
+    assert all(value == 1.0 for value in near)
+    assert all(value == 0.0 for value in far)
+    bands = snr_bands(truth)
+    assert bands[0][0] <= float(truth.scenes.snr_db.min())
+    assert bands[-1][1] >= float(truth.scenes.snr_db.max())
+
+
+def test_one_level_of_snr_makes_one_band() -> None:
+    truth, _ = truth_and(None, 4, snr_db=(10.0, 10.0))
+    assert snr_bands(truth) == [(10.0, 15.0)]
+
+
+@pytest.mark.parametrize("name", SUITES)
+def test_every_suite_changes_what_it_says(name: str) -> None:
+    suite, configured = SUITES[name], SceneConfig()
+    scene = suite.scene(configured)
+    for key, value in suite.changes.items():
+        assert getattr(scene, key) == value
+    assert (scene == configured) == (name == "nominal")
+    scenes = simulate(3, scene, suite.array(PlanarArray()))
+    assert torch.isfinite(torch.view_as_real(scenes.y)).all()
+    many = SUITES["many"].scene(SceneConfig(max_sources=2))
+    assert (many.min_sources, many.max_sources) == (4, 5)
+
+
+def test_a_wrong_model_costs_the_classical_estimators(study: Path) -> None:
+    """NOMP believes in perfect elements: phases off by 40 degrees cost it sources."""
+    config = tiny_config(scene={"snr_db": (20.0, 20.0)})
+    found = {
+        name: evaluate_suite(name, config, None, n_scenes=128, methods=["nomp"], say=len)
+        for name in ("nominal", "phase-error")
+    }
+    f1 = {name: content["methods"]["nomp"]["overall"]["f1"] for name, content in found.items()}
+    assert f1["phase-error"] < f1["nominal"] - 0.02
+
+
+def test_estimators_told_nothing_of_waves_keep_the_configured_ones() -> None:
+    """A network's own convention stays the belief, but a told suite is believed."""
+    config = tiny_config(scene={"wavefront": "paraxial", "source_mode": "constant"})
+    content = evaluate_suite("nominal", config, None, n_scenes=32, methods=["nomp"], say=len)
+    assert content["methods"]["nomp"]["overall"]["f1"] > 0.3
+    told = evaluate_suite("origin-paraxial", tiny_config(), None, n_scenes=32, say=len)
+    assert told["methods"]["nomp"]["overall"]["f1"] > 0.3
+
+
+def test_a_network_and_its_refinement_stand_beside_the_classical_ones(
+    network: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "deep" / "result.json"
+    arguments = ("--checkpoint", network / "best", "--scenes", 48, "--device", "cpu", "--out", out)
+    assert evaluate(*arguments) == 0
+    shown = capsys.readouterr().out
+    content = json.loads(out.read_text())
+    methods = content["suites"]["nominal"]["methods"]
+    assert list(methods) == ["network", "network+refinement", "music", "mvdr", "nomp"]
+    for name, report in methods.items():
+        assert name in shown
+        assert report["scenes_per_second"] > 0
+        assert report["overall"]["scenes"] == 48
+    assert set(methods["network+refinement"]["overall"]["coverage"]) == {"0.5", "0.9", "0.95"}
+    paired = content["suites"]["nominal"]["paired_f1"]
+    assert set(paired) == set(methods) - {"nomp"}
+    for name, difference in paired.items():
+        expected = methods[name]["overall"]["f1"] - methods["nomp"]["overall"]["f1"]
+        assert difference["f1_minus_nomp"] == pytest.approx(expected)
+        low, high = difference["interval"]
+        assert low <= expected <= high
+    rows = list(csv.DictReader(out.with_suffix(".csv").open()))
+    assert {row["group"] for row in rows} == {"overall", "snr_db", "n_sources", "range_m"}
+    overall = next(r for r in rows if r["method"] == "nomp" and r["group"] == "overall")
+    assert float(overall["f1"]) == methods["nomp"]["overall"]["f1"]
+    page = out.with_suffix(".html").read_text()
+    assert page.count("plotly-graph-div") >= 7
+    assert "NaN" not in out.read_text()
+    # The same command gives the same scores; only the speeds differ.
+    again = tmp_path / "again.json"
+    assert evaluate(*arguments[:-1], again) == 0
+    second = json.loads(again.read_text())["suites"]["nominal"]["methods"]
+    for name, report in methods.items():
+        assert report["overall"] == second[name]["overall"]
+    other = tmp_path / "other.json"
+    assert evaluate(*arguments[:-1], other, "--seed", 9, "--method", "nomp") == 0
+    third = json.loads(other.read_text())["suites"]["nominal"]["methods"]
+    assert third["nomp"]["overall"] != methods["nomp"]["overall"]
+    assert list(third) == ["nomp"]
+
+
+def test_test_scenes_are_none_that_a_training_or_validation_draws() -> None:
+    from model.data import open_source
+    from tuner.evaluation import _scenes
+
+    config = tiny_config()
+    source = open_source(config, torch.device("cpu"))
+    drawn, _ = _scenes(config, SUITES["nominal"], config.array.build(), 64)
+    seen = [source.validation(), *source.train_batches(0, 16, 0)]
+    known = {row.numpy().tobytes() for scenes in seen for row in scenes.y}
+    assert not any(row.numpy().tobytes() in known for row in drawn.y)
+
+
+def test_the_classical_estimators_are_scored_on_shards(origin_shards: Path, tmp_path: Path) -> None:
+    out = tmp_path / "shards.json"
+    config = Path(__file__).parents[2] / "configs" / "origin-shards.yaml"
+    assert evaluate("--config", config, "--data", origin_shards, "--out", out) == 0
+    suite = json.loads(out.read_text())["suites"]["nominal"]
+    assert "24 of" in suite["scenes"]
+    overall = suite["methods"]["nomp"]["overall"]
+    # F1 0.79 and 20 of 24 counts; the bounds are some three standard deviations of 24 scenes off
+    assert overall["f1"] > 0.6
+    assert overall["count_accuracy"] > 0.5
+    assert overall["f1"] > suite["methods"]["music"]["overall"]["f1"]
+
+
+def test_unknown_snr_is_told_to_nobody(study: Path, tmp_path: Path) -> None:
+    results = {}
+    for flag in ([], ["--unknown-snr"]):
+        out = tmp_path / f"{len(flag)}.json"
+        assert evaluate("--config", study, "--scenes", 40, "--out", out, *flag) == 0
+        results[len(flag)] = json.loads(out.read_text())
+    assert (results[0]["snr"], results[1]["snr"]) == ("known", "unknown")
+    estimate = results[1]["suites"]["nominal"]["snr_estimate"]
+    assert estimate["scenes"] == 40
+    assert math.isfinite(estimate["median_absolute_error_db"])
+
+
+def test_several_suites_make_one_result(study: Path, tmp_path: Path) -> None:
+    out = tmp_path / "suites.json"
+    options = ("--config", study, "--scenes", 8, "--method", "nomp", "--out", out)
+    assert evaluate(*options, "--suite", "near", "--suite", "many", "--suite", "near") == 0
+    assert list(json.loads(out.read_text())["suites"]) == ["near", "many"]
+
+
+def test_scenes_without_sources_are_scored(tmp_path: Path) -> None:
+    config = tiny_config(scene={"min_sources": 0, "max_sources": 1})
+    content = evaluate_suite("nominal", config, None, n_scenes=40, say=len)
+    rows = content["methods"]["nomp"]["by_k"]
+    assert [row["n_sources"] for row in rows] == [0, 1]
+    assert rows[0]["f1"] >= 0.0
+    print_tables(content, Console(file=(tmp_path / "t").open("w"), width=80))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--suite", "jiter"], "--suite: no suite 'jiter' (did you mean jitter?)"),
+        (["--method", "network"], "--method: no method 'network' (with --checkpoint)"),
+        (["--scenes", "0"], "--scenes"),
+        (["--checkpoint", "nowhere"], "nowhere: no such folder"),
+        (["--data", "nowhere"], "nowhere: no such data folder"),
+        (["--data", "nowhere", "--suite", "near"], "--suite: is about simulated scenes"),
+        (["--data", "nowhere", "--seed", "3"], "--seed: is about simulated scenes"),
+        (["--out", "result.txt"], "--out: got result.txt; expected a name that ends in .json"),
+        (["--out", "/proc/nowhere/result.json"], "--out: cannot write"),
+        (["--set", "scene.n_antenas=3"], "scene.n_antenas"),
+        (["--device", "cuda"], "--device: cuda asked"),
+    ],
+)
+def test_bad_arguments_are_one_line_and_exit_code_2(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    if "cuda" in arguments and torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    extra = [] if "--out" in arguments else ["--out", str(tmp_path / "out.json")]
+    assert evaluate(*arguments, *extra) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.strip().splitlines()) == 1
+
+
+def test_a_config_beside_a_checkpoint_is_refused(
+    network: Path, study: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    out = tmp_path / "o.json"
+    assert evaluate("--checkpoint", network, "--config", study, "--out", out) == 2
+    assert "--config: a checkpoint says itself" in capsys.readouterr().err
+
+
+def test_the_command_runs_in_a_process_of_its_own(study: Path, tmp_path: Path) -> None:
+    out = tmp_path / "own.json"
+    finished = run(
+        "--config", study, "--scenes", 16, "--out", out, module="tuner.evaluate"
+    )  # fmt: skip
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert "nomp" in finished.stdout
+    assert str(out) in finished.stdout
+
+
+def test_matching_of_the_scoreboard_is_that_of_the_metrics() -> None:
+    def shifted(scenes: Any) -> Estimate:
+        return Detections(scenes.position * 1.01, scenes.present), None
+
+    truth, estimator = truth_and(shifted)
+    scored = score(estimator, truth)
+    expected = match(scored.found, truth.scenes.position, truth.scenes.present)
+    assert torch.equal(scored.matching.detection, expected.detection)
