@@ -18,9 +18,11 @@ from physics import (
     find_peaks,
     music_spectrum,
     mvdr_spectrum,
+    search,
     steering_vector,
 )
-from tests.physics.helpers import complex_normal, eps, relative_error
+from physics import spectrum as spectra
+from tests.physics.helpers import LargestTensor, complex_normal, eps, relative_error
 from tests.reference import covariance as dense_reference
 from tests.reference import spectrum as reference
 
@@ -188,6 +190,78 @@ def test_gradients_of_both_spectra_match_finite_differences() -> None:
         lambda f: mvdr_spectrum(LowRankCovariance(f), grid, array, loading=0.1),
     ):
         assert torch.autograd.gradcheck(spectrum, (factor,))
+
+
+@pytest.mark.parametrize("dtype", [torch.complex128, torch.complex64])
+@pytest.mark.parametrize("counts", [0, 1, 3, 9, -1, torch.tensor([3, 0, 1])])
+def test_spectra_are_the_same_with_and_without_a_gradient(
+    dtype: torch.dtype, counts: int | Tensor
+) -> None:
+    R = covariance(3, 4, loading=0.1, dtype=dtype)
+    wanted = LowRankCovariance(R.factor.clone().requires_grad_(), R.loading)
+    music, mvdr = music_spectrum(wanted, GRID, counts, ARRAY), mvdr_spectrum(wanted, GRID, ARRAY)
+    assert mvdr.requires_grad
+    with torch.no_grad():
+        plain = music_spectrum(wanted, GRID, counts, ARRAY), mvdr_spectrum(wanted, GRID, ARRAY)
+    for one, two in zip((music, mvdr), plain, strict=True):
+        assert not two.requires_grad
+        assert relative_error(one, two) < 2e4 * eps(dtype)
+    loading = R.loading.clone().requires_grad_()
+    assert mvdr_spectrum(LowRankCovariance(R.factor, loading), GRID, ARRAY).requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.complex128, torch.complex64])
+def test_weak_sources_keep_their_direction_beside_strong_ones(dtype: torch.dtype) -> None:
+    # The Gram matrix knows a weak eigenvector up to rounding times the ratio of the powers.
+    weak = 30 * eps(dtype) ** 0.5
+    close = SOURCES[[0, 0, 1]] + torch.tensor([[0.0] * 3, [0.4, 0.0, 0.0], [0.0] * 3])
+    close[2] = SOURCES[0] + torch.tensor([0.2, 0.2, 0.0])
+    factor = steering_vector(close, ARRAY).mT * torch.tensor([1.0, 0.5, weak]).double()
+    mixing, _ = torch.linalg.qr(complex_normal(3, 3))  # as snapshots mix the sources
+    factor = factor @ mixing
+    exact = LowRankCovariance(factor)
+    rounded = LowRankCovariance(factor.to(dtype))
+    form = search.music_form(rounded, 3)
+    gram = (form.rows @ form.rows.mH).to(torch.complex128)
+    assert relative_error(gram, torch.eye(3)) < 30 * eps(dtype)
+    one, two = (music_spectrum(R, GRID, 3, ARRAY).double() for R in (rounded, exact))
+    assert relative_error(1 / one, 1 / two) < 30 * eps(dtype) / weak
+
+
+@pytest.mark.parametrize("room", [1, 5000, 2**21])
+def test_blocks_of_points_and_of_scenes_do_not_show(
+    room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    R, grid = covariance(7, 3), PolarGrid.covering(SceneConfig(), 29, 17, 5)
+    a = grid.steering(ARRAY, dtype=torch.complex128)
+    expected = [
+        (a.conj() @ search.music_form(R, 2).rows.mH).abs().square().sum(-1),
+        (a.conj() @ search.mvdr_form(R).rows.mH).abs().square().sum(-1),
+    ]
+    monkeypatch.setitem(search._BLOCK_BYTES, "cpu", room)
+    for form, value in zip((search.music_form(R, 2), search.mvdr_form(R)), expected, strict=True):
+        assert torch.allclose(form.energy(a), value)
+    monkeypatch.setattr(spectra, "_STEERING_ROWS", 100)
+    grid = PolarGrid((*grid.azimuth, 1.1), grid.elevation, grid.inverse_range)
+    rows = steering_vector(grid.positions(dtype=torch.float64).reshape(-1, 3), ARRAY)
+    assert torch.allclose(grid.steering(ARRAY, dtype=torch.complex128), rows)
+
+
+def test_a_spectrum_allocates_little_beside_its_result() -> None:
+    R, grid = (
+        covariance(64, 4, dtype=torch.complex64),
+        PolarGrid.covering(SceneConfig(), 41, 31, 16),
+    )
+    kept = grid.steering(ARRAY)
+    for call in (
+        lambda: music_spectrum(R, grid, 4, ARRAY),
+        lambda: mvdr_spectrum(R, grid, ARRAY),
+    ):
+        with LargestTensor() as largest:
+            result = call()
+        # The result's 5 MB; all projections together would have 4 * 2 times as much.
+        assert largest.elements * 8 == max(result.nbytes, kept.nbytes)
+        assert result.nbytes > kept.nbytes
 
 
 @pytest.mark.parametrize("batch", [(), (0,), (2, 0), (2, 3)])
