@@ -1,5 +1,6 @@
 """Near-field physics of a reconfigurable surface: tensors in, tensors out."""
 
+from physics.baselines import estimate_n_sources, music, mvdr
 from physics.bounds import crb, scene_crb
 from physics.channel import rician_channel
 from physics.codebook import dft_codebook, draw_codes, hadamard_codebook, quantize, random_codes
@@ -44,11 +45,14 @@ __all__ = [
     "dft_codebook",
     "direction",
     "draw_codes",
+    "estimate_n_sources",
     "estimate_snr_db",
     "find_peaks",
     "from_cartesian",
     "hadamard_codebook",
+    "music",
     "music_spectrum",
+    "mvdr",
     "mvdr_spectrum",
     "nmse",
     "nomp",

@@ -25,7 +25,8 @@ table { border-collapse: collapse; font-size: 13px; }
 th, td { border: 1px solid #ddd; padding: .25rem .5rem; text-align: right; white-space: nowrap; }
 th { background: #f4f4f4; } td.text { text-align: left; }
 .scroll { overflow-x: auto; } .quiet { color: #666; }
-.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(320px, 1fr)); gap: 1rem; }
+.pair { display: grid; gap: 1rem;
+        grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); }
 .pair > div { min-width: 0; }
 """
 
@@ -65,6 +66,11 @@ def page(content: dict[str, Any]) -> str:
     ]
     for name, suite in content["suites"].items():
         parts += _suite(name, suite)
+    # A chart is drawn before its neighbour is there to share the row with.
+    parts.append(
+        "<script>window.addEventListener('load', () => document.querySelectorAll("
+        "'.plotly-graph-div').forEach((chart) => Plotly.Plots.resize(chart)))</script>"
+    )
     parts.append("</body></html>\n")
     return "\n".join(parts)
 
@@ -123,11 +129,16 @@ def _overall(suite: dict[str, Any]) -> str:
 def _drawn(title: str, figure: go.Figure) -> str:
     figure.update_layout(
         template="plotly_white",
-        margin={"t": 10, "l": 50, "r": 10, "b": 45},
-        height=320,
-        legend={"orientation": "h", "y": 1.12},
+        margin={"t": 10, "l": 55, "r": 10, "b": 90},
+        height=380,
+        legend={"orientation": "h", "y": -0.2, "yanchor": "top"},
     )
-    drawn = figure.to_html(full_html=False, include_plotlyjs=False, config={"responsive": True})
+    drawn = figure.to_html(
+        full_html=False,
+        include_plotlyjs=False,
+        default_width="100%",
+        config={"responsive": True, "displayModeBar": False},
+    )
     return f"<div><h3>{html.escape(title)}</h3>{drawn}</div>"
 
 
@@ -226,10 +237,7 @@ def _recall_by_range(methods: dict[str, Any]) -> go.Figure:
     for name, report in methods.items():
         rows = [row for row in report["by_range"] if row["recall"] is not None]
         figure.add_scatter(
-            x=[
-                f"{row['low_m']:g}..{'' if row['high_m'] is None else row['high_m']:}"
-                for row in rows
-            ],
+            x=[_range(row) for row in rows],
             y=[row["recall"] for row in rows],
             name=name,
             mode="lines+markers",
@@ -266,6 +274,10 @@ def _confusion(counts: list[list[int]]) -> go.Figure:
 
 def _middle(row: dict[str, Any]) -> float:
     return 0.5 * (float(row["low_db"]) + float(row["high_db"]))
+
+
+def _range(row: dict[str, Any]) -> str:
+    return f"{row['low_m']:g}.." + ("" if row["high_m"] is None else f"{row['high_m']:g}")
 
 
 def _number(value: float | None) -> str:
