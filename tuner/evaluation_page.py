@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -171,7 +172,12 @@ def _ratio_by_snr(suite: dict[str, Any]) -> go.Figure:
             [row["median"] for row in rows],
             [row["interval"] for row in rows],
         )
-    figure.add_hline(y=_EFFICIENT, line_dash="dot", line_color="#888", annotation_text="efficient")
+    figure.add_hline(y=_EFFICIENT, line_dash="dot", line_color="#888")
+    # On a logarithmic axis a note's height is a logarithm.
+    figure.add_annotation(
+        x=1, xref="paper", xanchor="right", y=math.log10(_EFFICIENT), yanchor="top",
+        text="efficient", showarrow=False,
+    )  # fmt: skip
     return figure.update_layout(
         xaxis_title="SNR [dB]", yaxis_title="median |error| / CRB", yaxis_type="log"
     )
@@ -194,7 +200,7 @@ def _band(
         fill="toself",
         fillcolor=colour,
         opacity=0.15,
-        line={"width": 0},
+        mode="none",
         hoverinfo="skip",
         showlegend=False,
         legendgroup=name,
