@@ -82,6 +82,8 @@ def pursuit_grid(scene: SceneConfig, array: PlanarArray, oversampling: float = 2
     depth = (1.0 / scene.range_m[0] - 1.0 / scene.range_m[1]) * rho2 / (2.0 * array.wavelength)
     widths = (sines(scene.azimuth_deg) * wide, sines(scene.elevation_deg) * high, depth)
     counts = [1 + math.ceil(oversampling * width) for width in widths]
+    if scene.wavefront == "planar":
+        counts[2] = 1  # a plane wave has no range
     return PolarGrid.covering(scene, *counts)
 
 

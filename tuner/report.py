@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import logging
+import math
 import sys
 import warnings
 from collections.abc import Callable, Iterable
@@ -225,7 +226,8 @@ def _curves(trials: list[TrialRecord]) -> go.Figure | None:
 
 def _trial_table(ledger: Ledger, trials: list[TrialRecord], best: TrialRecord | None) -> str:
     paths = list(ledger.config.search.space)
-    heads = ["trial", "state", "objective", "epochs", "seconds", "skipped", "fallbacks"]
+    heads = ["trial", "state", "objective", "F1", "GOSPA [m]", "epochs", "seconds"]
+    heads += ["skipped", "fallbacks"]
     lines = ["<div class='scroll'><table><tr>"]
     lines += [f"<th>{html.escape(name)}</th>" for name in [*heads, *paths, "reason"]]
     lines.append("</tr>")
@@ -236,6 +238,8 @@ def _trial_table(ledger: Ledger, trials: list[TrialRecord], best: TrialRecord | 
             f"{trial.number:04d}",
             f"<span style='color:{_COLOURS[trial.state]}'>{trial.state}</span>",
             "" if trial.objective is None else f"{trial.objective:.5f}",
+            _metric(metrics.get("f1")),
+            _metric(metrics.get("gospa")),
             str(trial.epoch),
             "" if trial.seconds is None else f"{trial.seconds:.0f}",
             str(metrics.get("skipped_steps", "")),
@@ -247,6 +251,10 @@ def _trial_table(ledger: Ledger, trials: list[TrialRecord], best: TrialRecord | 
         lines.append(f"<tr{marked}>{row}{reason}</tr>")
     lines.append("</table></div>")
     return "\n".join(lines)
+
+
+def _metric(value: Any) -> str:
+    return f"{value:.3f}" if isinstance(value, float) and math.isfinite(value) else ""
 
 
 def _varied(trials: list[TrialRecord]) -> list[str]:

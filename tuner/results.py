@@ -18,9 +18,10 @@ from tuner.study import Ledger, TrialRecord
 
 logger = logging.getLogger(__name__)
 
+_SCORES = ("nmse_blend", "f1", "gospa", "count_accuracy")  # of the last epoch
 _COLUMNS = (
     "trial", "state", "objective", "epochs", "seed", "seconds", "node", "device",
-    "skipped_steps", "solver_fallbacks", "reason",
+    "skipped_steps", "solver_fallbacks", *_SCORES, "reason",
 )  # fmt: skip
 
 
@@ -44,6 +45,7 @@ def write_trials(folder: RunFolder, ledger: Ledger) -> None:
                 metrics.get("device", ""),
                 metrics.get("skipped_steps", ""),
                 metrics.get("solver_fallbacks", ""),
+                *(_cell(metrics.get(name, "")) for name in _SCORES),
                 trial.reason or "",
                 *(_cell(trial.params.get(path, "")) for path in paths),
             ]

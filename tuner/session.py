@@ -281,6 +281,7 @@ def _score_winner(folder: RunFolder, progress: Progress) -> None:
             f"{name}: F1 {numbers['f1']:.3f}, GOSPA {numbers['gospa_m']:.2f} m "
             f"({numbers['scenes']} scenes)"
         )
+    progress.say(f"scoreboard: {folder.path / 'evaluation.html'}")
 
 
 def _attempt(work: Callable[[], Any], progress: Progress, what: str) -> None:

@@ -268,6 +268,17 @@ def test_the_grid_is_as_dense_as_the_beams_are_narrow() -> None:
     assert float(overlap.abs().amax(-1).min()) > 0.7
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_plane_waves_are_found_in_angle(mode: Any) -> None:
+    config, S = draw(mode, 12, min_sources=1, max_sources=1, wavefront="planar")
+    assert pursuit_grid(config, ARRAY).shape[2] == 1
+    result = search(S, config.model_copy(update={"max_sources": 3}), snr_db=S.snr_db)
+    found = result.detections
+    assert match(found, S.position, S.present, Tolerance(1.0, 1.0, math.inf)).recall == 1.0
+    assert torch.isfinite(found.position).all()
+    assert torch.isfinite(found.covariance).all()
+
+
 def test_bad_arguments_are_refused() -> None:
     config, S = draw("constant", 3)
     start = Detections(S.position[:2], S.present[:2])

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import csv
 import json
 import signal
 import subprocess
@@ -23,7 +24,8 @@ from tests.tuner.support import (
 from tuner.config import load_study
 from tuner.study import Ledger
 
-FILES = ["best", "best.json", "config.yaml", "report.html", "study.db", "trials", "trials.csv",
+FILES = ["best", "best.json", "config.yaml", "evaluation.csv", "evaluation.html",
+         "evaluation.json", "report.html", "study.db", "trials", "trials.csv",
          "tuner.log"]  # fmt: skip
 
 
@@ -50,6 +52,29 @@ def test_the_local_mode_imports_no_ray_and_fills_the_run_folder(tmp_path: Path) 
     assert present == FILES
     assert load_study(tmp_path / "run" / "config.yaml") == tiny_study(tmp_path)
     Localizer.load(tmp_path / "run" / "best")
+
+
+def test_a_search_reports_what_was_located_and_ends_with_its_winner_beside_nomp(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write_study(tmp_path)
+    assert run_here("--config", config, "--local", "--out", tmp_path / "run") == 0
+    with (tmp_path / "run" / "trials.csv").open() as stream:
+        rows = list(csv.DictReader(stream))
+    for row in rows:
+        assert 0.0 <= float(row["f1"]) <= 1.0
+        assert float(row["gospa"]) > 0.0
+    scores = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    methods = scores["suites"]["nominal"]["methods"]
+    assert list(methods) == ["network", "network+refinement", "nomp"]
+    shown = capsys.readouterr().out
+    for name, report in methods.items():
+        overall = report["overall"]
+        assert f"{name}: F1 {overall['f1']:.3f}, GOSPA {overall['gospa_m']:.2f} m" in shown
+    best = ledger_of(tmp_path / "run").best()
+    assert best is not None
+    for metrics in best.epochs.values():
+        assert {"f1", "gospa", "count_accuracy", "nmse_blend"} <= metrics.keys()
 
 
 def test_optuna_prunes_in_the_local_mode(tmp_path: Path) -> None:
