@@ -32,6 +32,8 @@ def detect(
     Returns:
         As many sources a scene as it has slots and the spectrum peaks.
     """
+    if wavefront == "planar":  # a plane wave has no range: each cell of it is the same peak
+        grid = PolarGrid(grid.azimuth, grid.elevation, grid.inverse_range[:1])
     counts = (prediction.existence > 0).sum(-1)
     most = max(1, int(counts.max())) if len(counts) else 1
     spectrum = music_spectrum(blended, grid, counts.clamp_min(1), array, wavefront)

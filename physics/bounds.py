@@ -96,6 +96,8 @@ def crb(
             f"noise_power has a smallest value of {float(noise_power.min())}; expected above 0: "
             "without noise there is no bound"
         )
+    if n_sources == 0:
+        return torch.zeros(n_scenes, 0, 3, 3, dtype=torch.float64, device=position.device)
     if present is None:
         present = torch.ones(n_scenes, n_sources, dtype=torch.bool, device=position.device)
     place = torch.where(present.unsqueeze(-1), position, 1.0).double()

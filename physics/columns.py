@@ -44,6 +44,7 @@ class _Kept:
     """Products of columns: their Gram matrix, and the projection of the vectors seen last."""
 
     gram: Tensor | None = None
+    of_version: int = -1
     vectors: Tensor | None = None
     version: int = -1
     projected: Tensor | None = None
@@ -125,7 +126,10 @@ class Columns:
     def gram(self) -> Tensor:
         """F^H F (…, r, r)."""
         kept = self._kept
-        if kept.gram is None or not serves(kept.gram, self.columns.requires_grad):
+        version = _version(self.columns)
+        fresh = kept.of_version == version >= 0
+        if kept.gram is None or not (fresh and serves(kept.gram, self.columns.requires_grad)):
+            kept.of_version = version
             kept.gram = _Gram.apply(self.columns.mT)
         return self._outer_weighted(kept.gram, self)
 

@@ -119,7 +119,9 @@ def nomp(
         snr_db: (B,) or one for all [dB]; None where it is not known: the noise is then estimated.
         config: how to search.
         initial: where to start: the pursuit takes these positions, in their order, before it
-            looks at the grid. The criterion decides over them as over the others.
+            looks at the grid. The criterion decides over them as over the others, so put the
+            strongest first: what comes after a start that does not exist is kept with it or not
+            at all. There may be more of them than ``scene.max_sources``.
 
     Returns:
         The sources, strongest first. Without any signal there are none.
@@ -134,6 +136,10 @@ def nomp(
     """
     config = config or NompConfig()
     search = _Search(array or PlanarArray(), scene or SceneConfig(), config, y, H, codes)
+    if initial is not None and len(initial):
+        initial = _compact(initial)
+        most = max(search.max_sources, int(initial.count.max()))
+        search.max_sources = min(most, search.resolvable)
     parts = [
         search.pursue(measurement, noise, None if initial is None else initial[index])
         for index, measurement, noise in search.chunks(snr_db, initial)
@@ -161,14 +167,15 @@ def polish(
     """
     config = config or NompConfig()
     search = _Search(array or PlanarArray(), scene or SceneConfig(), config, y, H, codes)
+    start = _compact(initial)
     parts = [
         search.finish(
             measurement,
-            position_of(initial.position[index].to(search.real)),
-            initial.present[index],
+            position_of(start.position[index].to(search.bounds)),
+            start.present[index],
             noise,
         )
-        for index, measurement, noise in search.chunks(snr_db, initial)
+        for index, measurement, noise in search.chunks(snr_db, start)
     ]
     return search.rescaled(NompResult.concatenate(parts)) if parts else search.nothing()
 
@@ -185,10 +192,20 @@ def estimate_snr_db(
     """SNR (B,) [dB] of measurements whose noise is not known.
 
     The noise is what matching pursuit cannot explain, over the degrees of freedom that its sources
-    leave; the signal is the rest of the measurement's energy. Arguments and errors are those of
+    leave; the signal is the rest of the measurement's energy. NaN where it finds no source: the
+    level is then low, and that is all that is known. Arguments and errors are those of
     :func:`nomp`.
     """
-    return nomp(y, H, codes, array=array, scene=scene, config=config).snr_db
+    result = nomp(y, H, codes, array=array, scene=scene, config=config)
+    return result.snr_db.masked_fill(result.detections.count == 0, torch.nan)
+
+
+def _compact(found: Detections) -> Detections:
+    """The same detections, those that are present first."""
+    order = found.present.int().argsort(dim=-1, descending=True, stable=True)
+    position = found.position.gather(1, order.unsqueeze(-1).expand(-1, -1, 3))
+    present = found.present.gather(1, order)
+    return Detections(torch.where(present.unsqueeze(-1), position, 1.0), present)
 
 
 class _Search:
@@ -223,11 +240,14 @@ class _Search:
         self.bounds = torch.stack([self.points.amin(0), self.points.amax(0)])
         n_snapshots, n_antennas = y.shape[-2:]
         self.n_rows = n_snapshots * n_antennas
-        resolvable = n_antennas - 1 if self.fluctuating else (2 * self.n_rows - 1) // 5
-        self.max_sources = min(scene.max_sources, resolvable)
-        self.price = parameters_per_source(scene.source_mode) * penalty(
-            config.criterion, self.n_rows, n_snapshots
-        )
+        # Fewer real parameters than real observations; amplitudes are one or one a snapshot.
+        fitted = 3 + 2 * (n_snapshots if self.fluctuating else 1)
+        self.resolvable = (2 * self.n_rows - 1) // fitted
+        if self.fluctuating:
+            self.resolvable = min(self.resolvable, n_antennas - 1)
+        self.max_sources = min(scene.max_sources, self.resolvable)
+        per_source = parameters_per_source(scene.source_mode, scene.wavefront)
+        self.price = per_source * penalty(config.criterion, self.n_rows, n_snapshots)
 
     def chunks(
         self, snr_db: float | Tensor | None, initial: Detections | None
@@ -237,7 +257,8 @@ class _Search:
         if initial is not None and len(initial) != n_scenes:
             raise ValueError(f"initial holds {len(initial)} scenes and y {n_scenes}")
         if initial is not None:
-            check_finite("initial.position", initial.position)
+            here = torch.where(initial.present.unsqueeze(-1), initial.position, 0.0)
+            check_finite("initial.position", here)
         level = None if snr_db is None else self._level(snr_db)
         for start in range(0, n_scenes, _CHUNK):
             index = slice(start, start + _CHUNK)
@@ -278,10 +299,11 @@ class _Search:
         active = torch.arange(n_scenes, device=self.device)
         wasted = torch.zeros_like(active)
         here, current, residual = measurement, kept[:, :0], measurement.y
+        n_given = torch.zeros_like(count) if initial is None else initial.count
         for k in range(1, self.max_sources + 1):
             new = self._pick(here, residual)
             if initial is not None and k <= initial.present.shape[1]:
-                start = position_of(initial.position[active, k - 1].to(self.real))
+                start = position_of(initial.position[active, k - 1].to(self.bounds))
                 given = initial.present[active, k - 1]
                 new = torch.where(given[:, None, None], start.unsqueeze(1), new)
             alone = replace(here, y=residual)
@@ -301,7 +323,7 @@ class _Search:
             count[active] = torch.where(gain, k, count[active])
             kept[active[gain], :k] = current[gain]
             wasted = torch.where(gain, 0, wasted + 1)
-            going = wasted < self.config.patience
+            going = (wasted < self.config.patience) | (k < n_given[active])
             if not bool(going.any()):
                 break
             if not bool(going.all()):
@@ -389,7 +411,7 @@ def _error_covariance(
     diagonal = matrix.diagonal(dim1=-2, dim2=-1)
     scale = torch.where(diagonal > 0, diagonal, 1.0).rsqrt()
     system = matrix * scale.unsqueeze(-1) * scale.unsqueeze(-2)
-    # Where the data do not tell coordinates apart the loading makes the variance huge, not NaN.
+    # Where the data hardly tell coordinates apart the loading makes the variance huge, not NaN.
     loading = 1e2 * kind.eps + (diagonal <= 0)
     inverse = torch.linalg.pinv(system + torch.diag_embed(loading), hermitian=True)
     inverse = inverse * scale.unsqueeze(-1) * scale.unsqueeze(-2)
@@ -398,5 +420,8 @@ def _error_covariance(
     # dr = -r^2 dq
     turn = torch.stack([torch.ones_like(range_), torch.ones_like(range_), -range_.square()], -1)
     own = own * turn.unsqueeze(-1) * turn.unsqueeze(-2)
+    unseen = (diagonal <= 0).unflatten(-1, (n_sources, 3))  # the range of a plane wave
+    own = torch.where(unseen.unsqueeze(-1) | unseen.unsqueeze(-2), 0.0, own)
+    own = own + torch.diag_embed(torch.where(unseen, torch.inf, 0.0).to(own.dtype))
     own = 0.5 * noise_power[:, None, None, None] * own
     return torch.where(present[..., None, None], own, torch.zeros_like(own))

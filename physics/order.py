@@ -10,17 +10,20 @@ from torch import Tensor
 
 from physics.fit import Fit, Measurement
 from physics.scene import SourceMode
+from physics.steering import Wavefront
 
 Criterion = Literal["bic", "aic", "mdl"]
 _EM_STEPS = 20
 
 
-def parameters_per_source(source_mode: SourceMode) -> int:
+def parameters_per_source(source_mode: SourceMode, wavefront: Wavefront) -> int:
     """Real parameters of a source in the likelihood that the source mode is judged by.
 
-    Three coordinates, and a complex amplitude (constant) or a power (fluctuating).
+    Three coordinates (two of a plane wave), and a complex amplitude (constant) or a power
+    (fluctuating).
     """
-    return 5 if source_mode == "constant" else 4
+    coordinates = 2 if wavefront == "planar" else 3
+    return coordinates + (2 if source_mode == "constant" else 1)
 
 
 def penalty(criterion: Criterion, n_rows: int, n_snapshots: int) -> float:
@@ -40,11 +43,6 @@ def penalty(criterion: Criterion, n_rows: int, n_snapshots: int) -> float:
     if criterion == "aic":
         return 2.0
     return math.log(2 * n_rows if criterion == "bic" else max(n_snapshots, 2))
-
-
-def deviance_without_sources(measurement: Measurement, noise_power: Tensor | None) -> Tensor:
-    """Twice the negative log-likelihood (B,) of noise alone, up to a constant."""
-    return conditional_deviance(measurement, measurement.energy, noise_power)
 
 
 def conditional_deviance(

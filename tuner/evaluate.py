@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -76,13 +77,17 @@ def evaluate(
     from tuner.scoretable import print_tables
 
     chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.device(chosen)
+    except RuntimeError:
+        raise StudyError(f"--device: no device {chosen!r}; expected cpu or cuda") from None
     if chosen.startswith("cuda") and not torch.cuda.is_available():
         raise StudyError(f"--device: {chosen} asked, but this machine has no GPU")
-    if data is not None and (suite or scenes is not None or seed is not None):
-        which = "--suite" if suite else "--scenes" if scenes is not None else "--seed"
-        raise StudyError(f"{which}: is about simulated scenes, and --data names recorded ones")
     names = _suite_names(suite or ["nominal"])
     localizer, conventions = _conventions(checkpoint, config, set_ or [], data, seed, chosen)
+    if conventions.data.shards is not None and (suite or scenes is not None or seed is not None):
+        which = "--suite" if suite else "--scenes" if scenes is not None else "--seed"
+        raise StudyError(f"{which}: is about simulated scenes, and the data are recorded ones")
     target = out.expanduser().resolve()
     _check_writable(target)
     try:
@@ -158,7 +163,17 @@ def _conventions(
     saved = localizer.config.model_dump()
     if data is None:
         saved["data"]["shards"] = None  # scenes like those that it was trained on
-    return localizer, load_trial(saved, overrides, **changes)
+    conventions = load_trial(saved, overrides, **changes)
+    trained = localizer.config
+    if (conventions.array, conventions.scene.n_antennas) != (
+        trained.array,
+        trained.scene.n_antennas,
+    ):
+        raise StudyError(
+            "--set: the network was trained for another array or number of antennas; "
+            "array.* and scene.n_antennas must stay"
+        )
+    return localizer, conventions
 
 
 def _trial_fields() -> list[str]:
@@ -174,10 +189,10 @@ def _check_writable(target: Path) -> None:
         raise StudyError(f"--out: got {target.name}; expected a name that ends in .json")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with target.with_suffix(".csv").open("a", encoding="utf-8"):
-            pass
     except OSError as error:
         raise StudyError(f"--out: cannot write to {target.parent}: {error.strerror}") from error
+    if not os.access(target.parent, os.W_OK | os.X_OK):
+        raise StudyError(f"--out: cannot write to {target.parent}: permission denied")
 
 
 if __name__ == "__main__":

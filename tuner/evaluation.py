@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from model.config import TrialConfig
 from model.data import check_convention, open_split, simulate_split
 from model.files import write_text
 from model.localizer import Localizer
+from model.shards import refuse_leaks
 from physics.geometry import PlanarArray
 from physics.metrics import f1_interval
 from physics.nomp import estimate_snr_db
@@ -42,16 +44,20 @@ def _scenes(
     config: TrialConfig, suite: Suite, array: PlanarArray, n_scenes: int | None
 ) -> tuple[Scenes, str]:
     """The scenes of a suite, and where they come from."""
-
     scene = suite.scene(config.scene)
     if config.data.shards is None:
         count = n_scenes or DEFAULT_SCENES
         parts = list(simulate_split(config.data, scene, array, "test", count))
         return Scenes.concatenate(parts), f"{count} simulated, seed {config.data.seed}"
     folder = Path(config.data.shards)
-    split = open_split(config.data, scene, array, "test" if (folder / "test").is_dir() else "val")
+    held_out = (folder / "test").is_dir()
+    split = open_split(config.data, scene, array, "test" if held_out else "val")
     check_convention([split])
-    return split.read(np.arange(len(split))), f"{len(split)} of {folder / split.name}"
+    if (folder / "train").is_dir():
+        refuse_leaks([open_split(config.data, scene, array, "train"), split])
+    count = len(split) if n_scenes is None else min(n_scenes, len(split))
+    warning = "" if held_out else " (the scenes that choose a search's winner)"
+    return split.read(np.arange(count)), f"{count} of {folder / split.name}{warning}"
 
 
 def evaluate_suite(
@@ -71,7 +77,8 @@ def evaluate_suite(
         name: of the suite.
         config: how scenes are made, and where recorded ones lie.
         localizer: the network; None scores the classical estimators alone.
-        n_scenes: simulated scenes.
+        n_scenes: simulated scenes, or the most of recorded ones; without a ``test/`` folder these
+            are the validation scenes, and the result says so.
         methods: names of the estimators to run; all if left out.
         snr_known: whether estimators are told the SNR.
         device: where to compute.
@@ -86,13 +93,12 @@ def evaluate_suite(
     drawn, origin = _scenes(config, suite, made_by, n_scenes)
     drawn = drawn.to(device)
     truth = Truth.of(drawn, made_by, scene)
-    # What estimators believe: the fields of view and counts of the suite, and the waves and
-    # surface of the configuration unless they are told otherwise.
-    if not suite.told:
-        believed = {"wavefront": config.scene.wavefront, "source_mode": config.scene.source_mode}
-        scene = scene.model_copy(update=believed)
-    told_array = made_by if suite.told else array
-    estimators = _estimators(localizer, told_array, scene, config, methods, snr_known)
+    if suite.told:
+        believed, surface = scene, made_by
+    else:  # the model stays the configured one; only how many sources there may be is known
+        most = {"max_sources": scene.max_sources}
+        believed, surface = config.scene.model_copy(update=most), array
+    estimators = _estimators(localizer, surface, believed, config, methods, snr_known)
     say(f"{name}: {suite.description}; scenes: {origin}")
     scores: list[Score] = []
     for estimator in estimators:
@@ -104,7 +110,7 @@ def evaluate_suite(
         "gated_share": float(truth.gated.sum() / max(1, int(drawn.present.sum()))),
         "methods": {s.name: full_report(s, truth) for s in scores},
         "paired_f1": _paired(scores),
-        "snr_estimate": _snr_estimate(truth, told_array, scene),
+        "snr_estimate": _snr_estimate(truth, surface, believed),
         "curves": {s.name: _curves(s, truth) for s in scores},
     }
 
@@ -149,11 +155,14 @@ def _snr_estimate(truth: Truth, array: PlanarArray, scene: SceneConfig) -> dict[
     """How well the SNR is known from the measurement alone [dB]."""
     some = truth.scenes[slice(0, _SNR_SCENES)]
     level = estimate_snr_db(some.y, some.H, some.codes, array=array, scene=scene)
-    error = (level - some.snr_db)[some.n_sources > 0]
+    with_sources = some.n_sources > 0
+    error = (level - some.snr_db)[with_sources]
+    error = error[torch.isfinite(error)]  # none where no source is found
     if not len(error):
         return {"scenes": 0}
     return {
         "scenes": len(error),
+        "without_estimate": int(with_sources.sum()) - len(error),
         "mean_error_db": float(error.mean()),
         "median_absolute_error_db": float(error.abs().median()),
         "ninetieth_percentile_db": float(error.abs().quantile(0.9)),
@@ -170,7 +179,7 @@ def _curves(score: Score, truth: Truth) -> dict[str, Any]:
 
 def write_evaluation(target: Path, content: dict[str, Any]) -> None:
     """FILE.json, and FILE.csv and FILE.html beside it."""
-    write_text(target, json.dumps(content, indent=2) + "\n")
+    write_text(target, json.dumps(content, indent=2, allow_nan=False) + "\n")
     write_text(target.with_suffix(".csv"), _table(content))
     write_text(target.with_suffix(".html"), page(content))
 

@@ -55,7 +55,7 @@ def page(content: dict[str, Any]) -> str:
         f"Network: {network}.{told} A source counts as found within 5 degrees of azimuth, "
         "5 degrees of elevation and 1 m of range. GOSPA with c = 2 m and p = 2. <em>Gated</em> "
         "sources are those whose Cramer-Rao bound is below 2.5 degrees, 2.5 degrees and 0.5 m. "
-        f"|err|/CRB is a median over them: {_EFFICIENT:.3f} for an efficient estimator. Bands "
+        f"|err|/CRB is a median over those found: {_EFFICIENT:.3f} if efficient. Bands "
         "are 95 % bootstrap intervals over scenes."
     )
     parts = [

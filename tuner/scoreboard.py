@@ -33,6 +33,7 @@ from physics.metrics import (
     subspace_error,
 )
 from physics.nomp import NompConfig, NompResult, nomp, polish
+from physics.scaling import divisor
 from physics.scene import SceneConfig, Scenes
 from physics.spectrum import PolarGrid
 from physics.steering import steering_vector
@@ -107,16 +108,19 @@ def classical_estimators(
         return run
 
     def pursuit(scenes: Scenes) -> Estimate:
-        snr_db = scenes.snr_db if snr_known else None
+        snr_db = told_snr(scenes) if snr_known else None
         result = nomp(scenes.y, scenes.H, scenes.codes, array=array, scene=scene, snr_db=snr_db)
         return _with_covariance(result, array, scene)
 
     criterion = NompConfig().criterion.upper()
-    return [
-        Estimator("music", "MUSIC on R_samp, K told", spectral(music)),
-        Estimator("mvdr", "MVDR on R_samp, K told", spectral(mvdr)),
-        Estimator(REFERENCE, f"NOMP, K by {criterion}", pursuit),
-    ]
+    every = [Estimator(REFERENCE, f"NOMP, K by {criterion}", pursuit)]
+    if array.size > scene.max_sources:  # else there is no noise subspace
+        every = [
+            Estimator("music", "MUSIC on R_samp, K told", spectral(music)),
+            Estimator("mvdr", "MVDR on R_samp, K told", spectral(mvdr)),
+            *every,
+        ]
+    return every
 
 
 def network_estimators(
@@ -131,13 +135,13 @@ def network_estimators(
     """
 
     def network(scenes: Scenes) -> Estimate:
-        snr_db = scenes.snr_db if snr_known else None
+        snr_db = told_snr(scenes) if snr_known else None
         found, prediction, _ = localizer.detect(scenes.y, scenes.H, scenes.codes, snr_db)
         return found, prediction.covariance
 
     def refined(scenes: Scenes) -> Estimate:
         found, _ = network(scenes)
-        snr_db = scenes.snr_db if snr_known else None
+        snr_db = told_snr(scenes) if snr_known else None
         result = polish(
             scenes.y, scenes.H, scenes.codes, found, array=array, scene=scene, snr_db=snr_db
         )
@@ -149,8 +153,15 @@ def network_estimators(
     ]
 
 
+def told_snr(scenes: Scenes) -> Tensor:
+    """SNR (S,) [dB] as estimators are told it: no signal, no SNR, whatever level was drawn."""
+    return torch.where(scenes.n_sources > 0, scenes.snr_db, -torch.inf)
+
+
 def _with_covariance(result: NompResult, array: PlanarArray, scene: SceneConfig) -> Estimate:
-    power = result.amplitude.abs().square().mean(1)
+    amplitude = result.amplitude.abs()
+    amplitude = amplitude / divisor(amplitude.amax((1, 2)))[:, None, None]  # the scale is free
+    power = amplitude.square().mean(1)
     a = steering_vector(result.detections.position, array, scene.wavefront)
     return result.detections, source_covariance(a, power * result.detections.present)
 
@@ -244,7 +255,8 @@ def summary(score: Score, truth: Truth, chosen: Tensor | None = None) -> dict[st
 def pooled_median(error: Tensor, std: Tensor, mask: Tensor) -> float:
     """Median |error| / CRB over azimuth, elevation and range of the hits of a mask."""
     values = normalized_errors(error, std)[mask]
-    return float(values[torch.isfinite(values)].median()) if bool(mask.any()) else math.nan
+    values = values[torch.isfinite(values)]
+    return float(values.quantile(0.5)) if len(values) else math.nan
 
 
 def by_range(score: Score, truth: Truth) -> list[dict[str, Any]]:
@@ -307,6 +319,11 @@ def full_report(score: Score, truth: Truth) -> dict[str, Any]:
 
 
 def _without_nan(content: dict[str, Any]) -> dict[str, Any]:
-    return {
-        k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in content.items()
-    }
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: plain(v) for k, v in value.items()}
+        if isinstance(value, list):
+            return [plain(v) for v in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return {k: plain(v) for k, v in content.items()}

@@ -36,7 +36,7 @@ def print_tables(content: dict[str, Any], console: Console | None = None) -> Non
         console.print(
             f"SNR from the measurement alone: off by {snr['median_absolute_error_db']:.2f} dB "
             f"(median), {snr['mean_error_db']:+.2f} dB on average, "
-            f"over {snr['scenes']} scenes"
+            f"over {snr['scenes']} scenes; none found in {snr['without_estimate']}"
         )
 
 

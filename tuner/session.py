@@ -224,8 +224,6 @@ def _conclude(folder: RunFolder, ledger: Ledger, progress: Progress, *, interrup
     best = write_best(folder, ledger)
     if best is not None:
         export_winner(folder, best)
-    if best is not None and not interrupted:
-        _attempt(lambda: _score_winner(folder, progress), progress, "evaluation.json")
     _attempt(lambda: write_report(folder, ledger), progress, "report.html")
     counts = progress.counts()
     words = {"running": "to go on"} if interrupted else {}
@@ -244,13 +242,21 @@ def _conclude(folder: RunFolder, ledger: Ledger, progress: Progress, *, interrup
         why = f"; for example: {sorted(reasons)[0]}" if reasons else ""
         progress.say(f"no trial finished{why}", logging.ERROR)
         return NOTHING_FINISHED
+    try:
+        _attempt(lambda: _score_winner(folder, progress), progress, "evaluation.json")
+    except KeyboardInterrupt:
+        progress.say("the winner's scoring was interrupted; tuner.evaluate does it at any time")
     progress.say(f"report: {folder.report}")
     progress.say(f"train the winner at full budget: python -m tuner.train --from {where}")
     return DONE
 
 
 def _score_winner(folder: RunFolder, progress: Progress) -> None:
-    """evaluation.json: the winner beside NOMP, on scenes that no trial has seen."""
+    """evaluation.json: the winner beside NOMP.
+
+    Simulated scenes are such as no trial has seen. Of recorded ones the test split is taken, or
+    else the validation split, which chose the winner: the result says so.
+    """
     from model.localizer import Localizer
     from tuner.evaluation import evaluate_suite, write_evaluation
 
@@ -275,12 +281,10 @@ def _score_winner(folder: RunFolder, progress: Progress) -> None:
         "suites": {"nominal": found},
     }
     write_evaluation(folder.path / "evaluation.json", content)
+    progress.say(f"winner beside NOMP; scenes: {found['scenes']}")
     for name, report in found["methods"].items():
         numbers = report["overall"]
-        progress.say(
-            f"{name}: F1 {numbers['f1']:.3f}, GOSPA {numbers['gospa_m']:.2f} m "
-            f"({numbers['scenes']} scenes)"
-        )
+        progress.say(f"{name}: F1 {numbers['f1']:.3f}, GOSPA {numbers['gospa_m']:.2f} m")
     progress.say(f"scoreboard: {folder.path / 'evaluation.html'}")
 
 

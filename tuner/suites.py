@@ -13,15 +13,15 @@ from physics.scene import SceneConfig
 class Suite:
     """How a suite's scenes differ from the configured ones.
 
-    ``told`` says whether estimators are told of the difference (the classical ones: a network
-    stays as it was trained). Where they are not, they keep the configured model: that mismatch is
-    what the suite is for.
+    ``told`` says whether the classical estimators are told of the difference; a network stays as
+    it was trained. Where they are not, they keep the configured model and field of view, and know
+    no more than how many sources there may be: that mismatch is what the suite is for.
     """
 
     description: str
     changes: dict[str, Any] = field(default_factory=dict)
     told: bool = False
-    offset: tuple[float, float] | None = None
+    offset: tuple[float, float] | None = None  # of the array's centre, in spacings
 
     def scene(self, configured: SceneConfig) -> SceneConfig:
         """What the scenes are drawn from."""
@@ -38,7 +38,7 @@ class Suite:
             configured.n_vertical,
             configured.spacing,
             configured.wavelength,
-            self.offset,
+            (self.offset[0] * configured.spacing, self.offset[1] * configured.spacing),
         )
 
 
@@ -55,6 +55,6 @@ SUITES: dict[str, Suite] = {
         "centre by half a spacing; the classical estimators are told",
         {"wavefront": "paraxial", "source_mode": "constant", "k_factor_db": -100.0},
         told=True,
-        offset=(-0.075, -0.075),
+        offset=(-0.5, -0.5),
     ),
 }

@@ -8,7 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from physics import PlanarArray, SceneConfig, Scenes, crb, nomp, scene_crb, simulate
+from physics import (
+    PlanarArray,
+    SceneConfig,
+    Scenes,
+    crb,
+    nomp,
+    scene_crb,
+    simulate,
+    steering_vector,
+)
 from physics.fit import normal_equations, position_of
 from tests.physics.test_fit import ARRAY, MODES, measured, scenes, steer
 from tests.reference import estimation as reference
@@ -176,26 +185,24 @@ def test_bad_arguments_are_refused() -> None:
             )
 
 
+@pytest.mark.parametrize("level", [0.0, 20.0])
 @pytest.mark.parametrize("mode", MODES)
-def test_bounds_of_scenes_are_those_at_their_own_amplitudes_and_noise(mode: Any) -> None:
-    S = scenes(mode, 40, snr_db=20.0)
+def test_bounds_of_scenes_are_those_at_their_own_amplitudes_and_noise(
+    mode: Any, level: float
+) -> None:
+    S = scenes(mode, 40, snr_db=level)
     found = scene_crb(S, ARRAY, "spherical", mode)
     assert found.shape == (40, 2, 3, 3)
-    snr = 100.0
-    clean = S.y.abs().square().mean((1, 2)) / (1 + 1 / snr)
-    noise = clean / snr  # on average: the drawn noise differs by some per cent
+    noise = S.y.abs().square().mean((1, 2)) / (1.0 + 10.0 ** (level / 10.0))
     if mode == "constant":
-        expected = crb(
-            S.position, S.H, S.codes, noise,
-            amplitude=amplitudes(S, mode), array=ARRAY, source_mode=mode,
-        )  # fmt: skip
-    else:
-        expected = crb(
-            S.position, S.H, S.codes, noise,
-            source_power=S.power, array=ARRAY, source_mode=mode,
-        )  # fmt: skip
-    ratio = (found / expected).diagonal(dim1=-2, dim2=-1).sqrt()
-    assert 0.8 < float(ratio.median()) < 1.25
+        known = {"amplitude": amplitudes(S, mode)}
+    else:  # powers scaled so that the expected energy is the measured one
+        signals = measured(S, mode).rows(steering_vector(S.position, ARRAY))
+        expected_power = (signals.abs().square().sum((1, 3)) * S.power).sum(-1) / S.y[0].numel()
+        clean = S.y.abs().square().mean((1, 2)) - noise
+        known = {"source_power": S.power * (clean / expected_power).unsqueeze(-1)}
+    expected = crb(S.position, S.H, S.codes, noise, array=ARRAY, source_mode=mode, **known)
+    assert torch.allclose(found, expected, rtol=1e-6)
     scaled = Scenes(**{**S.__dict__, "y": S.y * 1e-20, "H": S.H * 1e20})
     assert torch.allclose(scene_crb(scaled, ARRAY, "spherical", mode), found, rtol=1e-6)
 
@@ -239,9 +246,22 @@ def test_the_pursuits_errors_meet_the_bound_at_high_snr(mode: Any) -> None:
     assert told is not None
     ratio = told.diagonal(dim1=-2, dim2=-1).sqrt() / std[order]
     assert 0.9 < float(ratio.median()) < 1.1
+    for k in range(2):  # the signs and sizes of what is across coordinates, too
+        blocks = told[order == k].median(dim=0).values / std[k].unsqueeze(-1) / std[k]
+        known = bound[0, k] / std[k].unsqueeze(-1) / std[k]
+        assert torch.allclose(blocks, known, atol=0.1)
 
 
 def measured_as(S: Scenes, mode: Any, array: PlanarArray) -> Any:
     from physics.fit import Measurement
 
     return Measurement.of(S.y, S.H, S.codes, array, "spherical", mode)
+
+
+def test_no_sources_have_no_bounds() -> None:
+    S = scenes("constant")
+    nothing = S.position[:, :0]
+    noise = torch.ones(len(S))
+    for known in ({"amplitude": S.y[:, :1, :0]}, {"source_power": S.power[:, :0]}):
+        bound = crb(nothing, S.H, S.codes, noise, array=ARRAY, source_mode="constant", **known)
+        assert bound.shape == (4, 0, 3, 3)

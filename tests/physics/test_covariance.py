@@ -475,3 +475,12 @@ def test_a_projection_follows_vectors_that_change_in_place() -> None:
         R.project(vectors)
         vectors.mul_(2.0)
         assert torch.equal(R.project(vectors), R.factor.mT @ vectors.mH)
+
+
+def test_a_gram_matrix_follows_columns_that_change_in_place() -> None:
+    factor = complex_normal(2, 5, 3)
+    R = LowRankCovariance(factor)
+    before = R.normalized(moderate=True).trace(), R.reweighted(torch.ones(2, 3)).gram()
+    factor.mul_(2.0)
+    assert torch.allclose(LowRankCovariance(factor).gram(), 4.0 * before[1])
+    assert torch.allclose(R.reweighted(torch.ones(2, 3)).gram(), 4.0 * before[1])

@@ -22,8 +22,10 @@ def test_penalties_are_those_of_the_criteria() -> None:
     assert penalty("aic", 256, 16) == 2.0
     assert penalty("bic", 256, 16) == pytest.approx(math.log(512))
     assert penalty("mdl", 256, 16) == pytest.approx(math.log(16))
-    assert parameters_per_source("constant") == 5  # three coordinates, one complex amplitude
-    assert parameters_per_source("fluctuating") == 4  # three coordinates, one power
+    assert penalty("mdl", 16, 1) == pytest.approx(math.log(2))  # one snapshot is not free
+    assert parameters_per_source("constant", "spherical") == 5  # coordinates, complex amplitude
+    assert parameters_per_source("fluctuating", "paraxial") == 4  # coordinates, power
+    assert parameters_per_source("constant", "planar") == 4  # no range
     with pytest.raises(ValueError, match="criterion 'hqc' unknown"):
         penalty("hqc", 256, 16)  # type: ignore[arg-type]
 
