@@ -48,8 +48,8 @@ class NompResult:
 
     detections: Detections  # with the covariance of the errors that the fit predicts
     amplitude: Tensor  # (B, G, K) complex, 0 where there is no source; G is 1 or L
-    noise_power: Tensor  # (B,) sigma^2: as told, or from the residual
-    snr_db: Tensor  # (B,) of the fit's signal over that noise
+    noise_power: Tensor  # (B,) sigma^2: as told, or from the residual, at the scale of y
+    snr_db: Tensor  # (B,) of the fit's signal over that noise, within -100 and 100 dB
 
     @staticmethod
     def concatenate(parts: list[NompResult]) -> NompResult:

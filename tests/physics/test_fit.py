@@ -208,3 +208,12 @@ def test_coordinates_and_positions_are_each_others_inverse() -> None:
     position = torch.tensor([[0.1, 0.2, 4.0], [0.0, 0.0, math.inf]])
     assert torch.equal(position_of(position)[:, 2], torch.tensor([0.25, 0.0]))
     assert torch.equal(position_of(position_of(position)), position)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_dozen_steps_from_a_grid_point_away_are_enough(mode: Any) -> None:
+    S = scenes(mode, 16, snr_db=30.0, n_sources=1)
+    m, truth = measured(S, mode), position_of(S.position)
+    start = truth + torch.tensor([0.05, 0.05, 0.1])
+    few, many = (refine(m, start, BOUNDS, n)[0].cost for n in (12, 200))
+    assert torch.allclose(few, many, rtol=1e-3)

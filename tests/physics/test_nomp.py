@@ -20,7 +20,7 @@ from physics import (
 )
 from physics.channel import complex_normal as draw_normal
 from physics.metrics import Tolerance, match
-from physics.nomp import pursuit_grid
+from physics.nomp import _Search, pursuit_grid
 
 MODES: list[Any] = ["constant", "fluctuating"]
 ARRAY = PlanarArray(8, 8)
@@ -344,3 +344,22 @@ def test_the_origins_scenes_are_found_as_well_as_the_plain_version_found_them() 
     matching = match(found, S.position, S.present)
     assert matching.f1 > 0.72
     assert matching.count_accuracy > 0.58
+
+
+@pytest.mark.parametrize(("patience", "n_picks"), [(1, 2), (2, 3), (3, 4)])
+def test_patience_is_the_number_of_useless_picks_that_end_it(
+    patience: int, n_picks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, S = draw("constant", 1, min_sources=1, max_sources=1, snr_db=(30.0, 30.0))
+    picks: list[int] = []
+    pick = _Search._pick
+
+    def counted(self: _Search, *arguments: Any) -> Any:
+        picks.append(1)
+        return pick(self, *arguments)
+
+    monkeypatch.setattr(_Search, "_pick", counted)
+    wide = config.model_copy(update={"max_sources": 5})
+    found = search(S, wide, snr_db=30.0, config=NompConfig(patience=patience)).detections
+    assert int(found.count) == 1
+    assert len(picks) == n_picks

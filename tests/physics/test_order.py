@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -119,3 +120,15 @@ def test_marginal_deviance_is_finite_without_noise(dtype: torch.dtype) -> None:
     fit, _, _ = normal_equations(m, position_of(S.position).to(dtype.to_real()))
     for noise in (torch.zeros(3, dtype=dtype.to_real()), None):
         assert torch.isfinite(marginal_deviance(m, fit, noise)).all()
+
+
+def test_marginal_deviance_hardly_depends_on_where_the_powers_start() -> None:
+    S = scenes("fluctuating", 3, snr_db=10.0)
+    m = measured(S, "fluctuating")
+    fit, _, _ = normal_equations(m, position_of(S.position))
+    noise = m.energy / m.n_rows / 11.0
+    value = marginal_deviance(m, fit, noise)
+    for factor in (0.3, 3.0):
+        started = replace(fit, amplitude=fit.amplitude * factor)
+        # A tenth to ten times the power: what is left after the steps is small beside a penalty.
+        assert torch.allclose(marginal_deviance(m, started, noise), value, atol=0.5)
