@@ -1,9 +1,11 @@
 """NOMP with the number of sources by BIC: scenes a second and what it finds.
 
-    python -m benchmarks.nomp [--json FILE] [--threads 2] [--batch 64] [--scenes 1536]
+    python -m benchmarks.nomp [--json FILE] [--threads 2] [--batch 64] [--scenes 1536] [--seed 20]
+        [--data FOLDER]
 
 Scenes of the origin's convention (paraxial waves, constant symbols, Rayleigh channel) and of the
-default one (spherical waves, fluctuating symbols); on a GPU where there is one.
+default one (spherical waves, fluctuating symbols); on a GPU where there is one. ``--data`` takes
+the origin's recorded scenes, of all splits, in place of simulated ones.
 """
 
 from __future__ import annotations
@@ -11,12 +13,15 @@ from __future__ import annotations
 import platform
 import statistics
 import time
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from benchmarks._timing import parser, save, verdict
-from physics import PlanarArray, SceneConfig, nomp, scene_crb, simulate
+from model.shards import SPLITS, ShardSplit
+from physics import PlanarArray, SceneConfig, Scenes, nomp, scene_crb, simulate
 from physics.metrics import (
     crb_gated,
     errors,
@@ -35,12 +40,22 @@ CONVENTIONS: dict[str, tuple[PlanarArray, SceneConfig]] = {
 }
 
 
+def recorded(folder: Path, array: PlanarArray, config: SceneConfig) -> Scenes:
+    """The scenes of all splits of a shard folder."""
+    sizes = config.n_antennas, config.n_snapshots, config.max_sources
+    splits = [
+        ShardSplit(folder, name, array, config.wavefront, *sizes)
+        for name in SPLITS
+        if (folder / name).is_dir()
+    ]
+    return Scenes.concatenate([split.read(np.arange(len(split))) for split in splits])
+
+
 def measure(
-    array: PlanarArray, config: SceneConfig, n_scenes: int, batch: int, device: str, rounds: int
+    array: PlanarArray, config: SceneConfig, scenes: Scenes, batch: int, rounds: int
 ) -> dict[str, Any]:
     """Speed over batches, and the scores of all scenes."""
-    generator = torch.Generator().manual_seed(20)
-    scenes = simulate(n_scenes, config, array, generator=generator).to(device)
+    n_scenes, device = len(scenes), scenes.y.device.type
     options: dict[str, Any] = {"array": array, "scene": config}
 
     def run(index: slice) -> Any:
@@ -83,6 +98,8 @@ def main() -> None:
     arguments = parser(__doc__ or "")
     arguments.add_argument("--batch", type=int, default=64, help="scenes a call (%(default)s)")
     arguments.add_argument("--scenes", type=int, default=1536, help="scenes (%(default)s)")
+    arguments.add_argument("--seed", type=int, default=20, help="of the scenes (%(default)s)")
+    arguments.add_argument("--data", type=Path, help="recorded scenes of the origin")
     args = arguments.parse_args()
     torch.set_num_threads(args.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -91,7 +108,14 @@ def main() -> None:
     result: dict[str, Any] = {"torch": torch.__version__, "device": name}
     rounds = max(1, args.rounds // 5)
     for label, (array, config) in CONVENTIONS.items():
-        row = result[label] = measure(array, config, args.scenes, args.batch, device, rounds)
+        if args.data is not None and label != "origin":
+            continue
+        if args.data is not None:
+            scenes = recorded(args.data, array, config)
+        else:
+            generator = torch.Generator().manual_seed(args.seed)
+            scenes = simulate(args.scenes, config, array, generator=generator)
+        row = result[label] = measure(array, config, scenes.to(device), args.batch, rounds)
         low, high = row["f1_interval"]
         speed = row["scenes_per_second"]
         print(

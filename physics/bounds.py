@@ -10,6 +10,7 @@ from physics.fit import (
     gauss_newton,
     loaded_cholesky,
     normal_equations,
+    position_blocks,
     position_of,
 )
 from physics.geometry import PlanarArray
@@ -248,11 +249,4 @@ def _position_bound(information: Tensor, range_: Tensor, present: Tensor) -> Ten
     # What a direction of vanishing information takes part in has no finite bound.
     lost = ((vectors.abs() > 1e-6) & (values <= 1e3 * floor).unsqueeze(-2)).any(-1)
     bound = inverse * scale.unsqueeze(-1) * scale.unsqueeze(-2)
-    blocks = bound.unflatten(-1, (n_sources, 3)).unflatten(-3, (n_sources, 3))
-    own = blocks.diagonal(dim1=-4, dim2=-2).movedim(-1, 1)  # (B, K, 3, 3)
-    # dr = -r^2 dq
-    turn = torch.stack([torch.ones_like(range_), torch.ones_like(range_), -range_.square()], -1)
-    own = own * turn.unsqueeze(-1) * turn.unsqueeze(-2)
-    lost = lost.unflatten(-1, (n_sources, 3)) | ~present.unsqueeze(-1)
-    own = torch.where(lost.unsqueeze(-1) | lost.unsqueeze(-2), 0.0, own)
-    return own + torch.diag_embed(torch.where(lost, torch.inf, 0.0))
+    return position_blocks(bound, range_, lost | ~present.repeat_interleave(3, dim=-1))

@@ -108,6 +108,24 @@ def position_of(coordinates: Tensor) -> Tensor:
     return torch.cat([coordinates[..., :2], coordinates[..., 2:].reciprocal()], dim=-1)
 
 
+def position_blocks(covariance: Tensor, range_: Tensor, unknown: Tensor) -> Tensor:
+    """Own covariance (B, K, 3, 3) of each source's azimuth, elevation and range.
+
+    Args:
+        covariance: (B, 3 K, 3 K) of azimuth, elevation and inverse range, by source.
+        range_: (B, K) [m]; ``dr = -r^2 dq``.
+        unknown: (B, 3 K) bool: coordinates of infinite variance.
+    """
+    n_sources = range_.shape[-1]
+    blocks = covariance.unflatten(-1, (n_sources, 3)).unflatten(-3, (n_sources, 3))
+    own = blocks.diagonal(dim1=-4, dim2=-2).movedim(-1, 1)
+    turn = torch.stack([torch.ones_like(range_), torch.ones_like(range_), -range_.square()], -1)
+    own = own * turn.unsqueeze(-1) * turn.unsqueeze(-2)
+    lost = unknown.unflatten(-1, (n_sources, 3))
+    own = torch.where(lost.unsqueeze(-1) | lost.unsqueeze(-2), torch.zeros_like(own), own)
+    return own + torch.diag_embed(torch.where(lost, torch.inf, 0.0).to(own.dtype))
+
+
 def loaded_cholesky(gram: Tensor) -> Tensor:
     """Cholesky factor of Gram matrices (…, K, K) loaded at the rounding of their diagonal.
 

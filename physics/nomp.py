@@ -13,7 +13,7 @@ from torch import Tensor
 from physics.checks import check_finite, check_measurement
 from physics.config import FrozenModel
 from physics.detections import Detections
-from physics.fit import Measurement, position_of, refine
+from physics.fit import Measurement, position_blocks, position_of, refine
 from physics.geometry import PlanarArray
 from physics.order import (
     Criterion,
@@ -406,7 +406,6 @@ def _error_covariance(
     noise_power: Tensor,  # (B,)
 ) -> Tensor:
     """Covariance (B, K, 3, 3) of azimuth, elevation and range: sigma^2 / 2 of the inverse."""
-    n_sources = range_.shape[-1]
     kind = torch.finfo(matrix.dtype)
     diagonal = matrix.diagonal(dim1=-2, dim2=-1)
     scale = torch.where(diagonal > 0, diagonal, 1.0).rsqrt()
@@ -415,13 +414,6 @@ def _error_covariance(
     loading = 1e2 * kind.eps + (diagonal <= 0)
     inverse = torch.linalg.pinv(system + torch.diag_embed(loading), hermitian=True)
     inverse = inverse * scale.unsqueeze(-1) * scale.unsqueeze(-2)
-    blocks = inverse.unflatten(-1, (n_sources, 3)).unflatten(-3, (n_sources, 3))
-    own = blocks.diagonal(dim1=-4, dim2=-2).movedim(-1, 1)  # (B, K, 3, 3)
-    # dr = -r^2 dq
-    turn = torch.stack([torch.ones_like(range_), torch.ones_like(range_), -range_.square()], -1)
-    own = own * turn.unsqueeze(-1) * turn.unsqueeze(-2)
-    unseen = (diagonal <= 0).unflatten(-1, (n_sources, 3))  # the range of a plane wave
-    own = torch.where(unseen.unsqueeze(-1) | unseen.unsqueeze(-2), 0.0, own)
-    own = own + torch.diag_embed(torch.where(unseen, torch.inf, 0.0).to(own.dtype))
+    own = position_blocks(inverse, range_, diagonal <= 0)  # the range of a plane wave is lost
     own = 0.5 * noise_power[:, None, None, None] * own
     return torch.where(present[..., None, None], own, torch.zeros_like(own))

@@ -73,7 +73,7 @@ def evaluate(
     import torch
 
     from tuner.errors import StudyError
-    from tuner.evaluation import evaluate_suite, write_evaluation
+    from tuner.evaluation import evaluate_suite, evaluation_of, write_evaluation
     from tuner.scoretable import print_tables
 
     chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -92,17 +92,9 @@ def evaluate(
     _check_writable(target)
     try:
         with Interruption().watched():
-            content: dict[str, Any] = {
-                "checkpoint": None if checkpoint is None else str(checkpoint),
-                "snr": "unknown" if unknown_snr else "known",
-                "device": chosen,
-                "threads": torch.get_num_threads(),
-                "torch": torch.__version__,
-                "config": conventions.model_dump(mode="json"),
-                "suites": {},
-            }
+            found: dict[str, Any] = {}
             for name in names:
-                suite_content = evaluate_suite(
+                found[name] = evaluate_suite(
                     name,
                     conventions,
                     localizer,
@@ -112,8 +104,14 @@ def evaluate(
                     device=chosen,
                     say=typer.echo,
                 )
-                content["suites"][name] = suite_content
-                print_tables(suite_content)
+                print_tables(found[name])
+            content = evaluation_of(
+                found,
+                conventions,
+                checkpoint=checkpoint,
+                snr_known=not unknown_snr,
+                device=chosen,
+            )
             write_evaluation(target, content)
     except KeyboardInterrupt:
         typer.echo("interrupted; nothing was written")

@@ -177,6 +177,26 @@ def _curves(score: Score, truth: Truth) -> dict[str, Any]:
     }
 
 
+def evaluation_of(
+    suites: dict[str, Any],
+    config: TrialConfig,
+    *,
+    checkpoint: Path | None,
+    snr_known: bool = True,
+    device: str = "cpu",
+) -> dict[str, Any]:
+    """The whole result: scored suites, and what they were scored with."""
+    return {
+        "checkpoint": None if checkpoint is None else str(checkpoint),
+        "snr": "known" if snr_known else "unknown",
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "config": config.model_dump(mode="json"),
+        "suites": suites,
+    }
+
+
 def write_evaluation(target: Path, content: dict[str, Any]) -> None:
     """FILE.json, and FILE.csv and FILE.html beside it."""
     write_text(target, json.dumps(content, indent=2, allow_nan=False) + "\n")

@@ -258,7 +258,7 @@ def _score_winner(folder: RunFolder, progress: Progress) -> None:
     else the validation split, which chose the winner: the result says so.
     """
     from model.localizer import Localizer
-    from tuner.evaluation import evaluate_suite, write_evaluation
+    from tuner.evaluation import evaluate_suite, evaluation_of, write_evaluation
 
     if not (folder.best / "config.json").exists():
         return  # its checkpoint was out of reach, which has been said
@@ -271,15 +271,7 @@ def _score_winner(folder: RunFolder, progress: Progress) -> None:
         methods=["network", "network+refinement", "nomp"],
         say=logger.info,
     )
-    content = {
-        "checkpoint": str(folder.best),
-        "snr": "known",
-        "device": "cpu",
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "config": localizer.config.model_dump(mode="json"),
-        "suites": {"nominal": found},
-    }
+    content = evaluation_of({"nominal": found}, localizer.config, checkpoint=folder.best)
     write_evaluation(folder.path / "evaluation.json", content)
     progress.say(f"winner beside NOMP; scenes: {found['scenes']}")
     for name, report in found["methods"].items():
