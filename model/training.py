@@ -31,7 +31,7 @@ from model.precision import AmpPolicy
 from physics.covariance import nmse
 from physics.detections import Detections
 from physics.metrics import gospa, match
-from physics.nomp import pursuit_grid
+from physics.pursuit import pursuit_grid
 from physics.scene import Scenes
 
 log = logging.getLogger(__name__)

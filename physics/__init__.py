@@ -14,7 +14,8 @@ from physics.covariance import (
 )
 from physics.detections import Detections
 from physics.geometry import ArrayConfig, PlanarArray, direction, from_cartesian, to_cartesian
-from physics.nomp import NompConfig, NompResult, estimate_snr_db, nomp, polish
+from physics.nomp import NompResult, estimate_snr_db, nomp, polish
+from physics.pursuit import NompConfig
 from physics.scene import SceneConfig, Scenes
 from physics.simulate import simulate
 from physics.spectrum import (

@@ -126,6 +126,22 @@ def position_blocks(covariance: Tensor, range_: Tensor, unknown: Tensor) -> Tens
     return own + torch.diag_embed(torch.where(lost, torch.inf, 0.0).to(own.dtype))
 
 
+def coordinate_covariance(matrix: Tensor, noise_power: Tensor) -> Tensor:
+    """``sigma^2 / 2`` times the inverse of the Gauss-Newton matrix (B, 3 K, 3 K).
+
+    The covariance of the errors of azimuth, elevation and inverse range, by source. Where the data
+    hardly tell coordinates apart a loading makes the variance huge, not NaN.
+    """
+    kind = torch.finfo(matrix.dtype)
+    diagonal = matrix.diagonal(dim1=-2, dim2=-1)
+    scale = torch.where(diagonal > 0, diagonal, 1.0).rsqrt()
+    system = matrix * scale.unsqueeze(-1) * scale.unsqueeze(-2)
+    loading = 1e2 * kind.eps + (diagonal <= 0)
+    inverse = torch.linalg.pinv(system + torch.diag_embed(loading), hermitian=True)
+    inverse = inverse * scale.unsqueeze(-1) * scale.unsqueeze(-2)
+    return 0.5 * noise_power[:, None, None] * inverse
+
+
 def loaded_cholesky(gram: Tensor) -> Tensor:
     """Cholesky factor of Gram matrices (…, K, K) loaded at the rounding of their diagonal.
 

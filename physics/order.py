@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
@@ -67,16 +68,25 @@ def conditional_deviance(
     return 2.0 * n_rows * torch.log(cost.maximum(rounding) / n_rows)
 
 
-def marginal_deviance(measurement: Measurement, fit: Fit, noise_power: Tensor | None) -> Tensor:
-    """Twice the negative log-likelihood (B,) of fluctuating sources, up to a constant.
+@dataclass(frozen=True)
+class Symbols:
+    """Powers of circular normal symbols, and what of the measurement they explain."""
 
-    Symbols are integrated out: ``y_l ~ CN(0, sigma^2 I + sum_k p_k g_lk g_lk^H)`` at the fit's
-    positions. The powers, and the noise where it is not known, are fitted by expectation
-    maximisation from those of the fit. On the scale of :func:`conditional_deviance`.
+    power: Tensor  # (B, K), on the scale of |amplitude|^2
+    noise_power: Tensor  # (B,) sigma^2
+    logdet: Tensor  # (B,) log det (C / sigma^2) of the measurement's covariance C, all groups
+    unexplained: Tensor  # (B,) sigma^2 y^H C^-1 y
+    rounding: Tensor  # (B,) the noise power below which nothing is told apart
 
-    Source: Stoica and Nehorai, "Performance study of conditional and unconditional
-    direction-of-arrival estimation", IEEE Trans. Acoust., Speech, Signal Process. 38(10), 1990,
-    eq. 2.6; Dempster, Laird and Rubin, J. R. Stat. Soc. B 39(1), 1977.
+
+def symbol_powers(measurement: Measurement, fit: Fit, noise_power: Tensor | None) -> Symbols:
+    """Maximum-likelihood powers at the fit's positions, and the noise where it is not known.
+
+    Symbols are integrated out: ``y_l ~ CN(0, C_l)`` with
+    ``C_l = sigma^2 I + sum_k p_k g_lk g_lk^H``. Expectation maximisation starts from the powers of
+    the fit.
+
+    Source: Dempster, Laird and Rubin, J. R. Stat. Soc. B 39(1), 1977.
     """
     n_rows, n_sources = measurement.n_rows, fit.amplitude.shape[-1]
     energy = measurement.energy
@@ -106,8 +116,23 @@ def marginal_deviance(measurement: Measurement, fit: Fit, noise_power: Tensor | 
             sigma2 = ((misfit + mean.sum((-3, -2, -1)) + traced) / n_rows).maximum(rounding)
         p = new_p
     logdet = 2.0 * cholesky.diagonal(dim1=-2, dim2=-1).real.log().sum((-2, -1))
-    unexplained = (energy - explained).clamp_min(0.0)  # sigma^2 y^H C^-1 y
+    return Symbols(p, sigma2, logdet, (energy - explained).clamp_min(0.0), rounding)
+
+
+def marginal_deviance(measurement: Measurement, fit: Fit, noise_power: Tensor | None) -> Tensor:
+    """Twice the negative log-likelihood (B,) of fluctuating sources, up to a constant.
+
+    That of :func:`symbol_powers` at the fit's positions, on the scale of
+    :func:`conditional_deviance`.
+
+    Source: Stoica and Nehorai, "Performance study of conditional and unconditional
+    direction-of-arrival estimation", IEEE Trans. Acoust., Speech, Signal Process. 38(10), 1990,
+    eq. 2.6.
+    """
+    symbols = symbol_powers(measurement, fit, noise_power)
     if noise_power is not None:
-        return 2.0 * (logdet + unexplained / sigma2)
+        return 2.0 * (symbols.logdet + symbols.unexplained / symbols.noise_power)
     # The best common scale of noise and powers, given their ratios, is eliminated exactly.
-    return 2.0 * logdet + 2.0 * n_rows * torch.log((unexplained / n_rows).maximum(rounding))
+    n_rows = measurement.n_rows
+    mean = (symbols.unexplained / n_rows).maximum(symbols.rounding)
+    return 2.0 * symbols.logdet + 2.0 * n_rows * torch.log(mean)

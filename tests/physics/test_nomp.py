@@ -20,7 +20,7 @@ from physics import (
 )
 from physics.channel import complex_normal as draw_normal
 from physics.metrics import Tolerance, match
-from physics.nomp import _Search, pursuit_grid
+from physics.pursuit import Search, pursuit_grid
 
 MODES: list[Any] = ["constant", "fluctuating"]
 ARRAY = PlanarArray(8, 8)
@@ -352,13 +352,13 @@ def test_patience_is_the_number_of_useless_picks_that_end_it(
 ) -> None:
     config, S = draw("constant", 1, min_sources=1, max_sources=1, snr_db=(30.0, 30.0))
     picks: list[int] = []
-    pick = _Search._pick
+    pick = Search.pick
 
-    def counted(self: _Search, *arguments: Any) -> Any:
+    def counted(self: Search, *arguments: Any) -> Any:
         picks.append(1)
         return pick(self, *arguments)
 
-    monkeypatch.setattr(_Search, "_pick", counted)
+    monkeypatch.setattr(Search, "pick", counted)
     wide = config.model_copy(update={"max_sources": 5})
     found = search(S, wide, snr_db=30.0, config=NompConfig(patience=patience)).detections
     assert int(found.count) == 1
