@@ -20,7 +20,8 @@ from torch import Tensor
 from benchmarks._timing import alternate, median_ratio, parser, save, verdict
 from model import Trainer, TrialConfig
 from model.blending import blended_covariance
-from model.network import Prediction
+from model.data import Batch
+from model.prediction import Prediction
 from physics import Scenes, steering_vector
 
 SPEEDUP = 20.0
@@ -82,9 +83,9 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def losses(trainer: Trainer, scenes: Scenes, rounds: int) -> dict[str, float]:
+def losses(trainer: Trainer, batch: Batch, rounds: int) -> dict[str, float]:
     """Seconds of both losses with their gradients, and how far their values differ."""
-    features = trainer._features(scenes, scenes.snr_db)
+    scenes, features = batch.scenes, trainer._features(batch)
     with torch.no_grad():
         prediction = trainer.network(features)
     config = trainer.config.model_copy(
@@ -124,13 +125,13 @@ def losses(trainer: Trainer, scenes: Scenes, rounds: int) -> dict[str, float]:
 def steps(config: TrialConfig, device: str, rounds: int) -> dict[str, Any]:
     """Steps a second of the whole training step, and the memory it peaks at."""
     trainer = Trainer(config, device)
-    scenes = next(iter(trainer.source.train_batches(0, config.training.batch_size, 0)))
+    batch = next(iter(trainer.source.train_batches(0, config.training.batch_size, 0)))
     trainer.network.train()
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
 
     def step() -> None:
-        trainer._train_step(scenes)
+        trainer._train_step(batch)
         synchronize()
 
     seconds = statistics.median(alternate({"step": step}, rounds)["step"])
@@ -185,12 +186,12 @@ def main() -> None:
         gain = result["step"][1]["steps_per_second"] / result["step"][0]["steps_per_second"]
         print(f"AMP: {gain:.2f} x")
     trainer = Trainer(config, device)
-    scenes = trainer.source.validation()
+    batch = trainer.source.validation()
     result["loss"] = {}
     # One thread is what a trial has by default; the others show what more of them change.
     for threads in sorted({1, args.threads}):
         torch.set_num_threads(threads)
-        loss = result["loss"][f"{threads} threads"] = losses(trainer, scenes, args.rounds)
+        loss = result["loss"][f"{threads} threads"] = losses(trainer, batch, args.rounds)
         print(
             f"loss with gradient, {threads} threads: factored {loss['factored_ms']:.1f} ms, "
             f"dense {loss['dense_ms']:.0f} ms, values differ by {loss['relative_difference']:.0e}; "

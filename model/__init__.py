@@ -1,20 +1,28 @@
 """The network, its losses, data and training; knows physics, not Ray."""
 
+from model.candidate import CandidateNetwork, CandidateNetworkConfig
 from model.checkpoint import CheckpointError, export_best
 from model.config import TrialConfig
 from model.data import DataConfig, check_data
+from model.decision import Decision, DecisionConfig
 from model.localizer import Localizer, Source
 from model.loss import LossConfig, ScenesLoss
-from model.network import NetworkConfig, Prediction, SnapshotNetwork
+from model.network import NetworkConfig, build_network
 from model.optimizer import TrainingConfig
 from model.precision import PrecisionConfig
+from model.prediction import Prediction, SourceNetwork
 from model.shards import DataError, ShardSplit, refuse_leaks, write_shards
+from model.snapshot import SnapshotConfig, SnapshotNetwork
 from model.training import Trainer, TrialDiverged, train
 
 __all__ = [
+    "CandidateNetwork",
+    "CandidateNetworkConfig",
     "CheckpointError",
     "DataConfig",
     "DataError",
+    "Decision",
+    "DecisionConfig",
     "Localizer",
     "LossConfig",
     "NetworkConfig",
@@ -22,12 +30,15 @@ __all__ = [
     "Prediction",
     "ScenesLoss",
     "ShardSplit",
+    "SnapshotConfig",
     "SnapshotNetwork",
     "Source",
+    "SourceNetwork",
     "Trainer",
     "TrainingConfig",
     "TrialConfig",
     "TrialDiverged",
+    "build_network",
     "check_data",
     "export_best",
     "refuse_leaks",

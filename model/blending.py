@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from model.features import Features
-from model.network import Prediction
+from model.prediction import Prediction
 from physics.covariance import BlendConfig, LowRankCovariance, blend
 
 

@@ -8,18 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from model.config import TrialConfig
+from model.decision import Decision
 from model.files import replacing, write_text
+from model.network import dotted
 
-FORMAT = 1
+FORMAT = 2
 CHECKPOINT = "checkpoint.safetensors"
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
+DECISION = "decision.json"
 
 
 class CheckpointError(ValueError):
@@ -113,7 +116,7 @@ def parse_config(path: Path, text: str) -> TrialConfig:
         return TrialConfig.model_validate_json(text)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the file"
+        where = dotted(first["loc"]) or "the file"
         raise CheckpointError(
             f"{path}: {where} holds {str(first.get('input'))[:80]!r}: {first['msg']}"
         ) from error
@@ -134,12 +137,28 @@ def read_config(folder: Path) -> TrialConfig:
         raise CheckpointError(f"{path}: not readable as text ({error})") from error
 
 
+def read_decision(folder: Path) -> Decision:
+    """Read the ``decision.json`` beside exported weights; the defaults where there is none.
+
+    Raises:
+        CheckpointError: damaged.
+    """
+    path = Path(folder) / DECISION
+    try:
+        return TypeAdapter(Decision).validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return Decision()
+    except (OSError, ValidationError) as error:
+        first = str(error).splitlines()[0]
+        raise CheckpointError(f"{path}: not a decision of a training ({first})") from error
+
+
 def export_best(checkpoint: Path, out: Path) -> None:
     """Write the weights that were scored, and their configuration, for inference.
 
     Args:
         checkpoint: folder of a checkpoint of :class:`model.training.Trainer`.
-        out: folder that gets ``model.safetensors`` and ``config.json``.
+        out: folder that gets ``model.safetensors``, ``config.json`` and ``decision.json``.
 
     Raises:
         CheckpointError: the checkpoint is damaged, or no epoch of it was scored.
@@ -149,4 +168,5 @@ def export_best(checkpoint: Path, out: Path) -> None:
         raise CheckpointError(f"{checkpoint}: no epoch was scored yet; nothing to export")
     out = Path(out)
     write_text(out / CONFIG, loaded.config.model_dump_json(indent=2) + "\n")
+    write_text(out / DECISION, json.dumps(loaded.state["best_decision"], indent=2) + "\n")
     save_tensors(out / WEIGHTS, loaded.tensors["best"])

@@ -2,41 +2,50 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
 from model.data import DataConfig
+from model.decision import DecisionConfig
 from model.loss import LossConfig
 from model.network import NetworkConfig
 from model.optimizer import TrainingConfig
 from model.precision import PrecisionConfig
+from model.snapshot import SnapshotConfig
 from physics.config import FrozenModel
 from physics.covariance import BlendConfig
 from physics.geometry import ArrayConfig
 from physics.scene import SceneConfig
 from physics.tikhonov import TikhonovConfig
 
+Objective = Literal["nmse", "f1", "gospa"]
+
 
 class TrialConfig(FrozenModel):
     """Everything that decides the result of one training."""
 
+    objective: Objective = Field(
+        "nmse", description="what is minimised: NMSE of R_pred, 1 - F1, or GOSPA [m]"
+    )
     seed: int = Field(0, ge=0, description="weights, dropout, shuffling and jitter")
     array: ArrayConfig = ArrayConfig()
     scene: SceneConfig = SceneConfig()
     tikhonov: TikhonovConfig = TikhonovConfig()
     blend: BlendConfig = BlendConfig()
-    network: NetworkConfig = NetworkConfig()
+    network: NetworkConfig = SnapshotConfig()
     loss: LossConfig = LossConfig()
     precision: PrecisionConfig = PrecisionConfig()
+    decision: DecisionConfig = DecisionConfig()
     data: DataConfig = DataConfig()
     training: TrainingConfig = TrainingConfig()
 
     @model_validator(mode="after")
     def _a_slot_for_every_source(self) -> Self:
-        if self.network.rank < self.scene.max_sources:
+        if self.network.slots < self.scene.max_sources:
+            name = "candidates.count" if self.network.front_end else "rank"
             raise ValueError(
-                f"network.rank {self.network.rank} is below scene.max_sources "
+                f"network.{name} {self.network.slots} is below scene.max_sources "
                 f"{self.scene.max_sources}; every source needs a slot"
             )
         return self

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -13,7 +14,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from model.front_end import FrontEnd
 from model.shards import SPLITS, DataError, ShardSplit, refuse_leaks
+from physics.candidates import Candidates
 from physics.config import FrozenModel
 from physics.geometry import PlanarArray
 from physics.scene import SceneConfig, Scenes
@@ -22,7 +25,7 @@ from physics.simulate import simulate
 if TYPE_CHECKING:
     from model.config import TrialConfig
 
-__all__ = ["DataConfig", "DataError", "SceneSource", "check_data", "open_source"]
+__all__ = ["Batch", "DataConfig", "DataError", "SceneSource", "check_data", "open_source"]
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +45,38 @@ class DataConfig(FrozenModel):
     val_scenes: int = Field(512, ge=1, description="scenes of the fixed validation set")
     fresh: bool = Field(True, description="simulate new training scenes in every epoch")
     seed: int = Field(0, ge=0, description="of the simulated scenes; the same for all trials")
+    cache: Path | None = Field(
+        None, description="folder of candidates that trials share; null: the user's cache"
+    )
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Scenes, and what a network is told of them beside the measurement."""
+
+    scenes: Scenes
+    snr_db: Tensor  # (B,) real; NaN where it is hidden, -inf where there is no signal
+    candidates: Candidates | None = None  # of the networks that judge them
+
+    def __len__(self) -> int:
+        return len(self.scenes)
+
+    def __getitem__(self, index: slice | Tensor) -> Batch:
+        """Some of the scenes."""
+        found = self.candidates
+        return Batch(
+            self.scenes[index], self.snr_db[index], None if found is None else found[index]
+        )
+
+    @staticmethod
+    def concatenate(parts: list[Batch]) -> Batch:
+        """One batch of several, in order."""
+        found = [part.candidates for part in parts if part.candidates is not None]
+        return Batch(
+            Scenes.concatenate([part.scenes for part in parts]),
+            torch.cat([part.snr_db for part in parts]),
+            Candidates.concatenate(found) if found else None,
+        )
 
 
 class SceneSource(Protocol):
@@ -53,11 +88,11 @@ class SceneSource(Protocol):
         """Batches of an epoch."""
         ...
 
-    def train_batches(self, epoch: int, batch_size: int, seed: int) -> Iterator[Scenes]:
+    def train_batches(self, epoch: int, batch_size: int, seed: int) -> Iterator[Batch]:
         """The batches of an epoch, the same for the same arguments."""
         ...
 
-    def validation(self) -> Scenes:
+    def validation(self) -> Batch:
         """The validation scenes."""
         ...
 
@@ -90,54 +125,94 @@ def simulate_split(
         yield scenes[slice(0, min(_CHUNK, n_scenes - start))]
 
 
+class _Examiner:
+    """Makes batches of scenes: hides the SNR of some, and finds the candidates of all."""
+
+    def __init__(self, config: DataConfig, front_end: FrontEnd | None, hidden: float) -> None:
+        self.seed, self.front_end, self.hidden = config.seed, front_end, hidden
+
+    def __call__(self, scenes: Scenes, split: Split, epoch: int, chunk: int) -> Batch:
+        """The batch of one chunk of a split, always the same."""
+        snr_db = scenes.known_snr_db
+        if split == "train" and self.hidden:
+            sequence = np.random.SeedSequence(self.seed, spawn_key=(4, epoch, chunk))
+            drawn = np.random.default_rng(sequence).random(len(scenes)) < self.hidden
+            snr_db = snr_db.masked_fill(torch.from_numpy(drawn).to(snr_db.device), torch.nan)
+        if self.front_end is None:
+            return Batch(scenes, snr_db)
+        found = self.front_end(scenes.y, scenes.H, scenes.codes, snr_db)
+        return Batch(scenes, snr_db, found)
+
+
 class SimulatedScenes:
     """Scenes simulated on the trial's device."""
 
     unit_modulus: bool | None = True
 
     def __init__(
-        self, config: DataConfig, scene: SceneConfig, array: PlanarArray, device: torch.device
+        self,
+        config: DataConfig,
+        scene: SceneConfig,
+        array: PlanarArray,
+        device: torch.device,
+        front_end: FrontEnd | None = None,
+        hidden: float = 0.0,
     ) -> None:
         self.config, self.scene, self.array, self.device = config, scene, array, device
-        self._fixed: Scenes | None = None
+        self._examine = _Examiner(config, front_end, hidden)
+        self._fixed: Batch | None = None
+        self._validation: Batch | None = None
 
     def n_batches(self, batch_size: int) -> int:
         return -(-self.config.train_scenes // batch_size)
 
-    def train_batches(self, epoch: int, batch_size: int, seed: int) -> Iterator[Scenes]:
+    def train_batches(self, epoch: int, batch_size: int, seed: int) -> Iterator[Batch]:
         n_scenes = self.config.train_scenes
         if not self.config.fresh:
             if self._fixed is None:
-                self._fixed = Scenes.concatenate(list(self._chunks("train", n_scenes, 0)))
+                self._fixed = Batch.concatenate(list(self._chunks(0)))
             order = _shuffle(n_scenes, epoch, seed).to(self.device)
             for start in range(0, n_scenes, batch_size):
                 yield self._fixed[order[start : start + batch_size]]
             return
-        pending: Scenes | None = None
-        for chunk in self._chunks("train", n_scenes, epoch):
-            pending = chunk if pending is None else Scenes.concatenate([pending, chunk])
+        pending: Batch | None = None
+        for chunk in self._chunks(epoch):
+            pending = chunk if pending is None else Batch.concatenate([pending, chunk])
             while len(pending) >= batch_size:
                 yield pending[slice(0, batch_size)]
                 pending = pending[slice(batch_size, None)]
         if pending is not None and len(pending):
             yield pending
 
-    def validation(self) -> Scenes:
-        return _simulated_validation(self.config, self.scene, self.array, str(self.device))
+    def validation(self) -> Batch:
+        if self._validation is None:
+            scenes = _simulated_validation(self.config, self.scene, self.array)
+            self._validation = Batch.concatenate(
+                [
+                    self._examine(scenes[slice(start, start + _CHUNK)].to(self.device), "val", 0, i)
+                    for i, start in enumerate(range(0, len(scenes), _CHUNK))
+                ]
+            )
+        return self._validation
 
-    def _chunks(self, split: Split, n_scenes: int, epoch: int) -> Iterator[Scenes]:
-        return simulate_split(
-            self.config, self.scene, self.array, split, n_scenes, epoch=epoch, device=self.device
+    def _chunks(self, epoch: int) -> Iterator[Batch]:
+        scenes = simulate_split(
+            self.config,
+            self.scene,
+            self.array,
+            "train",
+            self.config.train_scenes,
+            epoch=epoch,
+            device=self.device,
         )
+        for index, chunk in enumerate(scenes):
+            yield self._examine(chunk, "train", epoch, index)
 
 
 @lru_cache(maxsize=1)
-def _simulated_validation(
-    config: DataConfig, scene: SceneConfig, array: PlanarArray, device: str
-) -> Scenes:
+def _simulated_validation(config: DataConfig, scene: SceneConfig, array: PlanarArray) -> Scenes:
     """The validation scenes, simulated on the CPU so that they are the same on every device."""
-    parts = list(simulate_split(config, scene, array, "val", config.val_scenes))
-    return Scenes.concatenate(parts).to(device)
+    return Scenes.concatenate(list(simulate_split(config, scene, array, "val", config.val_scenes)))
 
 
 class ShardScenes:
@@ -146,26 +221,53 @@ class ShardScenes:
     unit_modulus: bool | None = None
 
     def __init__(
-        self, config: DataConfig, scene: SceneConfig, array: PlanarArray, device: torch.device
+        self,
+        config: DataConfig,
+        scene: SceneConfig,
+        array: PlanarArray,
+        device: torch.device,
+        front_end: FrontEnd | None = None,
+        hidden: float = 0.0,
     ) -> None:
         self.config, self.device = config, device
         self.train = open_split(config, scene, array, "train")
         self.val = open_split(config, scene, array, "val")
         check_convention([self.train, self.val])
-        self._validation = self.val.read(
-            np.arange(min(len(self.val), config.val_scenes), dtype=np.int64)
-        ).to(device)
+        self._examine = _Examiner(config, front_end, hidden)
+        count = min(len(self.val), config.val_scenes)
+        self._validation = Batch.concatenate(list(self._chunks("val", count)))
+        # What is kept of the training scenes is small; they themselves stay on disk.
+        self._known: tuple[Tensor, Candidates] | None = None
+        if front_end is not None:
+            known = [(b.snr_db, b.candidates) for b in self._chunks("train", len(self.train))]
+            self._known = (
+                torch.cat([snr_db for snr_db, _ in known]),
+                Candidates.concatenate([found for _, found in known if found is not None]),
+            )
 
     def n_batches(self, batch_size: int) -> int:
         return -(-min(len(self.train), self.config.train_scenes) // batch_size)
 
-    def train_batches(self, epoch: int, batch_size: int, seed: int) -> Iterator[Scenes]:
-        order = _shuffle(len(self.train), epoch, seed).numpy()[: self.config.train_scenes]
-        for start in range(0, len(order), batch_size):
-            yield self.train.read(order[start : start + batch_size]).to(self.device)
+    def train_batches(self, epoch: int, batch_size: int, seed: int) -> Iterator[Batch]:
+        order = _shuffle(len(self.train), epoch, seed)[: self.config.train_scenes]
+        for number, start in enumerate(range(0, len(order), batch_size)):
+            index = order[start : start + batch_size]
+            scenes = self.train.read(index.numpy()).to(self.device)
+            if self._known is None:
+                yield self._examine(scenes, "train", epoch, number)
+            else:
+                snr_db, found = self._known
+                here = index.to(self.device)
+                yield Batch(scenes, snr_db[here], found[here])
 
-    def validation(self) -> Scenes:
+    def validation(self) -> Batch:
         return self._validation
+
+    def _chunks(self, split: Split, count: int) -> Iterator[Batch]:
+        shards = self.train if split == "train" else self.val
+        for start in range(0, count, _CHUNK):
+            index = np.arange(start, min(start + _CHUNK, count), dtype=np.int64)
+            yield self._examine(shards.read(index).to(self.device), split, 0, start)
 
 
 def _shuffle(count: int, epoch: int, seed: int) -> Tensor:
@@ -228,7 +330,8 @@ def open_source(config: TrialConfig, device: torch.device) -> SceneSource:
     """
     array = config.array.build()
     kind = SimulatedScenes if config.data.shards is None else ShardScenes
-    return kind(config.data, config.scene, array, device)
+    hidden = config.training.snr_dropout
+    return kind(config.data, config.scene, array, device, FrontEnd.of(config), hidden)
 
 
 def check_data(config: TrialConfig) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from model.network import Prediction
+from model.prediction import Prediction
 from physics.covariance import LowRankCovariance
 from physics.detections import Detections
 from physics.geometry import PlanarArray

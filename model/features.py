@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from physics.candidates import Candidates
 from physics.covariance import LowRankCovariance
 from physics.precision import in_full_precision
 from physics.tikhonov import TikhonovConfig, solve_unchecked
@@ -23,6 +24,7 @@ class Features:
     spectrum: Tensor  # (B, 2, G) log matched-filter power on the dictionary, mean 0
     snr_db: Tensor  # (B,) real; NaN where unknown
     n_fallbacks: int  # scenes that the solver's SVD fallback served
+    candidates: Candidates | None = None  # of the networks that judge them
 
     def measured_covariance(self, shrinkage: float = 0.0) -> LowRankCovariance:
         """R_samp of the same ridge solutions, trace N."""
@@ -41,6 +43,7 @@ def compute_features(
     dictionary: Tensor,
     tikhonov: TikhonovConfig,
     unit_modulus: bool | None = None,
+    candidates: Candidates | None = None,
 ) -> Features:
     """Ridge solutions and their matched-filter spectra over a dictionary of positions.
 
@@ -56,6 +59,7 @@ def compute_features(
         dictionary: (G, N) complex steering vectors.
         tikhonov: how the ridge solutions are computed.
         unit_modulus: what is known of the codes; None looks.
+        candidates: of the same scenes, where the network judges them.
     """
     ridge, report = solve_unchecked(
         y, H, codes, tikhonov.regularization, tikhonov.solver, unit_modulus
@@ -76,6 +80,7 @@ def compute_features(
         spectrum=log_spectrum - log_spectrum.mean(-1, keepdim=True),
         snr_db=snr_db,
         n_fallbacks=report.n_fallbacks,
+        candidates=candidates,
     )
 
 

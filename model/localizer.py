@@ -10,11 +10,20 @@ from scipy.optimize import linear_sum_assignment, nnls
 from torch import Tensor
 
 from model.blending import blended_covariance
-from model.checkpoint import WEIGHTS, CheckpointError, load_tensors, read_config
+from model.checkpoint import (
+    WEIGHTS,
+    CheckpointError,
+    load_tensors,
+    read_config,
+    read_decision,
+)
 from model.config import TrialConfig
+from model.decision import Decision, judge
 from model.decode import detect
 from model.features import Features, compute_features
-from model.network import Prediction, SnapshotNetwork
+from model.front_end import FrontEnd
+from model.network import build_network
+from model.prediction import Prediction, SourceNetwork
 from physics.checks import check_measurement
 from physics.covariance import LowRankCovariance
 from physics.detections import Detections
@@ -32,33 +41,39 @@ class Source:
     elevation_deg: float
     range_m: float
     power: float  # share of R_blend's trace that the source explains, by non-negative fit
-    probability: float  # that a source is there, by the slot that points at it; not calibrated
+    probability: float  # that a source stands in this direction, by the slot that points at it
 
 
 class Localizer:
     """A trained network with everything needed to use it.
 
-    Sources are the highest peaks of the MUSIC spectrum of R_blend, built by the very function
-    that training used; as many as slots say that they hold a source.
+    A network that judges candidates names those above the threshold of its decision. Otherwise
+    sources are the highest peaks of the MUSIC spectrum of R_blend, built by the very function that
+    training used; as many as slots say that they hold a source.
 
     Args:
         config: of the training.
         network: with the weights that were scored.
         device: where to compute.
+        grid: of the MUSIC spectrum.
+        decision: threshold and calibration; the defaults if left out.
     """
 
     def __init__(
         self,
         config: TrialConfig,
-        network: SnapshotNetwork,
+        network: SourceNetwork,
         device: torch.device | str = "cpu",
         grid: PolarGrid | None = None,
+        decision: Decision | None = None,
     ) -> None:
         self.config = config
         self.device = torch.device(device)
         self.network = network.to(self.device).eval()
         self.array = config.array.build()
         self.grid = grid or PolarGrid.covering(config.scene)
+        self.decision = decision or Decision(config.decision.goal)
+        self._front_end = FrontEnd.of(config, keep=False)
 
     @classmethod
     def load(cls, folder: Path | str, device: torch.device | str = "cpu") -> Localizer:
@@ -75,7 +90,7 @@ class Localizer:
         if not (folder / WEIGHTS).exists() and (folder / "best" / WEIGHTS).exists():
             raise CheckpointError(f"{folder}: a run directory; load its winner, {folder / 'best'}")
         config = read_config(folder)
-        network = SnapshotNetwork(config.network, config.scene, config.array.build())
+        network = build_network(config.network, config.scene, config.array.build())
         try:
             network.load_state_dict(load_tensors(folder / WEIGHTS)[0])
         except RuntimeError as error:
@@ -83,7 +98,7 @@ class Localizer:
             raise CheckpointError(
                 f"{folder / WEIGHTS}: weights of another network than config.json's ({first})"
             ) from error
-        return cls(config, network, device)
+        return cls(config, network, device, decision=read_decision(folder))
 
     @torch.no_grad()
     def predict(
@@ -113,7 +128,9 @@ class Localizer:
         # Only their scale, which changes nothing, may be beyond single precision.
         y, H = (divide(t, divisor(peak(t))[..., None, None]) for t in (y, H))
         y, H, codes = (t.to(self.device, torch.complex64) for t in (y, H, codes))
-        if snr_db is None:
+        if snr_db is None and self._front_end is not None:
+            level = y.real.new_full(batch, torch.nan)  # the pursuit estimates the noise itself
+        elif snr_db is None:
             level = estimate_snr_db(y, H, codes, array=self.array, scene=self.config.scene)
         else:
             level = torch.as_tensor(snr_db, dtype=torch.float32, device=self.device)
@@ -122,6 +139,7 @@ class Localizer:
                     f"snr_db has shape {tuple(level.shape)}; expected a number or ({batch[0]},)"
                 )
             level = level.expand(batch)
+        front_end = self._front_end
         features = compute_features(
             y,
             H,
@@ -129,6 +147,7 @@ class Localizer:
             level,
             dictionary=self.network.dictionary,
             tikhonov=self.config.tikhonov,
+            candidates=None if front_end is None else front_end(y, H, codes, level),
         )
         prediction = self.network(features)
         return prediction, blended_covariance(prediction, features, self.config.blend), features
@@ -141,9 +160,12 @@ class Localizer:
         Arguments and errors are those of :meth:`predict`.
         """
         prediction, blended, _ = self.predict(y, H, codes, snr_db)
-        wavefront = self.config.scene.wavefront
-        found = detect(prediction, blended, self.grid, self.array, wavefront)
-        return found, prediction, blended
+        return self._detect(prediction, blended), prediction, blended
+
+    def _detect(self, prediction: Prediction, blended: LowRankCovariance) -> Detections:
+        if prediction.cells is not None:
+            return judge(prediction, self.decision.goal).named(self.decision)
+        return detect(prediction, blended, self.grid, self.array, self.config.scene.wavefront)
 
     def locate(
         self, y: Tensor, H: Tensor, codes: Tensor, snr_db: float | Tensor | None = None
@@ -177,7 +199,7 @@ class Localizer:
 
     def _decode(self, prediction: Prediction, blended: LowRankCovariance) -> list[list[Source]]:
         wavefront = self.config.scene.wavefront
-        found = detect(prediction, blended, self.grid, self.array, wavefront)
+        found = self._detect(prediction, blended)
         result: list[list[Source]] = []
         for item in range(len(found)):
             kept = found.position[item][found.present[item]]
@@ -189,7 +211,11 @@ class Localizer:
             # a_k^H R a_k = sum_j |a_k^H a_j|^2 p_j: neighbours share what they both see.
             seen = single.quadratic(a) / self.array.size
             power, _ = nnls((a.conj() @ a.mT).abs().square().cpu().numpy(), seen.cpu().numpy())
-            probability = self._probabilities(prediction, item, a)
+            if prediction.cells is not None:
+                slots = found.present[item]
+                probability = torch.sigmoid(prediction.existence[item][slots]).tolist()
+            else:
+                probability = self._probabilities(prediction, item, a)
             sources = [
                 Source(
                     azimuth_deg=float(torch.rad2deg(p[0])),

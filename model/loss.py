@@ -8,11 +8,11 @@ from typing import Literal
 
 import torch
 from pydantic import Field
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn import functional
 
-from model.network import Prediction
+from model.pointing import OwnCells, SharedCells, match_slots
+from model.prediction import Prediction
 from physics.config import FrozenModel
 from physics.covariance import LowRankCovariance, nmse, source_covariance
 from physics.geometry import PlanarArray
@@ -81,8 +81,8 @@ class ScenesLoss:
       the dictionary by its energy in U_K, at temperature 0.1; decoys that overlap a source of the
       scene by more than a half do not count;
     - ``existence``: binary cross-entropy of the slots after matching;
-    - ``position``: cross-entropy of a matched slot's pointer to the cells around its source, plus
-      the Huber distance of its position in cells.
+    - ``position``: cross-entropy of a matched slot's pointer to the cells around its source; with
+      shared cells, plus the Huber distance of its position in cells (:mod:`model.pointing`).
 
     Args:
         config: weights.
@@ -93,7 +93,6 @@ class ScenesLoss:
     """
 
     temperature = 0.1
-    target_sharpness = 20.0
 
     def __init__(
         self,
@@ -152,10 +151,10 @@ class ScenesLoss:
                 at_source, at_decoy, overlap_of(decoys, steering), present
             )
         if weights["existence"] or weights["position"]:
-            overlap = overlap_of(self.dictionary, steering)
-            slot, source = match_slots(prediction, overlap, present)
+            pointing = self._pointing(prediction, scenes, steering)
+            slot, source = match_slots(prediction, pointing.score(), present)
             terms["existence"] = self._existence(prediction, slot)
-            terms["position"] = self._position(prediction, scenes, overlap, slot, source)
+            terms["position"] = _mean_of(pointing.loss(source), slot)
         total = torch.stack([weights[name] * value for name, value in terms.items()]).sum()
         return LossValue(total, {name: value.detach() for name, value in terms.items()})
 
@@ -212,58 +211,21 @@ class ScenesLoss:
             prediction.existence, slot.to(prediction.existence.dtype)
         )
 
-    def _position(
-        self,
-        prediction: Prediction,
-        scenes: Scenes,
-        overlap: Tensor,  # (B, G, K)
-        slot: Tensor,  # (B, r) bool
-        source: Tensor,  # (B, r) int64
-    ) -> Tensor:
-        target = torch.softmax(self.target_sharpness * overlap.mT, dim=-1)  # (B, K, G)
-        wanted = target.gather(1, source.unsqueeze(-1).expand(-1, -1, target.shape[-1]))
-        pointing = -(wanted * prediction.log_pointer).sum(-1)  # (B, r)
-        truth = scenes.position.clone()
-        truth[..., 2].reciprocal_()
-        truth = truth.gather(1, source.unsqueeze(-1).expand(-1, -1, 3))
-        distance = functional.huber_loss(
-            prediction.position / self.cell_size, truth / self.cell_size, reduction="none"
-        ).sum(-1)
-        loss = torch.where(slot, pointing + 0.1 * distance, torch.zeros_like(pointing))
-        return loss.sum() / slot.sum().clamp_min(1)
+    def _pointing(
+        self, prediction: Prediction, scenes: Scenes, steering: Tensor
+    ) -> SharedCells | OwnCells:
+        if prediction.cells is not None:
+            return OwnCells(prediction, prediction.cells, scenes.position)
+        overlap = overlap_of(self.dictionary, steering)
+        return SharedCells(prediction, overlap, scenes.position, self.cell_size)
+
+
+def _mean_of(value: Tensor, slot: Tensor) -> Tensor:
+    """Mean of values (B, r) over the slots (B, r) bool that hold a source."""
+    return torch.where(slot, value, torch.zeros_like(value)).sum() / slot.sum().clamp_min(1)
 
 
 def overlap_of(cells: Tensor, steering: Tensor) -> Tensor:
     """``|a_g^H a_k|^2`` (B, G, K) of cells (G, N) and sources (B, K, N)."""
     product = steering.flatten(0, 1) @ cells.mH
     return torch.view_as_real(product).square().sum(-1).unflatten(0, steering.shape[:2]).mT
-
-
-@torch.no_grad()
-def match_slots(prediction: Prediction, overlap: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
-    """Pair slots with sources, one to one, by the Hungarian method.
-
-    A pair costs minus the pointer's mean overlap with the source's steering vector and minus half
-    the probability that the slot holds a source. Sources left over when there are more of them
-    than slots stay unmatched.
-
-    Args:
-        prediction: r slots.
-        overlap: (B, G, K) ``|a_g^H a_k|^2``.
-        present: (B, K) bool.
-
-    Returns:
-        matched (B, r) bool and the source (B, r) int64 of each slot, 0 where unmatched.
-    """
-    score = prediction.log_pointer.exp() @ overlap  # (B, r, K)
-    cost = -score - 0.5 * torch.sigmoid(prediction.existence).unsqueeze(-1)
-    costs = torch.nan_to_num(cost, nan=0.0, posinf=0.0, neginf=0.0).cpu().numpy()
-    counts = present.sum(-1).tolist()
-    matched = torch.zeros(prediction.existence.shape, dtype=torch.bool)
-    source = torch.zeros(prediction.existence.shape, dtype=torch.int64)
-    for item, count in enumerate(counts):
-        rows, columns = linear_sum_assignment(costs[item, :, :count])
-        matched[item, rows] = True
-        source[item, rows] = torch.from_numpy(columns)
-    device = prediction.existence.device
-    return matched.to(device), source.to(device)

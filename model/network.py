@@ -1,232 +1,45 @@
-"""The snapshot network: convolution and transformer over snapshots, fed with physics."""
+"""The families of networks, chosen by configuration."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-from typing import Any, Self
+from typing import Annotated, Any
 
-import torch
-from pydantic import Field, model_validator
-from torch import Tensor, nn
+from pydantic import BeforeValidator, Field
 
-from model.features import Features
-from physics.config import FrozenModel
-from physics.covariance import LowRankCovariance
+from model.candidate import CandidateNetwork, CandidateNetworkConfig
+from model.prediction import SourceNetwork
+from model.snapshot import SnapshotConfig, SnapshotNetwork
 from physics.geometry import PlanarArray
-from physics.precision import full_precision
 from physics.scene import SceneConfig
-from physics.spectrum import PolarGrid
+
+FAMILIES = ("snapshot", "candidate")
 
 
-class NetworkConfig(FrozenModel):
-    """Sizes of the network."""
-
-    width: int = Field(64, ge=8, description="size of a token (d_model)")
-    depth: int = Field(2, ge=1, description="encoder layers over snapshots; as many over slots")
-    heads: int = Field(4, ge=1, description="attention heads; width must be a multiple")
-    dropout: float = Field(0.1, ge=0, lt=1)
-    conv_channels: int = Field(16, ge=4, description="channels over the surface's elements")
-    image_channels: int = Field(32, ge=4, description="channels over the dictionary's cells")
-    rank: int = Field(8, ge=1, description="slots: columns of the covariance factor")
-    azimuth_cells: int = Field(16, ge=2)
-    elevation_cells: int = Field(8, ge=2)
-    range_cells: int = Field(5, ge=1, description="planes of inverse range")
-
-    @model_validator(mode="after")
-    def _divisible(self) -> Self:
-        if self.width % self.heads:
-            raise ValueError(
-                f"width {self.width} is not a multiple of heads {self.heads}; "
-                "choose a width that the heads divide"
-            )
-        return self
+def dotted(location: tuple[int | str, ...]) -> str:
+    """Path of a field that pydantic names, without the family that it puts in between."""
+    parts = [
+        str(part)
+        for index, part in enumerate(location)
+        if not (part in FAMILIES and location[max(0, index - 1)] == "network")
+    ]
+    return ".".join(parts)
 
 
-@dataclass(frozen=True)
-class Prediction:
-    """What the network says of B scenes, in full precision."""
-
-    factor: Tensor  # (B, N, r) complex: factor of R_pred, trace N
-    existence: Tensor  # (B, r) logit that a slot holds a source
-    log_pointer: Tensor  # (B, r, G) log probability of each cell
-    position: Tensor  # (B, r, 3) azimuth, elevation [rad], inverse range [1/m]
-
-    @property
-    def covariance(self) -> LowRankCovariance:
-        """R_pred, trace N; computed once, and again where gradients are wanted later."""
-        kept: LowRankCovariance | None = self.__dict__.get("_covariance")
-        wanted = torch.is_grad_enabled() and self.factor.requires_grad
-        if kept is None or (wanted and not kept.requires_grad):
-            kept = LowRankCovariance(self.factor).normalized(moderate=True)
-            self.__dict__["_covariance"] = kept
-        return kept
+def _with_family(value: Any) -> Any:
+    """``network.family`` may be left out: it is then ``snapshot``."""
+    return {"family": "snapshot"} | value if isinstance(value, dict) else value
 
 
-class SnapshotNetwork(nn.Module):
-    """Predicts sources and the factor of the covariance from the features of a scene.
-
-    Every snapshot becomes a token: a convolution over the elements reads the ridge solution
-    beside the code that made it, and a linear map reads y. The channel and the SNR join them, and
-    a transformer encoder lets the snapshots (an unordered set) see one another. A small CNN reads
-    the matched-filter spectra over azimuth x elevation with one channel per plane of inverse
-    range. A fixed number of slots then attends to the snapshots and the cells and to each other.
-    Each slot points at cells of the dictionary; its column of the factor is the power-weighted
-    sum of the steering vectors that it points at, so every R_pred lies on the array's manifold.
-
-    Slots are an unordered set: the losses match them to sources.
-
-    Args:
-        config: sizes.
-        scene: field of view and number of antennas.
-        array: the surface.
-
-    Source: the slots with set prediction follow Carion et al., "End-to-end object detection with
-    transformers", ECCV 2020.
-    """
-
-    dictionary: Tensor  # (G, N) complex
-    cell_size: Tensor  # (3,) [rad, rad, 1/m]
-    image_axes: Tensor  # (2, A, E)
-    cells: Tensor  # (G, 3) azimuth, elevation [rad], inverse range [1/m]
-
-    def __init__(self, config: NetworkConfig, scene: SceneConfig, array: PlanarArray) -> None:
-        super().__init__()
-        self.config, self.array = config, array
-        width, channels = config.width, config.conv_channels
-        self.grid = PolarGrid.covering(
-            scene, config.azimuth_cells, config.elevation_cells, config.range_cells
-        )
-        cells = self.grid.positions().reshape(-1, 3)
-        cells[:, 2].reciprocal_()
-        self.register_buffer("cells", cells, persistent=False)
-        self.register_buffer(
-            "dictionary", self.grid.steering(array, scene.wavefront).clone(), persistent=False
-        )
-        spans = [values[-1] - values[0] for values in (self.grid.azimuth, self.grid.elevation)]
-        # A single plane stands for all ranges; an axis without extent is measured in its unit.
-        spans.append(1.0 / scene.range_m[0] - 1.0 / scene.range_m[1])
-        cell_size = [s / max(1, n - 1) or 1.0 for s, n in zip(spans, self.grid.shape, strict=True)]
-        self.register_buffer("cell_size", torch.tensor(cell_size), persistent=False)
-
-        self.snapshot_conv = _surface_encoder(4, channels, width, array)
-        self.channel_conv = _surface_encoder(2 * scene.n_antennas, channels, width, array)
-        self.measurement = nn.Linear(2 * scene.n_antennas, width)
-        self.snr = nn.Linear(2, width)
-        layer: dict[str, Any] = {
-            "d_model": width,
-            "nhead": config.heads,
-            "dim_feedforward": 4 * width,
-            "dropout": config.dropout,
-            "activation": "gelu",
-            "batch_first": True,
-            "norm_first": True,
-        }
-        self.encoder = nn.TransformerEncoder(
-            nn.TransformerEncoderLayer(**layer),
-            config.depth,
-            norm=nn.LayerNorm(width),
-            enable_nested_tensor=False,
-        )
-        planes = self.grid.shape[2]
-        image = config.image_channels
-        self.image_conv = nn.Sequential(
-            nn.Conv2d(2 * planes + 2, image, 3, padding=1),
-            nn.GELU(),
-            nn.Conv2d(image, image, 3, padding=1),
-            nn.GELU(),
-            nn.Conv2d(image, image, 3, padding=1),
-            nn.GELU(),
-        )
-        axes = torch.stack(
-            torch.meshgrid(
-                torch.linspace(-1, 1, config.azimuth_cells),
-                torch.linspace(-1, 1, config.elevation_cells),
-                indexing="ij",
-            )
-        )
-        self.register_buffer("image_axes", axes, persistent=False)
-        self.cell_token = nn.Conv2d(image, width, 1)
-        self.cell_key = nn.Conv2d(image, width * planes, 1)
-        self.slots = nn.Parameter(torch.randn(config.rank, width))
-        self.decoder = nn.TransformerDecoder(
-            nn.TransformerDecoderLayer(**layer), config.depth, norm=nn.LayerNorm(width)
-        )
-        self.query = nn.Linear(width, width)
-        self.spectrum_gain = nn.Parameter(torch.tensor([1.0, 0.5]))
-        self.existence = nn.Linear(width, 1)
-        self.log_power = nn.Linear(width, 1)
-        self.offset = nn.Linear(width, 3)
-
-    def forward(self, features: Features) -> Prediction:
-        """Predict B scenes. Runs under autocast; what leaves it is in full precision."""
-        snapshots = self._snapshot_tokens(features)
-        cell_tokens, keys = self._cells(features)
-        memory = torch.cat([snapshots, cell_tokens], dim=1)
-        slots = self.slots.expand(memory.shape[0], -1, -1)
-        slots = self.decoder(slots, memory)
-
-        score = self.query(slots) @ keys.mT / math.sqrt(keys.shape[-1])  # (B, r, G)
-        existence = self.existence(slots).squeeze(-1)
-        log_power = self.log_power(slots).squeeze(-1)
-        offset = self.offset(slots)
-        with full_precision():
-            gain = self.spectrum_gain.float()
-            prior = (gain[:, None] * features.spectrum).sum(1, keepdim=True)
-            log_pointer = torch.log_softmax(score.float() + prior, dim=-1)
-            pointer = log_pointer.exp()
-            column = pointer.to(self.dictionary.dtype) @ self.dictionary  # (B, r, N)
-            norm = torch.view_as_real(column).square().sum((-2, -1)).clamp_min(1e-12).rsqrt()
-            power = torch.softmax(log_power.float(), dim=-1) * self.array.size
-            factor = (column * (norm * power.sqrt()).unsqueeze(-1)).mT
-            position = pointer @ self.cells + torch.tanh(offset.float()) * self.cell_size
-        return Prediction(factor, existence.float(), log_pointer, position)
-
-    def _snapshot_tokens(self, features: Features) -> Tensor:
-        """(B, L + 1, width): the snapshots and the channel, seen through the encoder."""
-        ridge = self._as_image(torch.stack([features.ridge, features.codes], dim=2))
-        batch, n_snapshots = ridge.shape[:2]
-        tokens = self.snapshot_conv(ridge.flatten(0, 1)).unflatten(0, (batch, n_snapshots))
-        tokens = tokens + self.measurement(torch.view_as_real(features.y).flatten(-2))
-        channel = self.channel_conv(self._as_image(features.H)).unsqueeze(1)
-        known = torch.isfinite(features.snr_db)
-        level = torch.stack(
-            [torch.where(known, features.snr_db, 0.0) / 10.0, known.to(features.snr_db.dtype)], -1
-        )
-        tokens = torch.cat([tokens, channel], dim=1) + self.snr(level).unsqueeze(1)
-        encoded: Tensor = self.encoder(tokens)
-        return encoded
-
-    def _cells(self, features: Features) -> tuple[Tensor, Tensor]:
-        """Tokens (B, A E, width) of the directions and keys (B, G, width) of the cells."""
-        n_azimuth, n_elevation, planes = self.grid.shape
-        spectrum = features.spectrum.unflatten(-1, self.grid.shape).permute(0, 1, 4, 2, 3)
-        image = spectrum.flatten(1, 2)
-        axes = self.image_axes.expand(image.shape[0], -1, -1, -1)
-        image = self.image_conv(torch.cat([image, axes], dim=1))
-        tokens = self.cell_token(image).flatten(2).mT
-        keys = self.cell_key(image).unflatten(1, (planes, -1))  # (B, Q, width, A, E)
-        keys = keys.permute(0, 3, 4, 1, 2).reshape(
-            -1, n_azimuth * n_elevation * planes, keys.shape[2]
-        )
-        return tokens, keys
-
-    def _as_image(self, value: Tensor) -> Tensor:
-        """Complex (…, C, N) to real (…, 2 C, n_vertical, n_horizontal)."""
-        real = torch.cat([value.real, value.imag], dim=-2)
-        return real.unflatten(-1, (self.array.n_vertical, self.array.n_horizontal))
+NetworkConfig = Annotated[
+    Annotated[SnapshotConfig | CandidateNetworkConfig, Field(discriminator="family")],
+    BeforeValidator(_with_family),
+]
 
 
-def _surface_encoder(
-    in_channels: int, channels: int, width: int, array: PlanarArray
-) -> nn.Sequential:
-    """CNN over the elements of the surface to one token."""
-    rows, columns = -(-array.n_vertical // 2), -(-array.n_horizontal // 2)
-    return nn.Sequential(
-        nn.Conv2d(in_channels, channels, 3, padding=1),
-        nn.GELU(),
-        nn.Conv2d(channels, channels, 3, stride=2, padding=1),
-        nn.GELU(),
-        nn.Flatten(),
-        nn.Linear(channels * rows * columns, width),
-    )
+def build_network(
+    config: SnapshotConfig | CandidateNetworkConfig, scene: SceneConfig, array: PlanarArray
+) -> SourceNetwork:
+    """The network that a configuration asks for, with fresh weights."""
+    if isinstance(config, CandidateNetworkConfig):
+        return CandidateNetwork(config, scene, array)
+    return SnapshotNetwork(config, scene, array)

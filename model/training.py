@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,12 @@ from torch import Tensor
 from model.blending import blended_covariance
 from model.checkpoint import Checkpoint, CheckpointError, has_checkpoint
 from model.config import TrialConfig
-from model.data import open_source
+from model.data import Batch, open_source
+from model.decision import Decision, Judged, choose, judge
 from model.decode import detect
 from model.features import Features, compute_features
 from model.loss import ScenesLoss
-from model.network import SnapshotNetwork
+from model.network import build_network
 from model.optimizer import (
     WeightAverage,
     learning_rate,
@@ -32,7 +34,6 @@ from physics.covariance import nmse
 from physics.detections import Detections
 from physics.metrics import gospa, match
 from physics.pursuit import pursuit_grid
-from physics.scene import Scenes
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +75,7 @@ class Trainer:
         self.grid = pursuit_grid(config.scene, self.array)
         self.source = open_source(config, self.device)
         self._seed_epoch(0)
-        self.network = SnapshotNetwork(config.network, config.scene, self.array).to(self.device)
+        self.network = build_network(config.network, config.scene, self.array).to(self.device)
         self.average = WeightAverage(self.network, config.training.ema_decay)
         self.optimizer = make_optimizer(self.network, config.training, self.device)
         self.amp = AmpPolicy(config.precision, self.device)
@@ -93,6 +94,7 @@ class Trainer:
         self.best_objective = math.inf
         self.best_epoch: int | None = None
         self.best_weights: dict[str, Tensor] = {}
+        self.decision = self.best_decision = Decision(config.decision.goal)
         self._skipped_in_a_row = 0
         self._jitter = torch.Generator()
         self._untrained: float | None = None
@@ -128,33 +130,40 @@ class Trainer:
                 f"training is finished after epoch {self.epoch} of {self.config.training.epochs}"
             )
         if self._untrained is None:
-            self._untrained = self.validate()["nmse_pred"]
+            self._untrained = self._objective(self.validate())
         started = time.perf_counter()
         self._seed_epoch(self.epoch + 1)
         train = self._train_epoch()
         elapsed = time.perf_counter() - started
         validation = self.validate()
         self.epoch += 1
-        objective = validation["nmse_pred"]
+        objective = self._objective(validation)
         if not math.isfinite(objective):
             raise TrialDiverged(
-                f"validation NMSE of R_pred is {objective} after epoch {self.epoch}; "
-                "lower the learning rate"
+                f"the objective ({self.config.objective}) is {objective} after epoch "
+                f"{self.epoch}; lower the learning rate"
             )
         if objective < self.best_objective:
             self.best_objective, self.best_epoch = objective, self.epoch
             self.best_weights = {k: v.clone() for k, v in self.average.weights.items()}
+            self.best_decision = self.decision
         return {
             "epoch": self.epoch,
             "objective": self.best_objective,
             **validation,
             **{k: v for k, v in train.items() if k != "n_scenes"},
-            "untrained_nmse_pred": self._untrained,
+            "untrained_objective": self._untrained,
             "skipped_steps": self.skipped_steps,
             "scenes_per_second": train["n_scenes"] / elapsed,
             "epoch_seconds": time.perf_counter() - started,
             "early_stopped": self.early_stopped,
         }
+
+    def _objective(self, validation: dict[str, float]) -> float:
+        """What is minimised, of validation metrics."""
+        if self.config.objective == "f1":
+            return 1.0 - validation["f1"]
+        return validation["gospa" if self.config.objective == "gospa" else "nmse_pred"]
 
     def _seed_epoch(self, epoch: int) -> None:
         """Seed weights (epoch 0), dropout and jitter of an epoch."""
@@ -163,15 +172,17 @@ class Trainer:
         torch.manual_seed(seed)
         self._jitter = torch.Generator().manual_seed(jitter)
 
-    def _features(self, scenes: Scenes, snr_db: Tensor) -> Features:
+    def _features(self, batch: Batch) -> Features:
+        scenes = batch.scenes
         return compute_features(
             scenes.y,
             scenes.H,
             scenes.codes,
-            snr_db,
+            batch.snr_db,
             dictionary=self.network.dictionary,
             tikhonov=self.config.tikhonov,
             unit_modulus=self.source.unit_modulus,
+            candidates=batch.candidates,
         )
 
     def _train_epoch(self) -> dict[str, float]:
@@ -182,11 +193,11 @@ class Trainer:
         norms: list[float] = []
         rate = 0.0
         batches = self.source.train_batches(self.epoch, training.batch_size, self.config.seed)
-        for scenes in batches:
+        for batch in batches:
             rate = learning_rate(training, self.step, self.total_steps)
             set_learning_rate(self.optimizer, rate)
-            n_scenes += len(scenes)
-            terms, norm, fallbacks = self._train_step(scenes)
+            n_scenes += len(batch)
+            terms, norm, fallbacks = self._train_step(batch)
             n_fallbacks += fallbacks
             if terms is not None:
                 n_finite += 1
@@ -229,22 +240,20 @@ class Trainer:
                 "lower training.learning_rate or check the data"
             )
 
-    def _train_step(self, scenes: Scenes) -> tuple[dict[str, float] | None, float, int]:
+    def _train_step(self, batch: Batch) -> tuple[dict[str, float] | None, float, int]:
         """One optimiser step: its loss terms, gradient norm and fallbacks.
 
         The terms are None where the loss is not finite. The step is skipped there, and where the
         norm is not finite.
         """
         training = self.config.training
-        hidden = torch.rand(len(scenes), generator=self._jitter) < training.snr_dropout
-        snr_db = scenes.snr_db.masked_fill(hidden.to(self.device), torch.nan)
-        features = self._features(scenes, snr_db)
+        features = self._features(batch)
         with self.amp.autocast():
             prediction = self.network(features)
         blended = blended_covariance(prediction, features, self.config.blend, self._jitter)
         warmup = training.warmup_steps(self.total_steps)
         phase = self.config.loss.phase(self.step, self.total_steps, warmup)
-        value = self.loss(prediction, blended, scenes, phase, self._jitter)
+        value = self.loss(prediction, blended, batch.scenes, phase, self._jitter)
         self.optimizer.zero_grad(set_to_none=True)
         self.amp.backward(value.total)
         self.amp.unscale(self.optimizer)
@@ -267,39 +276,50 @@ class Trainer:
         """Score the averaged weights on the validation scenes.
 
         Returns:
-            nmse_pred, nmse_blend, count_accuracy (how often the number of slots that exist is the
-            number of sources), and f1 (within 5 degrees, 5 degrees and 1 m) and gospa [m] of the
-            peaks on a coarse grid.
+            nmse_pred, nmse_blend, and of the sources that are named count_accuracy (how often
+            their number is right), f1 (within 5 degrees, 5 degrees and 1 m) and gospa [m]. Slots
+            with cells of their own are named by the threshold that suits these scenes best;
+            those of a dictionary by the peaks of MUSIC on a coarse grid.
         """
         self.network.eval()
-        scenes = self.source.validation()
+        validation = self.source.validation()
+        scenes = validation.scenes
         raw = {k: p.detach().clone() for k, p in self.network.named_parameters()}
         self._set_weights(self.average.weights)
         try:
             wavefront = self.config.scene.wavefront
-            pred, blended_error, counted, found = [], [], [], []
+            pred, blended_error, found, judged = [], [], [], []
             for start in range(0, len(scenes), _VALIDATION_BATCH):
-                batch = scenes[slice(start, start + _VALIDATION_BATCH)]
-                features = self._features(batch, batch.snr_db)
+                index = slice(start, start + _VALIDATION_BATCH)
+                features, batch = self._features(validation[index]), scenes[index]
                 with self.amp.autocast():
                     prediction = self.network(features)
                 blended = blended_covariance(prediction, features, self.config.blend)
                 truth = batch.covariance(self.array, wavefront)
                 pred.append(nmse(prediction.covariance, truth).double())
                 blended_error.append(nmse(blended, truth).double())
-                counted.append((prediction.existence > 0).sum(-1) == batch.n_sources)
-                if bool(torch.isfinite(blended_error[-1]).all()):
+                if not bool(torch.isfinite(blended_error[-1]).all()):
+                    continue  # weights that have diverged locate nothing
+                if prediction.cells is not None:
+                    judged.append(judge(prediction, self.config.decision.goal))
+                else:
                     found.append(detect(prediction, blended, self.grid, self.array, wavefront))
         finally:
             self._set_weights(raw)
-        sound = len(found) == len(pred)  # weights that have diverged locate nothing
-        located = Detections.concatenate(found) if sound else None
+        located = None
+        if len(judged) == len(pred):
+            everything = Judged.concatenate(judged)
+            self.decision = choose(everything, scenes, self.config.decision.goal)
+            located = everything.named(self.decision)
+        elif len(found) == len(pred):
+            located = Detections.concatenate(found)
         sources = scenes.position, scenes.present
+        matching = match(located, *sources) if located else None
         return {
             "nmse_pred": float(torch.cat(pred).mean()),
             "nmse_blend": float(torch.cat(blended_error).mean()),
-            "count_accuracy": float(torch.cat(counted).double().mean()),
-            "f1": match(located, *sources).f1 if located else math.nan,
+            "count_accuracy": matching.count_accuracy if matching else math.nan,
+            "f1": matching.f1 if matching else math.nan,
             "gospa": float(gospa(located, *sources).total.mean()) if located else math.nan,
         }
 
@@ -331,7 +351,8 @@ class Trainer:
                 "average_steps": self.average.steps,
                 "best_objective": self.best_objective if self.best_epoch else None,
                 "best_epoch": self.best_epoch,
-                "untrained_nmse_pred": self._untrained,
+                "best_decision": asdict(self.best_decision),
+                "untrained_objective": self._untrained,
                 "scaler": self.amp.state_dict(),
             },
         ).save(folder)
@@ -359,7 +380,8 @@ class Trainer:
         self._skipped_in_a_row = state["skipped_in_a_row"]
         self.best_epoch = state["best_epoch"]
         self.best_objective = math.inf if self.best_epoch is None else state["best_objective"]
-        self._untrained = state["untrained_nmse_pred"]
+        self.best_decision = Decision(**state["best_decision"])
+        self._untrained = state["untrained_objective"]
 
     def _load_moments(self, moments: dict[str, Tensor]) -> None:
         state = self.optimizer.state_dict()

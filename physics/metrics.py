@@ -255,12 +255,21 @@ def coverage(
     not finite or not positive definite, such as zero, covers nothing. Without hits it is NaN.
     ValueError without any covariances, for a level outside [0, 1], and as in :func:`errors`.
     """
-    if found.covariance is None:
-        raise ValueError("found has no covariance; coverage needs an estimator that predicts one")
     nominal = torch.as_tensor(levels, dtype=torch.float64, device="cpu")
     if nominal.ndim != 1 or not bool(((nominal >= 0) & (nominal <= 1)).all()):
         raise ValueError(f"levels are {levels}; expected a sequence of numbers in [0, 1]")
     quantile = torch.as_tensor(chi2.ppf(nominal.numpy(), df=3), device=position.device)
+    inside = squared_mahalanobis(found, matching, position).unsqueeze(-1) <= quantile
+    return inside.double().mean(0).to(position.dtype)
+
+
+def squared_mahalanobis(found: Detections, matching: Matching, position: Tensor) -> Tensor:
+    """``e^T C^-1 e`` (n_hits,) float64 of the hits' errors, by the covariance C that each has.
+
+    Infinite where C is not finite or not positive definite. Raises as :func:`coverage`.
+    """
+    if found.covariance is None:
+        raise ValueError("found has no covariance; coverage needs an estimator that predicts one")
     error = errors(found, matching, position)[matching.hit].double()
     covariance = _of_hits(found.covariance, matching)[matching.hit].double()
     # In units of the standard deviations: rad and m differ by orders of magnitude.
@@ -269,9 +278,7 @@ def coverage(
     finite = torch.isfinite(correlation).all(-1).all(-1)
     cholesky, info = torch.linalg.cholesky_ex(torch.where(finite[:, None, None], correlation, 0.0))
     white = torch.linalg.solve_triangular(cholesky, (error / std).unsqueeze(-1), upper=False)
-    known = (finite & (info == 0)).unsqueeze(-1)
-    inside = known & (white.square().sum(-2) <= quantile)
-    return inside.double().mean(0).to(position.dtype)
+    return torch.where(finite & (info == 0), white.square().sum((-2, -1)), torch.inf)
 
 
 def count_confusion(n_true: Tensor, n_found: Tensor, largest: int) -> Tensor:

@@ -102,6 +102,11 @@ class Scenes:
         slots = torch.arange(self.position.shape[-2], device=self.n_sources.device)
         return slots < self.n_sources.unsqueeze(-1)
 
+    @property
+    def known_snr_db(self) -> Tensor:
+        """SNR (B,) [dB] as who knows it is told it: -inf without sources, whatever was drawn."""
+        return torch.where(self.n_sources > 0, self.snr_db, -torch.inf)
+
     def covariance(self, array: PlanarArray, wavefront: Wavefront) -> LowRankCovariance:
         """R_true = sum p_k a_k a_k^H on the nominal manifold, trace N; identity without sources."""
         return source_covariance(steering_vector(self.position, array, wavefront), self.power)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import types
 from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
-from typing import Any, Union, get_args, get_origin
+from itertools import chain
+from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-_KINDS = ("float", "int", "categorical")  # discriminators that pydantic adds to a location
+from model.network import FAMILIES
+
+_SPACES = ("float", "int", "categorical")
 _LONGEST = 80
 
 
@@ -26,11 +29,11 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 def field_paths(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
     """Dotted paths of all fields that are no sections themselves."""
     for name, field in model.model_fields.items():
-        section = _section(field.annotation)
-        if section is None:
+        sections = _sections(field.annotation)
+        if not sections:
             yield prefix + name
-        else:
-            yield from field_paths(section, f"{prefix}{name}.")
+        paths = (field_paths(section, f"{prefix}{name}.") for section in sections)
+        yield from dict.fromkeys(chain.from_iterable(paths))
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
@@ -65,26 +68,35 @@ def _dotted(location: tuple[int | str, ...]) -> str:
     for index, part in enumerate(location):
         if isinstance(part, int) or "." in part:
             where += f"[{part}]"
-        elif part in _KINDS and index >= 3 and location[:2] == ("search", "space"):
+        elif _is_kind(location, index):
             continue
         else:
             where += f".{part}" if where else part
     return where
 
 
-def _section(annotation: Any) -> type[BaseModel] | None:
-    """The model behind an annotation, also behind `Model | None`."""
-    if get_origin(annotation) in (Union, types.UnionType):
-        kinds = [kind for kind in get_args(annotation) if kind is not type(None)]
-        annotation = kinds[0] if len(kinds) == 1 else None
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return None
+def _is_kind(location: tuple[int | str, ...], index: int) -> bool:
+    """Whether a part of a location names the kind of a section, not a field."""
+    if location[:2] == ("search", "space"):
+        return index >= 3 and location[index] in _SPACES
+    return location[index - 1 : index] == ("network",) and location[index] in FAMILIES
+
+
+def _sections(annotation: Any) -> list[type[BaseModel]]:
+    """The models behind an annotation: one, that of `Model | None`, or each kind of a union."""
+    if get_origin(annotation) is Annotated:
+        annotation = get_args(annotation)[0]
+    union = get_origin(annotation) in (Union, types.UnionType)
+    kinds = get_args(annotation) if union else (annotation,)
+    return [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
 
 
 def _known_fields(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
-    here: type[BaseModel] | None = model
-    for part in location:
-        field = here.model_fields.get(str(part)) if here else None
-        here = _section(field.annotation) if field else None
-    return list(here.model_fields) if here else []
+    here = [model]
+    for index, part in enumerate(location):
+        if _is_kind(location, index):
+            here = [kind for kind in here if kind.model_fields["family"].default == part]
+            continue
+        fields = [kind.model_fields.get(str(part)) for kind in here]
+        here = [s for field in fields if field for s in _sections(field.annotation)]
+    return list(dict.fromkeys(name for kind in here for name in kind.model_fields))

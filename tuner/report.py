@@ -113,7 +113,7 @@ def _best_section(best: TrialRecord | None) -> str:
     if best is None:
         return "<h2>Best trial</h2><p class='quiet'>No trial has finished.</p>"
     rows = [("trial", f"{best.number:04d}"), ("objective", f"{best.objective:.6f}")]
-    untrained = best.metrics.get("untrained_nmse_pred")
+    untrained = best.metrics.get("untrained_objective")
     if untrained is not None:
         rows.append(("untrained network", f"{untrained:.6f}"))
     rows += [(path, _short(value)) for path, value in best.params.items()]

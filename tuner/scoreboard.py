@@ -109,7 +109,7 @@ def classical_estimators(
         return run
 
     def pursuit(scenes: Scenes) -> Estimate:
-        snr_db = told_snr(scenes) if snr_known else None
+        snr_db = scenes.known_snr_db if snr_known else None
         result = nomp(scenes.y, scenes.H, scenes.codes, array=array, scene=scene, snr_db=snr_db)
         return _with_covariance(result, array, scene)
 
@@ -136,13 +136,13 @@ def network_estimators(
     """
 
     def network(scenes: Scenes) -> Estimate:
-        snr_db = told_snr(scenes) if snr_known else None
+        snr_db = scenes.known_snr_db if snr_known else None
         found, prediction, _ = localizer.detect(scenes.y, scenes.H, scenes.codes, snr_db)
         return found, prediction.covariance
 
     def refined(scenes: Scenes) -> Estimate:
         found, _ = network(scenes)
-        snr_db = told_snr(scenes) if snr_known else None
+        snr_db = scenes.known_snr_db if snr_known else None
         result = polish(
             scenes.y, scenes.H, scenes.codes, found, array=array, scene=scene, snr_db=snr_db
         )
@@ -152,11 +152,6 @@ def network_estimators(
         Estimator("network", "MUSIC on R_blend, K by the slots", network),
         Estimator("network+refinement", "its positions, refined by maximum likelihood", refined),
     ]
-
-
-def told_snr(scenes: Scenes) -> Tensor:
-    """SNR (S,) [dB] as estimators are told it: no signal, no SNR, whatever level was drawn."""
-    return torch.where(scenes.n_sources > 0, scenes.snr_db, -torch.inf)
 
 
 def _with_covariance(result: NompResult, array: PlanarArray, scene: SceneConfig) -> Estimate:

@@ -231,7 +231,7 @@ def _conclude(folder: RunFolder, ledger: Ledger, progress: Progress, *, interrup
     progress.say(f"trials: {summary or 'none'}")
     where = shlex.quote(str(folder.path))
     if best is not None:
-        untrained = best.metrics.get("untrained_nmse_pred")
+        untrained = best.metrics.get("untrained_objective")
         beside = f" (untrained network: {untrained:.5f})" if untrained is not None else ""
         progress.say(f"best: trial {best.number:04d}, objective {best.objective:.5f}{beside}")
     if interrupted:

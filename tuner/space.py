@@ -17,6 +17,8 @@ Value = bool | int | float | str | None
 # The objective must mean the same in every trial, and every trial the same budget.
 UNSEARCHABLE = (
     "name",
+    "objective",
+    "decision",
     "seed",
     "search",
     "resources",

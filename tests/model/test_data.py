@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from model.config import TrialConfig
-from model.data import open_source, simulation_seed
+from model.data import Batch, open_source, simulation_seed
 from physics import Scenes
 from tests.tiny import tiny_config
 
@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 
 def epoch(config: TrialConfig, number: int, batch_size: int) -> Scenes:
     source = open_source(config, CPU)
-    return Scenes.concatenate(list(source.train_batches(number, batch_size, 0)))
+    return Batch.concatenate(list(source.train_batches(number, batch_size, 0))).scenes
 
 
 def keys(scenes: Scenes) -> set[bytes]:
@@ -29,7 +29,7 @@ def test_trap_splits_of_neighbouring_seeds_share_no_scene() -> None:
     for seed in range(4):
         config = tiny_config(data={"seed": seed, "train_scenes": 300, "val_scenes": 300})
         parts = {f"{seed} train {e}": epoch(config, e, 64) for e in range(2)}
-        parts[f"{seed} val"] = open_source(config, CPU).validation()
+        parts[f"{seed} val"] = open_source(config, CPU).validation().scenes
         for name, scenes in parts.items():
             for key in keys(scenes):
                 assert seen.setdefault(key, name) == name
@@ -70,5 +70,5 @@ def test_validation_is_the_same_for_every_trial() -> None:
     two = open_source(
         tiny_config(seed=2, training={"batch_size": 3}, network={"width": 32}), CPU
     ).validation()
-    assert torch.equal(one.y, two.y)
+    assert torch.equal(one.scenes.y, two.scenes.y)
     assert len(one) == 24

@@ -10,7 +10,7 @@ import torch
 
 from model import CheckpointError, Localizer, Trainer, export_best
 from model.localizer import Source
-from model.network import Prediction
+from model.prediction import Prediction
 from physics import LowRankCovariance, PlanarArray, PolarGrid, Scenes, simulate, steering_vector
 from tests.tiny import tiny_config
 

@@ -69,14 +69,15 @@ def test_bf16_training_follows_full_precision(device: str) -> None:
 
 def test_features_and_loss_are_the_same_under_a_foreign_autocast() -> None:
     trainer = Trainer(tiny_config())
-    scenes = trainer.source.validation()
+    batch = trainer.source.validation()
+    scenes = batch.scenes
     trainer.network.eval()
     with torch.no_grad():
-        features = trainer._features(scenes, scenes.snr_db)
+        features = trainer._features(batch)
         prediction = trainer.network(features)
         plain = trainer.loss(prediction, prediction.covariance, scenes).total
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            again = trainer._features(scenes, scenes.snr_db)
+            again = trainer._features(batch)
             inside = trainer.loss(prediction, prediction.covariance, scenes).total
     assert torch.equal(features.ridge, again.ridge)
     assert torch.equal(features.spectrum, again.spectrum)

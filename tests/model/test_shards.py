@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from model import Trainer
-from model.data import check_convention, check_data
+from model.data import Batch, check_convention, check_data
 from model.shards import DataError, ShardSplit, open_npz, refuse_leaks, write_shards
 from physics import LowRankCovariance, Scenes, nmse, simulate, tikhonov_solve
 from tests.tiny import tiny_config
@@ -264,7 +264,7 @@ def test_amplitudes_in_the_codes_of_any_scene_are_heeded(folder: Path) -> None:
     a, report = tikhonov_solve(scenes.y, scenes.H, scenes.codes)
     assert not report.unit_modulus
     a = a / a.abs().square().mean((-2, -1), keepdim=True).sqrt()
-    torch.testing.assert_close(trainer._features(scenes, scenes.snr_db).ridge, a)
+    torch.testing.assert_close(trainer._features(Batch(scenes, scenes.snr_db)).ridge, a)
 
 
 def test_other_sizes_are_refused_with_the_field_to_change(folder: Path) -> None:

@@ -226,7 +226,7 @@ def test_test_scenes_are_none_that_a_training_or_validation_draws() -> None:
     source = open_source(config, torch.device("cpu"))
     drawn, _ = _scenes(config, SUITES["nominal"], config.array.build(), 64)
     seen = [source.validation(), *source.train_batches(0, 16, 0)]
-    known = {row.numpy().tobytes() for scenes in seen for row in scenes.y}
+    known = {row.numpy().tobytes() for batch in seen for row in batch.scenes.y}
     assert not any(row.numpy().tobytes() in known for row in drawn.y)
 
 

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from model.features import Features, compute_features
-from model.network import NetworkConfig, SnapshotNetwork
+from model.snapshot import SnapshotConfig, SnapshotNetwork
 from physics import Scenes, simulate, tikhonov_solve
 from tests.tiny import tiny_config
 
@@ -135,7 +135,7 @@ def test_lesson_3_ugly_scenes_give_finite_output_and_gradient(
 
 def test_sizes_come_from_the_configuration() -> None:
     def count(**changes: object) -> int:
-        config = NetworkConfig.model_validate(CONFIG.network.model_dump() | changes)
+        config = SnapshotConfig.model_validate(CONFIG.network.model_dump() | changes)
         return sum(p.numel() for p in SnapshotNetwork(config, CONFIG.scene, ARRAY).parameters())
 
     base = count()
@@ -147,7 +147,7 @@ def test_sizes_come_from_the_configuration() -> None:
 
 def test_width_that_the_heads_do_not_divide_is_refused() -> None:
     with pytest.raises(ValidationError, match="width 20 is not a multiple of heads 8"):
-        NetworkConfig(width=20, heads=8)
+        SnapshotConfig(width=20, heads=8)
 
 
 def test_a_prediction_looked_at_without_gradient_keeps_its_gradient(

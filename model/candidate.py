@@ -1,0 +1,190 @@
+"""The candidate network: sources that matching pursuit proposes, judged once more."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional
+
+from model.features import Features
+from model.prediction import FamilyConfig, Prediction, SourceNetwork
+from physics.candidates import CandidateConfig, Candidates
+from physics.geometry import PlanarArray
+from physics.precision import full_precision
+from physics.scene import SceneConfig
+from physics.steering import steering_vector
+
+
+class CandidateNetworkConfig(FamilyConfig):
+    """Sizes of the candidate network."""
+
+    family: Literal["candidate"] = "candidate"
+    depth: int = Field(1, ge=1, description="layers of the encoder over candidates")
+    dropout: float = Field(0.0, ge=0, lt=1)
+    candidates: CandidateConfig = CandidateConfig()
+
+    @property
+    def front_end(self) -> CandidateConfig:
+        """Matching pursuit's candidates."""
+        return self.candidates
+
+    @property
+    def slots(self) -> int:
+        """Sources that it can tell of."""
+        return self.candidates.count
+
+
+class CandidateNetwork(SourceNetwork):
+    """Judges the candidates of an overcomplete matching pursuit, each beside the others.
+
+    A slot is a candidate. The network says whether a source stands in its direction, tempers and
+    tilts the likelihood of its range, and corrects its power. A small transformer encoder lets the
+    candidates of a scene see one another: what one source may be depends on how strong and how
+    near the others are.
+
+    The factor of R_pred is the posterior mean on the manifold: column i is
+    ``sqrt(q_i p_i) sum_s w_is a(p_is)`` with existence q, power p and the weights w of the cells.
+
+    Args:
+        config: sizes.
+        scene: field of view, wavefront and SNR.
+        array: the surface.
+    """
+
+    def __init__(
+        self, config: CandidateNetworkConfig, scene: SceneConfig, array: PlanarArray
+    ) -> None:
+        super().__init__(config, scene, array)
+        self.config = config
+        width, n_candidates = config.width, config.candidates.count
+        n_inputs = 18 + config.candidates.range_cells + n_candidates + (n_candidates + 1) + 3
+        self.token = nn.Linear(n_inputs, width)
+        layer = nn.TransformerEncoderLayer(
+            width,
+            config.heads,
+            2 * width,
+            config.dropout,
+            "gelu",
+            batch_first=True,
+            norm_first=True,
+        )
+        self.encoder = nn.TransformerEncoder(
+            layer, config.depth, norm=nn.LayerNorm(width), enable_nested_tensor=False
+        )
+        self.existence = nn.Linear(width, 1)
+        # Sharpness of the likelihood; centre, weight and slope of a prior on log range; power.
+        self.judgement = nn.Linear(width, 5)
+        nn.init.zeros_(self.judgement.weight)
+        nn.init.zeros_(self.judgement.bias)
+
+    def forward(self, features: Features) -> Prediction:
+        """Predict B scenes. Runs under autocast; what leaves it is in full precision."""
+        found = features.candidates
+        if found is None:
+            raise ValueError("features hold no candidates; this network needs find_candidates")
+        with full_precision():
+            log_likelihood = torch.log_softmax(found.range_evidence, dim=-1)
+            inputs = torch.cat(
+                [_of_candidates(found, log_likelihood), _of_scenes(found, features.snr_db)], -1
+            )
+        hidden = self.encoder(self.token(inputs))
+        existence = self.existence(hidden).squeeze(-1)
+        judgement = self.judgement(hidden)
+        with full_precision():
+            existence, judgement = existence.float(), judgement.float()
+            sharpness, centre, weight, slope, log_power = judgement.unbind(-1)
+            log_range = torch.log(found.range_m)
+            prior = (
+                slope.unsqueeze(-1) * log_range
+                - 4.0
+                * functional.softplus(weight.unsqueeze(-1) - 2.0)
+                * (log_range - 1.5 - centre.unsqueeze(-1)).square()
+            )
+            # softplus(0.54) is 1: the likelihood as it is.
+            sharpness = functional.softplus(sharpness.unsqueeze(-1) + 0.54)
+            log_pointer = torch.log_softmax(sharpness * log_likelihood + prior, dim=-1)
+            cells = _cells(found)
+            pointer = log_pointer.exp()
+            a = steering_vector(cells, self.array, self.scene.wavefront)  # (B, P, S, N)
+            column = (pointer.unsqueeze(-2).to(a.dtype) @ a).squeeze(-2)  # (B, P, N)
+            log_weight = functional.logsigmoid(existence) + log_power + _log(found.power)
+            log_weight = log_weight - log_weight.detach().amax(-1, keepdim=True)
+            factor = (column * (0.5 * log_weight).exp().unsqueeze(-1)).mT
+            position = torch.cat(
+                [
+                    found.coordinates[..., :2],
+                    (pointer / found.range_m).sum(-1, keepdim=True),
+                ],
+                dim=-1,
+            )
+        return Prediction(
+            factor, existence, log_pointer, position, cells, found.covariance[..., :2, :2]
+        )
+
+
+def _cells(found: Candidates) -> Tensor:
+    """Azimuth, elevation [rad], range [m] (B, P, S, 3) of every candidate's cells."""
+    n_cells = found.range_m.shape[-1]
+    directions = found.coordinates[:, :, None, :2].expand(-1, -1, n_cells, -1)
+    return torch.cat([directions, found.range_m.unsqueeze(-1)], dim=-1)
+
+
+def _log(value: Tensor) -> Tensor:
+    return torch.log(value.clamp(1e-9, 1e9))
+
+
+def _compressed(value: Tensor) -> Tensor:
+    """Logarithmic in either direction, linear around 0."""
+    return value.sign() * torch.log1p(value.abs())
+
+
+def _of_candidates(found: Candidates, log_likelihood: Tensor) -> Tensor:
+    """Inputs (B, P, 18 + S + P) of order 1, by candidate."""
+    n_candidates = found.power.shape[1]
+    azimuth, elevation, inverse_range = found.coordinates.unbind(-1)
+    log_power = _log(found.power)
+    eye = torch.eye(n_candidates, dtype=log_power.dtype, device=log_power.device)
+    coherence = found.coherence * (1.0 - eye)
+    stronger = log_power.unsqueeze(-2) > log_power.unsqueeze(-1)
+    likelihood = log_likelihood.exp()
+    ranges = found.range_m
+    mean = (likelihood * ranges).sum(-1)
+    spread = ((likelihood * (ranges - mean.unsqueeze(-1)).square()).sum(-1) + 1e-4).sqrt()
+    gain = 0.5 * (found.deviance[:, :-1] - found.deviance[:, 1:])
+    std = found.covariance.diagonal(dim1=-2, dim2=-1).clamp(1e-10, 1e2).log() * 0.5
+    single = torch.stack(
+        [
+            2.0 * azimuth,
+            4.0 * elevation,
+            torch.log(inverse_range),
+            (log_power - torch.logsumexp(log_power, -1, keepdim=True)) / 2.0,
+            _log(found.received) / 2.0 - 1.0,
+            _compressed(found.evidence) / 2.0 - 1.0,
+            _compressed(gain) / 2.0 - 1.0,
+            2.0 * coherence.amax(-1) - 1.0,
+            2.0 * (coherence * stronger).amax(-1) - 1.0,
+            mean / 4.0 - 1.0,
+            torch.log(spread),
+            ranges[..., 0] / 4.0 - 1.0,
+            ranges[..., -1] / 4.0 - 1.0,
+            torch.log(mean),
+            log_power / 4.0,
+        ],
+        dim=-1,
+    )
+    order = eye.expand(len(found), -1, -1)
+    shape = log_likelihood.clamp_min(-12.0) / 4.0 + 1.0
+    return torch.cat([single, std / 2.0 + 2.0, shape, order], dim=-1)
+
+
+def _of_scenes(found: Candidates, snr_db: Tensor) -> Tensor:
+    """Inputs (B, P, P + 1 + 3) of order 1, the same for all candidates of a scene."""
+    fit = 0.5 * (found.deviance - found.deviance.amin(-1, keepdim=True))
+    unknown = torch.isnan(snr_db)
+    level = torch.where(unknown, 0.0, snr_db.clamp(-30.0, 50.0)) / 10.0
+    rest = torch.stack([level, unknown.to(level.dtype), 5.0 * _log(found.misfit)], dim=-1)
+    whole = torch.cat([_compressed(fit) / 3.0 - 1.0, rest.clamp(-5.0, 5.0)], dim=-1)
+    return whole.unsqueeze(1).expand(-1, found.power.shape[1], -1)

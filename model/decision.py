@@ -1,0 +1,171 @@
+"""From judged candidates to sources: where each stands, and which of them are named."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from pydantic import Field
+from scipy.stats import chi2
+from torch import Tensor
+
+from model.prediction import Prediction
+from physics.config import FrozenModel
+from physics.detections import Detections
+from physics.metrics import Matching, Tolerance, gospa, match, squared_mahalanobis
+from physics.scene import Scenes
+
+Goal = Literal["f1", "gospa", "count"]
+
+# What a range error d is worth is 1 - (d / reach)^2 within the reach, and 0 beyond: the GOSPA
+# cutoff of 2 m makes this the cost that GOSPA saves; for F1 it is a smooth tolerance of 1 m.
+_REACH = {"f1": 1.25, "gospa": 2.0, "count": 2.0}
+_ASCENTS = 4  # steps that move a range to the mean of what lies within reach
+_LEVEL = 0.9  # of the ellipsoids that are calibrated
+_GRID = torch.arange(0.05, 0.96, 0.025, dtype=torch.float64)  # thresholds that are tried
+
+
+class DecisionConfig(FrozenModel):
+    """What the named sources are to be best at."""
+
+    goal: Goal = Field("f1", description="that the threshold and the ranges are chosen for")
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Threshold and calibration, chosen on validation scenes.
+
+    Attributes:
+        goal: what they are chosen for.
+        threshold: a candidate is named where its score is above it.
+        spread: the predicted covariances of positions are multiplied by it.
+    """
+
+    goal: Goal = "f1"
+    threshold: float = 0.5
+    spread: float = 1.0
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Candidates of B scenes as a decision sees them."""
+
+    position: Tensor  # (B, r, 3) azimuth, elevation [rad], range [m]
+    covariance: Tensor  # (B, r, 3, 3) of its errors
+    score: Tensor  # (B, r) in [0, 1]
+    probability: Tensor  # (B, r) that a source stands in its direction
+
+    @staticmethod
+    def concatenate(parts: list[Judged]) -> Judged:
+        """One batch of several, in order."""
+        names = ("position", "covariance", "score", "probability")
+        return Judged(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
+
+    def named(self, decision: Decision) -> Detections:
+        """The candidates above the threshold."""
+        present = self.score > decision.threshold
+        position = torch.where(present.unsqueeze(-1), self.position, 1.0)
+        return Detections(position, present, decision.spread * self.covariance)
+
+
+@torch.no_grad()
+def judge(prediction: Prediction, goal: Goal) -> Judged:
+    """Range, ellipsoid and score of slots that have cells of their own.
+
+    The range is where the posterior expects the most of a worth that falls with the square of the
+    error and is 0 beyond the goal's reach. The score is the existence times what is expected
+    there; for ``count`` the existence alone.
+
+    Args:
+        prediction: of B scenes, with cells.
+        goal: see :class:`DecisionConfig`.
+    """
+    assert prediction.cells is not None
+    assert prediction.angle_covariance is not None
+    weight, ranges = prediction.log_pointer.exp(), prediction.cells[..., 2]
+    reach = _REACH[goal]
+
+    def worth(at: Tensor) -> Tensor:
+        """Of every range in ``at`` (B, r, T)."""
+        off = (ranges.unsqueeze(-2) - at.unsqueeze(-1)) / reach
+        return ((1.0 - off.square()).clamp_min(0.0) * weight.unsqueeze(-2)).sum(-1)
+
+    best = worth(ranges).argmax(-1, keepdim=True)
+    chosen = ranges.gather(-1, best)
+    for _ in range(_ASCENTS):
+        near = weight * ((ranges - chosen).abs() < reach)
+        chosen = (near * ranges).sum(-1, keepdim=True) / near.sum(-1, keepdim=True)
+    probability = torch.sigmoid(prediction.existence)
+    score = probability if goal == "count" else probability * worth(chosen).squeeze(-1)
+    cell = (ranges[..., -1] - ranges[..., 0]) / max(1, ranges.shape[-1] - 1)
+    variance = (weight * (ranges - chosen).square()).sum(-1) + cell.square() / 12.0
+    covariance = torch.nn.functional.pad(prediction.angle_covariance, (0, 1, 0, 1))
+    covariance = covariance + torch.diag_embed(torch.nn.functional.pad(variance[..., None], (2, 0)))
+    directions = prediction.cells[:, :, 0, :2]
+    return Judged(torch.cat([directions, chosen], dim=-1), covariance, score, probability)
+
+
+def choose(judged: Judged, scenes: Scenes, goal: Goal) -> Decision:
+    """The threshold that is best for the goal on scenes, and the calibration of the ellipsoids.
+
+    Args:
+        judged: candidates of S scenes, judged for the same goal.
+        scenes: their truth.
+        goal: see :class:`DecisionConfig`.
+    """
+    threshold = _CHOICES[goal](judged, scenes)
+    found = judged.named(Decision(goal, threshold))
+    matching = match(found, scenes.position, scenes.present)
+    return Decision(goal, threshold, _spread(found, matching, scenes.position))
+
+
+def _spread(found: Detections, matching: Matching, position: Tensor) -> float:
+    """Factor on the covariances that puts nine in ten of the hits into their 90 % ellipsoid."""
+    distance = squared_mahalanobis(found, matching, position)
+    distance = distance[torch.isfinite(distance)]
+    if not len(distance):
+        return 1.0
+    return max(float(distance.quantile(_LEVEL)) / float(chi2.ppf(_LEVEL, df=3)), 1e-6)
+
+
+def _best_for_f1(judged: Judged, scenes: Scenes) -> float:
+    """Candidates are taken by falling score: every threshold is a prefix of that order."""
+    order = judged.score.argsort(dim=-1, descending=True)
+    score = judged.score.gather(-1, order)
+    position = judged.position.gather(1, order.unsqueeze(-1).expand(-1, -1, 3))
+    limits = Tolerance().limits(position.device)
+    off = (position.unsqueeze(2) - scenes.position.unsqueeze(1)).double().abs() / limits
+    distance = torch.where((off <= 1.0).all(-1), off.square().sum(-1), torch.inf)  # (S, r, K)
+    free, hits = scenes.present.clone(), []
+    for column in distance.unbind(1):
+        nearest, source = column.masked_fill(~free, torch.inf).min(-1)
+        hit = torch.isfinite(nearest)
+        hits.append(hit)
+        free[hit, source[hit]] = False
+    ranked = score.flatten().argsort(descending=True)
+    hit = torch.stack(hits, dim=-1).flatten()[ranked].double().cumsum(0)
+    found = torch.arange(1, len(ranked) + 1, device=hit.device)
+    f1 = 2.0 * hit / (found + scenes.n_sources.sum())
+    best = int(f1.argmax())
+    levels = torch.cat([score.flatten()[ranked], score.new_zeros(1)])
+    return float(levels[best : best + 2].mean())
+
+
+def _best_for_count(judged: Judged, scenes: Scenes) -> float:
+    right = [
+        ((judged.score > level).sum(-1) == scenes.n_sources).double().mean() for level in _GRID
+    ]
+    return float(_GRID[int(torch.stack(right).argmax())])
+
+
+def _best_for_gospa(judged: Judged, scenes: Scenes) -> float:
+    costs = [
+        gospa(judged.named(Decision(threshold=float(level))), scenes.position, scenes.present)
+        for level in _GRID
+    ]
+    means = torch.stack([cost.total.double().mean() for cost in costs])
+    return float(_GRID[int(means.argmin())])
+
+
+_CHOICES = {"f1": _best_for_f1, "gospa": _best_for_gospa, "count": _best_for_count}

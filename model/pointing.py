@@ -1,0 +1,114 @@
+"""Where slots point: which source each slot speaks for, and how far off it is."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+from torch.nn import functional
+
+from model.prediction import Prediction
+
+_SHARPNESS = 20.0  # of the target over shared cells
+_GATE = math.radians(5.0)  # a candidate farther from a source in either angle is not of it
+
+
+@dataclass(frozen=True)
+class SharedCells:
+    """Slots that point at the cells of one dictionary."""
+
+    prediction: Prediction
+    overlap: Tensor  # (B, G, K) |a_g^H a_k|^2
+    position: Tensor  # (B, K, 3) true azimuth, elevation [rad], range [m]
+    cell_size: Tensor  # (3,) [rad, rad, 1/m]
+
+    def score(self) -> Tensor:
+        """The pointer's mean overlap (B, r, K) with each source's steering vector."""
+        return self.prediction.log_pointer.exp() @ self.overlap
+
+    def loss(self, source: Tensor) -> Tensor:
+        """Loss (B, r) of the slots if they hold the sources (B, r) int64.
+
+        Cross-entropy to the cells that overlap the source, and the Huber distance in cells.
+        """
+        target = torch.softmax(_SHARPNESS * self.overlap.mT, dim=-1)  # (B, K, G)
+        wanted = target.gather(1, source.unsqueeze(-1).expand(-1, -1, target.shape[-1]))
+        pointing = -(wanted * self.prediction.log_pointer).sum(-1)
+        truth = self.position.clone()
+        truth[..., 2].reciprocal_()
+        truth = truth.gather(1, source.unsqueeze(-1).expand(-1, -1, 3))
+        distance = functional.huber_loss(
+            self.prediction.position / self.cell_size, truth / self.cell_size, reduction="none"
+        ).sum(-1)
+        return pointing + 0.1 * distance
+
+
+@dataclass(frozen=True)
+class OwnCells:
+    """Slots with a fixed direction each, and cells along its range."""
+
+    prediction: Prediction
+    cells: Tensor  # (B, r, G, 3) azimuth, elevation [rad], range [m]
+    position: Tensor  # (B, K, 3)
+
+    def score(self) -> Tensor:
+        """Nearness (B, r, K) in angle, 1 where the directions agree; -inf beyond the gate.
+
+        Of several in the gate the one whose range is more likely gains up to 1.
+        """
+        directions = self.cells[:, :, 0, :2]
+        apart = (directions.unsqueeze(2) - self.position[:, None, :, :2]).abs()
+        near = 1.0 - torch.linalg.vector_norm(apart / _GATE, dim=-1)
+        ranges = self.cells[..., 2].unsqueeze(-1)  # (B, r, G, 1)
+        off = (ranges - self.position[:, None, None, :, 2]).abs()
+        likely = (self.prediction.log_pointer.exp().unsqueeze(-1) * torch.exp(-off)).sum(2)
+        return (near + likely).masked_fill((apart > _GATE).any(-1), -torch.inf)
+
+    def loss(self, source: Tensor) -> Tensor:
+        """Cross-entropy (B, r) to the two cells around the range of the sources (B, r) int64."""
+        truth = self.position[..., 2].gather(1, source).unsqueeze(-1)
+        ranges = self.cells[..., 2]
+        last = ranges.shape[-1] - 1
+        step = ((ranges[..., -1:] - ranges[..., :1]) / last).clamp_min(1e-6)
+        place = ((truth - ranges[..., :1]) / step).clamp(0.0, last)
+        lower = place.floor().clamp(max=last - 1)
+        share = place - lower
+        index = lower.long()
+        log_pointer = self.prediction.log_pointer
+        below, above = log_pointer.gather(-1, index), log_pointer.gather(-1, index + 1)
+        return -((1.0 - share) * below + share * above).squeeze(-1)
+
+
+@torch.no_grad()
+def match_slots(prediction: Prediction, score: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
+    """Pair slots with sources, one to one, by the Hungarian method.
+
+    A pair costs minus its score and minus half the probability that the slot holds a source.
+    Sources left over, because there are more of them than slots or none may be theirs, stay
+    unmatched.
+
+    Args:
+        prediction: r slots.
+        score: (B, r, K); -inf where a slot cannot be of a source.
+        present: (B, K) bool.
+
+    Returns:
+        matched (B, r) bool and the source (B, r) int64 of each slot, 0 where unmatched.
+    """
+    cost = -score - 0.5 * torch.sigmoid(prediction.existence).unsqueeze(-1)
+    barred = torch.isinf(score).cpu().numpy()
+    # Beyond what all other pairs of a scene can cost together.
+    costs = torch.nan_to_num(cost, nan=0.0, posinf=1e3, neginf=0.0).cpu().numpy()
+    counts = present.sum(-1).tolist()
+    matched = torch.zeros(prediction.existence.shape, dtype=torch.bool)
+    source = torch.zeros(prediction.existence.shape, dtype=torch.int64)
+    for item, count in enumerate(counts):
+        rows, columns = linear_sum_assignment(costs[item, :, :count])
+        allowed = ~barred[item, rows, columns]
+        matched[item, rows[allowed]] = True
+        source[item, rows[allowed]] = torch.from_numpy(columns[allowed])
+    device = prediction.existence.device
+    return matched.to(device), source.to(device)

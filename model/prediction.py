@@ -1,0 +1,112 @@
+"""What every network says of a scene, and what all networks share."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from model.features import Features
+from physics.candidates import CandidateConfig
+from physics.config import FrozenModel
+from physics.covariance import LowRankCovariance
+from physics.geometry import PlanarArray
+from physics.scene import SceneConfig
+from physics.spectrum import PolarGrid
+
+
+class FamilyConfig(FrozenModel):
+    """Sizes that the networks of every family have."""
+
+    width: int = Field(64, ge=8, description="size of a token (d_model)")
+    depth: int = Field(2, ge=1, description="layers of the encoder")
+    heads: int = Field(4, ge=1, description="attention heads; width must be a multiple")
+    dropout: float = Field(0.1, ge=0, lt=1)
+    azimuth_cells: int = Field(16, ge=2, description="of the dictionary of positions")
+    elevation_cells: int = Field(8, ge=2)
+    range_cells: int = Field(5, ge=1, description="planes of inverse range")
+
+    @property
+    def front_end(self) -> CandidateConfig | None:
+        """What is computed of a measurement beside the ridge solutions, once and kept."""
+        return None
+
+    @property
+    def slots(self) -> int:
+        """Sources that it can tell of."""
+        raise NotImplementedError
+
+    @model_validator(mode="after")
+    def _divisible(self) -> Self:
+        if self.width % self.heads:
+            raise ValueError(
+                f"width {self.width} is not a multiple of heads {self.heads}; "
+                "choose a width that the heads divide"
+            )
+        return self
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a network says of B scenes, in full precision.
+
+    Slots are an unordered set of possible sources. Each has a probability to hold one and a
+    distribution over cells of position: those of the network's dictionary, or cells of its own.
+    """
+
+    factor: Tensor  # (B, N, r) complex: factor of R_pred, any scale
+    existence: Tensor  # (B, r) logit that a slot holds a source
+    log_pointer: Tensor  # (B, r, G) log probability of each cell
+    position: Tensor  # (B, r, 3) mean azimuth, elevation [rad], inverse range [1/m]
+    cells: Tensor | None = None  # (B, r, G, 3) azimuth, elevation [rad], range [m]; None: shared
+    angle_covariance: Tensor | None = None  # (B, r, 2, 2) [rad^2] within a cell
+
+    @property
+    def covariance(self) -> LowRankCovariance:
+        """R_pred, trace N; computed once, and again where gradients are wanted later."""
+        kept: LowRankCovariance | None = self.__dict__.get("_covariance")
+        wanted = torch.is_grad_enabled() and self.factor.requires_grad
+        if kept is None or (wanted and not kept.requires_grad):
+            kept = LowRankCovariance(self.factor).normalized(moderate=True)
+            self.__dict__["_covariance"] = kept
+        return kept
+
+
+class SourceNetwork(nn.Module, ABC):
+    """A network of any family: features of scenes in, a :class:`Prediction` out.
+
+    Attributes:
+        dictionary: (G, N) complex steering vectors of the cells of a coarse grid.
+        cells: (G, 3) their azimuth, elevation [rad] and inverse range [1/m].
+        cell_size: (3,) [rad, rad, 1/m].
+    """
+
+    dictionary: Tensor
+    cells: Tensor
+    cell_size: Tensor
+
+    def __init__(self, config: FamilyConfig, scene: SceneConfig, array: PlanarArray) -> None:
+        super().__init__()
+        self.scene, self.array = scene, array
+        self.grid = PolarGrid.covering(
+            scene, config.azimuth_cells, config.elevation_cells, config.range_cells
+        )
+        cells = self.grid.positions().reshape(-1, 3)
+        cells[:, 2].reciprocal_()
+        self.register_buffer("cells", cells, persistent=False)
+        self.register_buffer(
+            "dictionary", self.grid.steering(array, scene.wavefront).clone(), persistent=False
+        )
+        spans = [values[-1] - values[0] for values in (self.grid.azimuth, self.grid.elevation)]
+        # A single plane stands for all ranges; an axis without extent is measured in its unit.
+        spans.append(1.0 / scene.range_m[0] - 1.0 / scene.range_m[1])
+        cell_size = [s / max(1, n - 1) or 1.0 for s, n in zip(spans, self.grid.shape, strict=True)]
+        self.register_buffer("cell_size", torch.tensor(cell_size), persistent=False)
+
+    @abstractmethod
+    def forward(self, features: Features) -> Prediction:
+        """Predict B scenes. Runs under autocast; what leaves it is in full precision."""
