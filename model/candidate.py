@@ -60,7 +60,7 @@ class CandidateNetwork(SourceNetwork):
         super().__init__(config, scene, array)
         self.config = config
         width, n_candidates = config.width, config.candidates.count
-        n_inputs = 18 + config.candidates.range_cells + n_candidates + (n_candidates + 1) + 3
+        n_inputs = 20 + config.candidates.range_cells + n_candidates + (n_candidates + 1) + 3
         self.token = nn.Linear(n_inputs, width)
         layer = nn.TransformerEncoderLayer(
             width,
@@ -142,7 +142,7 @@ def _compressed(value: Tensor) -> Tensor:
 
 
 def _of_candidates(found: Candidates, log_likelihood: Tensor) -> Tensor:
-    """Inputs (B, P, 18 + S + P) of order 1, by candidate."""
+    """Inputs (B, P, 20 + S + P) of order 1, by candidate."""
     n_candidates = found.power.shape[1]
     azimuth, elevation, inverse_range = found.coordinates.unbind(-1)
     log_power = _log(found.power)
@@ -163,6 +163,8 @@ def _of_candidates(found: Candidates, log_likelihood: Tensor) -> Tensor:
             (log_power - torch.logsumexp(log_power, -1, keepdim=True)) / 2.0,
             _log(found.received) / 2.0 - 1.0,
             _compressed(found.evidence) / 2.0 - 1.0,
+            _compressed(found.crowded) / 2.0 - 1.0,
+            found.likely.to(log_power.dtype),
             _compressed(gain) / 2.0 - 1.0,
             2.0 * coherence.amax(-1) - 1.0,
             2.0 * (coherence * stronger).amax(-1) - 1.0,

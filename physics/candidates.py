@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from physics.config import FrozenModel
-from physics.fit import Measurement, coordinate_covariance, position_of
+from physics.fit import Fit, Measurement, coordinate_covariance, position_of, refine
 from physics.geometry import PlanarArray
 from physics.order import conditional_deviance, symbol_powers
 from physics.precision import in_full_precision
@@ -20,7 +20,7 @@ from physics.scene import SceneConfig
 from physics.steering import steering_vector
 
 # Raised when candidates of the same scenes change, so that none from before are read.
-VERSION = 1
+VERSION = 2
 
 # Powers at which a source's likelihood is averaged, relative to the fitted one: +-6 dB.
 _POWERS = tuple(4.0 ** (step / 3.0) for step in range(-3, 4))
@@ -47,7 +47,9 @@ class Candidates:
     covariance: Tensor  # (B, P, 3, 3) of their errors, as the fit predicts it
     power: Tensor  # (B, P) of the source, relative to the noise
     received: Tensor  # (B, P) energy over noise that it adds to a snapshot beyond the others
+    likely: Tensor  # (B, P) bool: whether the criterion keeps it
     evidence: Tensor  # (B, P) log-likelihood ratio of the source against none, others kept
+    crowded: Tensor  # (B, P) the same beside all candidates
     coherence: Tensor  # (B, P, P) |a_i^H a_j|
     range_m: Tensor  # (B, P, S) cells [m], evenly spaced from near to far
     range_evidence: Tensor  # (B, P, S) log-likelihood ratio with the source in the cell
@@ -88,12 +90,14 @@ def find_candidates(
     snr_db: float | Tensor | None = None,
     config: CandidateConfig | None = None,
 ) -> Candidates:
-    """Take a fixed number of sources by matching pursuit, and judge each beside all others.
+    """Take a fixed number of sources by matching pursuit, and judge each beside the others.
 
-    The evidence of a source is the logarithm of the likelihood with it over that without it, its
-    symbols integrated out as circular normal and its power averaged over +-6 dB around the fitted
-    one, while the other sources stay where they are. The cells of range reach four standard
-    deviations of inverse range to both sides of the fit, within the field of view.
+    The sources that the criterion keeps are refined without the rest and judged beside one
+    another; the rest are judged beside all candidates. The evidence of a source is the logarithm
+    of the likelihood with it over that without it, its symbols integrated out as circular normal
+    and its power averaged over +-6 dB around the fitted one, while the other sources stay where
+    they are. The cells of range reach four standard deviations of inverse range to both sides of
+    the fit, within the field of view.
 
     Args:
         y: (B, L, M) complex.
@@ -126,40 +130,72 @@ def find_candidates(
 def _of_chunk(
     search: Search, measurement: Measurement, noise: Tensor | None, config: CandidateConfig
 ) -> Candidates:
+    best = conditional_deviance(measurement, measurement.energy, noise)
+    deviance, count = [best], torch.zeros_like(best, dtype=torch.int64)
     coordinates = search.points.new_zeros(len(measurement), 0, 3)
-    residual = measurement.y
-    deviance = [conditional_deviance(measurement, measurement.energy, noise)]
-    for _ in range(config.count):
+    kept, residual = coordinates.new_ones(len(measurement), config.count, 3), measurement.y
+    for k in range(1, config.count + 1):
         fit, matrix = search.grow(measurement, coordinates, residual)
         coordinates, residual = fit.coordinates, fit.residual
         deviance.append(search.deviance(measurement, fit, noise))
+        value = deviance[-1] + k * search.price
+        gain = (value < best) & (k <= search.max_sources)
+        best, count = torch.where(gain, value, best), torch.where(gain, k, count)
+        kept[gain, :k] = coordinates[gain]
+    every = _state(search, measurement, fit, matrix, noise, config)
+    # What the criterion keeps stands better without the others, which fit noise.
+    likely = torch.arange(config.count, device=count.device) < count.unsqueeze(-1)
+    start = torch.where(likely.unsqueeze(-1), kept, coordinates)
+    fit, matrix = refine(measurement, start, search.bounds, search.config.joint_iterations, likely)
+    alone = _state(search, measurement, fit, matrix, noise, config)
+
+    def pick(name: str) -> Tensor:
+        one, two = alone[name], every[name]
+        return torch.where(likely.view(*likely.shape, *(1,) * (one.ndim - 2)), one, two)
+
+    coordinates = pick("coordinates")
+    a = steering_vector(position_of(coordinates), search.array, search.scene.wavefront)
+    return Candidates(
+        **{name: pick(name) for name in every if name != "misfit"},
+        likely=likely,
+        crowded=every["evidence"],
+        coherence=power(a.conj() @ a.mT).sqrt(),
+        deviance=torch.stack(deviance, dim=-1),
+        misfit=every["misfit"],
+    )
+
+
+def _state(
+    search: Search,
+    measurement: Measurement,
+    fit: Fit,
+    matrix: Tensor,
+    noise: Tensor | None,
+    config: CandidateConfig,
+) -> dict[str, Tensor]:
+    """What a fit says of its sources; absent ones have no power."""
+    coordinates = fit.coordinates
     symbols = symbol_powers(measurement, fit, noise)
     sigma2 = symbols.noise_power
     covariance = coordinate_covariance(matrix, sigma2).unflatten(-1, (config.count, 3))
     own = covariance.unflatten(1, (config.count, 3)).diagonal(dim1=1, dim2=3).movedim(-1, 1)
-
     q, (low, high) = coordinates[..., 2], search.bounds[:, 2]
     width = _SPREAD * own[..., 2, 2].clamp_min(0.0).sqrt()
     far, near = ((q + side).clamp(low, high).reciprocal() for side in (-width, width))
     steps = torch.linspace(0.0, 1.0, config.range_cells, device=q.device, dtype=q.dtype)
     cells = torch.lerp(near.unsqueeze(-1), far.unsqueeze(-1), steps)
     ranges = torch.cat([q.reciprocal().unsqueeze(-1), cells], dim=-1)
-    gain, evidence = _evidence(
-        search, measurement, position_of(coordinates), ranges, symbols.power, sigma2
-    )
-    a = steering_vector(position_of(coordinates), search.array, search.scene.wavefront)
-    return Candidates(
-        coordinates=coordinates,
-        covariance=own,
-        power=symbols.power / sigma2.unsqueeze(-1),
-        received=gain,
-        evidence=evidence[..., 0],
-        coherence=power(a.conj() @ a.mT).sqrt(),
-        range_m=cells,
-        range_evidence=evidence[..., 1:],
-        deviance=torch.stack(deviance, dim=-1),
-        misfit=fit.cost / search.n_rows / sigma2,
-    )
+    received, evidence = _evidence(search, measurement, fit.position, ranges, symbols.power, sigma2)
+    return {
+        "coordinates": coordinates,
+        "covariance": own,
+        "power": symbols.power / sigma2.unsqueeze(-1),
+        "received": received,
+        "evidence": evidence[..., 0],
+        "range_m": cells,
+        "range_evidence": evidence[..., 1:],
+        "misfit": fit.cost / search.n_rows / sigma2,
+    }
 
 
 def _evidence(
@@ -225,7 +261,9 @@ def _nothing(search: Search, config: CandidateConfig) -> Candidates:
         covariance=none(0, p, 3, 3),
         power=none(0, p),
         received=none(0, p),
+        likely=none(0, p) > 0,
         evidence=none(0, p),
+        crowded=none(0, p),
         coherence=none(0, p, p),
         range_m=none(0, p, s),
         range_evidence=none(0, p, s),

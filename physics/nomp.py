@@ -16,7 +16,7 @@ from physics.fit import (
     refine,
 )
 from physics.geometry import PlanarArray
-from physics.order import conditional_deviance, parameters_per_source, penalty
+from physics.order import conditional_deviance
 from physics.precision import in_full_precision
 from physics.pursuit import NompConfig, Search
 from physics.scaling import divide
@@ -171,10 +171,6 @@ def _pursue(
 ) -> NompResult:
     """Pick, refine and choose for one chunk."""
     n_scenes = len(measurement)
-    scene, config = search.scene, search.config
-    price = parameters_per_source(scene.source_mode, scene.wavefront) * penalty(
-        config.criterion, search.n_rows, search.n_snapshots
-    )
     kept = search.points.new_zeros(n_scenes, search.max_sources, 3)
     kept[..., 2] = search.bounds[1, 2]
     best = conditional_deviance(measurement, measurement.energy, noise)
@@ -191,13 +187,13 @@ def _pursue(
         fit, _ = search.grow(here, current, residual, start)
         current, residual = fit.coordinates, fit.residual
         deviance = search.deviance(here, fit, None if noise is None else noise[active])
-        value = deviance + k * price
+        value = deviance + k * search.price
         gain = value < best[active]
         best[active] = torch.where(gain, value, best[active])
         count[active] = torch.where(gain, k, count[active])
         kept[active[gain], :k] = current[gain]
         wasted = torch.where(gain, 0, wasted + 1)
-        going = (wasted < config.patience) | (k < n_given[active])
+        going = (wasted < search.config.patience) | (k < n_given[active])
         if not bool(going.any()):
             break
         if not bool(going.all()):

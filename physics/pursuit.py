@@ -19,6 +19,8 @@ from physics.order import (
     Criterion,
     conditional_deviance,
     marginal_deviance,
+    parameters_per_source,
+    penalty,
 )
 from physics.scaling import divide, divisor, peak, power
 from physics.scene import SceneConfig
@@ -104,6 +106,10 @@ class Search:
         if self.fluctuating:
             self.resolvable = min(self.resolvable, n_antennas - 1)
         self.max_sources = min(scene.max_sources, self.resolvable)
+        # What a source costs on the scale of the deviance.
+        self.price = parameters_per_source(scene.source_mode, scene.wavefront) * penalty(
+            config.criterion, self.n_rows, self.n_snapshots
+        )
 
     def chunks(
         self, snr_db: float | Tensor | None, initial: Detections | None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -129,16 +128,27 @@ def _hardware(
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, device=device, dtype=real)
 
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(shape, generator=generator, device=device, dtype=real)
+
+    errors = (
+        config.element_jitter,
+        config.phase_error_deg,
+        config.amplitude_error_db,
+        config.dropout,
+    )
+    if not any(errors):
+        return steering_vector(position, array, config.wavefront), None
+    share = uniform(batch, 4) if config.error_levels == "uniform" else position.new_ones(1, 4)
+    levels = share * position.new_tensor(errors)
+    jitter, phase_deg, level_db, dropout = levels.unsqueeze(-1).unbind(1)  # (B or 1, 1) each
     displacement = None
     if config.element_jitter:
-        displacement = config.element_jitter * normal(batch, 1, array.size, 3)
+        displacement = jitter[..., None, None] * normal(batch, 1, array.size, 3)
     response = steering_vector(position, array, config.wavefront, displacement)
-    if not (config.phase_error_deg or config.amplitude_error_db or config.dropout):
+    if not any(errors[1:]):
         return response, None
-    level = 10.0 ** (config.amplitude_error_db / 20.0 * normal(batch, array.size))
-    phase = math.radians(config.phase_error_deg) * normal(batch, array.size)
-    alive = (
-        torch.rand((batch, array.size), generator=generator, device=device, dtype=real)
-        >= config.dropout
-    )
+    level = 10.0 ** (level_db / 20.0 * normal(batch, array.size))
+    phase = torch.deg2rad(phase_deg) * normal(batch, array.size)
+    alive = uniform(batch, array.size) >= dropout
     return response, torch.polar(level * alive, phase)

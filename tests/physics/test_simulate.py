@@ -164,6 +164,30 @@ def test_hardware_errors_act_on_the_reflection_as_drawn() -> None:
     assert float(phase.std()) == pytest.approx(sigma_deg, rel=0.14)
 
 
+def test_randomised_errors_have_levels_of_their_own_in_every_scene() -> None:
+    """Levels are uniform from 0 to the configured ones, each error's by itself."""
+    common = {"count": 300, "n_antennas": 48, "max_sources": 1, "source_mode": "constant"}
+    ideal = surface_signal(clean(**common))
+    errors = {"phase_error_deg": 20.0, "dropout": 0.5}
+    real = surface_signal(clean(**common, **errors, error_levels="uniform"))
+    fixed = surface_signal(clean(**common, **errors))
+
+    def levels(signal: Tensor) -> tuple[Tensor, Tensor]:
+        ratio = (signal / ideal)[:, 0]
+        alive = ratio.abs() > 1e-3
+        phase = torch.where(alive, ratio.angle().rad2deg(), 0.0)
+        spread = (phase.square().sum(-1) / alive.sum(-1)).sqrt()
+        return spread / 20.0, (~alive).double().mean(-1) / 0.5
+
+    assert float(levels(fixed)[0].std()) < 0.2
+    for level in levels(real):
+        # 300 uniform levels: a quarter below each quartile, within four times 2.5 %.
+        for quartile in (0.25, 0.5, 0.75):
+            assert float((level < quartile).double().mean()) == pytest.approx(quartile, abs=0.11)
+    phase, dead = levels(real)
+    assert abs(float(torch.corrcoef(torch.stack([phase.double(), dead]))[0, 1])) < 0.24
+
+
 def test_the_same_seed_gives_the_same_scenes() -> None:
     a, b, c = scenes(seed=3), scenes(seed=3), scenes(seed=4)
     for name in FIELDS:
