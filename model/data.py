@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -143,6 +144,17 @@ class _Examiner:
         found = self.front_end(scenes.y, scenes.H, scenes.codes, snr_db)
         return Batch(scenes, snr_db, found)
 
+    def every(self, chunks: list[Scenes], split: Split) -> Batch:
+        """All chunks of a fixed set as one batch.
+
+        Processes begin at different chunks: those that look for candidates of the same scenes at
+        the same time share the work.
+        """
+        first = os.getpid() % len(chunks)
+        order = [*range(first, len(chunks)), *range(first)]
+        found = {index: self(chunks[index], split, 0, index) for index in order}
+        return Batch.concatenate([found[index] for index in range(len(chunks))])
+
 
 class SimulatedScenes:
     """Scenes simulated on the trial's device."""
@@ -170,13 +182,14 @@ class SimulatedScenes:
         n_scenes = self.config.train_scenes
         if not self.config.fresh:
             if self._fixed is None:
-                self._fixed = Batch.concatenate(list(self._chunks(0)))
+                self._fixed = self._examine.every(list(self._simulate(0)), "train")
             order = _shuffle(n_scenes, epoch, seed).to(self.device)
             for start in range(0, n_scenes, batch_size):
                 yield self._fixed[order[start : start + batch_size]]
             return
         pending: Batch | None = None
-        for chunk in self._chunks(epoch):
+        for index, scenes in enumerate(self._simulate(epoch)):
+            chunk = self._examine(scenes, "train", epoch, index)
             pending = chunk if pending is None else Batch.concatenate([pending, chunk])
             while len(pending) >= batch_size:
                 yield pending[slice(0, batch_size)]
@@ -187,26 +200,16 @@ class SimulatedScenes:
     def validation(self) -> Batch:
         if self._validation is None:
             scenes = _simulated_validation(self.config, self.scene, self.array)
-            self._validation = Batch.concatenate(
-                [
-                    self._examine(scenes[slice(start, start + _CHUNK)].to(self.device), "val", 0, i)
-                    for i, start in enumerate(range(0, len(scenes), _CHUNK))
-                ]
-            )
+            starts = range(0, len(scenes), _CHUNK)
+            chunks = [scenes[slice(start, start + _CHUNK)].to(self.device) for start in starts]
+            self._validation = self._examine.every(chunks, "val")
         return self._validation
 
-    def _chunks(self, epoch: int) -> Iterator[Batch]:
-        scenes = simulate_split(
-            self.config,
-            self.scene,
-            self.array,
-            "train",
-            self.config.train_scenes,
-            epoch=epoch,
-            device=self.device,
+    def _simulate(self, epoch: int) -> Iterator[Scenes]:
+        config, count = self.config, self.config.train_scenes
+        return simulate_split(
+            config, self.scene, self.array, "train", count, epoch=epoch, device=self.device
         )
-        for index, chunk in enumerate(scenes):
-            yield self._examine(chunk, "train", epoch, index)
 
 
 @lru_cache(maxsize=1)

@@ -67,6 +67,7 @@ def evaluate_suite(
     *,
     n_scenes: int | None = None,
     methods: list[str] | None = None,
+    spectral: bool = True,
     snr_known: bool = True,
     device: str = "cpu",
     say: Callable[[str], object] = print,
@@ -80,6 +81,7 @@ def evaluate_suite(
         n_scenes: simulated scenes, or the most of recorded ones; without a ``test/`` folder these
             are the validation scenes, and the result says so.
         methods: names of the estimators to run; all if left out.
+        spectral: whether MUSIC and MVDR are among them.
         snr_known: whether estimators are told the SNR.
         device: where to compute.
         say: takes a line on every step.
@@ -99,6 +101,8 @@ def evaluate_suite(
         most = {"max_sources": scene.max_sources}
         believed, surface = config.scene.model_copy(update=most), array
     estimators = _estimators(localizer, surface, believed, config, methods, snr_known)
+    if not spectral:
+        estimators = [one for one in estimators if one.name not in ("music", "mvdr")]
     say(f"{name}: {suite.description}; scenes: {origin}")
     scores: list[Score] = []
     for estimator in estimators:

@@ -127,7 +127,7 @@ def classical_estimators(
 def network_estimators(
     localizer: Localizer, array: PlanarArray, scene: SceneConfig, *, snr_known: bool
 ) -> list[Estimator]:
-    """The network as it was trained, and its positions refined by maximum likelihood.
+    """The network as it was trained, and the peaks of its R_blend refined by maximum likelihood.
 
     Args:
         localizer: the network.
@@ -148,6 +148,8 @@ def network_estimators(
         )
         return _with_covariance(result, array, scene)
 
+    if localizer.config.network.front_end is not None:  # what it judges is refined already
+        return [Estimator("network", "candidates of matching pursuit, judged", network)]
     return [
         Estimator("network", "MUSIC on R_blend, K by the slots", network),
         Estimator("network+refinement", "its positions, refined by maximum likelihood", refined),

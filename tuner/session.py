@@ -268,7 +268,7 @@ def _score_winner(folder: RunFolder, progress: Progress) -> None:
         localizer.config,
         localizer,
         n_scenes=_SCORED_SCENES,
-        methods=["network", "network+refinement", "nomp"],
+        spectral=False,
         say=logger.info,
     )
     content = evaluation_of({"nominal": found}, localizer.config, checkpoint=folder.best)

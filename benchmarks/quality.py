@@ -1,0 +1,205 @@
+"""What a search is worth: which objective to search by, and what the winner gains.
+
+    python -m benchmarks.quality objectives [--config FILE] [--trials 16] [--scenes 4000]
+    python -m benchmarks.quality tuning --study RUN_DIR [--seeds 3] [--scenes 4000]
+
+``objectives`` trains random points of a study's space and prints the rank correlation (Spearman)
+of every validation metric after ``search.grace_epochs`` with the final F1 on held-out scenes.
+``tuning`` trains the default, the winner and random points of a finished study at full budget
+with several seeds, and scores them beside NOMP on held-out scenes.
+
+Both take networks that judge candidates; those are found once and kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+import torch
+from scipy.stats import spearmanr
+from torch import Tensor
+
+from benchmarks._timing import save
+from model.config import TrialConfig
+from model.data import Batch, simulate_split
+from model.decision import judge
+from model.front_end import FrontEnd
+from model.training import Trainer
+from physics.detections import Detections
+from physics.metrics import Matching, bootstrap_interval, gospa, match, resampled_f1
+from physics.nomp import nomp
+from physics.scene import Scenes
+from tuner.config import StudyConfig, load_study
+from tuner.space import suggest
+
+METRICS = ("nmse_pred", "nmse_blend", "f1", "gospa", "count_accuracy")
+_BATCH = 256
+
+
+def held_out(config: TrialConfig, n_scenes: int) -> Batch:
+    """Test scenes of a configuration, which no training and no validation draws."""
+    front_end = FrontEnd.of(config)
+    if front_end is None:
+        raise SystemExit("network.family is not candidate; nothing else is scored here")
+    parts: list[Batch] = []
+    array = config.array.build()
+    for scenes in simulate_split(config.data, config.scene, array, "test", n_scenes):
+        known = scenes.known_snr_db
+        found = front_end(scenes.y, scenes.H, scenes.codes, known)
+        parts.append(Batch(scenes, known, found))
+    return Batch.concatenate(parts)
+
+
+@torch.no_grad()
+def located(trainer: Trainer, batch: Batch) -> Detections:
+    """What the best weights of a training name, by the threshold chosen on its validation."""
+    trainer._set_weights(trainer.best_weights)
+    trainer.network.eval()
+    decision = trainer.best_decision
+    parts: list[Detections] = []
+    for start in range(0, len(batch), _BATCH):
+        prediction = trainer.network(trainer._features(batch[slice(start, start + _BATCH)]))
+        parts.append(judge(prediction, decision.goal).named(decision))
+    return Detections.concatenate(parts)
+
+
+def random_point(study: StudyConfig, number: int) -> TrialConfig:
+    """A random point of the space, the same for the same number."""
+    quiet = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=1000 + number))
+    return study.trial_config(suggest(study.search.space, quiet.ask()), seed=number)
+
+
+def by_nomp(config: TrialConfig, scenes: Scenes) -> Detections:
+    """NOMP told the SNR and the nominal model."""
+    result = nomp(
+        scenes.y,
+        scenes.H,
+        scenes.codes,
+        array=config.array.build(),
+        scene=config.scene,
+        snr_db=scenes.known_snr_db,
+    )
+    return result.detections
+
+
+def objectives(args: argparse.Namespace) -> dict[str, Any]:
+    """Rank correlation of early metrics with final F1."""
+    study = load_study(args.config)
+    batch = held_out(study.trial_config({}, 0), args.scenes)
+    sources = batch.scenes.position, batch.scenes.present
+    rows: list[dict[str, float]] = []
+    for number in range(args.trials):
+        trainer = Trainer(random_point(study, number))
+        early: dict[str, float] = {}
+        while not trainer.finished:
+            metrics = trainer.run_epoch()
+            if trainer.epoch == study.search.grace_epochs:
+                early = {name: float(metrics[name]) for name in METRICS}
+        matching = match(located(trainer, batch), *sources)
+        rows.append(early | {"final_f1": matching.f1})
+        print(f"trial {number:2d}: " + "  ".join(f"{k} {v:.4f}" for k, v in rows[-1].items()))
+    final = [row["final_f1"] for row in rows]
+    found: dict[str, float] = {}
+    for name in METRICS:
+        sign = 1.0 if name in ("f1", "count_accuracy") else -1.0
+        found[name] = float(spearmanr([sign * row[name] for row in rows], final).statistic)
+        print(
+            f"{name} after {study.search.grace_epochs} epochs: rank correlation {found[name]:.2f}"
+        )
+    return {"trials": rows, "rank_correlation": found}
+
+
+def tuning(args: argparse.Namespace) -> dict[str, Any]:
+    """Default, winner and random points, seeds apart, beside NOMP."""
+    from tuner.folder import RunFolder
+
+    folder = RunFolder.existing(args.study, lock=False)
+    study = load_study(folder.config)
+    winner = TrialConfig.model_validate(json.loads(folder.best_json.read_text())["config"])
+    epochs = study.search.full_epochs or study.training.epochs
+    contenders = {
+        "default": [study.trial_config({}, seed) for seed in range(args.seeds)],
+        "random": [random_point(study, number) for number in range(args.random)],
+        "winner": [winner.model_copy(update={"seed": seed}) for seed in range(args.seeds)],
+    }
+    batch = held_out(winner, args.scenes)
+    sources = batch.scenes.position, batch.scenes.present
+    matchings: dict[str, list[Matching]] = {
+        "nomp": [match(by_nomp(winner, batch.scenes), *sources)]
+    }
+    for name, configs in contenders.items():
+        for config in configs:
+            full = config.training.model_copy(update={"epochs": epochs})
+            trainer = Trainer(config.model_copy(update={"training": full}))
+            while not trainer.finished:
+                trainer.run_epoch()
+            found = located(trainer, batch)
+            matchings.setdefault(name, []).append(match(found, *sources))
+            cost = float(gospa(found, *sources).total.mean())
+            last = matchings[name][-1]
+            print(
+                f"{name} seed {config.seed}: F1 {last.f1:.4f}, GOSPA {cost:.3f} m, "
+                f"K right {last.count_accuracy:.3f}",
+                flush=True,
+            )
+    result: dict[str, Any] = {"scenes": len(batch), "epochs": epochs}
+    for name, runs in matchings.items():
+        result[name] = {"f1": [run.f1 for run in runs], "mean_f1": _mean(runs)}
+    for one, two in (("winner", "default"), ("default", "random"), ("winner", "nomp")):
+        low, high = paired(matchings[one], matchings[two])
+        gain = _mean(matchings[one]) - _mean(matchings[two])
+        result[f"{one}-{two}"] = {"f1": gain, "interval": [low, high]}
+        print(f"{one} less {two}: {gain:+.4f} [{low:+.4f}, {high:+.4f}]")
+    return result
+
+
+def _mean(runs: list[Matching]) -> float:
+    return float(np.mean([run.f1 for run in runs]))
+
+
+def paired(one: list[Matching], two: list[Matching]) -> tuple[float, float]:
+    """95 % interval of the difference of the mean F1 of two sets of runs.
+
+    Scenes are drawn again, the same for all runs, and so are the runs of either set: the interval
+    holds both the choice of scenes and that of seeds or points.
+    """
+    generator = np.random.default_rng(0)
+
+    def statistic(indices: Tensor) -> Tensor:
+        means = []
+        for runs in (one, two):
+            f1 = torch.stack([resampled_f1(run, indices) for run in runs], dim=-1)
+            drawn = torch.from_numpy(generator.integers(len(runs), size=f1.shape))
+            means.append(f1.gather(-1, drawn).mean(-1))
+        return means[0] - means[1]
+
+    return bootstrap_interval(statistic, len(one[0]))
+
+
+def main() -> None:
+    """Run what is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", choices=("objectives", "tuning"))
+    parser.add_argument("--config", type=Path, default=Path("configs/quickstart.yaml"))
+    parser.add_argument("--study", type=Path, help="run folder of a finished study")
+    parser.add_argument("--trials", type=int, default=16, help="random points (objectives)")
+    parser.add_argument("--seeds", type=int, default=3, help="of default and winner (tuning)")
+    parser.add_argument("--random", type=int, default=6, help="random points (tuning)")
+    parser.add_argument("--scenes", type=int, default=4000, help="held out")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    if args.what == "tuning" and args.study is None:
+        parser.error("tuning needs --study RUN_DIR")
+    save({"objectives": objectives, "tuning": tuning}[args.what](args), args.json)
+
+
+if __name__ == "__main__":
+    main()
