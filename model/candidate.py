@@ -10,15 +10,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from model.features import Features
-from model.prediction import FamilyConfig, Prediction, SourceNetwork
+from model.prediction import AttentionConfig, Prediction, SourceNetwork
 from physics.candidates import CandidateConfig, Candidates
 from physics.geometry import PlanarArray
 from physics.precision import full_precision
 from physics.scene import SceneConfig
-from physics.steering import steering_vector
 
 
-class CandidateNetworkConfig(FamilyConfig):
+class CandidateNetworkConfig(AttentionConfig):
     """Sizes of the candidate network."""
 
     family: Literal["candidate"] = "candidate"
@@ -108,11 +107,8 @@ class CandidateNetwork(SourceNetwork):
             log_pointer = torch.log_softmax(sharpness * log_likelihood + prior, dim=-1)
             cells = _cells(found)
             pointer = log_pointer.exp()
-            a = steering_vector(cells, self.array, self.scene.wavefront)  # (B, P, S, N)
-            column = (pointer.unsqueeze(-2).to(a.dtype) @ a).squeeze(-2)  # (B, P, N)
             log_weight = functional.logsigmoid(existence) + log_power + _log(found.power)
-            log_weight = log_weight - log_weight.detach().amax(-1, keepdim=True)
-            factor = (column * (0.5 * log_weight).exp().unsqueeze(-1)).mT
+            factor = self.manifold_factor(cells, pointer, log_weight)
             position = torch.cat(
                 [
                     found.coordinates[..., :2],

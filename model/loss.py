@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
-from model.pointing import OwnCells, SharedCells, match_slots
+from model.pointing import OwnCells, SharedCells, heat_loss, match_slots
 from model.prediction import Prediction
 from physics.config import FrozenModel
 from physics.covariance import LowRankCovariance, nmse, source_covariance
@@ -80,7 +80,8 @@ class ScenesLoss:
     - ``peak_contrast``: cross-entropy that picks a source's steering vector out of the decoys of
       the dictionary by its energy in U_K, at temperature 0.1; decoys that overlap a source of the
       scene by more than a half do not count;
-    - ``existence``: binary cross-entropy of the slots after matching;
+    - ``existence``: binary cross-entropy of the slots after matching, and of the map over
+      directions where there is one;
     - ``position``: cross-entropy of a matched slot's pointer to the cells around its source; with
       shared cells, plus the Huber distance of its position in cells (:mod:`model.pointing`).
 
@@ -90,6 +91,7 @@ class ScenesLoss:
         wavefront: model of the steering vectors.
         dictionary: (G, N) complex steering vectors of the network's cells.
         cell_size: (3,) size of a cell [rad, rad, 1/m].
+        directions: (A, E, 2) of a network with a map over them.
     """
 
     temperature = 0.1
@@ -101,9 +103,10 @@ class ScenesLoss:
         wavefront: Wavefront,
         dictionary: Tensor,
         cell_size: Tensor,
+        directions: Tensor | None = None,
     ) -> None:
         self.config, self.array, self.wavefront = config, array, wavefront
-        self.dictionary = dictionary
+        self.dictionary, self.directions = dictionary, directions
         self.cell_size = cell_size.clamp_min(torch.finfo(cell_size.dtype).tiny)
 
     @in_full_precision
@@ -154,6 +157,10 @@ class ScenesLoss:
             pointing = self._pointing(prediction, scenes, steering)
             slot, source = match_slots(prediction, pointing.score(), present)
             terms["existence"] = self._existence(prediction, slot)
+            if prediction.heat is not None and self.directions is not None:
+                terms["existence"] = terms["existence"] + heat_loss(
+                    prediction.heat, self.directions, scenes.position, present
+                )
             terms["position"] = _mean_of(pointing.loss(source), slot)
         total = torch.stack([weights[name] * value for name, value in terms.items()]).sum()
         return LossValue(total, {name: value.detach() for name, value in terms.items()})
@@ -215,7 +222,8 @@ class ScenesLoss:
         self, prediction: Prediction, scenes: Scenes, steering: Tensor
     ) -> SharedCells | OwnCells:
         if prediction.cells is not None:
-            return OwnCells(prediction, prediction.cells, scenes.position)
+            moving = prediction.heat is not None
+            return OwnCells(prediction, prediction.cells, scenes.position, moving)
         overlap = overlap_of(self.dictionary, steering)
         return SharedCells(prediction, overlap, scenes.position, self.cell_size)
 

@@ -7,12 +7,13 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field
 
 from model.candidate import CandidateNetwork, CandidateNetworkConfig
+from model.image import ImageConfig, ImageNetwork
 from model.prediction import SourceNetwork
 from model.snapshot import SnapshotConfig, SnapshotNetwork
 from physics.geometry import PlanarArray
 from physics.scene import SceneConfig
 
-FAMILIES = ("snapshot", "candidate")
+FAMILIES = ("snapshot", "image", "candidate")
 
 
 def dotted(location: tuple[int | str, ...]) -> str:
@@ -30,16 +31,17 @@ def _with_family(value: Any) -> Any:
     return {"family": "snapshot"} | value if isinstance(value, dict) else value
 
 
+AnyConfig = SnapshotConfig | ImageConfig | CandidateNetworkConfig
 NetworkConfig = Annotated[
-    Annotated[SnapshotConfig | CandidateNetworkConfig, Field(discriminator="family")],
+    Annotated[AnyConfig, Field(discriminator="family")],
     BeforeValidator(_with_family),
 ]
 
 
-def build_network(
-    config: SnapshotConfig | CandidateNetworkConfig, scene: SceneConfig, array: PlanarArray
-) -> SourceNetwork:
+def build_network(config: AnyConfig, scene: SceneConfig, array: PlanarArray) -> SourceNetwork:
     """The network that a configuration asks for, with fresh weights."""
     if isinstance(config, CandidateNetworkConfig):
         return CandidateNetwork(config, scene, array)
+    if isinstance(config, ImageConfig):
+        return ImageNetwork(config, scene, array)
     return SnapshotNetwork(config, scene, array)

@@ -48,11 +48,12 @@ class SharedCells:
 
 @dataclass(frozen=True)
 class OwnCells:
-    """Slots with a fixed direction each, and cells along its range."""
+    """Slots with a direction each, and cells along its range, from near to far."""
 
     prediction: Prediction
     cells: Tensor  # (B, r, G, 3) azimuth, elevation [rad], range [m]
     position: Tensor  # (B, K, 3)
+    moving: bool = False  # whether directions are learned too
 
     def score(self) -> Tensor:
         """Nearness (B, r, K) in angle, 1 where the directions agree; -inf beyond the gate.
@@ -68,7 +69,11 @@ class OwnCells:
         return (near + likely).masked_fill((apart > _GATE).any(-1), -torch.inf)
 
     def loss(self, source: Tensor) -> Tensor:
-        """Cross-entropy (B, r) to the two cells around the range of the sources (B, r) int64."""
+        """Loss (B, r) of the slots if they hold the sources (B, r) int64.
+
+        Cross-entropy to the two cells around the range, evenly spaced, and the Huber distance of
+        directions that are learned, in gates.
+        """
         truth = self.position[..., 2].gather(1, source).unsqueeze(-1)
         ranges = self.cells[..., 2]
         last = ranges.shape[-1] - 1
@@ -79,7 +84,37 @@ class OwnCells:
         index = lower.long()
         log_pointer = self.prediction.log_pointer
         below, above = log_pointer.gather(-1, index), log_pointer.gather(-1, index + 1)
-        return -((1.0 - share) * below + share * above).squeeze(-1)
+        pointing = -((1.0 - share) * below + share * above).squeeze(-1)
+        if not self.moving:
+            return pointing
+        truth = self.position[..., :2].gather(1, source.unsqueeze(-1).expand(-1, -1, 2))
+        off = (self.prediction.position[..., :2] - truth) / _GATE
+        distance = functional.huber_loss(off, torch.zeros_like(off), reduction="none", delta=0.5)
+        return pointing + 4.0 * distance.sum(-1)
+
+
+def heat_loss(heat: Tensor, directions: Tensor, position: Tensor, present: Tensor) -> Tensor:
+    """Cross-entropy of a map over directions, per source.
+
+    The cell nearest to a source holds it; the cells beside that one are left out, since either
+    answer would do there.
+
+    Args:
+        heat: (B, A, E) logits.
+        directions: (A, E, 2) azimuth, elevation [rad].
+        position: (B, K, 3) of the sources.
+        present: (B, K) bool.
+    """
+    apart = directions[:, :, None] - position[:, None, None, :, :2]  # (B, A, E, K, 2)
+    distance = torch.linalg.vector_norm(apart, dim=-1).flatten(1, 2)  # (B, A E, K)
+    nearest = distance.argmin(1)
+    hit = torch.zeros_like(heat.flatten(1))
+    hit.scatter_reduce_(1, nearest, present.to(hit.dtype), "amax")
+    hit = hit.view_as(heat)
+    around = functional.max_pool2d(hit.unsqueeze(1), 3, stride=1, padding=1).squeeze(1)
+    counts = (hit > 0) | (around == 0)
+    loss = functional.binary_cross_entropy_with_logits(heat, hit, reduction="none")
+    return (loss * counts).sum() / present.sum().clamp_min(1)
 
 
 @torch.no_grad()

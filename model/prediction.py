@@ -17,6 +17,7 @@ from physics.covariance import LowRankCovariance
 from physics.geometry import PlanarArray
 from physics.scene import SceneConfig
 from physics.spectrum import PolarGrid
+from physics.steering import steering_vector
 
 
 class FamilyConfig(FrozenModel):
@@ -24,7 +25,6 @@ class FamilyConfig(FrozenModel):
 
     width: int = Field(64, ge=8, description="size of a token (d_model)")
     depth: int = Field(2, ge=1, description="layers of the encoder")
-    heads: int = Field(4, ge=1, description="attention heads; width must be a multiple")
     dropout: float = Field(0.1, ge=0, lt=1)
     azimuth_cells: int = Field(16, ge=2, description="of the dictionary of positions")
     elevation_cells: int = Field(8, ge=2)
@@ -36,9 +36,20 @@ class FamilyConfig(FrozenModel):
         return None
 
     @property
+    def adaptive(self) -> bool:
+        """Whether the adaptive spectrum is wanted beside the matched-filter ones."""
+        return False
+
+    @property
     def slots(self) -> int:
         """Sources that it can tell of."""
         raise NotImplementedError
+
+
+class AttentionConfig(FamilyConfig):
+    """Sizes of a network with attention."""
+
+    heads: int = Field(4, ge=1, description="attention heads; width must be a multiple")
 
     @model_validator(mode="after")
     def _divisible(self) -> Self:
@@ -64,6 +75,7 @@ class Prediction:
     position: Tensor  # (B, r, 3) mean azimuth, elevation [rad], inverse range [1/m]
     cells: Tensor | None = None  # (B, r, G, 3) azimuth, elevation [rad], range [m]; None: shared
     angle_covariance: Tensor | None = None  # (B, r, 2, 2) [rad^2] within a cell
+    heat: Tensor | None = None  # (B, A, E) logit that a source stands in a direction of the grid
 
     @property
     def covariance(self) -> LowRankCovariance:
@@ -83,11 +95,13 @@ class SourceNetwork(nn.Module, ABC):
         dictionary: (G, N) complex steering vectors of the cells of a coarse grid.
         cells: (G, 3) their azimuth, elevation [rad] and inverse range [1/m].
         cell_size: (3,) [rad, rad, 1/m].
+        directions: (A, E, 2) azimuth and elevation [rad] of the grid.
     """
 
     dictionary: Tensor
     cells: Tensor
     cell_size: Tensor
+    directions: Tensor
 
     def __init__(self, config: FamilyConfig, scene: SceneConfig, array: PlanarArray) -> None:
         super().__init__()
@@ -95,7 +109,9 @@ class SourceNetwork(nn.Module, ABC):
         self.grid = PolarGrid.covering(
             scene, config.azimuth_cells, config.elevation_cells, config.range_cells
         )
-        cells = self.grid.positions().reshape(-1, 3)
+        positions = self.grid.positions()
+        self.register_buffer("directions", positions[:, :, 0, :2].clone(), persistent=False)
+        cells = positions.reshape(-1, 3)
         cells[:, 2].reciprocal_()
         self.register_buffer("cells", cells, persistent=False)
         self.register_buffer(
@@ -106,6 +122,22 @@ class SourceNetwork(nn.Module, ABC):
         spans.append(1.0 / scene.range_m[0] - 1.0 / scene.range_m[1])
         cell_size = [s / max(1, n - 1) or 1.0 for s, n in zip(spans, self.grid.shape, strict=True)]
         self.register_buffer("cell_size", torch.tensor(cell_size), persistent=False)
+
+    def manifold_factor(self, cells: Tensor, pointer: Tensor, log_weight: Tensor) -> Tensor:
+        """Posterior mean on the manifold: columns ``sqrt(q_i p_i) sum_s w_is a(p_is)``.
+
+        Args:
+            cells: (B, r, S, 3) azimuth, elevation [rad], range [m].
+            pointer: (B, r, S) weights w of the cells.
+            log_weight: (B, r) logarithm of existence times power, on any scale.
+
+        Returns:
+            (B, N, r) complex, the largest weight 1.
+        """
+        a = steering_vector(cells, self.array, self.scene.wavefront)  # (B, r, S, N)
+        column = (pointer.unsqueeze(-2).to(a.dtype) @ a).squeeze(-2)
+        log_weight = log_weight - log_weight.detach().amax(-1, keepdim=True)
+        return (column * (0.5 * log_weight).exp().unsqueeze(-1)).mT
 
     @abstractmethod
     def forward(self, features: Features) -> Prediction:

@@ -10,13 +10,13 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from model.features import Features
-from model.prediction import FamilyConfig, Prediction, SourceNetwork
+from model.prediction import AttentionConfig, Prediction, SourceNetwork
 from physics.geometry import PlanarArray
 from physics.precision import full_precision
 from physics.scene import SceneConfig
 
 
-class SnapshotConfig(FamilyConfig):
+class SnapshotConfig(AttentionConfig):
     """Sizes of the snapshot network; ``depth`` layers over snapshots and as many over slots."""
 
     family: Literal["snapshot"] = "snapshot"

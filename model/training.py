@@ -85,6 +85,7 @@ class Trainer:
             config.scene.wavefront,
             self.network.dictionary,
             self.network.cell_size,
+            self.network.directions,
         )
         self.steps_per_epoch = self.source.n_batches(config.training.batch_size)
         self.total_steps = self.steps_per_epoch * config.training.epochs
@@ -183,6 +184,7 @@ class Trainer:
             tikhonov=self.config.tikhonov,
             unit_modulus=self.source.unit_modulus,
             candidates=batch.candidates,
+            adaptive=self.config.network.adaptive,
         )
 
     def _train_epoch(self) -> dict[str, float]:

@@ -42,11 +42,23 @@ class Suite:
         )
 
 
+# A network that is trained with hardware errors meets those of a suite alone.
+_IDEAL: dict[str, Any] = {
+    "element_jitter": 0.0,
+    "phase_error_deg": 0.0,
+    "amplitude_error_db": 0.0,
+    "dropout": 0.0,
+    "error_levels": "fixed",
+}
+
 SUITES: dict[str, Suite] = {
     "nominal": Suite("scenes as configured"),
-    "jitter": Suite("elements displaced by 15 mm (standard deviation)", {"element_jitter": 0.015}),
-    "phase-error": Suite("element phases off by 20 degrees", {"phase_error_deg": 20.0}),
-    "dropout": Suite("one element in ten dead", {"dropout": 0.1}),
+    "ideal": Suite("scenes as configured, without hardware errors", _IDEAL),
+    "jitter": Suite(
+        "elements displaced by 15 mm (standard deviation)", _IDEAL | {"element_jitter": 0.015}
+    ),
+    "phase-error": Suite("element phases off by 20 degrees", _IDEAL | {"phase_error_deg": 20.0}),
+    "dropout": Suite("one element in ten dead", _IDEAL | {"dropout": 0.1}),
     "low-snr": Suite("SNR from -15 to 0 dB", {"snr_db": (-15.0, 0.0)}),
     "near": Suite("sources at 0.5 to 2 m", {"range_m": (0.5, 2.0)}),
     "many": Suite("4 or 5 sources", {"min_sources": 4, "max_sources": 5}),

@@ -1,0 +1,156 @@
+"""The image network: spectra over azimuth, elevation and planes of inverse range, read by a CNN."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional
+
+from model.features import Features
+from model.prediction import FamilyConfig, Prediction, SourceNetwork
+from physics.geometry import PlanarArray
+from physics.precision import full_precision
+from physics.scene import SceneConfig
+
+_RARE = -4.0  # logit of a source in a direction before anything is learned
+
+
+class ImageConfig(FamilyConfig):
+    """Sizes of the image network."""
+
+    family: Literal["image"] = "image"
+    width: int = Field(48, ge=8, description="channels")
+    depth: int = Field(4, ge=1, description="residual blocks")
+    dropout: float = Field(0.0, ge=0, lt=1)
+    azimuth_cells: int = Field(32, ge=2, description="of the images")
+    elevation_cells: int = Field(16, ge=2)
+    range_cells: int = Field(6, ge=1, description="planes of inverse range, which are channels")
+    range_bins: int = Field(24, ge=2, description="of the distribution of range")
+    rank: int = Field(8, ge=1, description="slots: peaks that are looked at")
+
+    @property
+    def slots(self) -> int:
+        """Sources that it can tell of."""
+        return self.rank
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether the adaptive spectrum is wanted beside the matched-filter ones."""
+        return True
+
+
+class ImageNetwork(SourceNetwork):
+    """Finds sources as peaks of a map over directions; no search, no iteration.
+
+    Every direction of the grid gets a logit that a source stands there, an offset within its
+    cell, a distribution over bins of range and a power. The slots are the highest local peaks of
+    the map. The factor of R_pred is the posterior mean on the manifold, as for candidates.
+
+    Args:
+        config: sizes.
+        scene: field of view and SNR.
+        array: the surface.
+
+    Source: peaks of a map as objects follow Zhou, Wang and Krahenbuhl, "Objects as points", 2019.
+    """
+
+    bins: Tensor  # (S,) [m]
+
+    def __init__(self, config: ImageConfig, scene: SceneConfig, array: PlanarArray) -> None:
+        super().__init__(config, scene, array)
+        self.config = config
+        self.register_buffer(
+            "bins", torch.linspace(*scene.range_m, config.range_bins), persistent=False
+        )
+        width = config.width
+        self.stem = nn.Conv2d(3 * self.grid.shape[2] + 4, width, 3, padding=1)
+        self.blocks = nn.ModuleList(
+            _Block(width, 1 + index % 2, config.dropout) for index in range(config.depth)
+        )
+        self.heat = nn.Conv2d(width, 1, 1)
+        nn.init.constant_(self.heat.bias, _RARE)  # type: ignore[arg-type]
+        self.detail = nn.Conv2d(width, 3 + config.range_bins, 1)
+
+    def forward(self, features: Features) -> Prediction:
+        """Predict B scenes. Runs under autocast; what leaves it is in full precision."""
+        hidden = self.stem(self._images(features))
+        for block in self.blocks:
+            hidden = block(hidden)
+        heat, detail = self.heat(hidden).squeeze(1), self.detail(hidden)  # (B, A, E), (B, D, A, E)
+        with full_precision():
+            heat, detail = heat.float(), detail.float()
+            index = self._peaks(heat.detach())  # (B, r)
+            existence = heat.flatten(1).gather(1, index)
+            chosen = detail.flatten(2).mT.gather(
+                1, index.unsqueeze(-1).expand(-1, -1, len(detail[0]))
+            )
+            offset, log_power, logits = chosen.split([2, 1, self.config.range_bins], dim=-1)
+            direction = self.directions.flatten(0, 1)[index]
+            direction = direction + torch.tanh(offset) * self.cell_size[:2]
+            log_pointer = torch.log_softmax(logits, dim=-1)
+            pointer = log_pointer.exp()
+            shape = (*index.shape, len(self.bins))
+            cells = torch.cat(
+                [
+                    direction.unsqueeze(-2).expand(*shape, 2),
+                    self.bins.expand(shape).unsqueeze(-1),
+                ],
+                dim=-1,
+            )
+            log_weight = functional.logsigmoid(existence) + log_power.squeeze(-1)
+            factor = self.manifold_factor(cells, pointer, log_weight)
+            inverse_range = (pointer / self.bins).sum(-1, keepdim=True)
+            within = torch.diag((self.cell_size[:2] / 4.0).square()).expand(*index.shape, 2, 2)
+        return Prediction(
+            factor,
+            existence,
+            log_pointer,
+            torch.cat([direction, inverse_range], dim=-1),
+            cells,
+            within,
+            heat,
+        )
+
+    def _images(self, features: Features) -> Tensor:
+        """(B, 3 Q + 4, A, E): spectra of every plane, the directions, and the SNR."""
+        spectrum = features.spectrum.unflatten(-1, self.grid.shape).permute(0, 1, 4, 2, 3)
+        image = spectrum.flatten(1, 2) / 2.0
+        known = torch.isfinite(features.snr_db)
+        level = torch.stack(
+            [torch.where(known, features.snr_db, 0.0) / 10.0, known.to(image.dtype)], dim=-1
+        )
+        size = image.shape[-2:]
+        return torch.cat(
+            [
+                image,
+                self.directions.movedim(-1, 0).expand(len(image), -1, -1, -1),
+                level[..., None, None].expand(-1, -1, *size),
+            ],
+            dim=1,
+        )
+
+    def _peaks(self, heat: Tensor) -> Tensor:
+        """Cells (B, r) int64 of the highest local maxima; of others where there are too few."""
+        top = functional.max_pool2d(heat.unsqueeze(1), 3, stride=1, padding=1).squeeze(1)
+        span = heat.amax((1, 2), keepdim=True) - heat.amin((1, 2), keepdim=True) + 1.0
+        ranked = torch.where(heat >= top, heat, heat - span).flatten(1)
+        return ranked.topk(min(self.config.rank, ranked.shape[1]), dim=-1).indices
+
+
+class _Block(nn.Module):
+    """Residual block of two convolutions."""
+
+    def __init__(self, width: int, dilation: int, dropout: float) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(1, width)
+        self.first = nn.Conv2d(width, width, 3, padding=dilation, dilation=dilation)
+        self.second = nn.Conv2d(width, width, 3, padding=1)
+        self.dropout = nn.Dropout2d(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = functional.gelu(self.first(functional.gelu(self.norm(x))))
+        result: Tensor = x + self.dropout(self.second(inner))
+        return result
