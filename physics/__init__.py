@@ -2,6 +2,7 @@
 
 from physics.baselines import estimate_n_sources, music, mvdr
 from physics.bounds import crb, scene_crb
+from physics.candidates import CandidateConfig, Candidates, find_candidates
 from physics.channel import rician_channel
 from physics.codebook import dft_codebook, draw_codes, hadamard_codebook, quantize, random_codes
 from physics.covariance import (
@@ -14,8 +15,8 @@ from physics.covariance import (
 )
 from physics.detections import Detections
 from physics.geometry import ArrayConfig, PlanarArray, direction, from_cartesian, to_cartesian
-from physics.nomp import NompResult, estimate_snr_db, nomp, polish
-from physics.pursuit import NompConfig
+from physics.nomp import NompConfig, NompResult, estimate_snr_db, nomp, polish
+from physics.pursuit import PursuitConfig
 from physics.scene import SceneConfig, Scenes
 from physics.simulate import simulate
 from physics.spectrum import (
@@ -30,12 +31,15 @@ from physics.tikhonov import SolveReport, TikhonovConfig, tikhonov_solve
 __all__ = [
     "ArrayConfig",
     "BlendConfig",
+    "CandidateConfig",
+    "Candidates",
     "Detections",
     "LowRankCovariance",
     "NompConfig",
     "NompResult",
     "PlanarArray",
     "PolarGrid",
+    "PursuitConfig",
     "SceneConfig",
     "Scenes",
     "SolveReport",
@@ -48,6 +52,7 @@ __all__ = [
     "draw_codes",
     "estimate_n_sources",
     "estimate_snr_db",
+    "find_candidates",
     "find_peaks",
     "from_cartesian",
     "hadamard_codebook",

@@ -14,7 +14,7 @@ from physics.fit import Fit, Measurement, coordinate_covariance, position_of, re
 from physics.geometry import PlanarArray
 from physics.order import conditional_deviance, symbol_powers
 from physics.precision import in_full_precision
-from physics.pursuit import NompConfig, Search
+from physics.pursuit import PursuitConfig, Search
 from physics.scaling import power
 from physics.scene import SceneConfig
 from physics.steering import steering_vector
@@ -33,7 +33,7 @@ class CandidateConfig(FrozenModel):
 
     count: int = Field(6, ge=1, description="sources that the pursuit takes, more than there are")
     range_cells: int = Field(24, ge=2, description="ranges that each is judged at")
-    search: NompConfig = NompConfig()
+    search: PursuitConfig = PursuitConfig()
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from physics.detections import Detections
@@ -18,9 +19,16 @@ from physics.fit import (
 from physics.geometry import PlanarArray
 from physics.order import conditional_deviance
 from physics.precision import in_full_precision
-from physics.pursuit import NompConfig, Search
+from physics.pursuit import PursuitConfig, Search
 from physics.scaling import divide
 from physics.scene import SceneConfig
+
+
+class NompConfig(PursuitConfig):
+    """How matching pursuit searches, and when it ends."""
+
+    final_iterations: int = Field(10, ge=0, description="steps that refine those that are kept")
+    patience: int = Field(1, ge=1, description="picks in a row without a gain that end the pursuit")
 
 
 @dataclass(frozen=True)
@@ -98,7 +106,7 @@ def nomp(
         most = max(search.max_sources, int(initial.count.max()))
         search.max_sources = min(most, search.resolvable)
     parts = [
-        _pursue(search, measurement, noise, None if initial is None else initial[index])
+        _pursue(search, config, measurement, noise, None if initial is None else initial[index])
         for index, measurement, noise in search.chunks(snr_db, initial)
     ]
     return _rescaled(search, NompResult.concatenate(parts)) if parts else _nothing(search)
@@ -128,6 +136,7 @@ def polish(
     parts = [
         _finish(
             search,
+            config,
             measurement,
             position_of(start.position[index].to(search.bounds)),
             start.present[index],
@@ -167,7 +176,11 @@ def _compact(found: Detections) -> Detections:
 
 
 def _pursue(
-    search: Search, measurement: Measurement, noise: Tensor | None, initial: Detections | None
+    search: Search,
+    config: NompConfig,
+    measurement: Measurement,
+    noise: Tensor | None,
+    initial: Detections | None,
 ) -> NompResult:
     """Pick, refine and choose for one chunk."""
     n_scenes = len(measurement)
@@ -193,18 +206,19 @@ def _pursue(
         count[active] = torch.where(gain, k, count[active])
         kept[active[gain], :k] = current[gain]
         wasted = torch.where(gain, 0, wasted + 1)
-        going = (wasted < search.config.patience) | (k < n_given[active])
+        going = (wasted < config.patience) | (k < n_given[active])
         if not bool(going.any()):
             break
         if not bool(going.all()):
             active, wasted, here = active[going], wasted[going], here[going]
             current, residual = current[going], residual[going]
     present = torch.arange(search.max_sources, device=search.device) < count.unsqueeze(-1)
-    return _finish(search, measurement, kept, present, noise)
+    return _finish(search, config, measurement, kept, present, noise)
 
 
 def _finish(
     search: Search,
+    config: NompConfig,
     measurement: Measurement,
     coordinates: Tensor,
     present: Tensor,
@@ -214,9 +228,7 @@ def _finish(
     if present.shape[-1] == 0:
         coordinates = search.bounds[1].expand(len(measurement), 1, 3)
         present = present.new_zeros(len(measurement), 1)
-    fit, matrix = refine(
-        measurement, coordinates, search.bounds, search.config.final_iterations, present
-    )
+    fit, matrix = refine(measurement, coordinates, search.bounds, config.final_iterations, present)
     n_groups = fit.amplitude.shape[1]
     spent = (1.5 + n_groups) * present.sum(-1)  # complex numbers that were fitted
     estimated = fit.cost / (search.n_rows - spent).clamp_min(1.0)

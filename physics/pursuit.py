@@ -29,16 +29,14 @@ from physics.spectrum import PolarGrid
 _CHUNK = 64  # scenes at a time; their response matrices take some 20 MB
 
 
-class NompConfig(FrozenModel):
-    """How matching pursuit searches."""
+class PursuitConfig(FrozenModel):
+    """How matching pursuit picks and refines."""
 
     criterion: Criterion = Field("bic", description="that chooses the number of sources")
     oversampling: float = Field(2.0, gt=0, description="grid points per width of a beam")
     candidates: int = Field(32, ge=1, description="grid points whose gain is computed exactly")
     new_iterations: int = Field(3, ge=0, description="steps that refine a new source alone")
     joint_iterations: int = Field(5, ge=0, description="steps that refine all after each pick")
-    final_iterations: int = Field(10, ge=0, description="steps that refine those that are kept")
-    patience: int = Field(1, ge=1, description="picks in a row without a gain that end the pursuit")
 
 
 def pursuit_grid(scene: SceneConfig, array: PlanarArray, oversampling: float = 2.0) -> PolarGrid:
@@ -75,7 +73,7 @@ class Search:
         self,
         array: PlanarArray,
         scene: SceneConfig,
-        config: NompConfig,
+        config: PursuitConfig,
         y: Tensor,
         H: Tensor,
         codes: Tensor,

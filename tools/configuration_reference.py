@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import types
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -16,6 +17,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from tuner.config import StudyConfig
+from tuner.explain import sections_of
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
 
@@ -75,28 +77,39 @@ def default(field: FieldInfo) -> str:
     return f"`{json.dumps(value)}`"
 
 
-def section(name: str, model: type[BaseModel]) -> str:
-    """One section's table."""
+def section(name: str, model: type[BaseModel], prefix: str = "") -> str:
+    """One section's table; its fields are below ``prefix``, which is its name if left out."""
     lines = [f"## {name}", ""]
     if model.__doc__:
         lines += [model.__doc__.strip().splitlines()[0], ""]
     lines += ["| field | default | type | allowed | |", "|---|---|---|---|---|"]
+    return "\n".join([*lines, *rows(prefix or name, model)]) + "\n"
+
+
+def rows(prefix: str, model: type[BaseModel]) -> Iterator[str]:
+    """The rows of a section and of the sections inside it."""
     for key, field in model.model_fields.items():
-        lines.append(
-            f"| `{name}.{key}` | {default(field)} | {type_name(field.annotation)} "
+        path, inner = f"{prefix}.{key}", sections_of(field.annotation)
+        if inner:
+            yield from rows(path, inner[0])
+            continue
+        yield (
+            f"| `{path}` | {default(field)} | {type_name(field.annotation)} "
             f"| {limits(field)} | {escaped(field)} |"
         )
-    return "\n".join(lines) + "\n"
 
 
 def page() -> str:
     """The whole page."""
     scalars, sections = [], []
     for name, field in StudyConfig.model_fields.items():
-        kind = field.annotation
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            sections.append(section(name, kind))
-        else:
+        kinds = sections_of(field.annotation)
+        if len(kinds) == 1:
+            sections.append(section(name, kinds[0]))
+        for kind in kinds if len(kinds) > 1 else ():
+            family = kind.model_fields["family"].default
+            sections.append(section(f"{name}, `family: {family}`", kind, name))
+        if not kinds:
             scalars.append(
                 f"- `{name}`, default {default(field)}. {field.description or ''}".strip()
             )

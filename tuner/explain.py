@@ -29,7 +29,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 def field_paths(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
     """Dotted paths of all fields that are no sections themselves."""
     for name, field in model.model_fields.items():
-        sections = _sections(field.annotation)
+        sections = sections_of(field.annotation)
         if not sections:
             yield prefix + name
         paths = (field_paths(section, f"{prefix}{name}.") for section in sections)
@@ -82,7 +82,7 @@ def _is_kind(location: tuple[int | str, ...], index: int) -> bool:
     return location[index - 1 : index] == ("network",) and location[index] in FAMILIES
 
 
-def _sections(annotation: Any) -> list[type[BaseModel]]:
+def sections_of(annotation: Any) -> list[type[BaseModel]]:
     """The models behind an annotation: one, that of `Model | None`, or each kind of a union."""
     if get_origin(annotation) is Annotated:
         annotation = get_args(annotation)[0]
@@ -98,5 +98,5 @@ def _known_fields(model: type[BaseModel], location: tuple[int | str, ...]) -> li
             here = [kind for kind in here if kind.model_fields["family"].default == part]
             continue
         fields = [kind.model_fields.get(str(part)) for kind in here]
-        here = [s for field in fields if field for s in _sections(field.annotation)]
+        here = [s for field in fields if field for s in sections_of(field.annotation)]
     return list(dict.fromkeys(name for kind in here for name in kind.model_fields))

@@ -32,8 +32,7 @@ from physics.metrics import (
     normalized_errors,
     subspace_error,
 )
-from physics.nomp import NompResult, nomp, polish
-from physics.pursuit import NompConfig
+from physics.nomp import NompConfig, NompResult, nomp, polish
 from physics.scaling import divisor
 from physics.scene import SceneConfig, Scenes
 from physics.spectrum import PolarGrid
