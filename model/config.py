@@ -16,6 +16,7 @@ from model.snapshot import SnapshotConfig
 from physics.config import FrozenModel
 from physics.covariance import BlendConfig
 from physics.geometry import ArrayConfig
+from physics.pursuit import resolvable_sources
 from physics.scene import SceneConfig
 from physics.tikhonov import TikhonovConfig
 
@@ -39,6 +40,19 @@ class TrialConfig(FrozenModel):
     decision: DecisionConfig = DecisionConfig()
     data: DataConfig = DataConfig()
     training: TrainingConfig = TrainingConfig()
+
+    @model_validator(mode="after")
+    def _candidates_can_be_told_apart(self) -> Self:
+        wanted, scene = self.network.front_end, self.scene
+        if wanted is None:
+            return self
+        most = resolvable_sources(scene.source_mode, scene.n_snapshots, scene.n_antennas)
+        if wanted.count > most:
+            raise ValueError(
+                f"network.candidates.count is {wanted.count}; {scene.n_snapshots} snapshots of "
+                f"{scene.n_antennas} antennas tell at most {most} {scene.source_mode} sources apart"
+            )
+        return self
 
     @model_validator(mode="after")
     def _a_slot_for_every_source(self) -> Self:

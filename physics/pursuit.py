@@ -23,7 +23,7 @@ from physics.order import (
     penalty,
 )
 from physics.scaling import divide, divisor, peak, power
-from physics.scene import SceneConfig
+from physics.scene import SceneConfig, SourceMode
 from physics.spectrum import PolarGrid
 
 _CHUNK = 64  # scenes at a time; their response matrices take some 20 MB
@@ -63,6 +63,18 @@ def pursuit_grid(scene: SceneConfig, array: PlanarArray, oversampling: float = 2
     return PolarGrid.covering(scene, *counts)
 
 
+def resolvable_sources(source_mode: SourceMode, n_snapshots: int, n_antennas: int) -> int:
+    """The most sources that a measurement can tell apart.
+
+    Fewer real parameters than real observations, with amplitudes one a source (constant) or one a
+    source and snapshot (fluctuating), and in the latter case fewer sources than antennas.
+    """
+    fluctuating = source_mode == "fluctuating"
+    fitted = 3 + 2 * (n_snapshots if fluctuating else 1)
+    most = (2 * n_snapshots * n_antennas - 1) // fitted
+    return min(most, n_antennas - 1) if fluctuating else most
+
+
 class Search:
     """One call of an estimator: the measurement at a moderate scale, and the grid.
 
@@ -98,11 +110,7 @@ class Search:
         self.bounds = torch.stack([self.points.amin(0), self.points.amax(0)])
         self.n_snapshots, n_antennas = y.shape[-2:]
         self.n_rows = self.n_snapshots * n_antennas
-        # Fewer real parameters than real observations; amplitudes are one or one a snapshot.
-        fitted = 3 + 2 * (self.n_snapshots if self.fluctuating else 1)
-        self.resolvable = (2 * self.n_rows - 1) // fitted
-        if self.fluctuating:
-            self.resolvable = min(self.resolvable, n_antennas - 1)
+        self.resolvable = resolvable_sources(scene.source_mode, self.n_snapshots, n_antennas)
         self.max_sources = min(scene.max_sources, self.resolvable)
         # What a source costs on the scale of the deviance.
         self.price = parameters_per_source(scene.source_mode, scene.wavefront) * penalty(

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from model.training import Trainer
-from tests.tuner.support import ROOT, tiny_study
-from tuner.config import load_study
+from tests.tuner.support import ROOT, TINY
+from tuner.config import StudyConfig, load_study
 from tuner.space import Value, default_space
+from tuner.yamlfile import dump_yaml
 
 _PATHS = sorted(
     set(default_space()).union(
@@ -37,29 +38,51 @@ _OTHER: dict[str, Value] = {
 }
 
 
-def trained(folder: Path, params: dict[str, Value]) -> dict[str, Any]:
-    config = tiny_study(folder).trial_config(params, seed=1)
+_FAMILIES: dict[str, dict[str, Any]] = {
+    "snapshot": TINY["network"],
+    "candidate": {
+        "family": "candidate",
+        "width": 8,
+        "depth": 1,
+        "heads": 2,
+        "candidates": {"count": 2, "range_cells": 4},
+    },
+}
+
+
+def study_of(folder: Path, family: str) -> StudyConfig:
+    path = folder / "study.yaml"
+    path.write_text(dump_yaml({**TINY, "network": _FAMILIES[family]}), encoding="utf-8")
+    return load_study(path)
+
+
+def trained(folder: Path, params: dict[str, Value], family: str = "snapshot") -> dict[str, Any]:
+    config = study_of(folder, family).trial_config(params, seed=1)
     trainer = Trainer(config)
     while not trainer.finished:
         metrics = trainer.run_epoch()
     return metrics
 
 
+@pytest.mark.parametrize("family", _FAMILIES)
 @pytest.mark.parametrize("path", _PATHS)
-def test_trap_every_searched_parameter_changes_the_result(tmp_path: Path, path: str) -> None:
+def test_trap_every_searched_parameter_changes_the_result(
+    tmp_path: Path, path: str, family: str
+) -> None:
     assert path in _OTHER, "a searched parameter without a liveness check"
-    base, changed = trained(tmp_path, {}), trained(tmp_path, {path: _OTHER[path]})
+    base, changed = (trained(tmp_path, p, family) for p in ({}, {path: _OTHER[path]}))
     assert changed["nmse_pred"] != base["nmse_pred"], "the scored network is the same"
 
 
 def test_the_same_parameters_give_the_same_result(tmp_path: Path) -> None:
-    first, second = trained(tmp_path, {}), trained(tmp_path, {})
-    assert first["nmse_pred"] == second["nmse_pred"]
+    for family in _FAMILIES:
+        first, second = trained(tmp_path, {}, family), trained(tmp_path, {}, family)
+        assert first["nmse_pred"] == second["nmse_pred"]
 
 
 def test_trap_the_objective_is_free_of_every_searched_parameter(tmp_path: Path) -> None:
     """With the same weights, no searched loss weight, β or shrinkage enters the score."""
-    study = tiny_study(tmp_path)
+    study = study_of(tmp_path, "snapshot")
     score = Trainer(study.trial_config({}, seed=1)).validate()["nmse_pred"]
     for path in _PATHS:
         if path.startswith(("loss.", "blend.", "training.", "network.dropout")):
