@@ -24,6 +24,7 @@ from model.features import Features, compute_features
 from model.front_end import FrontEnd
 from model.network import build_network
 from model.prediction import Prediction, SourceNetwork
+from model.shipped import shipped
 from physics.checks import check_measurement
 from physics.covariance import LowRankCovariance
 from physics.detections import Detections
@@ -99,6 +100,18 @@ class Localizer:
                 f"{folder / WEIGHTS}: weights of another network than config.json's ({first})"
             ) from error
         return cls(config, network, device, decision=read_decision(folder))
+
+    @classmethod
+    def shipped(cls, name: str = "fluctuating", device: torch.device | str = "cpu") -> Localizer:
+        """A network that comes with the package.
+
+        Raises:
+            CheckpointError: there is none of that name.
+        """
+        known = shipped()
+        if name not in known:
+            raise CheckpointError(f"no shipped network {name!r}; there are {', '.join(known)}")
+        return cls.load(known[name], device)
 
     @torch.no_grad()
     def predict(

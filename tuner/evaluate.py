@@ -24,7 +24,9 @@ _SCENES = 512  # of tuner.evaluation, which is slow to import
 def evaluate(
     checkpoint: Annotated[
         Path | None,
-        typer.Option(help="Network: best/ of a run folder. Without it: the classical ones alone."),
+        typer.Option(
+            help="Network: best/ of a run folder. Default: the shipped one for such scenes, if any."
+        ),
     ] = None,
     data: Annotated[
         Path | None, typer.Option(help="Folder with shards: test/ is taken, else val/.")
@@ -35,7 +37,7 @@ def evaluate(
     suite: Annotated[
         list[str] | None,
         typer.Option(
-            help="nominal, jitter, phase-error, dropout, low-snr, near, many, "
+            help="nominal, ideal, jitter, phase-error, dropout, low-snr, near, many, "
             "origin-paraxial, or all; may be repeated."
         ),
     ] = None,
@@ -90,6 +92,8 @@ def evaluate(
         raise StudyError(f"{which}: is about simulated scenes, and the data are recorded ones")
     target = out.expanduser().resolve()
     _check_writable(target)
+    if localizer is None:
+        checkpoint, localizer = _shipped(conventions, chosen)
     try:
         with Interruption().watched():
             found: dict[str, Any] = {}
@@ -172,6 +176,19 @@ def _conventions(
             "array.* and scene.n_antennas must stay"
         )
     return localizer, conventions
+
+
+def _shipped(config: TrialConfig, device: str) -> tuple[Path | None, Localizer | None]:
+    """The network that comes with the package for such scenes."""
+    from model.localizer import Localizer
+    from model.shipped import shipped_for
+
+    folder = shipped_for(config)
+    if folder is None:
+        typer.echo("no network: none is shipped for such scenes; --checkpoint names your own")
+        return None, None
+    typer.echo(f"network: {folder.name}, shipped; what it is worth: {folder / 'CARD.md'}")
+    return folder, Localizer.load(folder, device)
 
 
 def _trial_fields() -> list[str]:

@@ -135,7 +135,7 @@ def _estimators(
     names = [estimator.name for estimator in every]
     for name in methods:
         if name not in names:
-            needs = " (with --checkpoint)" if name.startswith("network") else ""
+            needs = " (with a --checkpoint that has it)" if name.startswith("network") else ""
             raise StudyError(f"--method: no method {name!r}{needs}; there are {', '.join(names)}")
     return [estimator for estimator in every if estimator.name in methods]
 

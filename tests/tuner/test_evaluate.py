@@ -374,7 +374,10 @@ def test_recorded_scenes_without_a_test_split_say_that_they_choose(origin_shards
     ("arguments", "message"),
     [
         (["--suite", "jiter"], "--suite: no suite 'jiter' (did you mean jitter?)"),
-        (["--method", "network"], "--method: no method 'network' (with --checkpoint)"),
+        (
+            ["--method", "network+refinement"],
+            "--method: no method 'network+refinement' (with a --checkpoint that has it)",
+        ),
         (["--scenes", "0"], "--scenes"),
         (["--checkpoint", "nowhere"], "nowhere: no such folder"),
         (["--data", "nowhere"], "nowhere: no such data folder"),
