@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -19,6 +19,8 @@ from physics.scene import SceneConfig
 
 class CandidateNetworkConfig(AttentionConfig):
     """Sizes of the candidate network."""
+
+    method: ClassVar[str] = "candidates of matching pursuit, judged"
 
     family: Literal["candidate"] = "candidate"
     depth: int = Field(1, ge=1, description="layers of the encoder over candidates")

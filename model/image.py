@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -20,6 +20,8 @@ _RARE = -4.0  # logit of a source in a direction before anything is learned
 
 class ImageConfig(FamilyConfig):
     """Sizes of the image network."""
+
+    method: ClassVar[str] = "peaks of a map over directions"
 
     family: Literal["image"] = "image"
     width: int = Field(48, ge=8, description="channels")

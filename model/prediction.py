@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -22,6 +22,8 @@ from physics.steering import steering_vector
 
 class FamilyConfig(FrozenModel):
     """Sizes that the networks of every family have."""
+
+    method: ClassVar[str] = ""  # how sources come of it, in a few words
 
     width: int = Field(64, ge=8, description="size of a token (d_model)")
     depth: int = Field(2, ge=1, description="layers of the encoder")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -18,6 +18,8 @@ from physics.scene import SceneConfig
 
 class SnapshotConfig(AttentionConfig):
     """Sizes of the snapshot network; ``depth`` layers over snapshots and as many over slots."""
+
+    method: ClassVar[str] = "MUSIC on R_blend, K by the slots"
 
     family: Literal["snapshot"] = "snapshot"
     conv_channels: int = Field(16, ge=4, description="channels over the surface's elements")

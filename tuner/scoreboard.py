@@ -126,7 +126,7 @@ def classical_estimators(
 def network_estimators(
     localizer: Localizer, array: PlanarArray, scene: SceneConfig, *, snr_known: bool
 ) -> list[Estimator]:
-    """The network as it was trained, and the peaks of its R_blend refined by maximum likelihood.
+    """The network as it was trained, and its positions refined by maximum likelihood.
 
     Args:
         localizer: the network.
@@ -147,12 +147,12 @@ def network_estimators(
         )
         return _with_covariance(result, array, scene)
 
-    if localizer.config.network.front_end is not None:  # what it judges is refined already
-        return [Estimator("network", "candidates of matching pursuit, judged", network)]
-    return [
-        Estimator("network", "MUSIC on R_blend, K by the slots", network),
-        Estimator("network+refinement", "its positions, refined by maximum likelihood", refined),
-    ]
+    sizes = localizer.config.network
+    every = [Estimator("network", sizes.method, network)]
+    if sizes.front_end is None:  # what matching pursuit proposes is refined already
+        note = "its positions, refined by maximum likelihood"
+        every.append(Estimator("network+refinement", note, refined))
+    return every
 
 
 def _with_covariance(result: NompResult, array: PlanarArray, scene: SceneConfig) -> Estimate:
