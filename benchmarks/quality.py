@@ -2,19 +2,25 @@
 
     python -m benchmarks.quality objectives [--config FILE] [--trials 16] [--scenes 4000]
     python -m benchmarks.quality tuning --study RUN_DIR [--seeds 3] [--scenes 4000]
+    python -m benchmarks.quality covariances --checkpoint DIR [--scenes 1000]
+    python -m benchmarks.quality calibration --checkpoint DIR [--scenes 4000]
 
 ``objectives`` trains random points of a study's space and prints the rank correlation (Spearman)
 of every validation metric after ``search.grace_epochs`` with the final F1 on held-out scenes.
 ``tuning`` trains the default, the winner and random points of a finished study at full budget
-with several seeds, and scores them beside NOMP on held-out scenes.
+with several seeds, and scores them beside NOMP on held-out scenes. ``covariances`` compares
+R_samp, R_pred and R_blend: NMSE, and F1 of MUSIC and MVDR told the number of sources.
+``calibration`` compares existence probabilities with frequencies, and counts what the 90 %
+ellipsoids of position hold.
 
-Both take networks that judge candidates; those are found once and kept.
+All take networks that judge candidates; those are found once and kept.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +34,23 @@ from benchmarks._timing import save
 from model.config import TrialConfig
 from model.data import Batch, simulate_split
 from model.decision import judge
+from model.features import compute_features
 from model.front_end import FrontEnd
+from model.localizer import Localizer
+from model.pointing import OwnCells, match_slots
 from model.training import Trainer
+from physics.baselines import music, mvdr
+from physics.covariance import nmse
 from physics.detections import Detections
-from physics.metrics import Matching, bootstrap_interval, gospa, match, resampled_f1
+from physics.metrics import (
+    Matching,
+    bootstrap_interval,
+    coverage,
+    f1_interval,
+    gospa,
+    match,
+    resampled_f1,
+)
 from physics.nomp import nomp
 from physics.scene import Scenes
 from tuner.config import StudyConfig, load_study
@@ -158,6 +177,86 @@ def tuning(args: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
+def covariances(args: argparse.Namespace) -> dict[str, Any]:
+    """NMSE of the three covariances, and what spectra find in them."""
+    localizer = Localizer.load(args.checkpoint)
+    config = localizer.config
+    batch = held_out(config, args.scenes)
+    scenes, array, wavefront = batch.scenes, config.array.build(), config.scene.wavefront
+    errors: dict[str, list[Tensor]] = {}
+    found: dict[str, list[Detections]] = {}
+    for start in range(0, len(batch), 64):
+        part = scenes[slice(start, start + 64)]
+        prediction, blended, features = localizer.predict(
+            part.y, part.H, part.codes, part.known_snr_db
+        )
+        truth = part.covariance(array, wavefront)
+        for name, R in (
+            ("R_samp", features.measured_covariance()),
+            ("R_pred", prediction.covariance),
+            ("R_blend", blended),
+        ):
+            errors.setdefault(name, []).append(nmse(R, truth))
+            for method in (music, mvdr):
+                spotted = method(R, array, wavefront, localizer.grid, part.n_sources, max_sources=5)
+                found.setdefault(f"{method.__name__} on {name}", []).append(spotted)
+    result: dict[str, Any] = {}
+    for name, values in errors.items():
+        result[name] = 10.0 * math.log10(float(torch.cat(values).double().mean()))
+        print(f"{name}: NMSE {result[name]:.2f} dB")
+    for name, parts in found.items():
+        matching = match(Detections.concatenate(parts), scenes.position, scenes.present)
+        result[name] = matching.f1
+        low, high = f1_interval(matching)
+        print(f"{name}: F1 {matching.f1:.3f} [{low:.3f}, {high:.3f}]")
+    return result
+
+
+@torch.no_grad()
+def calibration(args: argparse.Namespace) -> dict[str, Any]:
+    """Existence probabilities against frequencies, and coverage of the ellipsoids."""
+    localizer = Localizer.load(args.checkpoint)
+    batch = held_out(localizer.config, args.scenes)
+    scenes = batch.scenes
+    probability: list[Tensor] = []
+    holds: list[Tensor] = []
+    named: list[Detections] = []
+    for start in range(0, len(batch), _BATCH):
+        part = batch[slice(start, start + _BATCH)]
+        features = compute_features(
+            part.scenes.y,
+            part.scenes.H,
+            part.scenes.codes,
+            part.snr_db,
+            dictionary=localizer.network.dictionary,
+            tikhonov=localizer.config.tikhonov,
+            candidates=part.candidates,
+        )
+        prediction = localizer.network(features)
+        assert prediction.cells is not None
+        judged = judge(prediction, localizer.decision.goal)
+        pointing = OwnCells(prediction, prediction.cells, part.scenes.position)
+        held, _ = match_slots(prediction, pointing.score(), part.scenes.present)
+        probability.append(judged.probability.flatten())
+        holds.append(held.flatten())
+        named.append(judged.named(localizer.decision))
+    q, truth = torch.cat(probability).double(), torch.cat(holds).double()
+    rows, error = [], 0.0
+    for low in torch.arange(0.0, 1.0, 0.1).tolist():
+        inside = (q >= low) & (q < low + 0.1 + (low > 0.85))
+        if not inside.any():
+            continue
+        mean, share = float(q[inside].mean()), float(truth[inside].mean())
+        error += abs(mean - share) * float(inside.double().mean())
+        rows.append({"probability": mean, "frequency": share, "candidates": int(inside.sum())})
+        print(f"probability {mean:.3f}: frequency {share:.3f} of {int(inside.sum())} candidates")
+    found = Detections.concatenate(named)
+    matching = match(found, scenes.position, scenes.present)
+    inside_90 = float(coverage(found, matching, scenes.position, [0.9])[0])
+    print(f"expected calibration error {error:.4f}; 90 % ellipsoids hold {inside_90:.3f}")
+    return {"reliability": rows, "ece": error, "coverage_90": inside_90}
+
+
 def _mean(runs: list[Matching]) -> float:
     return float(np.mean([run.f1 for run in runs]))
 
@@ -184,9 +283,16 @@ def paired(one: list[Matching], two: list[Matching]) -> tuple[float, float]:
 def main() -> None:
     """Run what is asked for."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=("objectives", "tuning"))
+    every = {
+        "objectives": objectives,
+        "tuning": tuning,
+        "covariances": covariances,
+        "calibration": calibration,
+    }
+    parser.add_argument("what", choices=every)
     parser.add_argument("--config", type=Path, default=Path("configs/quickstart.yaml"))
     parser.add_argument("--study", type=Path, help="run folder of a finished study")
+    parser.add_argument("--checkpoint", type=Path, help="best/ of a run folder")
     parser.add_argument("--trials", type=int, default=16, help="random points (objectives)")
     parser.add_argument("--seeds", type=int, default=3, help="of default and winner (tuning)")
     parser.add_argument("--random", type=int, default=6, help="random points (tuning)")
@@ -198,7 +304,9 @@ def main() -> None:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     if args.what == "tuning" and args.study is None:
         parser.error("tuning needs --study RUN_DIR")
-    save({"objectives": objectives, "tuning": tuning}[args.what](args), args.json)
+    if args.what in ("covariances", "calibration") and args.checkpoint is None:
+        parser.error(f"{args.what} needs --checkpoint DIR")
+    save(every[args.what](args), args.json)
 
 
 if __name__ == "__main__":
