@@ -224,7 +224,9 @@ def _evidence(
     load = (sigma2.unsqueeze(-1) / powers.maximum(weakest))[:, None]  # (B, 1, P)
     gram = conjugate @ others.mT
     # No more than rounding takes away of a source that has no power.
-    most = gram.diagonal(dim1=-2, dim2=-1).real.amax(-1, keepdim=True) / torch.finfo(load.dtype).eps
+    kind = torch.finfo(load.dtype)
+    most = gram.diagonal(dim1=-2, dim2=-1).real.amax(-1, keepdim=True) / kind.eps
+    most = most.clamp_min(kind.tiny)  # a channel that passes nothing
     system = (gram + torch.diag_embed(load.minimum(most)).to(gram.dtype)).unsqueeze(2)
     # Leaving source i out: its row and column become those of the identity.
     eye = torch.eye(n_candidates, dtype=system.real.dtype, device=system.device)
