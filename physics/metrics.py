@@ -259,7 +259,8 @@ def coverage(
     if nominal.ndim != 1 or not bool(((nominal >= 0) & (nominal <= 1)).all()):
         raise ValueError(f"levels are {levels}; expected a sequence of numbers in [0, 1]")
     quantile = torch.as_tensor(chi2.ppf(nominal.numpy(), df=3), device=position.device)
-    inside = squared_mahalanobis(found, matching, position).unsqueeze(-1) <= quantile
+    distance = squared_mahalanobis(found, matching, position).unsqueeze(-1)
+    inside = (distance <= quantile) & torch.isfinite(distance)
     return inside.double().mean(0).to(position.dtype)
 
 
