@@ -28,6 +28,7 @@ from physics.metrics import (
     median_normalized_error,
     normalized_errors,
     resampled_f1,
+    squared_mahalanobis,
     subspace_error,
 )
 from tests.physics.helpers import complex_normal, eps
@@ -627,6 +628,34 @@ def test_coverage_needs_hits_covariances_and_levels() -> None:
     for levels in ([0.5, 1.1], [-0.1], [math.nan], torch.tensor(0.5)):
         with pytest.raises(ValueError, match=r"expected a sequence of numbers in \[0, 1\]"):
             coverage(detections, matching, position, levels)
+
+
+def test_squared_distances_are_those_of_the_inverse_covariance_hit_by_hit() -> None:
+    detections, position, present = gaussian_hits(6)
+    # One scene is found one source short and another far off; the order of hits is the scenes'.
+    here, place = present.clone(), detections.position.clone()
+    here[1, 0] = False
+    place[3] += 1.0
+    detections = replace(detections, position=place, present=here)
+    matching = match(detections, position, present)
+    distance = squared_mahalanobis(detections, matching, position)
+    assert detections.covariance is not None
+    expected = []
+    for b, k in matching.hit.nonzero().tolist():
+        slot = int(matching.detection[b, k])
+        error = (detections.position[b, slot] - position[b, k]).numpy()
+        expected.append(error @ np.linalg.inv(detections.covariance[b, slot].numpy()) @ error)
+    assert len(expected) == 9
+    assert distance.dtype == torch.float64
+    np.testing.assert_allclose(distance.numpy(), expected, rtol=1e-8)
+    wide = replace(detections, covariance=4.0 * detections.covariance)
+    torch.testing.assert_close(squared_mahalanobis(wide, matching, position), distance / 4)
+    broken = replace(detections, covariance=-detections.covariance)
+    assert bool(squared_mahalanobis(broken, matching, position).isinf().all())
+    none = match(found([], []), position[:2], present[:2])
+    assert squared_mahalanobis(detections[:2], none, position[:2]).shape == (0,)
+    with pytest.raises(ValueError, match="found has no covariance"):
+        squared_mahalanobis(replace(detections, covariance=None), matching, position)
 
 
 # Counts and intervals

@@ -14,6 +14,7 @@ from physics.order import (
     marginal_deviance,
     parameters_per_source,
     penalty,
+    symbol_powers,
 )
 from tests.physics.test_fit import ARRAY, measured, scenes, steer
 from tests.reference import estimation as reference
@@ -132,3 +133,89 @@ def test_marginal_deviance_hardly_depends_on_where_the_powers_start() -> None:
         started = replace(fit, amplitude=fit.amplitude * factor)
         # A tenth to ten times the power: what is left after the steps is small beside a penalty.
         assert torch.allclose(marginal_deviance(m, started, noise), value, atol=0.5)
+
+
+def dense_log_likelihood(S: Any, b: int, powers: Any, sigma2: float, mode: str) -> float:
+    covariances = reference.stochastic_covariances(
+        position_of(S.position[b]).numpy(),
+        powers,
+        sigma2,
+        S.H[b].numpy(),
+        S.codes[b].numpy(),
+        steer(),
+        constant=mode == "constant",
+    )
+    y = S.y[b].numpy()
+    return -0.5 * reference.stochastic_deviance(y, covariances, constant=mode == "constant")
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("mode", ["constant", "fluctuating"])
+def test_symbols_hold_the_likelihood_of_their_own_powers(mode: Any, known: bool) -> None:
+    S = scenes(mode, 3, snr_db=10.0)
+    m = measured(S, mode)
+    fit, _, _ = normal_equations(m, position_of(S.position))
+    told = m.energy / m.n_rows / 11.0
+    symbols = symbol_powers(m, fit, told if known else None)
+    if known:
+        assert torch.equal(symbols.noise_power, told)
+    for b in range(len(S)):
+        sigma2 = float(symbols.noise_power[b])
+        own = float(symbols.logdet[b] + symbols.unexplained[b] / sigma2)
+        own += m.n_rows * math.log(sigma2)
+        dense = -dense_log_likelihood(S, b, symbols.power[b].numpy(), sigma2, mode)
+        assert own == pytest.approx(dense, rel=1e-9)
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("mode", ["constant", "fluctuating"])
+def test_no_powers_nearby_are_more_likely_than_those_of_symbols(mode: Any, known: bool) -> None:
+    S = scenes(mode, 3, snr_db=10.0)
+    m = measured(S, mode)
+    fit, _, _ = normal_equations(m, position_of(S.position))
+    symbols = symbol_powers(m, fit, m.energy / m.n_rows / 11.0 if known else None)
+    for b in range(len(S)):
+        best = [*symbols.power[b].tolist(), float(symbols.noise_power[b])]
+        value = dense_log_likelihood(S, b, np.array(best[:-1]), best[-1], mode)
+        for i in range(2 if known else 3):
+            for factor in (0.8, 1.25):
+                other = np.array(best)
+                other[i] *= factor
+                worse = dense_log_likelihood(S, b, other[:-1], other[-1], mode)
+                # Expectation maximisation stops a little short of the top.
+                assert worse < value + 1e-3, (b, i, factor)
+
+
+def test_symbols_find_the_noise_and_follow_the_scale_of_the_measurement() -> None:
+    S = scenes("fluctuating", 40, snr_db=10.0)
+    m = measured(S, "fluctuating")
+    fit, _, _ = normal_equations(m, position_of(S.position))
+    symbols = symbol_powers(m, fit, None)
+    ratio = symbols.noise_power / (m.energy / m.n_rows / 11.0)
+    # 1,920 observations, less 10 a scene that were fitted.
+    assert float(ratio.mean()) == pytest.approx(1.0, abs=0.1)
+    # Fitted amplitudes hold noise; powers do not.
+    assert float(symbols.power.sum()) < float(fit.amplitude.abs().square().mean(1).sum())
+    larger = Measurement.of(3 * S.y, S.H, S.codes, ARRAY, "spherical", "fluctuating")
+    fit, _, _ = normal_equations(larger, position_of(S.position))
+    scaled = symbol_powers(larger, fit, None)
+    torch.testing.assert_close(scaled.power, 9 * symbols.power)
+    torch.testing.assert_close(scaled.noise_power, 9 * symbols.noise_power)
+    torch.testing.assert_close(scaled.logdet, symbols.logdet)
+    torch.testing.assert_close(scaled.unexplained, 9 * symbols.unexplained)
+
+
+@pytest.mark.parametrize("noise", [None, 0.0])
+@pytest.mark.parametrize("mode", ["constant", "fluctuating"])
+def test_symbols_of_zero_measurements_are_finite_and_have_no_power(
+    mode: Any, noise: float | None
+) -> None:
+    S = scenes(mode, 2)
+    m = Measurement.of(0 * S.y, S.H, S.codes, ARRAY, "spherical", mode)
+    fit, _, _ = normal_equations(m, position_of(S.position))
+    told = None if noise is None else torch.full((2,), noise, dtype=torch.float64)
+    symbols = symbol_powers(m, fit, told)
+    assert not symbols.power.any()
+    assert (symbols.noise_power > 0).all()
+    assert not symbols.logdet.any()
+    assert not symbols.unexplained.any()
