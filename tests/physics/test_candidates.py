@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from physics import PlanarArray, SceneConfig, Scenes, simulate, steering_vector
+from physics import NompConfig, PlanarArray, SceneConfig, Scenes, nomp, simulate
 from physics.candidates import CandidateConfig, Candidates, find_candidates
-from physics.fit import position_of
-from physics.pursuit import NompConfig
+from physics.fit import Measurement, normal_equations, position_of
+from physics.order import symbol_powers
+from physics.pursuit import Search
 from tests.physics.test_fit import ARRAY, scenes, steer
 from tests.reference import candidates as reference
 from tests.reference import estimation
@@ -35,11 +36,42 @@ def dense(S: Scenes, b: int) -> tuple[Any, Any, Any]:
     return y, H, codes
 
 
-def noise_of(S: Scenes, found: Candidates, b: int, wavefront: Any, *, constant: bool) -> float:
-    """The noise power that the relative powers refer to, from what the fit leaves."""
-    points, (y, H, codes) = found.coordinates[b].numpy(), dense(S, b)
-    rest = estimation.residual_energy(points, y, H, codes, steer(wavefront), constant=constant)
-    return rest / y.size / float(found.misfit[b])
+@dataclass(frozen=True)
+class State:
+    """Sources as a fit leaves them: coordinates, powers and noise of every scene."""
+
+    coordinates: Tensor  # (B, K, 3)
+    power: Tensor  # (B, K)
+    noise_power: Tensor  # (B,)
+    cost: Tensor  # (B,)
+
+    def of(self, b: int) -> tuple[Any, Any]:
+        return self.coordinates[b].numpy(), self.power[b].numpy()
+
+
+def crowd(S: Scenes, mode: Any, wavefront: Any, config: CandidateConfig, snr_db: Any) -> State:
+    """All sources of the pursuit together."""
+    scene = SceneConfig(source_mode=mode, wavefront=wavefront, **FIELD)
+    search = Search(ARRAY, scene, config.search, S.y, S.H, S.codes)
+    ((_, measurement, noise),) = search.chunks(snr_db, None)
+    coordinates, residual = search.points.new_zeros(len(S), 0, 3), measurement.y
+    for _ in range(config.count):
+        fit, _ = search.grow(measurement, coordinates, residual)
+        coordinates, residual = fit.coordinates, fit.residual
+    symbols = symbol_powers(measurement, fit, noise)
+    return State(coordinates, symbols.power, symbols.noise_power, fit.cost)
+
+
+def kept(
+    S: Scenes, found: Candidates, b: int, mode: Any, wavefront: Any, known: bool
+) -> tuple[Any, Any, float]:
+    """Coordinates and powers of those that the criterion keeps in a scene, and its noise."""
+    y, H, codes = (torch.from_numpy(t).unsqueeze(0) for t in dense(S, b))
+    m = Measurement.of(y, H, codes, ARRAY, wavefront, mode)
+    told = m.energy / m.n_rows / (1 + 10 ** (S.snr_db[b : b + 1] / 10)) if known else None
+    points = found.coordinates[b : b + 1, found.likely[b]]
+    symbols = symbol_powers(m, normal_equations(m, points)[0], told)
+    return points[0].numpy(), symbols.power[0].numpy(), float(symbols.noise_power)
 
 
 def same(one: Candidates, two: Candidates, **tolerance: float) -> None:
@@ -59,83 +91,98 @@ def test_evidence_is_the_likelihood_ratio_of_dense_covariances(
 ) -> None:
     S = scenes(mode, 2, wavefront=wavefront)
     three = CandidateConfig(count=3, range_cells=3)
-    found = find(S, mode, wavefront, snr_db=S.snr_db if known else None, config=three)
-    constant = mode == "constant"
+    snr_db = S.snr_db if known else None
+    found = find(S, mode, wavefront, snr_db=snr_db, config=three)
+    every = crowd(S, mode, wavefront, three, snr_db)
+    assert found.likely.any()
+    assert not found.likely.all()
     for b in range(len(S)):
-        sigma2 = noise_of(S, found, b, wavefront, constant=constant)
-        case = (found.coordinates[b].numpy(), found.power[b].numpy() * sigma2)
         y, H, codes = dense(S, b)
+
+        def ratio(
+            points: Any, power: Any, i: int, noise: float, b: int = b, **cell: float
+        ) -> float:
+            rest = (*dense(S, b), steer(wavefront))
+            return reference.evidence(
+                points, power, i, noise, *rest, constant=mode == "constant", **cell
+            )
+
+        points, power, noise = kept(S, found, b, mode, wavefront, known)
         if known:
             told = np.mean(np.abs(y) ** 2) / (1 + 10 ** (float(S.snr_db[b]) / 10))
-            assert sigma2 == pytest.approx(told, rel=1e-6)
-        for i in range(three.count):
-            rest = (i, sigma2, y, H, codes, steer(wavefront))
-            ratio = reference.evidence(*case, *rest, constant=constant)
-            assert float(found.evidence[b, i]) == pytest.approx(ratio, rel=1e-6, abs=1e-6)
+            assert noise == pytest.approx(told, rel=1e-6)
+        crowded, noise_of_all = every.of(b), float(every.noise_power[b])
+        for i in range(3):
+            expected = ratio(*crowded, i, noise_of_all)
+            assert float(found.crowded[b, i]) == pytest.approx(expected, rel=1e-6, abs=1e-6)
+            # Who is kept comes before all others, and is judged beside its like alone.
+            case = (points, power, i, noise) if found.likely[b, i] else (*crowded, i, noise_of_all)
+            own, level = case[1][i], case[3]
+            assert float(found.power[b, i]) == pytest.approx(own / level, rel=1e-6)
+            expected = ratio(*case)
+            assert float(found.evidence[b, i]) == pytest.approx(expected, rel=1e-6, abs=1e-6)
             for s, r in enumerate(found.range_m[b, i].tolist()):
-                ratio = reference.evidence(*case, *rest, inverse_range=1 / r, constant=constant)
+                expected = ratio(*case, inverse_range=1 / r)
                 value = float(found.range_evidence[b, i, s])
-                assert value == pytest.approx(ratio, rel=1e-6, abs=1e-6)
+                assert value == pytest.approx(expected, rel=1e-6, abs=1e-6)
+            gain = reference.received(*case, H, codes, steer(wavefront), constant=mode == "constant")
+            assert float(found.received[b, i]) == pytest.approx(gain, rel=1e-6, abs=1e-12)
+        assert float(found.misfit[b]) == pytest.approx(
+            float(every.cost[b]) / y.size / noise_of_all, rel=1e-6
+        )
+        a = np.stack([steer(wavefront)(point) for point in found.coordinates[b].numpy()])
+        np.testing.assert_allclose(found.coherence[b].numpy(), np.abs(a.conj() @ a.T), atol=1e-12)
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_single_candidate_is_judged_against_noise_alone(mode: Any) -> None:
     S = scenes(mode, 2, n_sources=1)
     found = find(S, mode, snr_db=S.snr_db, config=CandidateConfig(count=1, range_cells=2))
-    constant = mode == "constant"
+    assert found.likely.all()
+    torch.testing.assert_close(found.crowded, found.evidence, rtol=0.05, atol=0)
     for b in range(len(S)):
-        sigma2 = noise_of(S, found, b, "spherical", constant=constant)
-        points, powers = found.coordinates[b].numpy(), found.power[b].numpy() * sigma2
+        points, power, noise = kept(S, found, b, mode, "spherical", True)
         expected = reference.evidence(
-            points, powers, 0, sigma2, *dense(S, b), steer(), constant=constant
+            points, power, 0, noise, *dense(S, b), steer(), constant=mode == "constant"
         )
         assert float(found.evidence[b, 0]) == pytest.approx(expected, rel=1e-6)
         assert found.coherence[b].item() == pytest.approx(1.0)
 
 
+@pytest.mark.parametrize("max_sources", [1, 5])
+@pytest.mark.parametrize("criterion", ["bic", "aic"])
 @pytest.mark.parametrize("mode", MODES)
-def test_received_energy_and_coherence_are_the_dense_ones(mode: Any) -> None:
-    S = scenes(mode, 2)
-    found = find(S, mode, snr_db=S.snr_db)
-    constant = mode == "constant"
-    for b in range(len(S)):
-        sigma2 = noise_of(S, found, b, "spherical", constant=constant)
-        points, powers = found.coordinates[b].numpy(), found.power[b].numpy() * sigma2
-        _, H, codes = dense(S, b)
-        for i in range(SMALL.count):
-            expected = reference.received(
-                points, powers, i, sigma2, H, codes, steer(), constant=constant
-            )
-            assert float(found.received[b, i]) == pytest.approx(expected, rel=1e-6, abs=1e-12)
-        a = np.stack([steer()(point) for point in points])
-        np.testing.assert_allclose(found.coherence[b].numpy(), np.abs(a.conj() @ a.T), atol=1e-12)
+def test_the_criterion_keeps_the_first_ones_of_the_least_price(
+    mode: Any, criterion: Any, max_sources: int
+) -> None:
+    S = scenes(mode, 8, snr_db=8.0)
+    scene = SceneConfig(source_mode=mode, max_sources=max_sources, **FIELD)
+    config = CandidateConfig(count=4, range_cells=2, search=NompConfig(criterion=criterion))
+    found = find(S, mode, snr_db=S.snr_db, scene=scene, config=config)
+    parameters = 5 if mode == "constant" else 4
+    price = parameters * (2.0 if criterion == "aic" else math.log(2 * 48))
+    value = found.deviance + price * torch.arange(5)
+    count = value[:, : max_sources + 1].argmin(-1)
+    assert torch.equal(found.likely, torch.arange(4) < count.unsqueeze(-1))
+    assert count.max() == max_sources if max_sources == 1 else count.max() >= 2
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_covariance_is_the_bound_of_the_fit(mode: Any) -> None:
-    # Well apart, little noise, no candidate too many: the information is far from singular.
-    S = scenes(mode, 2, snr_db=30.0)
-    few = CandidateConfig(count=2, range_cells=5)
-    found = find(S, mode, snr_db=S.snr_db, config=few)
-    constant = mode == "constant"
+def test_what_is_kept_stands_where_a_patient_nomp_finds_it(mode: Any) -> None:
+    S = scenes(mode, 6)
+    # Both refine what is kept until nothing moves any more.
+    patient = NompConfig(patience=4, joint_iterations=30, final_iterations=30)
+    found = find(S, mode, snr_db=S.snr_db, config=CandidateConfig(count=4, search=patient))
+    scene = SceneConfig(source_mode=mode, max_sources=4, **FIELD)
+    result = nomp(
+        S.y, S.H, S.codes, array=ARRAY, scene=scene, snr_db=S.snr_db, config=patient
+    ).detections
+    assert torch.equal(found.likely.sum(-1), result.count)
+    place = position_of(found.coordinates)
     for b in range(len(S)):
-        points, (y, H, codes) = found.coordinates[b].numpy(), dense(S, b)
-        G = estimation.signals(points, H, codes, steer())
-        if constant:
-            G, y = [np.concatenate(G)], y.reshape(1, -1)
-        amplitude = np.stack(
-            [np.linalg.lstsq(A, row, rcond=None)[0] for A, row in zip(G, y, strict=True)]
-        )
-        sigma2 = noise_of(S, found, b, "spherical", constant=constant)
-        information = estimation.deterministic_information(
-            points, amplitude, sigma2, H, codes, steer(), constant=constant
-        )
-        bound = np.linalg.inv(information)
-        for i in range(2):
-            own = bound[3 * i : 3 * i + 3, 3 * i : 3 * i + 3]
-            np.testing.assert_allclose(
-                found.covariance[b, i].numpy(), own, rtol=1e-3, atol=1e-4 * np.abs(own).max()
-            )
+        one, two = place[b, found.likely[b]], result.position[b, result.present[b]]
+        for point in one:
+            assert float((two - point).abs().sum(-1).min()) < 1e-3
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -159,23 +206,22 @@ def test_cells_reach_four_deviations_to_both_sides_within_the_field_of_view(mode
 def test_deviance_starts_with_none_and_ends_with_all(mode: Any) -> None:
     S = scenes(mode, 3)
     found = find(S, mode, snr_db=S.snr_db)
-    constant = mode == "constant"
+    every = crowd(S, mode, "spherical", SMALL, S.snr_db)
     assert found.deviance.shape == (3, SMALL.count + 1)
     for b in range(len(S)):
-        sigma2 = noise_of(S, found, b, "spherical", constant=constant)
-        points, powers = found.coordinates[b].numpy(), found.power[b].numpy() * sigma2
+        (points, power), noise = every.of(b), float(every.noise_power[b])
         y, H, codes = dense(S, b)
-        none = 2 * np.sum(np.abs(y) ** 2) / sigma2
+        none = 2 * np.sum(np.abs(y) ** 2) / noise
         assert float(found.deviance[b, 0]) == pytest.approx(none, rel=1e-6)
-        if constant:
+        if mode == "constant":
             rest = estimation.residual_energy(points, y, H, codes, steer(), constant=True)
-            expected = 2 * rest / sigma2
+            expected = 2 * rest / noise
         else:
             C = estimation.stochastic_covariances(
-                points, powers, sigma2, H, codes, steer(), constant=False
+                points, power, noise, H, codes, steer(), constant=False
             )
             expected = estimation.stochastic_deviance(y, C, constant=False)
-            expected -= 2 * y.size * math.log(sigma2)
+            expected -= 2 * y.size * math.log(noise)
         assert float(found.deviance[b, -1]) == pytest.approx(expected, rel=1e-6)
     # The first two are the sources; what follows explains noise.
     gain = -found.deviance.diff(dim=-1)
@@ -325,7 +371,10 @@ def test_candidates_of_single_precision_agree_with_those_of_double() -> None:
     found = find_candidates(
         y, H, codes, array=ARRAY, scene=scene, snr_db=S.snr_db.float(), config=one
     )
+    assert torch.equal(found.likely, exact.likely)
     for name, value in found.tensors().items():
+        if name == "likely":
+            continue
         assert value.dtype == torch.float32
         # Sums of some fifty squares of single precision, and the fit's own rounding.
         torch.testing.assert_close(
