@@ -146,9 +146,12 @@ def _best_for_f1(judged: Judged, scenes: Scenes) -> float:
     ranked = score.flatten().argsort(descending=True)
     hit = torch.stack(hits, dim=-1).flatten()[ranked].double().cumsum(0)
     found = torch.arange(1, len(ranked) + 1, device=hit.device)
-    f1 = 2.0 * hit / (found + scenes.n_sources.sum())
-    best = int(f1.argmax())
     levels = torch.cat([score.flatten()[ranked], score.new_zeros(1)])
+    # Equal scores are named together or not at all.
+    f1 = 2.0 * hit / (found + scenes.n_sources.sum()) * (levels[:-1] > levels[1:])
+    best = int(f1.argmax())
+    if not f1[best] > 0:
+        return 1.0  # no score is above it: silence is no worse
     return float(levels[best : best + 2].mean())
 
 
