@@ -31,3 +31,26 @@ def tiny_config(seed: int = 0, **sections: dict[str, Any]) -> TrialConfig:
     for name, values in sections.items():
         merged[name] = merged.get(name, {}) | values
     return TrialConfig.model_validate({"seed": seed} | merged)
+
+
+# Of the network that judges candidates.
+TINY_CANDIDATE: dict[str, Any] = {
+    "family": "candidate",
+    "width": 16,
+    "heads": 2,
+    "azimuth_cells": 6,
+    "elevation_cells": 4,
+    "range_cells": 2,
+    "candidates": {"count": 3, "range_cells": 6, "search": {"joint_iterations": 2}},
+}
+
+
+def tiny_candidate_config(
+    seed: int = 0, objective: str = "nmse", **sections: dict[str, Any]
+) -> TrialConfig:
+    """The same with the candidate network; sections as those of :func:`tiny_config`."""
+    merged = {name: dict(values) for name, values in TINY.items()}
+    merged["network"] = dict(TINY_CANDIDATE)
+    for name, values in sections.items():
+        merged[name] = merged.get(name, {}) | values
+    return TrialConfig.model_validate({"seed": seed, "objective": objective} | merged)

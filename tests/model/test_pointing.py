@@ -1,0 +1,224 @@
+"""Which source a slot speaks for, and how far off it is: against loops."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from model.loss import LossConfig, ScenesLoss
+from model.pointing import OwnCells, match_slots
+from model.prediction import Prediction
+from physics import PlanarArray, PolarGrid, SceneConfig, Scenes, simulate
+from tests.model.support import judged_slots
+
+GATE = math.radians(5.0)
+ARRAY = PlanarArray(3, 3)
+SCENE = SceneConfig(n_antennas=4, n_snapshots=4, min_sources=0, max_sources=3)
+
+
+def around(prediction: Prediction, n_sources: int, seed: int = 1) -> Tensor:
+    """Sources (B, K, 3) near the directions of some slots, some within the gate."""
+    assert prediction.cells is not None
+    generator = torch.Generator().manual_seed(seed)
+    size = (len(prediction.cells), n_sources)
+    slot = torch.randint(prediction.cells.shape[1], size, generator=generator)
+    direction = prediction.cells[:, :, 0, :2].gather(1, slot.unsqueeze(-1).expand(-1, -1, 2))
+    off = torch.rand(*size, 2, generator=generator, dtype=torch.float64) * 3 - 1.5
+    distance = 0.3 + 10 * torch.rand(*size, 1, generator=generator, dtype=torch.float64)
+    return torch.cat([direction + off * GATE, distance], -1)
+
+
+def own(prediction: Prediction, position: Tensor) -> OwnCells:
+    assert prediction.cells is not None
+    return OwnCells(prediction, prediction.cells, position)
+
+
+def test_score_is_nearness_in_angle_and_likely_nearness_in_range() -> None:
+    prediction = judged_slots(4, 5, 6)
+    position = around(prediction, 4)
+    score = own(prediction, position).score()
+    assert prediction.cells is not None
+    inside = 0
+    for b, i, k in np.ndindex(*score.shape):
+        cells, weight = prediction.cells[b, i].numpy(), prediction.log_pointer[b, i].exp().numpy()
+        azimuth, elevation, r = position[b, k].tolist()
+        off = abs(cells[0, 0] - azimuth), abs(cells[0, 1] - elevation)
+        if max(off) > GATE:
+            assert float(score[b, i, k]) == -math.inf
+            continue
+        inside += 1
+        likely = sum(w * math.exp(-abs(c[2] - r)) for w, c in zip(weight, cells, strict=True))
+        assert float(score[b, i, k]) == pytest.approx(1 - math.hypot(*off) / GATE + likely)
+    assert inside >= 4, "the case must hold pairs within the gate"
+
+
+@pytest.mark.parametrize(("step", "theirs"), [(0.999, True), (1.001, False)])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_source_five_degrees_off_in_either_angle_is_none_of_a_slots(
+    axis: int, step: float, theirs: bool
+) -> None:
+    prediction = judged_slots(1, 1, 3)
+    assert prediction.cells is not None
+    position = prediction.cells[:, :, 0].clone()
+    position[..., axis] += step * GATE
+    assert bool(torch.isfinite(own(prediction, position).score()).item()) is theirs
+
+
+def test_loss_is_the_cross_entropy_to_the_two_cells_around_the_source() -> None:
+    prediction = judged_slots(6, 4, 5)
+    position = around(prediction, 3)
+    source = torch.randint(3, (6, 4), generator=torch.Generator().manual_seed(2))
+    loss = own(prediction, position).loss(source)
+    assert loss.shape == (6, 4)
+    assert prediction.cells is not None
+    outside = 0
+    for b, i in np.ndindex(6, 4):
+        ranges, logs = prediction.cells[b, i, :, 2].tolist(), prediction.log_pointer[b, i].tolist()
+        r = float(position[b, source[b, i], 2])
+        if r <= ranges[0] or r >= ranges[-1]:  # beyond the cells the last one is meant
+            outside += 1
+            expected = -logs[0 if r <= ranges[0] else -1]
+        else:
+            above = next(s for s in range(5) if ranges[s] > r)
+            share = (r - ranges[above - 1]) / (ranges[above] - ranges[above - 1])
+            expected = -(1 - share) * logs[above - 1] - share * logs[above]
+        assert float(loss[b, i]) == pytest.approx(expected)
+    assert 0 < outside < 24, "the case must hold sources within and beyond the cells"
+
+
+def test_loss_of_cells_at_one_range_is_finite_with_its_gradient() -> None:
+    prediction = judged_slots(2, 3, 4)
+    assert prediction.cells is not None
+    prediction.cells[..., 2] = 3.0
+    leaf = prediction.log_pointer.clone().requires_grad_()
+    position = around(prediction, 2)
+    loss = own(replace(prediction, log_pointer=leaf), position).loss(torch.zeros(2, 3).long())
+    loss.sum().backward()
+    assert bool(torch.isfinite(loss).all())
+    assert leaf.grad is not None
+    assert bool(torch.isfinite(leaf.grad).all())
+    assert float(leaf.grad.sum()) == pytest.approx(-6.0), "weights of one slot add to one"
+
+
+def test_loss_is_least_where_the_pointer_is_the_source() -> None:
+    prediction = judged_slots(1, 1, 5)
+    assert prediction.cells is not None
+    ranges = prediction.cells[0, 0, :, 2]
+    position = torch.cat([prediction.cells[:, :, 0, :2], ranges[None, None, 3:4]], -1)
+    losses = []
+    for s in range(5):
+        score = torch.zeros(1, 1, 5, dtype=torch.float64)
+        score[..., s] = 5.0
+        sharp = replace(prediction, log_pointer=torch.log_softmax(score, -1))
+        losses.append(float(own(sharp, position).loss(torch.zeros(1, 1).long())))
+    assert int(np.argmin(losses)) == 3
+
+
+def test_barred_pairs_stay_unmatched_and_the_rest_is_the_best_assignment() -> None:
+    """Against all assignments: as many pairs as may be, then the highest score."""
+    generator = torch.Generator().manual_seed(3)
+    score = torch.rand(40, 4, 3, generator=generator, dtype=torch.float64)
+    score = score.masked_fill(torch.rand(40, 4, 3, generator=generator) < 0.5, -torch.inf)
+    prediction = judged_slots(40, 4, 2)
+    count = torch.randint(4, (40,), generator=generator)
+    present = torch.arange(3) < count.unsqueeze(-1)
+    matched, source = match_slots(prediction, score, present)
+    assert matched.dtype == torch.bool
+    assert source.dtype == torch.int64
+    bonus = 0.5 * torch.sigmoid(prediction.existence)
+    fewer = 0
+    for b, n in enumerate(count.tolist()):
+        best = (0, 0.0)
+        for k in range(min(4, n) + 1):
+            for slots in itertools.permutations(range(4), k):
+                for sources in itertools.combinations(range(n), k):
+                    worth = sum(
+                        float(score[b, i, j] + bonus[b, i])
+                        for i, j in zip(slots, sources, strict=True)
+                    )
+                    if math.isfinite(worth):
+                        best = max(best, (k, worth))
+        pairs = [(i, int(source[b, i])) for i in range(4) if matched[b, i]]
+        assert len({j for _, j in pairs}) == len(pairs), "no source is of two slots"
+        assert all(j < n for _, j in pairs)
+        worth = sum(float(score[b, i, j] + bonus[b, i]) for i, j in pairs)
+        assert (len(pairs), worth) == (best[0], pytest.approx(best[1]))
+        assert not source[b][~matched[b]].any()
+        fewer += best[0] < n
+    assert fewer, "the case must hold sources that nobody may take"
+
+
+def test_slots_of_equal_score_are_matched_by_their_existence() -> None:
+    prediction = judged_slots(1, 3, 2)
+    existence = torch.tensor([[-1.0, 2.0, 0.5]], dtype=torch.float64)
+    score = torch.ones(1, 3, 1, dtype=torch.float64)
+    matched, _ = match_slots(
+        replace(prediction, existence=existence), score, torch.ones(1, 1, dtype=torch.bool)
+    )
+    assert matched.tolist() == [[False, True, False]]
+
+
+def case(existence: float | None = None) -> tuple[Scenes, Prediction, ScenesLoss]:
+    generator = torch.Generator().manual_seed(5)
+    scenes = simulate(12, SCENE, ARRAY, generator=generator, dtype=torch.complex128)
+    prediction = judged_slots(12, 4, 5)
+    assert prediction.cells is not None
+    # Slot 0 looks at the first source and slot 2 near the second.
+    prediction.cells[:, 0, :, :2] = scenes.position[:, :1, :2]
+    prediction.cells[:, 2, :, :2] = scenes.position[:, 1:2, :2] + 0.5 * GATE
+    if existence is not None:
+        prediction = replace(
+            prediction, existence=torch.full_like(prediction.existence, existence)
+        )
+    dictionary = PolarGrid.covering(SCENE, 6, 4, 2).steering(ARRAY, dtype=torch.complex128)
+    loss = ScenesLoss(LossConfig(), ARRAY, "spherical", dictionary, torch.ones(3).double())
+    return scenes, prediction, loss
+
+
+def test_existence_and_position_are_means_over_slots_and_over_those_that_hold_a_source() -> None:
+    scenes, prediction, loss = case()
+    terms = loss(prediction, prediction.covariance, scenes).terms
+    pointing = own(prediction, scenes.position)
+    matched, source = match_slots(prediction, pointing.score(), scenes.present)
+    assert matched.any()
+    p = torch.sigmoid(prediction.existence)
+    entropy = -torch.where(matched, p.log(), (1 - p).log()).mean()
+    assert float(terms["existence"]) == pytest.approx(float(entropy))
+    mean = pointing.loss(source)[matched].mean()
+    assert float(terms["position"]) == pytest.approx(float(mean))
+
+
+@pytest.mark.parametrize("existence", [-200.0, 200.0, None])
+def test_gradients_are_finite_also_where_existence_is_extreme(existence: float | None) -> None:
+    scenes, prediction, loss = case(existence)
+    leaves = {
+        name: getattr(prediction, name).clone().requires_grad_()
+        for name in ("factor", "existence", "log_pointer")
+    }
+    moved = replace(prediction, **leaves)
+    value = loss(moved, moved.covariance, scenes)
+    value.total.backward()
+    assert bool(torch.isfinite(value.total))
+    for leaf in leaves.values():
+        assert leaf.grad is not None
+        assert bool(torch.isfinite(torch.view_as_real(leaf.grad + 0j)).all())
+        assert leaf.grad.abs().max() > 0
+
+
+def test_scenes_without_sources_match_nothing_and_cost_only_their_existence() -> None:
+    scenes, prediction, loss = case()
+    index = (scenes.n_sources == 0).nonzero().squeeze(-1)
+    assert len(index)
+    empty, judged = scenes[index], Prediction(**{n: v[index] for n, v in vars(prediction).items()})
+    matched, _ = match_slots(judged, own(judged, empty.position).score(), empty.present)
+    assert not matched.any()
+    terms = loss(judged, judged.covariance, empty).terms
+    assert float(terms["position"]) == 0.0
+    expected = torch.nn.functional.softplus(judged.existence).mean()
+    assert float(terms["existence"]) == pytest.approx(float(expected))
