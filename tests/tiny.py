@@ -51,6 +51,7 @@ def tiny_candidate_config(
     """The same with the candidate network; sections as those of :func:`tiny_config`."""
     merged = {name: dict(values) for name, values in TINY.items()}
     merged["network"] = dict(TINY_CANDIDATE)
+    merged["scene"] |= {"n_antennas": 6, "n_snapshots": 6}  # that tell three candidates apart
     for name, values in sections.items():
         merged[name] = merged.get(name, {}) | values
     return TrialConfig.model_validate({"seed": seed, "objective": objective} | merged)
