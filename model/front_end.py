@@ -43,7 +43,7 @@ class FrontEnd:
     Args:
         config: how candidates are found.
         array: the nominal surface.
-        scene: the nominal model: field of view, wavefront and source mode.
+        scene: the nominal model: field of view, wavefront, source mode and the most sources.
         cache: folder of the files; None keeps nothing.
     """
 
@@ -88,7 +88,7 @@ class FrontEnd:
                     with replacing(path) as fresh:
                         save_file(tensors, fresh)
             Path(lock.lock_file).unlink(missing_ok=True)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:  # the latter of a full disk
             log.warning("candidates are not kept in %s: %s", self.cache, error)
             self.cache = None
             return self._find(y, H, codes, snr_db)
@@ -101,7 +101,14 @@ class FrontEnd:
             "array": repr(self.array),
             "scene": {
                 name: getattr(self.scene, name)
-                for name in ("wavefront", "source_mode", "azimuth_deg", "elevation_deg", "range_m")
+                for name in (
+                    "wavefront",
+                    "source_mode",
+                    "max_sources",
+                    "azimuth_deg",
+                    "elevation_deg",
+                    "range_m",
+                )
             },
         }
         digest = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=20)
