@@ -1,0 +1,468 @@
+"""Candidates that are found once: right, kept, shared, and never those of something else."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import subprocess
+import sys
+import textwrap
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import model.front_end as front_end_module
+from model.data import Batch, open_source
+from model.front_end import FrontEnd, default_cache
+from physics import PlanarArray, Scenes, simulate
+from physics.candidates import CandidateConfig, Candidates, find_candidates
+from physics.pursuit import NompConfig
+from tests.tiny import tiny_candidate_config, tiny_config
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIG = tiny_candidate_config()
+ARRAY = CONFIG.array.build()
+CANDIDATES = CONFIG.network.candidates
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def scenes() -> Scenes:
+    return simulate(5, CONFIG.scene, ARRAY, generator=torch.Generator().manual_seed(0))
+
+
+def call(front_end: FrontEnd, S: Scenes, snr_db: Tensor | None = None) -> Candidates:
+    return front_end(S.y, S.H, S.codes, S.snr_db if snr_db is None else snr_db)
+
+
+def made(cache: Path | None, **changes: Any) -> FrontEnd:
+    known: dict[str, Any] = {"config": CANDIDATES, "array": ARRAY, "scene": CONFIG.scene}
+    return FrontEnd(**(known | changes), cache=cache)
+
+
+def files(cache: Path) -> list[Path]:
+    return sorted(cache.iterdir())
+
+
+def equal(one: Candidates, two: Candidates) -> bool:
+    ours, theirs = one.tensors(), two.tensors()
+    return all(torch.equal(ours[k], theirs[k]) and ours[k].dtype == theirs[k].dtype for k in ours)
+
+
+class Counted:
+    """Counts the searches that a front end does."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.scenes: list[int] = []
+
+        def counted(y: Tensor, *rest: Any, **more: Any) -> Candidates:
+            self.scenes.append(len(y))
+            return find_candidates(y, *rest, **more)
+
+        monkeypatch.setattr(front_end_module, "find_candidates", counted)
+
+
+def test_a_second_call_reads_what_the_first_has_found_bit_for_bit(
+    tmp_path: Path, scenes: Scenes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = find_candidates(
+        scenes.y, scenes.H, scenes.codes, array=ARRAY, scene=CONFIG.scene,
+        snr_db=scenes.snr_db, config=CANDIDATES,
+    )  # fmt: skip
+    counted = Counted(monkeypatch)
+    cache = tmp_path / "deep" / "cache"
+    first = call(made(cache), scenes)
+    assert counted.scenes == [5]
+    second = call(made(cache), scenes)
+    assert counted.scenes == [5], "nothing is searched again"
+    assert equal(first, second)
+    assert equal(first, plain)
+    assert [path.suffix for path in files(cache)] == [".safetensors"], "one whole file, no lock"
+
+
+def test_without_a_cache_nothing_is_kept(
+    tmp_path: Path, scenes: Scenes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    counted = Counted(monkeypatch)
+    assert equal(call(made(None), scenes), call(made(None), scenes))
+    assert counted.scenes == [5, 5]
+    assert not list(tmp_path.iterdir())
+
+
+def test_files_hold_tensors_and_no_pickle(tmp_path: Path, scenes: Scenes) -> None:
+    found = call(made(tmp_path), scenes)
+    (path,) = files(tmp_path)
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    header.pop("__metadata__", None)
+    assert set(header) == set(found.tensors())
+    assert len(data) == 8 + length + sum(t.nbytes for t in found.tensors().values())
+
+
+CHANGES: dict[str, dict[str, Any]] = {
+    "count": {"config": CANDIDATES.model_copy(update={"count": 2})},
+    "cells": {"config": CANDIDATES.model_copy(update={"range_cells": 7})},
+    "search": {"config": CANDIDATES.model_copy(update={"search": NompConfig(new_iterations=1)})},
+    "criterion": {"config": CandidateConfig(
+        count=3, range_cells=6, search=NompConfig(joint_iterations=2, criterion="aic"))},
+    "array": {"array": replace(ARRAY, spacing=0.14)},
+    "offset": {"array": replace(ARRAY, offset=(-0.075, -0.075))},
+    "shape": {"array": PlanarArray(9, 4)},
+    "wavelength": {"array": replace(ARRAY, wavelength=0.31)},
+    **{
+        name: {"scene": CONFIG.scene.model_copy(update={name: value})}
+        for name, value in {
+            "wavefront": "fresnel", "source_mode": "constant", "azimuth_deg": (-60.0, 59.0),
+            "elevation_deg": (-29.0, 30.0), "range_m": (0.5, 9.0), "max_sources": 1,
+        }.items()
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_another_setting_never_meets_the_file_of_this_one(
+    what: str, tmp_path: Path, scenes: Scenes
+) -> None:
+    call(made(tmp_path), scenes)
+    changed = call(made(tmp_path, **CHANGES[what]), scenes)
+    assert len(files(tmp_path)) == 2
+    assert equal(changed, call(made(None, **CHANGES[what]), scenes))
+
+
+@pytest.mark.parametrize("what", ["y", "H", "codes", "snr_db", "hidden", "order", "fewer"])
+def test_other_measurements_or_levels_never_meet_the_file_of_these(
+    what: str, tmp_path: Path, scenes: Scenes
+) -> None:
+    call(made(tmp_path), scenes)
+    S, level = scenes, scenes.snr_db.clone()
+    if what in ("y", "H", "codes"):
+        value = getattr(scenes, what).clone()
+        value[2, 1, 3] *= 1 + 1e-6  # the least that single precision knows
+        S = replace(scenes, **{what: value})
+    elif what == "order":
+        S = replace(scenes, y=scenes.y.flip(0))
+    elif what == "fewer":
+        S, level = scenes[slice(0, 4)], level[:4]
+    else:
+        level[3] = level[3] + 1e-5 if what == "snr_db" else math.nan
+    changed = call(made(tmp_path), S, level)
+    assert len(files(tmp_path)) == 2
+    assert equal(changed, call(made(None), S, level))
+
+
+def test_another_version_of_the_search_never_meets_the_file_of_this_one(
+    tmp_path: Path, scenes: Scenes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call(made(tmp_path), scenes)
+    monkeypatch.setattr(front_end_module, "VERSION", front_end_module.VERSION + 1)
+    call(made(tmp_path), scenes)
+    assert len(files(tmp_path)) == 2
+
+
+def test_what_candidates_do_not_depend_on_shares_a_file(tmp_path: Path, scenes: Scenes) -> None:
+    call(made(tmp_path), scenes)
+    same = CONFIG.scene.model_copy(update={"snr_db": (0.0, 1.0), "k_factor_db": 5.0})
+    call(made(tmp_path, scene=same), scenes)
+    views = replace(scenes, y=scenes.y.mT.contiguous().mT, H=scenes.H.conj().clone().conj())
+    call(made(tmp_path), views)
+    assert len(files(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("how", ["cut", "empty", "noise", "others"])
+def test_a_damaged_file_is_computed_anew(
+    how: str, tmp_path: Path, scenes: Scenes, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = call(made(tmp_path), scenes)
+    (path,) = files(tmp_path)
+    good = path.read_bytes()
+    if how == "others":
+        from safetensors.torch import save_file
+
+        save_file({"weight": torch.ones(3)}, path)
+    else:
+        path.write_bytes({"cut": good[: len(good) // 2], "empty": b"", "noise": b"\xff" * 99}[how])
+    with caplog.at_level(logging.WARNING):
+        second = call(made(tmp_path), scenes)
+    assert equal(first, second)
+    assert f"{path} is damaged and computed anew" in caplog.text
+    assert path.read_bytes() == good
+    assert files(tmp_path) == [path]
+
+
+@pytest.mark.parametrize("how", ["no folder", "full disk"])
+def test_a_cache_that_takes_nothing_gives_a_warning_and_a_result(
+    how: str,
+    tmp_path: Path,
+    scenes: Scenes,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cache = tmp_path / "cache"
+    if how == "no folder":
+        cache.write_text("a file stands where the folder should")
+    else:
+        from safetensors import SafetensorError
+
+        def full(*_: Any, **__: Any) -> None:
+            raise SafetensorError("Error while serializing: I/O error: No space left on device")
+
+        monkeypatch.setattr(front_end_module, "save_file", full)
+    front_end = made(cache)
+    with caplog.at_level(logging.WARNING):
+        found = call(front_end, scenes)
+        again = call(front_end, scenes)
+    assert equal(found, call(made(None), scenes))
+    assert equal(found, again)
+    assert caplog.text.count(f"candidates are not kept in {cache}") == 1, "said once"
+    if how == "full disk":
+        assert not [path for path in files(cache) if path.suffix != ".lock"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="limits of POSIX")
+def test_a_file_that_outgrows_the_disk_raises_what_is_caught(tmp_path: Path) -> None:
+    """What safetensors raises where the system refuses to write."""
+    import resource
+
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises((SafetensorError, OSError)):
+            save_file({"a": torch.zeros(10_000)}, tmp_path / "a")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_unknown_levels_are_estimated_beside_known_ones(scenes: Scenes) -> None:
+    level = scenes.snr_db.clone()
+    level[[1, 3]] = math.nan
+    mixed = call(made(None), scenes, level)
+    hidden = torch.tensor([1, 3])
+    known = torch.tensor([0, 2, 4])
+    told = call(made(None), scenes[known], level[known])
+    guessed = find_candidates(
+        scenes.y[hidden], scenes.H[hidden], scenes.codes[hidden],
+        array=ARRAY, scene=CONFIG.scene, config=CANDIDATES,
+    )  # fmt: skip
+    for name, value in mixed.tensors().items():
+        torch.testing.assert_close(value[known], told.tensors()[name], msg=name)
+        torch.testing.assert_close(value[hidden], guessed.tensors()[name], msg=name)
+    assert not torch.allclose(mixed.deviance, call(made(None), scenes).deviance)
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_no_scenes_have_no_candidates(keep: bool, tmp_path: Path, scenes: Scenes) -> None:
+    front_end = made(tmp_path if keep else None)
+    for _ in range(2):
+        found = call(front_end, scenes[slice(0, 0)])
+        assert len(found) == 0
+        assert found.range_evidence.shape == (0, 3, 6)
+
+
+def test_two_processes_at_once_search_once_and_leave_one_whole_file(
+    tmp_path: Path, scenes: Scenes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, out = tmp_path / "cache", tmp_path / "out"
+    out.mkdir()
+    script = textwrap.dedent(
+        """
+        import sys, time
+        from pathlib import Path
+        import torch
+        torch.set_num_threads(1)
+        from tests.model import test_front_end as t
+        out = Path(sys.argv[1])
+        t.slowed(out, "child")
+        S = t.simulate(5, t.CONFIG.scene, t.ARRAY, generator=torch.Generator().manual_seed(0))
+        (out / "ready").touch()
+        while not (out / "go").exists():
+            time.sleep(0.005)
+        found = t.call(t.made(Path(sys.argv[2])), S)
+        t.front_end_module.save_file(
+            {n: v.contiguous() for n, v in found.tensors().items()}, out / "child.safetensors"
+        )
+        """
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-c", script, str(out), str(cache)],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+    )
+    try:
+        waited = time.monotonic()
+        while not (out / "ready").exists():
+            assert child.poll() is None, "the child must live"
+            assert time.monotonic() - waited < 120
+            time.sleep(0.01)
+        monkeypatch.setattr(front_end_module, "find_candidates", find_candidates)
+        slowed(out, "parent")
+        (out / "go").touch()
+        found = call(made(cache), scenes)
+        assert child.wait(120) == 0
+    finally:
+        child.kill()
+        child.wait()
+    theirs = front_end_module.load_file(out / "child.safetensors")
+    assert equal(found, Candidates(**theirs))
+    searched = [path.name for path in out.glob("searched-*")]
+    assert len(searched) == 1, "who comes second waits and reads"
+    assert [path.suffix for path in files(cache)] == [".safetensors"]
+    assert equal(found, call(made(cache), scenes))
+
+
+def slowed(out: Path, who: str) -> None:
+    """Make the searches of this process slow, and leave a trace of each."""
+
+    def slow(*arguments: Any, **more: Any) -> Candidates:
+        (out / f"searched-{who}").touch()
+        time.sleep(1.0)
+        return find_candidates(*arguments, **more)
+
+    front_end_module.find_candidates = slow
+
+
+def test_the_cache_is_the_users_unless_the_configuration_names_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert default_cache() == tmp_path / "ristune" / "candidates"
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    assert default_cache() == Path.home() / ".cache" / "ristune" / "candidates"
+    front_end = FrontEnd.of(CONFIG)
+    assert front_end is not None
+    assert front_end.cache == default_cache()
+    named = FrontEnd.of(tiny_candidate_config(data={"cache": tmp_path / "mine"}))
+    assert named is not None
+    assert named.cache == tmp_path / "mine"
+    kept_nowhere = FrontEnd.of(CONFIG, keep=False)
+    assert kept_nowhere is not None
+    assert kept_nowhere.cache is None
+    assert FrontEnd.of(tiny_config()) is None, "ridge solutions are enough for snapshots"
+
+
+def epoch(config: Any, number: int = 0, batch_size: int = 16) -> Batch:
+    source = open_source(config, CPU)
+    return Batch.concatenate(list(source.train_batches(number, batch_size, config.seed)))
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+def test_every_batch_holds_the_candidates_of_its_own_scenes(tmp_path: Path, fresh: bool) -> None:
+    config = tiny_candidate_config(
+        data={"cache": tmp_path, "train_scenes": 21, "fresh": fresh},
+        training={"snr_dropout": 0.4},
+    )
+    front_end = FrontEnd.of(config, keep=False)
+    assert front_end is not None
+    source = open_source(config, CPU)
+    for batch in [*source.train_batches(1, 8, 3), source.validation()]:
+        assert batch.candidates is not None
+        expected = call(front_end, batch.scenes, batch.snr_db)
+        for name, value in batch.candidates.tensors().items():
+            torch.testing.assert_close(value, expected.tensors()[name], rtol=1e-2, atol=1e-2)
+    assert len(batch) == 24
+
+
+@pytest.mark.parametrize("family", ["snapshot", "candidate"])
+def test_hidden_levels_are_the_same_for_every_trial_and_others_in_every_epoch(
+    family: str, tmp_path: Path
+) -> None:
+    make = tiny_config if family == "snapshot" else tiny_candidate_config
+    data = {"cache": tmp_path, "train_scenes": 40}
+    one = make(seed=1, data=data, training={"snr_dropout": 0.5})
+    two = make(
+        seed=2,
+        data=data,
+        training={"snr_dropout": 0.5, "learning_rate": 1e-4, "batch_size": 9},
+        loss={"position": 0.3},
+    )
+    first, second = epoch(one), epoch(two, batch_size=9)
+    assert torch.equal(first.scenes.y, second.scenes.y)
+    hidden = first.snr_db.isnan()
+    assert torch.equal(hidden, second.snr_db.isnan())
+    assert 8 < int(hidden.sum()) < 32
+    assert not torch.equal(hidden, epoch(one, 1).snr_db.isnan())
+    assert torch.equal(first.snr_db[~hidden], first.scenes.snr_db[~hidden])
+    assert not open_source(one, CPU).validation().snr_db.isnan().any()
+    other = make(data=data | {"seed": 5}, training={"snr_dropout": 0.5})
+    assert not torch.equal(hidden, epoch(other).snr_db.isnan())
+
+
+def test_trials_that_differ_in_anything_else_share_what_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted = Counted(monkeypatch)
+    data = {"cache": tmp_path}
+    epoch(tiny_candidate_config(seed=1, data=data))
+    open_source(tiny_candidate_config(seed=1, data=data), CPU).validation()
+    kept, searched = files(tmp_path), len(counted.scenes)
+    assert len(kept) == 2
+    other = tiny_candidate_config(
+        seed=7,
+        data=data,
+        network={"width": 32, "depth": 2, "dropout": 0.2},
+        loss={"existence": 0.5},
+        blend={"beta": 0.1},
+        training={"batch_size": 5, "learning_rate": 1e-4},
+        decision={"goal": "gospa"},
+    )
+    epoch(other, batch_size=5)
+    open_source(other, CPU).validation()
+    assert files(tmp_path) == kept
+    assert len(counted.scenes) == searched
+
+
+def test_batches_pick_and_join_their_candidates(tmp_path: Path) -> None:
+    batch = epoch(tiny_candidate_config(data={"cache": tmp_path, "train_scenes": 6}))
+    assert batch.candidates is not None
+    order = torch.tensor([4, 1])
+    some = batch[order]
+    assert some.candidates is not None
+    assert equal(some.candidates, batch.candidates[order])
+    assert torch.equal(some.snr_db[~some.snr_db.isnan()], batch.snr_db[order][~some.snr_db.isnan()])
+    both = Batch.concatenate([batch[slice(0, 2)], batch[slice(2, 6)]])
+    assert both.candidates is not None
+    assert equal(both.candidates, batch.candidates)
+    bare = Batch.concatenate([replace(batch, candidates=None)] * 2)
+    assert bare.candidates is None
+    assert len(bare) == 12
+
+
+def test_shards_find_candidates_once_and_hand_them_to_shuffled_scenes(tmp_path: Path) -> None:
+    from model.shards import write_shards
+
+    scene = CONFIG.scene.model_copy(update={"wavefront": "paraxial"})
+    for split, n, seed in (("train", 9, 1), ("val", 4, 2)):
+        S = simulate(n, scene, ARRAY, generator=torch.Generator().manual_seed(seed))
+        write_shards(tmp_path / "shards", split, S, ARRAY, "paraxial")
+    config = tiny_candidate_config(
+        scene={"wavefront": "paraxial"},
+        data={"shards": tmp_path / "shards", "cache": tmp_path / "cache"},
+        training={"snr_dropout": 0.5},
+    )
+    source = open_source(config, CPU)
+    front_end = FrontEnd.of(config, keep=False)
+    assert front_end is not None
+    hidden: list[dict[bytes, bool]] = []
+    for number, seed in ((0, 1), (1, 2)):
+        batch = Batch.concatenate(list(source.train_batches(number, 4, seed)))
+        assert batch.candidates is not None
+        expected = call(front_end, batch.scenes, batch.snr_db)
+        for name, value in batch.candidates.tensors().items():
+            torch.testing.assert_close(value, expected.tensors()[name], rtol=1e-2, atol=1e-2)
+        keys = [row.numpy().tobytes() for row in batch.scenes.y]
+        hidden.append(dict(zip(keys, batch.snr_db.isnan().tolist(), strict=True)))
+    assert hidden[0] == hidden[1], "a scene's level is hidden or not, in every epoch alike"
+    assert 0 < sum(hidden[0].values()) < 9
+    assert list(hidden[0]) != list(hidden[1]), "in another order"
+    assert len(files(tmp_path / "cache")) == 2
