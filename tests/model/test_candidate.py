@@ -309,9 +309,7 @@ def test_what_leaves_under_autocast_is_in_full_precision(
     assert 0 < float((p.existence - exact.existence).abs().max()) < 0.2
 
 
-def test_features_without_candidates_are_refused(
-    network: CandidateNetwork, scenes: Scenes
-) -> None:
+def test_features_without_candidates_are_refused(network: CandidateNetwork, scenes: Scenes) -> None:
     features = replace(features_of(network, scenes), candidates=None)
     with pytest.raises(ValueError, match="features hold no candidates"):
         network(features)

@@ -18,6 +18,7 @@ from model import (
     build_network,
 )
 from model.checkpoint import CheckpointError, parse_config
+from model.image import ImageNetwork
 from model.network import FAMILIES, dotted
 from physics.candidates import CandidateConfig
 from tests.tiny import tiny_candidate_config, tiny_config
@@ -44,7 +45,9 @@ def test_a_network_is_of_snapshots_unless_its_family_is_named() -> None:
     assert named.front_end == CandidateConfig()
 
 
-@pytest.mark.parametrize("config", [tiny_config(), tiny_candidate_config()], ids=FAMILIES)
+@pytest.mark.parametrize(
+    "config", [tiny_config(), tiny_candidate_config()], ids=["snapshot", "candidate"]
+)
 def test_a_configuration_reads_back_as_the_same_family(config: TrialConfig) -> None:
     assert TrialConfig.model_validate_json(config.model_dump_json()) == config
     assert TrialConfig.model_validate(config.model_dump()) == config
@@ -54,7 +57,7 @@ def test_a_configuration_reads_back_as_the_same_family(config: TrialConfig) -> N
 @pytest.mark.parametrize(
     ("config", "kind"),
     [(tiny_config(), SnapshotNetwork), (tiny_candidate_config(), CandidateNetwork)],
-    ids=FAMILIES,
+    ids=["snapshot", "candidate"],
 )
 def test_the_family_decides_what_is_built_and_all_share_the_dictionary(
     config: TrialConfig, kind: type[SourceNetwork]
@@ -96,6 +99,20 @@ def test_an_error_names_the_field_and_not_the_family(network: dict[str, Any], sa
     assert message.startswith(said)
     assert "network.candidate." not in message
     assert "network.snapshot" not in message
+
+
+def test_the_image_family_is_one_of_them() -> None:
+    config = TrialConfig.model_validate(
+        {"network": {"family": "image", "rank": 5}, "array": {"n_horizontal": 6, "n_vertical": 6}}
+    )
+    assert config.network.slots == 5
+    assert config.network.front_end is None
+    network = build_network(config.network, config.scene, config.array.build())
+    assert isinstance(network, ImageNetwork)
+    message = refused({"network": {"family": "image", "heads": 2}})
+    assert message.startswith("network.heads: unknown field")
+    message = refused({"network": {"family": "image", "rank": 4}})
+    assert message.startswith("network.rank 4 is below scene.max_sources 5")
 
 
 def test_fields_that_are_known_are_those_of_the_family() -> None:

@@ -18,6 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import model.data as data_module
 import model.front_end as front_end_module
 from model.data import Batch, open_source
 from model.front_end import FrontEnd, default_cache
@@ -371,6 +372,30 @@ def test_every_batch_holds_the_candidates_of_its_own_scenes(tmp_path: Path, fres
         for name, value in batch.candidates.tensors().items():
             torch.testing.assert_close(value, expected.tensors()[name], rtol=1e-2, atol=1e-2)
     assert len(batch) == 24
+
+
+@pytest.mark.parametrize("process", [0, 1, 5])
+def test_a_fixed_set_is_the_same_at_whatever_chunk_a_process_begins(
+    process: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data_module, "_CHUNK", 8)
+    monkeypatch.setattr(os, "getpid", lambda: process)
+    config = tiny_candidate_config(
+        data={"cache": tmp_path, "train_scenes": 20, "val_scenes": 17, "fresh": False},
+        training={"snr_dropout": 0.5},
+    )
+    counted = Counted(monkeypatch)
+    source = open_source(config, CPU)
+    batches = [source.validation(), Batch.concatenate(list(source.train_batches(0, 7, 0)))]
+    # Chunks of 8, 8 and 1 or 4 scenes, the hidden ones apart from the others.
+    assert counted.scenes[:3] == [[8, 8, 1], [8, 1, 8], [1, 8, 8]][process % 3]
+    front_end = FrontEnd.of(config, keep=False)
+    assert front_end is not None
+    for batch in batches:
+        assert batch.candidates is not None
+        expected = call(front_end, batch.scenes, batch.snr_db)
+        for name, value in batch.candidates.tensors().items():
+            torch.testing.assert_close(value, expected.tensors()[name], rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("family", ["snapshot", "candidate"])

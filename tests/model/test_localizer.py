@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from model import CheckpointError, Localizer, Trainer, export_best
+from model.decision import Decision
 from model.localizer import Source
 from model.prediction import Prediction
 from physics import LowRankCovariance, PlanarArray, PolarGrid, Scenes, simulate, steering_vector
-from tests.tiny import tiny_config
+from physics.metrics import gospa, match
+from tests.tiny import tiny_candidate_config, tiny_config
 
 CONFIG = tiny_config()
 
@@ -211,3 +213,129 @@ def test_power_that_two_neighbours_see_counts_once(best: Path) -> None:
     powers = [source.power for source in localizer._decode(prediction, R)[0]]
     # 0.8^2 and 0.6^2; what each sees alone would be 0.64 + 0.36 times the overlap.
     assert powers == pytest.approx([0.64, 0.36], abs=0.03)
+
+
+# Of the network that judges candidates
+
+
+@pytest.fixture(scope="module")
+def candidate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Trainer, dict[str, float], Path]:
+    folder = tmp_path_factory.mktemp("candidate")
+    trainer = Trainer(tiny_candidate_config(training={"epochs": 1}))
+    metrics = trainer.run_epoch()
+    trainer.save(folder / "checkpoint")
+    export_best(folder / "checkpoint", folder / "best")
+    return trainer, metrics, folder / "best"
+
+
+def test_what_was_exported_names_the_sources_that_validation_scored(
+    candidate: tuple[Trainer, dict[str, float], Path],
+) -> None:
+    trainer, metrics, folder = candidate
+    localizer = Localizer.load(folder)
+    assert localizer.decision == trainer.decision != Decision()
+    scenes = trainer.source.validation().scenes
+    found, prediction, _ = localizer.detect(scenes.y, scenes.H, scenes.codes, scenes.known_snr_db)
+    assert prediction.cells is not None
+    matching = match(found, scenes.position, scenes.present)
+    assert 0 < int(found.count.sum()) < found.present.numel(), "some are named and some are not"
+    assert matching.f1 == pytest.approx(metrics["f1"])
+    assert matching.count_accuracy == pytest.approx(metrics["count_accuracy"])
+    cost = float(gospa(found, scenes.position, scenes.present).total.mean())
+    assert cost == pytest.approx(metrics["gospa"], rel=1e-4)
+    assert found.covariance is not None
+    assert bool((torch.linalg.eigvalsh(found.covariance[found.present].double()) > 0).all())
+
+
+def test_sources_are_the_candidates_above_the_threshold_with_their_own_probability(
+    candidate: tuple[Trainer, dict[str, float], Path], tmp_path: Path
+) -> None:
+    trainer, _, folder = candidate
+    localizer = Localizer.load(folder)
+    scenes = trainer.source.validation().scenes[slice(0, 8)]
+    call = (scenes.y, scenes.H, scenes.codes, scenes.known_snr_db)
+    found, prediction, _ = localizer.detect(*call)
+    probability = torch.sigmoid(prediction.existence)
+    sources = localizer.locate(*call)
+    assert any(len(part) > 1 for part in sources)  # type: ignore[arg-type]
+    for b, part in enumerate(sources):
+        slots = found.present[b].nonzero().squeeze(-1).tolist()
+        expected = {
+            (round(math.degrees(found.position[b, i, 0]), 3), round(float(probability[b, i]), 5))
+            for i in slots
+        }
+        got = {(round(s.azimuth_deg, 3), round(s.probability, 5)) for s in part}  # type: ignore[union-attr]
+        assert got == expected
+        powers = [s.power for s in part]  # type: ignore[union-attr]
+        assert powers == sorted(powers, reverse=True)
+    everything = Localizer(localizer.config, localizer.network, decision=Decision("f1", 0.0))
+    assert [len(part) for part in everything.locate(*call)] == [3] * 8  # type: ignore[arg-type]
+    nothing = Localizer(localizer.config, localizer.network, decision=Decision("f1", 1.0))
+    assert nothing.locate(*call) == [[]] * 8
+
+
+def test_candidates_of_inference_are_not_kept(
+    candidate: tuple[Trainer, dict[str, float], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    trainer, _, folder = candidate
+    scenes = trainer.source.validation().scenes[slice(0, 2)]
+    Localizer.load(folder).locate(scenes.y, scenes.H, scenes.codes)
+    assert not list(tmp_path.rglob("*"))
+
+
+@pytest.mark.parametrize("snr_db", [None, 10.0, "each", "some"])
+def test_candidates_are_judged_with_and_without_the_snr(
+    candidate: tuple[Trainer, dict[str, float], Path], snr_db: object
+) -> None:
+    trainer, _, folder = candidate
+    localizer = Localizer.load(folder)
+    scenes = trainer.source.validation().scenes[slice(0, 4)]
+    level = scenes.snr_db if snr_db == "each" else snr_db
+    if snr_db == "some":
+        level = scenes.snr_db.clone()
+        level[1] = math.nan
+    batch = localizer.locate(scenes.y, scenes.H, scenes.codes, level)  # type: ignore[arg-type]
+    assert len(batch) == 4
+    one = level[0] if isinstance(level, torch.Tensor) else level
+    alone = localizer.locate(scenes.y[0], scenes.H[0], scenes.codes[0], one)  # type: ignore[arg-type]
+    assert [s.azimuth_deg for s in alone] == pytest.approx(  # type: ignore[union-attr]
+        [s.azimuth_deg for s in batch[0]],
+        abs=1e-2,  # type: ignore[union-attr]
+    )
+
+
+@pytest.mark.parametrize("what", ["zero channel", "zero snapshots", "no scenes"])
+def test_ugly_scenes_of_candidates_give_a_defined_answer(
+    candidate: tuple[Trainer, dict[str, float], Path], what: str
+) -> None:
+    trainer, _, folder = candidate
+    n = 0 if what == "no scenes" else 2
+    scenes = trainer.source.validation().scenes[slice(0, n)]
+    y = 0 * scenes.y if what == "zero snapshots" else scenes.y
+    H = 0 * scenes.H if what == "zero channel" else scenes.H
+    named = Decision("f1", -1.0)  # all of them, so that there is something to look at
+    localizer = Localizer.load(folder)
+    everything = Localizer(localizer.config, localizer.network, decision=named)
+    found = everything.locate(y, H, scenes.codes)
+    assert len(found) == n
+    for part in found:
+        assert len(part) == 3  # type: ignore[arg-type]
+        assert all(math.isfinite(v) for s in part for v in vars(s).values())  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
+def test_scale_changes_nothing_of_what_candidates_say(
+    candidate: tuple[Trainer, dict[str, float], Path], dtype: torch.dtype
+) -> None:
+    trainer, _, folder = candidate
+    localizer = Localizer.load(folder)
+    scenes = trainer.source.validation().scenes[slice(0, 6)]
+    scale = 2.0**50 if dtype == torch.complex64 else 2.0**200
+    y, H, codes = (t.to(dtype) for t in (scenes.y, scenes.H, scenes.codes))
+    one, _, _ = localizer.detect(y, H, codes)
+    two, _, _ = localizer.detect(y * scale, H / scale, codes)
+    assert torch.equal(one.present, two.present)
+    torch.testing.assert_close(one.position, two.position)

@@ -173,9 +173,7 @@ def case(existence: float | None = None) -> tuple[Scenes, Prediction, ScenesLoss
     prediction.cells[:, 0, :, :2] = scenes.position[:, :1, :2]
     prediction.cells[:, 2, :, :2] = scenes.position[:, 1:2, :2] + 0.5 * GATE
     if existence is not None:
-        prediction = replace(
-            prediction, existence=torch.full_like(prediction.existence, existence)
-        )
+        prediction = replace(prediction, existence=torch.full_like(prediction.existence, existence))
     dictionary = PolarGrid.covering(SCENE, 6, 4, 2).steering(ARRAY, dtype=torch.complex128)
     loss = ScenesLoss(LossConfig(), ARRAY, "spherical", dictionary, torch.ones(3).double())
     return scenes, prediction, loss

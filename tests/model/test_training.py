@@ -15,9 +15,16 @@ from torch import Tensor
 
 import model.training as training_module
 from model import Trainer, TrialDiverged, train
-from model.checkpoint import CheckpointError, export_best, load_tensors, save_tensors
+from model.checkpoint import (
+    CheckpointError,
+    export_best,
+    load_tensors,
+    read_decision,
+    save_tensors,
+)
+from model.decision import Decision
 from physics import nmse
-from tests.tiny import tiny_config
+from tests.tiny import tiny_candidate_config, tiny_config
 
 Record = list[dict[str, Any]]
 TIMES = {"epoch_seconds", "scenes_per_second"}
@@ -54,6 +61,135 @@ def test_an_interrupted_training_goes_on_bit_for_bit(tmp_path: Path, fresh: bool
     a, b = weights_of(whole), weights_of(second)
     assert all(torch.equal(a[k], b[k]) for k in a)
     assert all(torch.equal(whole.best_weights[k], second.best_weights[k]) for k in a)
+
+
+def test_an_interrupted_training_of_candidates_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    config = tiny_candidate_config(
+        objective="f1",
+        training={"epochs": 4, "snr_dropout": 0.5},
+        network={"dropout": 0.3},
+        data={"cache": tmp_path / "cache"},
+    )
+    whole = Trainer(config)
+    record = run(whole, 4)
+    first = Trainer(config)
+    start = run(first, 2)
+    first.save(tmp_path / "checkpoint")
+    torch.rand(17)
+    second = Trainer(config)
+    second.load(tmp_path / "checkpoint")
+    assert second.best_decision == first.best_decision
+    assert start + run(second, 2) == record
+    a, b = weights_of(whole), weights_of(second)
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert all(torch.equal(whole.best_weights[k], second.best_weights[k]) for k in a)
+    assert whole.best_decision == second.best_decision
+    assert whole.decision == second.decision
+
+
+@pytest.mark.parametrize("family", ["snapshot", "candidate"])
+@pytest.mark.parametrize("objective", ["nmse", "f1", "gospa"])
+def test_the_objective_is_the_least_of_what_the_configuration_names(
+    family: str, objective: str
+) -> None:
+    if family == "candidate":
+        config = tiny_candidate_config(objective=objective, training={"learning_rate": 0.1})
+    else:
+        config = tiny_config(training={"learning_rate": 0.1})
+        config = config.model_copy(update={"objective": objective})
+    trainer = Trainer(config)
+    before = trainer.validate()
+    record = run(trainer, 2)
+
+    def of(metrics: dict[str, Any]) -> float:
+        if objective == "f1":
+            return 1.0 - metrics["f1"]
+        return float(metrics["gospa" if objective == "gospa" else "nmse_pred"])
+
+    assert record[0]["untrained_objective"] == record[1]["untrained_objective"] == of(before)
+    assert record[0]["objective"] == of(record[0])
+    assert record[1]["objective"] == min(of(record[0]), of(record[1]))
+    best = 1 + int(of(record[1]) < of(record[0]))
+    assert trainer.best_epoch == best
+
+
+@pytest.mark.parametrize("goal", ["f1", "gospa", "count"])
+def test_validation_names_the_sources_that_its_decision_names(goal: str) -> None:
+    from model.decision import Judged, choose, judge
+    from physics.metrics import gospa, match
+
+    trainer = Trainer(tiny_candidate_config(data={"val_scenes": 130}, decision={"goal": goal}))
+    assert trainer.decision.goal == goal
+    metrics = trainer.validate()
+    batch = trainer.source.validation()
+    assert len(batch) == 130, "more than one batch of validation"
+    trainer.network.eval()
+    with torch.no_grad():
+        judged = [
+            judge(trainer.network(trainer._features(batch[index])), goal)  # type: ignore[arg-type]
+            for index in (slice(0, 128), slice(128, 130))
+        ]
+    together = Judged.concatenate(judged)
+    decision = choose(together, batch.scenes, goal)  # type: ignore[arg-type]
+    assert trainer.decision == decision
+    found = together.named(decision)
+    matching = match(found, batch.scenes.position, batch.scenes.present)
+    assert metrics["f1"] == matching.f1
+    assert metrics["count_accuracy"] == matching.count_accuracy
+    cost = gospa(found, batch.scenes.position, batch.scenes.present).total.mean()
+    assert metrics["gospa"] == float(cost)
+
+
+def test_the_decision_of_the_best_epoch_is_kept_and_exported(tmp_path: Path) -> None:
+    config = tiny_candidate_config(training={"epochs": 3})
+    trainer = Trainer(config)
+    trainer.run_epoch()
+    kept, objective = trainer.decision, trainer.best_objective
+    assert trainer.best_decision == kept
+    # The next epoch is worse, whatever it decides.
+    trainer.best_objective = -1.0
+    with torch.no_grad():
+        for weight in trainer.average.weights.values():
+            weight.add_(torch.randn_like(weight))
+    trainer.run_epoch()
+    assert trainer.decision != kept
+    assert trainer.best_decision == kept
+    trainer.best_objective = objective
+    trainer.save(tmp_path / "c")
+    restored = Trainer(config)
+    restored.load(tmp_path / "c")
+    assert restored.best_decision == kept
+    export_best(tmp_path / "c", tmp_path / "best")
+    assert read_decision(tmp_path / "best") == kept
+    # As numbers in a file that anyone can read.
+    assert json.loads((tmp_path / "best" / "decision.json").read_text()) == {
+        "goal": "f1", "threshold": kept.threshold, "spread": kept.spread,
+    }  # fmt: skip
+
+
+def test_a_decision_that_is_none_is_refused_and_a_missing_one_is_the_default(
+    tmp_path: Path,
+) -> None:
+    assert read_decision(tmp_path) == Decision()
+    for text in ("{", '{"goal": "best"}', '{"threshold": "high"}', "[]"):
+        (tmp_path / "decision.json").write_text(text)
+        with pytest.raises(CheckpointError, match=r"decision\.json: not a decision of a training"):
+            read_decision(tmp_path)
+
+
+def test_a_training_of_candidates_lowers_its_objective() -> None:
+    config = tiny_candidate_config(
+        objective="f1",
+        training={"epochs": 6, "learning_rate": 1e-2, "ema_decay": 0.9, "snr_dropout": 0.0},
+        scene={"source_mode": "constant", "n_antennas": 8, "n_snapshots": 8, "min_sources": 0},
+        data={"train_scenes": 128, "val_scenes": 64, "fresh": False},
+    )
+    trainer = Trainer(config)
+    record = run(trainer, 6)
+    assert record[-1]["loss_existence"] < 0.7 * record[0]["loss_existence"]
+    assert record[-1]["loss_position"] < record[0]["loss_position"]
+    assert record[-1]["objective"] < record[-1]["untrained_objective"] - 0.05
+    assert record[-1]["count_accuracy"] > 0.6
 
 
 def test_training_lowers_loss_and_objective() -> None:

@@ -32,7 +32,9 @@ def find(S: Scenes, mode: Any, wavefront: Any = "spherical", **more: Any) -> Can
 
 def dense(S: Scenes, b: int) -> tuple[Any, Any, Any]:
     """y, H and codes at the scale that powers refer to: the largest part of each is 1."""
-    y, H, codes = ((t[b] / torch.view_as_real(t[b]).abs().max()).numpy() for t in (S.y, S.H, S.codes))
+    y, H, codes = (
+        (t[b] / torch.view_as_real(t[b]).abs().max()).numpy() for t in (S.y, S.H, S.codes)
+    )
     return y, H, codes
 
 
@@ -125,7 +127,9 @@ def test_evidence_is_the_likelihood_ratio_of_dense_covariances(
                 expected = ratio(*case, inverse_range=1 / r)
                 value = float(found.range_evidence[b, i, s])
                 assert value == pytest.approx(expected, rel=1e-6, abs=1e-6)
-            gain = reference.received(*case, H, codes, steer(wavefront), constant=mode == "constant")
+            gain = reference.received(
+                *case, H, codes, steer(wavefront), constant=mode == "constant"
+            )
             assert float(found.received[b, i]) == pytest.approx(gain, rel=1e-6, abs=1e-12)
         assert float(found.misfit[b]) == pytest.approx(
             float(every.cost[b]) / y.size / noise_of_all, rel=1e-6
@@ -317,7 +321,7 @@ def test_more_candidates_than_antennas_tell_apart_are_refused() -> None:
     S = scenes("fluctuating", 2)
     y, H = S.y[..., :4], S.H[:, :4]
     scene = SceneConfig(source_mode="fluctuating", **FIELD)
-    with pytest.raises(ValueError, match="4 candidates asked; .* at most 3 fluctuating sources"):
+    with pytest.raises(ValueError, match=r"4 candidates asked; .* at most 3 fluctuating sources"):
         find_candidates(y, H, S.codes, array=ARRAY, scene=scene, config=SMALL)
     three = CandidateConfig(count=3, range_cells=2)
     assert finite(find_candidates(y, H, S.codes, array=ARRAY, scene=scene, config=three))

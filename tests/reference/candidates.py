@@ -35,9 +35,7 @@ def evidence(
     """
 
     def log_likelihood(points: Real, powers: Real) -> float:
-        C = stochastic_covariances(
-            points, powers, noise_power, H, codes, steer, constant=constant
-        )
+        C = stochastic_covariances(points, powers, noise_power, H, codes, steer, constant=constant)
         return -0.5 * stochastic_deviance(y, C, constant=constant)
 
     others = np.delete(coordinates, index, axis=0).reshape(-1, 3)
