@@ -213,7 +213,8 @@ def test_scenes_without_sources_match_nothing_and_cost_only_their_existence() ->
     scenes, prediction, loss = case()
     index = (scenes.n_sources == 0).nonzero().squeeze(-1)
     assert len(index)
-    empty, judged = scenes[index], Prediction(**{n: v[index] for n, v in vars(prediction).items()})
+    tensors = {n: v for n, v in vars(prediction).items() if isinstance(v, Tensor)}
+    empty, judged = scenes[index], Prediction(**{n: v[index] for n, v in tensors.items()})
     matched, _ = match_slots(judged, own(judged, empty.position).score(), empty.present)
     assert not matched.any()
     terms = loss(judged, judged.covariance, empty).terms

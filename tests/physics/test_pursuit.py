@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,8 @@ import pytest
 import torch
 
 from physics import Detections, SceneConfig, Scenes
-from physics.fit import position_of
+from physics.fit import normal_equations, position_of, refine
+from physics.order import conditional_deviance, marginal_deviance
 from physics.pursuit import NompConfig, Search
 from tests.physics.test_fit import ARRAY, MODES, measured, scenes, steer
 from tests.reference import estimation as reference
@@ -53,6 +55,12 @@ def test_what_grows_fits_one_source_more_and_starts_where_it_is_told(mode: Any) 
     assert matrix.shape == (3, 6, 6)
     assert bool((two.cost < one.cost).all())
     assert bool((one.cost < measurement.energy).all())
+    # Without joint steps the new one is what was refined against the residual alone.
+    apart = searched(S, mode, new_iterations=4, joint_iterations=0)
+    two, _ = apart.grow(measurement, one.coordinates, one.residual)
+    rest = replace(measurement, y=one.residual)
+    alone, _ = refine(rest, apart.pick(measurement, one.residual), apart.bounds, 4)
+    torch.testing.assert_close(two.coordinates, torch.cat([one.coordinates, alone.coordinates], 1))
     still = searched(S, mode, new_iterations=0, joint_iterations=0)
     start = Detections(S.position[:, :1], torch.tensor([[True], [False], [True]]))
     given, _ = still.grow(measurement, search.points.new_zeros(3, 0, 3), measurement.y, start)
@@ -79,9 +87,6 @@ def test_noise_follows_the_level_and_the_energy_of_each_scene() -> None:
 
 
 def test_deviance_is_that_of_the_source_mode() -> None:
-    from physics.fit import normal_equations
-    from physics.order import conditional_deviance, marginal_deviance
-
     for mode, expected in (("constant", 0), ("fluctuating", 1)):
         S = scenes(mode, 2)
         search, m = searched(S, mode), measured(S, mode)
