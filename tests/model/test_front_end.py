@@ -24,7 +24,7 @@ from model.data import Batch, open_source
 from model.front_end import FrontEnd, default_cache
 from physics import PlanarArray, Scenes, simulate
 from physics.candidates import CandidateConfig, Candidates, find_candidates
-from physics.pursuit import NompConfig
+from physics.pursuit import PursuitConfig
 from tests.tiny import tiny_candidate_config, tiny_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -112,9 +112,9 @@ def test_files_hold_tensors_and_no_pickle(tmp_path: Path, scenes: Scenes) -> Non
 CHANGES: dict[str, dict[str, Any]] = {
     "count": {"config": CANDIDATES.model_copy(update={"count": 2})},
     "cells": {"config": CANDIDATES.model_copy(update={"range_cells": 7})},
-    "search": {"config": CANDIDATES.model_copy(update={"search": NompConfig(new_iterations=1)})},
+    "search": {"config": CANDIDATES.model_copy(update={"search": PursuitConfig(new_iterations=1)})},
     "criterion": {"config": CandidateConfig(
-        count=3, range_cells=6, search=NompConfig(joint_iterations=2, criterion="aic"))},
+        count=3, range_cells=6, search=PursuitConfig(joint_iterations=2, criterion="aic"))},
     "array": {"array": replace(ARRAY, spacing=0.14)},
     "offset": {"array": replace(ARRAY, offset=(-0.075, -0.075))},
     "shape": {"array": PlanarArray(9, 4)},

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from physics import NompConfig, PlanarArray, SceneConfig, Scenes, nomp, simulate
+from physics import NompConfig, PlanarArray, PursuitConfig, SceneConfig, Scenes, nomp, simulate
 from physics.candidates import CandidateConfig, Candidates, find_candidates
 from physics.fit import Measurement, normal_equations, position_of
 from physics.order import symbol_powers
@@ -161,7 +161,7 @@ def test_the_criterion_keeps_the_first_ones_of_the_least_price(
 ) -> None:
     S = scenes(mode, 8, snr_db=8.0)
     scene = SceneConfig(source_mode=mode, max_sources=max_sources, **FIELD)
-    config = CandidateConfig(count=4, range_cells=2, search=NompConfig(criterion=criterion))
+    config = CandidateConfig(count=4, range_cells=2, search=PursuitConfig(criterion=criterion))
     found = find(S, mode, snr_db=S.snr_db, scene=scene, config=config)
     parameters = 5 if mode == "constant" else 4
     price = parameters * (2.0 if criterion == "aic" else math.log(2 * 48))
@@ -340,7 +340,7 @@ def test_no_scenes_have_no_candidates_of_the_same_shapes(mode: Any) -> None:
 
 def test_scenes_do_not_depend_on_their_company_or_order() -> None:
     S = scenes("constant", 66)  # more than one chunk
-    few = CandidateConfig(count=2, range_cells=3, search=NompConfig(joint_iterations=2))
+    few = CandidateConfig(count=2, range_cells=3, search=PursuitConfig(joint_iterations=2))
     whole = find(S, "constant", snr_db=S.snr_db, config=few)
     order = torch.tensor([65, 3, 64, 0])
     some = find(S[order], "constant", snr_db=S.snr_db[order], config=few)
@@ -388,7 +388,7 @@ def test_candidates_of_single_precision_agree_with_those_of_double() -> None:
 
 def test_default_array_and_scene_are_the_physics_defaults() -> None:
     S = simulate(1, SceneConfig(), PlanarArray(), generator=torch.Generator().manual_seed(0))
-    quick = CandidateConfig(count=1, range_cells=2, search=NompConfig(new_iterations=1))
+    quick = CandidateConfig(count=1, range_cells=2, search=PursuitConfig(new_iterations=1))
     plain = find_candidates(S.y, S.H, S.codes, config=quick)
     told = find_candidates(
         S.y, S.H, S.codes, array=PlanarArray(), scene=SceneConfig(), snr_db=None, config=quick

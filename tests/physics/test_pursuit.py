@@ -11,14 +11,14 @@ import torch
 from physics import Detections, SceneConfig, Scenes
 from physics.fit import normal_equations, position_of, refine
 from physics.order import conditional_deviance, marginal_deviance
-from physics.pursuit import NompConfig, Search
+from physics.pursuit import PursuitConfig, Search
 from tests.physics.test_fit import ARRAY, MODES, measured, scenes, steer
 from tests.reference import estimation as reference
 
 
 def searched(S: Scenes, mode: Any, **config: Any) -> Search:
     scene = SceneConfig(source_mode=mode, range_m=(0.6, 3.0), n_antennas=8, n_snapshots=6)
-    return Search(ARRAY, scene, NompConfig(oversampling=1.0, **config), S.y, S.H, S.codes)
+    return Search(ARRAY, scene, PursuitConfig(oversampling=1.0, **config), S.y, S.H, S.codes)
 
 
 @pytest.mark.parametrize("mode", MODES)
