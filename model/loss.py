@@ -17,7 +17,7 @@ from physics.config import FrozenModel
 from physics.covariance import LowRankCovariance, nmse, source_covariance
 from physics.geometry import PlanarArray
 from physics.precision import in_full_precision
-from physics.scaling import multiply
+from physics.scaling import energy, multiply, power
 from physics.scene import Scenes
 from physics.steering import Wavefront, steering_vector
 
@@ -135,23 +135,22 @@ class ScenesLoss:
 
         blended = blended.normalized()
         predicted = prediction.covariance
-        # What R_pred and R_blend share of the projections is computed once.
-        basis, n_bases = self._orthonormal(truth, steering, present)
-        directions = torch.cat([steering, basis], dim=-2)
-        projected = blended.project(directions)  # (B, r, 2 K)
-        most = steering.shape[-2]
+        projected = blended.project(steering)  # (B, r, K)
         terms = {
-            "nmse": nmse(blended, truth, projected[..., :most]).mean(),
-            "cov_pred": nmse(predicted, truth, predicted.project(directions)[..., :most]).mean(),
+            "nmse": nmse(blended, truth, projected).mean(),
+            "cov_pred": nmse(predicted, truth, predicted.project(steering)).mean(),
         }
         if weights["subspace_align"] or weights["peak_contrast"]:
             decoys = self._decoys(generator)
-            seen = torch.cat([projected, blended.project(decoys)], dim=-1)
-            energy = blended.dominant_energy(seen, scenes.n_sources, most)
-            at_source, of_basis, at_decoy = energy.split([most, most, decoys.shape[0]], dim=-1)
-            terms["subspace_align"] = self._subspace(of_basis, n_bases)
+            weights_of_basis = blended.dominant_weights(scenes.n_sources, steering.shape[-2])
+            seen = weights_of_basis.mT @ projected  # (B, K, K)
+            subspace = blended.combined(weights_of_basis)  # (B, K, N)
+            terms["subspace_align"] = self._subspace(seen, *self._orthonormal(truth, present))
             terms["peak_contrast"] = self._contrast(
-                at_source, at_decoy, overlap_of(decoys, steering), present
+                power(seen).sum(-2),
+                overlap_of(decoys, subspace).sum(-1),
+                overlap_of(decoys, steering).mT,
+                present,
             )
         if weights["existence"] or weights["position"]:
             pointing = self._pointing(prediction, scenes, steering)
@@ -165,37 +164,36 @@ class ScenesLoss:
         total = torch.stack([weights[name] * value for name, value in terms.items()]).sum()
         return LossValue(total, {name: value.detach() for name, value in terms.items()})
 
-    def _orthonormal(
-        self, truth: LowRankCovariance, steering: Tensor, present: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Basis (B, K, N) of the sources' span, zero rows beyond its dimension (B,).
+    def _orthonormal(self, truth: LowRankCovariance, present: Tensor) -> tuple[Tensor, Tensor]:
+        """``T = V Lambda^-1/2`` (B, K, K) that makes a basis A T of the sources' span, its size (B,).
 
-        ``Q = A V Lambda^-1/2`` from the K x K Gram matrix of the steering vectors; sources that
-        coincide count once.
+        From the K x K Gram matrix of the steering vectors A; sources that coincide count once, and
+        the other columns of T are zero.
         """
         sources = truth.reweighted(present.to(truth.loading.dtype))
         values, vectors = torch.linalg.eigh(sources.gram())
         apart = values > self.array.size * torch.finfo(values.dtype).eps * values[..., -1:]
         scale = torch.where(apart, values, torch.inf).rsqrt()
-        return multiply(vectors, scale.unsqueeze(-2)).mT @ steering, apart.sum(-1)
+        return multiply(vectors, scale.unsqueeze(-2)), apart.sum(-1)
 
     def _subspace(
         self,
-        energy: Tensor,  # (B, K) of an orthonormal basis, in the signal subspace
+        seen: Tensor,  # (B, K', K) conj(U^H A), sources in a basis of the signal subspace
+        basis: Tensor,  # (B, K, K) T of an orthonormal basis A T
         n_bases: Tensor,  # (B,)
     ) -> Tensor:
-        occupied = n_bases > 0
-        loss = (1.0 - energy.sum(-1) / n_bases.clamp_min(1)) * occupied
+        occupied = (n_bases > 0).to(basis.real.dtype)
+        loss = occupied - energy(seen @ basis.conj()) / n_bases.clamp_min(1)
         return loss.sum() / occupied.sum().clamp_min(1)
 
     def _contrast(
         self,
         at_source: Tensor,  # (B, K) energy in the signal subspace
         at_decoy: Tensor,  # (B, G')
-        overlap: Tensor,  # (B, G', K)
+        overlap: Tensor,  # (B, K, G')
         present: Tensor,  # (B, K) bool
     ) -> Tensor:
-        near = ((overlap > 0.5) & present.unsqueeze(-2)).any(-1)
+        near = ((overlap > 0.5) & present.unsqueeze(-1)).any(-2)
         level = torch.logsumexp(
             (at_decoy / self.temperature).masked_fill(near, -torch.inf), dim=-1, keepdim=True
         )
@@ -236,4 +234,4 @@ def _mean_of(value: Tensor, slot: Tensor) -> Tensor:
 def overlap_of(cells: Tensor, steering: Tensor) -> Tensor:
     """``|a_g^H a_k|^2`` (B, G, K) of cells (G, N) and sources (B, K, N)."""
     product = steering.flatten(0, 1) @ cells.mH
-    return torch.view_as_real(product).square().sum(-1).unflatten(0, steering.shape[:2]).mT
+    return power(product).unflatten(0, steering.shape[:2]).mT

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-
-from physics.scaling import multiply
 
 
 def serves(kept: Tensor, wanted: bool) -> bool:
@@ -30,7 +27,7 @@ class _Gram(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor) -> Tensor:
         ctx.save_for_backward(rows)
-        return (rows @ rows.mH).conj().resolve_conj()
+        return rows.conj() @ rows.mT
 
     @staticmethod
     @once_differentiable
@@ -39,28 +36,53 @@ class _Gram(torch.autograd.Function):
         return (grad + grad.mH).mT @ rows
 
 
-@dataclass
-class _Kept:
-    """Products of columns: their Gram matrix, and the projection of the vectors seen last."""
+class _InnerProducts(torch.autograd.Function):
+    """``C^H D`` (…, r, s) of rows C^T and D^T; backward conjugates no rows."""
 
-    gram: Tensor | None = None
-    of_version: int = -1
-    vectors: Tensor | None = None
-    version: int = -1
-    projected: Tensor | None = None
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, others: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, others)
+        return rows.conj() @ others.mT
 
-    def saw(self, vectors: Tensor) -> bool:
-        """Whether the kept projection is of these vectors, unchanged since."""
-        return self.vectors is vectors and self.version == _version(vectors) >= 0
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        rows, others = ctx.saved_tensors
+        to_rows = to_others = None
+        if ctx.needs_input_grad[0]:
+            to_rows = (grad.conj() @ others).sum_to_size(rows.shape)
+        if ctx.needs_input_grad[1]:
+            to_others = (grad.mT @ rows).sum_to_size(others.shape)
+        return to_rows, to_others
+
+
+class _Combined(torch.autograd.Function):
+    """``(C W)^T`` (…, K, N) of weights W (…, r, K) and rows C^T; backward conjugates no rows."""
+
+    @staticmethod
+    def forward(ctx: Any, weights: Tensor, rows: Tensor) -> Tensor:
+        ctx.save_for_backward(weights, rows)
+        return weights.mT @ rows
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        weights, rows = ctx.saved_tensors
+        to_weights = to_rows = None
+        if ctx.needs_input_grad[0]:
+            to_weights = (grad.conj() @ rows.mT).mH.sum_to_size(weights.shape)
+        if ctx.needs_input_grad[1]:
+            to_rows = (weights.conj() @ grad).sum_to_size(rows.shape)
+        return to_weights, to_rows
 
 
 class Columns:
-    """Columns F = C diag(s) of a factor.
+    """Columns C (…, N, r) of a factor, and products of them that are kept.
 
-    The columns C and what was computed of them are shared by the blocks that differ in s alone.
+    Covariances that scale or weigh the same columns differently share one of these.
     """
 
-    def __init__(self, columns: Tensor, amplitudes: Tensor | None = None) -> None:
+    def __init__(self, columns: Tensor) -> None:
         if not columns.is_complex() or columns.ndim < 2:
             raise ValueError(
                 f"factor is {columns.dtype} of shape {tuple(columns.shape)}; "
@@ -71,90 +93,45 @@ class Columns:
                 f"factor has shape {tuple(columns.shape)}; expected at least one row and "
                 "column (a zero column stands for rank 0)"
             )
-        if amplitudes is not None and (
-            amplitudes.is_complex() or amplitudes.shape[-1:] != columns.shape[-1:]
-        ):
-            raise ValueError(
-                f"amplitudes are {amplitudes.dtype} of shape {tuple(amplitudes.shape)}; expected "
-                f"a real tensor (..., {columns.shape[-1]}), one for each column"
-            )
-        self.columns, self._amplitudes = columns, amplitudes
-        self._kept = _Kept()
-
-    def reweighted(self, amplitudes: Tensor) -> Columns:
-        """The same columns with other amplitudes (…, r)."""
-        other = Columns(self.columns, amplitudes)
-        other._kept = self._kept
-        return other
-
-    def scaled(self, root: Tensor) -> Columns:
-        """The same columns with amplitudes times ``root`` (…)."""
-        return self.reweighted(root.unsqueeze(-1) * self.amplitudes)
-
-    def detach(self) -> Columns:
-        """Cut from the graph."""
-        amplitudes = None if self._amplitudes is None else self._amplitudes.detach()
-        return Columns(self.columns.detach(), amplitudes)
+        self.columns = columns
+        self._gram: Tensor | None = None
+        self._gram_version = -1
+        self._vectors: Tensor | None = None
+        self._vectors_version = -1
+        self._projected: Tensor | None = None
 
     @property
     def rank(self) -> int:
         """Number of columns."""
         return self.columns.shape[-1]
 
-    @property
-    def batch_shape(self) -> torch.Size:
-        """Leading shape."""
-        return torch.broadcast_shapes(self.columns.shape[:-2], self.amplitudes.shape[:-1])
-
-    @property
-    def amplitudes(self) -> Tensor:
-        """s (…, r)."""
-        if self._amplitudes is None:
-            return self.columns.real.new_ones(self.rank)
-        return self._amplitudes
-
-    @property
-    def wants_gradient(self) -> bool:
-        """Whether a gradient is to flow into it."""
-        amplitudes = self._amplitudes
-        return self.columns.requires_grad or (amplitudes is not None and amplitudes.requires_grad)
-
-    def factor(self) -> Tensor:
-        """F (…, N, r)."""
-        return self._weighted(self.columns, self._amplitudes, -2)
-
     def gram(self) -> Tensor:
-        """F^H F (…, r, r)."""
-        kept = self._kept
+        """C^H C (…, r, r)."""
         version = _version(self.columns)
-        fresh = kept.of_version == version >= 0
-        if kept.gram is None or not (fresh and serves(kept.gram, self.columns.requires_grad)):
-            kept.of_version = version
-            kept.gram = _Gram.apply(self.columns.mT)
-        return self._outer_weighted(kept.gram, self)
+        fresh = self._gram_version == version >= 0
+        if self._gram is None or not (fresh and serves(self._gram, self.columns.requires_grad)):
+            self._gram, self._gram_version = _Gram.apply(self.columns.mT), version
+        return self._gram
 
     def across(self, other: Columns) -> Tensor:
-        """F^H G (…, r, s) of another block G."""
-        return self._outer_weighted(self.columns.mH @ other.columns, other)
+        """C^H D (…, r, s) of other columns D."""
+        product: Tensor = _InnerProducts.apply(self.columns.mT, other.columns.mT)
+        return product
 
     def project(self, vectors: Tensor) -> Tensor:
-        """conj(F^H v) (…, r, G)."""
+        """conj(C^H v) (…, r, G)."""
         if vectors.ndim == 2:
             rows = self.columns.mT.reshape(-1, self.columns.shape[-2])
-            product = (rows @ vectors.mH).unflatten(0, (*self.columns.shape[:-2], self.rank))
-            return self._weighted(product, self._amplitudes, -1)
-        kept = self._kept
+            return (rows @ vectors.mH).unflatten(0, (*self.columns.shape[:-2], self.rank))
         wanted = self.columns.requires_grad or vectors.requires_grad
-        if kept.projected is None or not (kept.saw(vectors) and serves(kept.projected, wanted)):
-            kept.vectors, kept.version = vectors, _version(vectors)
-            kept.projected = self.columns.mT @ vectors.mH
-        return self._weighted(kept.projected, self._amplitudes, -1)
+        seen = self._vectors is vectors and self._vectors_version == _version(vectors) >= 0
+        if self._projected is None or not (seen and serves(self._projected, wanted)):
+            self._vectors, self._vectors_version = vectors, _version(vectors)
+            # Few rows times many columns, the other way around takes twice as long.
+            self._projected = _InnerProducts.apply(vectors, self.columns.mT).mT
+        return self._projected
 
-    def _outer_weighted(self, product: Tensor, other: Columns) -> Tensor:
-        if self._amplitudes is None and other._amplitudes is None:
-            return product
-        return multiply(product, self.amplitudes.unsqueeze(-1) * other.amplitudes.unsqueeze(-2))
-
-    @staticmethod
-    def _weighted(product: Tensor, amplitudes: Tensor | None, dim: int) -> Tensor:
-        return product if amplitudes is None else multiply(product, amplitudes.unsqueeze(dim))
+    def combined(self, weights: Tensor) -> Tensor:
+        """Vectors C W in rows (…, K, N), of weights W (…, r, K)."""
+        vectors: Tensor = _Combined.apply(weights, self.columns.mT)
+        return vectors

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from physics.columns import Columns, serves
 from physics.config import FrozenModel
 from physics.precision import in_full_precision
 from physics.scaling import divide, divisor, energy, multiply, peak, power
-from physics.subspace import dominant_energy
+from physics.subspace import dominant_energy, dominant_weights
 from physics.tikhonov import Solver, tikhonov_solve
 
 
@@ -46,25 +47,43 @@ class LowRankCovariance:
     ) -> None:
         if loading is not None and loading.is_complex():
             raise ValueError(f"loading is {loading.dtype}; expected a real tensor (...)")
-        self._set((Columns(columns, amplitudes),), loading)
+        if amplitudes is not None and (
+            amplitudes.is_complex() or amplitudes.shape[-1:] != columns.shape[-1:]
+        ):
+            raise ValueError(
+                f"amplitudes are {amplitudes.dtype} of shape {tuple(amplitudes.shape)}; expected "
+                f"a real tensor (..., {columns.shape[-1]}), one for each column"
+            )
+        self._set((Columns(columns),), amplitudes, loading)
 
     @classmethod
     def _of(
-        cls, blocks: tuple[Columns, ...], loading: Tensor | None, *, at_trace_n: bool = False
+        cls,
+        blocks: tuple[Columns, ...],
+        amplitudes: Tensor | None,
+        loading: Tensor | None,
+        *,
+        at_trace_n: bool = False,
     ) -> LowRankCovariance:
         """Of columns that are there already, known to be at trace N or not."""
         made = cls.__new__(cls)
-        made._set(blocks, loading, at_trace_n)
+        made._set(blocks, amplitudes, loading, at_trace_n)
         return made
 
     def _set(
-        self, blocks: tuple[Columns, ...], loading: Tensor | None, at_trace_n: bool = False
+        self,
+        blocks: tuple[Columns, ...],
+        amplitudes: Tensor | None,
+        loading: Tensor | None,
+        at_trace_n: bool = False,
     ) -> None:
         self._blocks = blocks
+        self._amplitudes = amplitudes
         self._loading = loading
         self._at_trace_n = at_trace_n
         self._factor: Tensor | None = None
         self._gram: Tensor | None = None
+        self._own: tuple[Tensor, Tensor] | None = None
 
     def __repr__(self) -> str:
         return (
@@ -95,13 +114,14 @@ class LowRankCovariance:
     @property
     def batch_shape(self) -> torch.Size:
         """Leading shape."""
-        shapes = [block.batch_shape for block in self._blocks]
-        return torch.broadcast_shapes(*shapes, self.loading.shape)
+        shapes = [block.columns.shape[:-2] for block in self._blocks]
+        return torch.broadcast_shapes(*shapes, self.amplitudes.shape[:-1], self.loading.shape)
 
     @property
     def requires_grad(self) -> bool:
         """Whether a gradient is to flow into the factor."""
-        return any(block.wants_gradient for block in self._blocks)
+        weighted = self._amplitudes is not None and self._amplitudes.requires_grad
+        return weighted or any(block.columns.requires_grad for block in self._blocks)
 
     @property
     def loading(self) -> Tensor:
@@ -119,24 +139,32 @@ class LowRankCovariance:
     @property
     def amplitudes(self) -> Tensor:
         """s (…, r)."""
-        batch = torch.broadcast_shapes(*(b.amplitudes.shape[:-1] for b in self._blocks))
-        return torch.cat([b.amplitudes.expand(*batch, b.rank) for b in self._blocks], dim=-1)
+        if self._amplitudes is None:
+            return torch.ones(self.rank, dtype=self.dtype.to_real(), device=self.device)
+        return self._amplitudes
 
     @property
     def factor(self) -> Tensor:
         """F (…, N, r), put together once."""
         if self._factor is None or not self._keeps(self._factor):
-            self._factor = _joined([block.factor() for block in self._blocks], dim=-1)
+            self._factor = self._weighted(self.columns, dim=-1)
         return self._factor
+
+    def _weighted(self, product: Tensor, dim: int) -> Tensor:
+        """A product of the columns, which lie along ``dim``, as one of the factor."""
+        if self._amplitudes is None:
+            return product
+        return multiply(product, self._amplitudes.unsqueeze(-3 - dim))
 
     def _keeps(self, product: Tensor) -> bool:
         return serves(product, self.requires_grad)
 
     def detach(self) -> LowRankCovariance:
         """The same matrix, cut from the graph."""
-        blocks = tuple(block.detach() for block in self._blocks)
+        blocks = tuple(Columns(block.columns.detach()) for block in self._blocks)
+        amplitudes = None if self._amplitudes is None else self._amplitudes.detach()
         loading = None if self._loading is None else self._loading.detach()
-        return self._of(blocks, loading, at_trace_n=self._at_trace_n)
+        return self._of(blocks, amplitudes, loading, at_trace_n=self._at_trace_n)
 
     def to(self, *args: Any, **kwargs: Any) -> LowRankCovariance:
         """Move the factor by ``Tensor.to``; the loading follows in the matching real dtype."""
@@ -152,7 +180,11 @@ class LowRankCovariance:
                 before = [rows[j][i].mH for j in range(i)]
                 after = [one.across(other) for other in self._blocks[i + 1 :]]
                 rows.append([*before, one.gram(), *after])
-            self._gram = _joined([_joined(row, dim=-1) for row in rows], dim=-2)
+            gram = _joined([_joined(row, dim=-1) for row in rows], dim=-2)
+            if self._amplitudes is not None:
+                s = self._amplitudes
+                gram = multiply(gram, s.unsqueeze(-1) * s.unsqueeze(-2))
+            self._gram = gram
         return self._gram
 
     @in_full_precision
@@ -170,6 +202,8 @@ class LowRankCovariance:
         """||F||_F^2 (…), which follows from the loading where the trace is N."""
         if self._at_trace_n:
             return self.size * (1.0 - self.loading)
+        if self.requires_grad:
+            return energy(self.factor.mT)
         return self.gram().diagonal(dim1=-2, dim2=-1).real.sum(-1)
 
     def normalized(self, *, moderate: bool = False) -> LowRankCovariance:
@@ -183,27 +217,31 @@ class LowRankCovariance:
             return self
         unit = self if moderate else self._without_scale()
         trace = unit.trace()
-        known = trace > 0
-        scale = self.size / torch.where(known, trace, 1.0)
+        nothing = trace <= 0
+        scale = self.size / trace.masked_fill(nothing, 1.0)
         if unit._loading is None:
-            loading = (~known).to(trace.dtype)
+            loading = nothing.to(trace.dtype)
         else:
-            loading = torch.where(known, unit._loading * scale, 1.0)
-        return unit._scaled(scale.sqrt(), loading, at_trace_n=True)
+            loading = (unit._loading * scale).masked_fill(nothing, 1.0)
+        if not unit.requires_grad:
+            return unit._scaled(scale.sqrt(), loading, at_trace_n=True)
+        # One product here, so that no amplitude carries a gradient through all that follows.
+        rows = multiply(unit.factor.mT, scale.sqrt()[..., None, None])
+        return self._of((Columns(rows.mT),), None, loading, at_trace_n=True)
 
     def reweighted(self, amplitudes: Tensor) -> LowRankCovariance:
         """``C diag(s)^2 C^H`` of the same columns with other amplitudes s (…, r), unloaded."""
-        parts = amplitudes.split([block.rank for block in self._blocks], dim=-1)
-        blocks = tuple(b.reweighted(p) for b, p in zip(self._blocks, parts, strict=True))
-        return self._of(blocks, None)
+        return self._of(self._blocks, amplitudes, None)
 
     def _scaled(
         self, root: Tensor, loading: Tensor | None = None, *, at_trace_n: bool = False
     ) -> LowRankCovariance:
         """The same columns with their amplitudes times ``root`` (…), and another loading."""
-        blocks = tuple(block.scaled(root) for block in self._blocks)
+        amplitudes = root.unsqueeze(-1).expand(*root.shape, self.rank)
+        if self._amplitudes is not None:
+            amplitudes = amplitudes * self._amplitudes
         loading = self.loading if loading is None else loading
-        return self._of(blocks, loading, at_trace_n=at_trace_n)
+        return self._of(self._blocks, amplitudes, loading, at_trace_n=at_trace_n)
 
     def shrunk(self, shrinkage: float | Tensor) -> LowRankCovariance:
         """``(1 - rho) R + rho tr(R)/N I``, which keeps the trace.
@@ -220,7 +258,7 @@ class LowRankCovariance:
     def loaded(self, loading: float | Tensor) -> LowRankCovariance:
         """``R + loading tr(R)/N I``: diagonal loading relative to the mean diagonal."""
         raised = self.loading + loading * self.trace() / self.size
-        return self._of(self._blocks, raised)
+        return self._of(self._blocks, self._amplitudes, raised)
 
     @in_full_precision
     def inner(self, other: LowRankCovariance) -> Tensor:
@@ -234,6 +272,13 @@ class LowRankCovariance:
             + other.loading * self._factor_energy()
             + self.size * self.loading * other.loading
         )
+
+    def _energies(self) -> tuple[Tensor, Tensor]:
+        """||F^H F||^2 and ||R||^2 (…) at trace N, computed once."""
+        if self._own is None or not self._keeps(self._own[1]):
+            own = energy(self.gram())
+            self._own = own, own + self.size * self.loading * (2.0 - self.loading)
+        return self._own
 
     def _cross_energy(self, other: LowRankCovariance) -> Tensor:
         """||F^H G||^2 (…)."""
@@ -324,7 +369,25 @@ class LowRankCovariance:
 
         Vectors without leading dimensions, such as a grid's, make one plain matrix product.
         """
-        return _joined([block.project(vectors) for block in self._blocks], dim=-2)
+        projected = _joined([block.project(vectors) for block in self._blocks], dim=-2)
+        return self._weighted(projected, dim=-2)
+
+    @in_full_precision
+    def dominant_weights(self, n_sources: int | Tensor, at_most: int | None = None) -> Tensor:
+        """W (…, r, at_most) of ``U_K = F W``, orthonormal columns that span the dominant subspace.
+
+        Columns beyond K are zero. See :func:`physics.subspace.dominant_weights` for what may be
+        differentiated; the scale of R must be moderate.
+        """
+        return dominant_weights(self.gram(), n_sources, at_most)
+
+    @in_full_precision
+    def combined(self, weights: Tensor) -> Tensor:
+        """Vectors F W in rows (…, K, N), of weights W (…, r, K)."""
+        weights = self._weighted(weights, dim=-2)
+        parts = weights.split([block.rank for block in self._blocks], dim=-2)
+        vectors = [b.combined(part) for b, part in zip(self._blocks, parts, strict=True)]
+        return functools.reduce(torch.add, vectors)
 
     @in_full_precision
     def signal_subspace(self, n_sources: int) -> Tensor:
@@ -355,8 +418,11 @@ def _joined(parts: list[Tensor], dim: int) -> Tensor:
     """One tensor of parts (…, n, m)."""
     if len(parts) == 1:
         return parts[0]
-    batch = torch.broadcast_shapes(*(part.shape[:-2] for part in parts))
-    return torch.cat([part.expand(*batch, *part.shape[-2:]) for part in parts], dim=dim)
+    shapes = {part.shape[:-2] for part in parts}
+    if len(shapes) > 1:
+        batch = torch.broadcast_shapes(*shapes)
+        parts = [part.expand(*batch, *part.shape[-2:]) for part in parts]
+    return torch.cat(parts, dim=dim)
 
 
 def _fraction(name: str, value: float | Tensor, like: Tensor) -> Tensor:
@@ -385,7 +451,9 @@ def blend(
     weight = _fraction("beta", beta, predicted.loading)
     parts = (predicted._scaled((1.0 - weight).sqrt()), measured._scaled(weight.sqrt()))
     loading = (1.0 - weight) * predicted.loading + weight * measured.loading
-    return LowRankCovariance._of(parts[0]._blocks + parts[1]._blocks, loading, at_trace_n=True)
+    amplitudes = _joined([part.amplitudes.unsqueeze(-2) for part in parts], dim=-1).squeeze(-2)
+    blocks = predicted._blocks + measured._blocks
+    return LowRankCovariance._of(blocks, amplitudes, loading, at_trace_n=True)
 
 
 @in_full_precision
@@ -410,10 +478,9 @@ def nmse(
         estimate, truth = estimate.normalized(), truth.normalized()
     if projected is None:
         projected = estimate.project(truth.columns.mT)
-    own = energy(truth.gram())
+    own, norm = truth._energies()
     error: Tensor = _EnergyBeyond.apply(estimate.gram(), projected, truth.amplitudes.square())
-    error = error + (own - truth.size * (estimate.loading - truth.loading).square())
-    norm = own + truth.size * truth.loading * (2.0 - truth.loading)
+    error = error + own.sub((estimate.loading - truth.loading).square(), alpha=truth.size)
     return error.clamp_min(0.0) / norm
 
 

@@ -6,19 +6,21 @@ times a real one; these do the same on pairs of reals.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def power(value: Tensor) -> Tensor:
     """|value|^2 (…) real."""
-    pair = torch.view_as_real(value.resolve_conj())
-    return pair[..., 0].square() + pair[..., 1].square()
+    return _squared_norm(value, 0)
 
 
 def energy(value: Tensor) -> Tensor:
     """Squared Frobenius norm (…) of matrices (…, n, m)."""
-    return torch.view_as_real(value.resolve_conj()).square().sum((-3, -2, -1))
+    return _squared_norm(value, 2)
 
 
 def peak(value: Tensor, n_dims: int = 2) -> Tensor:
@@ -48,4 +50,33 @@ def divide(value: Tensor, real: Tensor) -> Tensor:
 
 def multiply(value: Tensor, real: Tensor) -> Tensor:
     """value * real for complex value; ``real`` broadcasts against it."""
+    if not real.requires_grad:
+        return value * real
     return torch.view_as_complex(torch.view_as_real(value.resolve_conj()) * real.unsqueeze(-1))
+
+
+def _squared_norm(value: Tensor, n_dims: int) -> Tensor:
+    """Sum of |value|^2 over the last ``n_dims`` dimensions."""
+    if value.requires_grad and torch.is_grad_enabled():
+        total: Tensor = _SquaredNorm.apply(value, n_dims)
+        return total
+    squares = torch.view_as_real(value.resolve_conj()).square()
+    if n_dims == 0:
+        return squares[..., 0] + squares[..., 1]
+    return squares.sum(tuple(range(-n_dims - 1, 0)))
+
+
+class _SquaredNorm(torch.autograd.Function):
+    """Backward takes one product."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, n_dims: int) -> Tensor:
+        ctx.save_for_backward(value)
+        ctx.n_dims = n_dims
+        return _squared_norm(value, n_dims)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (value,) = ctx.saved_tensors
+        return multiply(value, 2.0 * grad[(..., *[None] * ctx.n_dims)]), None

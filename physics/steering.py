@@ -129,10 +129,16 @@ def _path(
         return q * bent - u_p, lambda: (-1.0 - q * u_p, bent)
     root = (1.0 - 2.0 * q * u_p + q.square() * p_squared).clamp_min(0.0).sqrt()
     path = (q * p_squared - 2.0 * u_p) / (1.0 + root)
-    safe = root.clamp_min(torch.finfo(root.dtype).eps)  # 0 where the source sits on the element
-    return path, lambda: (-safe.reciprocal(), 0.5 * (p_squared - path.square()) / safe)
+
+    def slopes() -> tuple[Tensor, Tensor]:
+        safe = root.clamp_min(torch.finfo(root.dtype).eps)  # 0 where the source sits on the element
+        return -safe.reciprocal(), 0.5 * (p_squared - path.square()) / safe
+
+    return path, slopes
 
 
 def _response(path: Tensor, array: PlanarArray) -> Tensor:
-    amplitude = torch.full_like(path, array.size**-0.5)
-    return torch.polar(amplitude, -array.wavenumber * path)
+    phase = array.wavenumber * path
+    amplitude = array.size**-0.5
+    # As torch.polar, which takes sines and cosines one by one on a CPU.
+    return torch.complex(amplitude * torch.cos(phase), -amplitude * torch.sin(phase))

@@ -1,4 +1,4 @@
-"""Energy in the dominant subspace of a covariance, from its Gram matrix, with a safe gradient."""
+"""The dominant subspace of a covariance, from its Gram matrix, with a safe gradient."""
 
 from __future__ import annotations
 
@@ -16,15 +16,7 @@ def dominant_energy(
 ) -> Tensor:
     """``||U_K^H v||^2`` (…, G) for the subspace U_K of the K largest eigenvalues of ``F F^H``.
 
-    With ``F^H F = V Lambda V^H`` it is ``sum_k |v_k^H F^H v|^2 / lambda_k``: U_K is never formed.
-    Eigenvalues below the rounding of the largest one add nothing. NaN in one batch item stays
-    there.
-
-    The gradient is that of a matrix function (Daleckii and Krein, 1965), which weighs
-    ``V^H dG V`` with divided differences of ``f = 1/lambda`` on the K largest eigenvalues and 0 on
-    the others. Inside the subspace they are ``-1/(lambda_i lambda_j)``, regular however close the
-    eigenvalues lie; only across the gap ``1/(lambda_i (lambda_i - lambda_j))`` can blow up, and
-    there ``1/d`` is broadened to ``d / (d^2 + eps^2)``.
+    U_K is never formed; see :func:`dominant_weights`.
 
     Args:
         gram: F^H F (…, r, r) Hermitian.
@@ -32,72 +24,75 @@ def dominant_energy(
         n_sources: K, one for all or (…) one for each batch item; at most r counts.
         at_most: a bound on K, which saves work.
     """
+    return power(dominant_weights(gram, n_sources, at_most).mT @ projected).sum(-2)
+
+
+def dominant_weights(
+    gram: Tensor, n_sources: int | Tensor, at_most: int | None = None
+) -> Tensor:
+    """``W = V_K Lambda_K^-1/2`` (…, r, at_most) of ``F^H F = V Lambda V^H``: ``U_K = F W``.
+
+    U_K are the eigenvectors of the K largest eigenvalues of ``F F^H``. Columns beyond K are zero,
+    and so are those of eigenvalues below the rounding of the largest one. NaN in one batch item
+    stays there.
+
+    The gradient is that of ``W W^H``: what is computed of W may depend on nothing else, as
+    ``||U_K^H v||^2`` does, since eigenvectors are free to turn. It is the gradient of a matrix
+    function (Daleckii and Krein, 1965), which weighs ``V^H dG V`` with divided differences of
+    ``f = 1/lambda`` on the K largest eigenvalues and 0 on the others. Inside the subspace they
+    are ``-1/(lambda_i lambda_j)``, regular however close the eigenvalues lie; only across the gap
+    ``1/(lambda_i (lambda_i - lambda_j))`` can blow up, and there ``1/d`` is broadened to
+    ``d / (d^2 + eps^2)``.
+
+    Args:
+        gram: F^H F (…, r, r) Hermitian.
+        n_sources: K, one for all or (…) one for each batch item; at most r counts.
+        at_most: a bound on K, which saves work.
+    """
     counts = torch.as_tensor(n_sources, device=gram.device)
-    batch = torch.broadcast_shapes(counts.shape, gram.shape[:-2], projected.shape[:-2])
+    batch = torch.broadcast_shapes(counts.shape, gram.shape[:-2])
     rank = gram.shape[-1]
     if isinstance(n_sources, int):
         at_most = n_sources
-    energy: Tensor = _DominantEnergy.apply(
-        gram.expand(*batch, *gram.shape[-2:]),
-        projected.expand(*batch, *projected.shape[-2:]),
-        counts.expand(batch),
+    weights: Tensor = _DominantWeights.apply(
+        gram.expand(*batch, rank, rank),
+        counts,
         rank if at_most is None else max(0, min(at_most, rank)),
     )
-    return energy
+    return weights
 
 
-class _DominantEnergy(torch.autograd.Function):
+class _DominantWeights(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gram: Tensor, projected: Tensor, n_sources: Tensor, n_top: int) -> Tensor:
+    def forward(ctx: Any, gram: Tensor, n_sources: Tensor, n_top: int) -> Tensor:
         # eigh raises on NaN; such items go through as NaN instead, and only they.
-        finite = torch.isfinite(torch.view_as_real(gram.resolve_conj()).sum((-3, -2, -1)))
-        values, vectors = torch.linalg.eigh(torch.where(finite[..., None, None], gram, 0.0))
+        total = torch.view_as_real(gram.resolve_conj()).sum((-3, -2, -1))
+        broken = (total.abs() < torch.inf).logical_not()
+        values, vectors = torch.linalg.eigh(gram.masked_fill(broken[..., None, None], 0.0))
         rank = gram.shape[-1]
         kind = torch.finfo(values.dtype)
-        floor = (values[..., -1:] * (rank * kind.eps)).clamp_min(kind.tiny)
-        order = torch.arange(rank - n_top, rank, device=gram.device)
-        top = values[..., rank - n_top :]
-        signal = (order >= rank - n_sources.unsqueeze(-1)) & (top > floor)
-        inverse = torch.where(signal, top, torch.inf).reciprocal()
-        inverse = torch.where(finite.unsqueeze(-1), inverse, torch.nan)
-        ctx.save_for_backward(projected, values, vectors, inverse, signal, floor)
-        seen = vectors[..., rank - n_top :].mT @ projected
-        return (power(seen) * inverse.unsqueeze(-1)).sum(-2)
+        # In units of the largest eigenvalue, so that no square over- or underflows.
+        unit = values[..., -1].clamp_min(kind.tiny).masked_fill(broken, torch.nan).unsqueeze(-1)
+        relative = values / unit
+        order = torch.arange(rank, 0, -1, device=gram.device)
+        beyond = order > n_sources.clamp_max(n_top).unsqueeze(-1)
+        root = relative.masked_fill(beyond | (relative <= rank * kind.eps), torch.inf).rsqrt()
+        scale = (root * unit.rsqrt())[..., rank - n_top :]
+        ctx.save_for_backward(relative, vectors, root, scale, unit)
+        return multiply(vectors[..., rank - n_top :], scale.unsqueeze(-2))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        projected, values, vectors, inverse, signal, floor = ctx.saved_tensors
-        n_top = inverse.shape[-1]
-        n_rest = values.shape[-1] - n_top
-        top = vectors[..., n_rest:]
-        seen = vectors.mT @ projected
-        weighted = multiply(seen[..., n_rest:, :], grad.unsqueeze(-2))
-        to_projected = to_gram = None
-        if ctx.needs_input_grad[1]:
-            to_projected = top.conj() @ multiply(weighted, 2.0 * inverse.unsqueeze(-1))
-        if ctx.needs_input_grad[0]:
-            divided = _divided_differences(values, inverse, signal, floor)
-            # Pairs inside the top are met twice, as (i, j) and as (j, i).
-            divided[..., n_rest:] *= 0.5
-            core = multiply(weighted.conj() @ seen.mT, divided)
-            half = top @ core @ vectors.mH
-            to_gram = half + half.mH
-        return to_gram, to_projected, None, None
-
-
-def _divided_differences(values: Tensor, inverse: Tensor, signal: Tensor, floor: Tensor) -> Tensor:
-    """``(f_i - f_j) / (lambda_i - lambda_j)`` (…, K, r) of the top eigenvalues against all."""
-    n_rest = values.shape[-1] - inverse.shape[-1]
-    rest = values.new_zeros(1).expand(*values.shape[:-1], n_rest)
-    f = torch.cat([rest, inverse], dim=-1)
-    in_signal = torch.cat([rest > 0, signal], dim=-1).unsqueeze(-2)
-    # In units of the largest eigenvalue, so that no square over- or underflows.
-    unit = values[..., -1:].clamp_min(torch.finfo(values.dtype).tiny)
-    relative = values / unit
-    gap = relative[..., n_rest:].unsqueeze(-1) - relative.unsqueeze(-2)
-    broadening = (8.0 * floor / unit).square().unsqueeze(-1)
-    across = gap / (gap.square() + broadening) / unit.unsqueeze(-1)
-    difference = (inverse.unsqueeze(-1) - f.unsqueeze(-2)) * across
-    inside = -inverse.unsqueeze(-1) * f.unsqueeze(-2)
-    return torch.where(signal.unsqueeze(-1) != in_signal, difference, inside)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        relative, vectors, root, scale, unit = ctx.saved_tensors
+        n_rest = relative.shape[-1] - scale.shape[-1]
+        gap = relative[..., n_rest:].unsqueeze(-2) - relative.unsqueeze(-1)
+        broadening = (8.0 * relative.shape[-1] * torch.finfo(gap.dtype).eps) ** 2
+        across = gap / (gap.square() + broadening)
+        # Pairs inside the subspace count by half: they are met twice, as (j, k) and as (k, j).
+        inside = -0.5 * root.square().unsqueeze(-1)
+        divided = torch.where(inside < 0, inside, across) * (scale / unit).unsqueeze(-2)
+        # With M = dL/d(WW^H) grad is 2 M W, and V^H M V_K is V^H grad Lambda_K^1/2 / 2.
+        core = multiply(vectors.mT @ grad.conj(), divided).conj()
+        # Of the columns k alone: the Hermitian part of this is what a Hermitian matrix sees.
+        return vectors @ core @ vectors[..., n_rest:].mH, None, None
