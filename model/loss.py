@@ -142,9 +142,9 @@ class ScenesLoss:
         }
         if weights["subspace_align"] or weights["peak_contrast"]:
             decoys = self._decoys(generator)
-            weights_of_basis = blended.dominant_weights(scenes.n_sources, steering.shape[-2])
-            seen = weights_of_basis.mT @ projected  # (B, K, K)
-            subspace = blended.combined(weights_of_basis)  # (B, K, N)
+            signal = blended.dominant_weights(scenes.n_sources, steering.shape[-2])
+            seen = signal.mT @ projected  # (B, K, K)
+            subspace = blended.combined(signal)  # (B, K, N)
             terms["subspace_align"] = self._subspace(seen, *self._orthonormal(truth, present))
             terms["peak_contrast"] = self._contrast(
                 power(seen).sum(-2),
@@ -165,10 +165,10 @@ class ScenesLoss:
         return LossValue(total, {name: value.detach() for name, value in terms.items()})
 
     def _orthonormal(self, truth: LowRankCovariance, present: Tensor) -> tuple[Tensor, Tensor]:
-        """``T = V Lambda^-1/2`` (B, K, K) that makes a basis A T of the sources' span, its size (B,).
+        """T (B, K, K) of a basis A T of the sources' span, zero beyond its dimension (B,).
 
-        From the K x K Gram matrix of the steering vectors A; sources that coincide count once, and
-        the other columns of T are zero.
+        ``T = V Lambda^-1/2`` from the K x K Gram matrix of the steering vectors A; sources that
+        coincide count once.
         """
         sources = truth.reweighted(present.to(truth.loading.dtype))
         values, vectors = torch.linalg.eigh(sources.gram())
@@ -178,8 +178,8 @@ class ScenesLoss:
 
     def _subspace(
         self,
-        seen: Tensor,  # (B, K', K) conj(U^H A), sources in a basis of the signal subspace
-        basis: Tensor,  # (B, K, K) T of an orthonormal basis A T
+        seen: Tensor,  # (B, K, K) conj(U^H A) of the signal subspace and the steering vectors
+        basis: Tensor,  # (B, K, K) T of an orthonormal basis A T of their span
         n_bases: Tensor,  # (B,)
     ) -> Tensor:
         occupied = (n_bases > 0).to(basis.real.dtype)

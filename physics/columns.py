@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from physics import products
 
 
 def serves(kept: Tensor, wanted: bool) -> bool:
@@ -16,71 +17,24 @@ def serves(kept: Tensor, wanted: bool) -> bool:
     return kept.requires_grad or not (wanted and torch.is_grad_enabled())
 
 
+def joined(parts: list[Tensor], dim: int) -> Tensor:
+    """One tensor of parts (…, n, m), whose leading dimensions broadcast."""
+    if len(parts) == 1:
+        return parts[0]
+    shapes = {part.shape[:-2] for part in parts}
+    if len(shapes) > 1:
+        batch = torch.broadcast_shapes(*shapes)
+        parts = [part.expand(*batch, *part.shape[-2:]) for part in parts]
+    return torch.cat(parts, dim=dim)
+
+
 def _version(tensor: Tensor) -> int:
     """Counts changes in place; tensors of inference mode do not, and are never seen again."""
     return -2 if tensor.is_inference() else tensor._version
 
 
-class _Gram(torch.autograd.Function):
-    """``C^H C`` (…, r, r) of rows C^T (…, r, N); backward takes one product for the two sides."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor) -> Tensor:
-        ctx.save_for_backward(rows)
-        return rows.conj() @ rows.mT
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (rows,) = ctx.saved_tensors
-        return (grad + grad.mH).mT @ rows
-
-
-class _InnerProducts(torch.autograd.Function):
-    """``C^H D`` (…, r, s) of rows C^T and D^T; backward conjugates no rows."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, others: Tensor) -> Tensor:
-        ctx.save_for_backward(rows, others)
-        return rows.conj() @ others.mT
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        rows, others = ctx.saved_tensors
-        to_rows = to_others = None
-        if ctx.needs_input_grad[0]:
-            to_rows = (grad.conj() @ others).sum_to_size(rows.shape)
-        if ctx.needs_input_grad[1]:
-            to_others = (grad.mT @ rows).sum_to_size(others.shape)
-        return to_rows, to_others
-
-
-class _Combined(torch.autograd.Function):
-    """``(C W)^T`` (…, K, N) of weights W (…, r, K) and rows C^T; backward conjugates no rows."""
-
-    @staticmethod
-    def forward(ctx: Any, weights: Tensor, rows: Tensor) -> Tensor:
-        ctx.save_for_backward(weights, rows)
-        return weights.mT @ rows
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        weights, rows = ctx.saved_tensors
-        to_weights = to_rows = None
-        if ctx.needs_input_grad[0]:
-            to_weights = (grad.conj() @ rows.mT).mH.sum_to_size(weights.shape)
-        if ctx.needs_input_grad[1]:
-            to_rows = (weights.conj() @ grad).sum_to_size(rows.shape)
-        return to_weights, to_rows
-
-
-class Columns:
-    """Columns C (…, N, r) of a factor, and products of them that are kept.
-
-    Covariances that scale or weigh the same columns differently share one of these.
-    """
+class Block:
+    """Columns C (…, N, r) of one tensor, with their Gram matrix and latest projection kept."""
 
     def __init__(self, columns: Tensor) -> None:
         if not columns.is_complex() or columns.ndim < 2:
@@ -110,13 +64,12 @@ class Columns:
         version = _version(self.columns)
         fresh = self._gram_version == version >= 0
         if self._gram is None or not (fresh and serves(self._gram, self.columns.requires_grad)):
-            self._gram, self._gram_version = _Gram.apply(self.columns.mT), version
+            self._gram, self._gram_version = products.gram(self.columns.mT), version
         return self._gram
 
-    def across(self, other: Columns) -> Tensor:
+    def across(self, other: Block) -> Tensor:
         """C^H D (…, r, s) of other columns D."""
-        product: Tensor = _InnerProducts.apply(self.columns.mT, other.columns.mT)
-        return product
+        return products.inner_products(self.columns.mT, other.columns.mT)
 
     def project(self, vectors: Tensor) -> Tensor:
         """conj(C^H v) (…, r, G)."""
@@ -127,11 +80,68 @@ class Columns:
         seen = self._vectors is vectors and self._vectors_version == _version(vectors) >= 0
         if self._projected is None or not (seen and serves(self._projected, wanted)):
             self._vectors, self._vectors_version = vectors, _version(vectors)
-            # Few rows times many columns, the other way around takes twice as long.
-            self._projected = _InnerProducts.apply(vectors, self.columns.mT).mT
+            # The few vectors on the left: MKL takes twice as long for its transpose.
+            self._projected = products.inner_products(vectors, self.columns.mT).mT
         return self._projected
+
+
+class Columns:
+    """Columns C (…, N, r) of a factor, in blocks.
+
+    Covariances that weigh the same columns differently share them. The blocks are those of the
+    parts of a blend: what was computed of a part serves the blend too, and backward leaves out
+    those that need no gradient.
+    """
+
+    def __init__(self, *blocks: Block) -> None:
+        self.blocks = blocks
+
+    def __add__(self, other: Columns) -> Columns:
+        return Columns(*self.blocks, *other.blocks)
+
+    def detach(self) -> Columns:
+        """Cut from the graph."""
+        return Columns(*(Block(block.columns.detach()) for block in self.blocks))
+
+    @property
+    def first(self) -> Tensor:
+        """Of the first block (…, N, r_1): they agree in N, dtype and device."""
+        return self.blocks[0].columns
+
+    @property
+    def ranks(self) -> list[int]:
+        """Columns of each block."""
+        return [block.rank for block in self.blocks]
+
+    @property
+    def batch_shape(self) -> torch.Size:
+        """Leading shape."""
+        return torch.broadcast_shapes(*(block.columns.shape[:-2] for block in self.blocks))
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether a gradient is to flow into some of them."""
+        return any(block.columns.requires_grad for block in self.blocks)
+
+    def together(self) -> Tensor:
+        """C (…, N, r)."""
+        return joined([block.columns for block in self.blocks], dim=-1)
+
+    def gram(self) -> Tensor:
+        """C^H C (…, r, r)."""
+        rows: list[list[Tensor]] = []
+        for i, one in enumerate(self.blocks):
+            before = [rows[j][i].mH for j in range(i)]
+            after = [one.across(other) for other in self.blocks[i + 1 :]]
+            rows.append([*before, one.gram(), *after])
+        return joined([joined(row, dim=-1) for row in rows], dim=-2)
+
+    def project(self, vectors: Tensor) -> Tensor:
+        """conj(C^H v) (…, r, G) of row vectors (…, G, N)."""
+        return joined([block.project(vectors) for block in self.blocks], dim=-2)
 
     def combined(self, weights: Tensor) -> Tensor:
         """Vectors C W in rows (…, K, N), of weights W (…, r, K)."""
-        vectors: Tensor = _Combined.apply(weights, self.columns.mT)
-        return vectors
+        parts = zip(weights.split(self.ranks, dim=-2), self.blocks, strict=True)
+        vectors = [products.combined(part, block.columns.mT) for part, block in parts]
+        return functools.reduce(torch.add, vectors)

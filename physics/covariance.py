@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from physics.columns import Columns, serves
+from physics.columns import Block, Columns, joined, serves
 from physics.config import FrozenModel
 from physics.precision import in_full_precision
+from physics.products import energy_beyond
 from physics.scaling import divide, divisor, energy, multiply, peak, power
 from physics.subspace import dominant_energy, dominant_weights
 from physics.tikhonov import Solver, tikhonov_solve
@@ -33,8 +32,8 @@ class LowRankCovariance:
         columns: C (…, N, r) complex: the factor itself, or steering vectors of sources.
         loading: (…) real, at least 0, or None for none.
         amplitudes: s (…, r) real, at least 0, or None for ones. Scaling and blending change these
-            alone: the columns, and what was computed of them, are shared. A blend keeps the
-            columns of its parts apart, so that backward leaves out those that need no gradient.
+            alone: the columns, and what was computed of them, are shared. Normalising scales the
+            columns themselves where they have none and get a gradient.
 
     The methods cost O(N r^2) at most; only :meth:`dense` forms N x N.
     """
@@ -54,36 +53,25 @@ class LowRankCovariance:
                 f"amplitudes are {amplitudes.dtype} of shape {tuple(amplitudes.shape)}; expected "
                 f"a real tensor (..., {columns.shape[-1]}), one for each column"
             )
-        self._set((Columns(columns),), amplitudes, loading)
+        self._set(Columns(Block(columns)), amplitudes, loading, False)
 
     @classmethod
     def _of(
-        cls,
-        blocks: tuple[Columns, ...],
-        amplitudes: Tensor | None,
-        loading: Tensor | None,
-        *,
-        at_trace_n: bool = False,
+        cls, columns: Columns, amplitudes: Tensor | None, loading: Tensor | None, at_trace_n: bool
     ) -> LowRankCovariance:
         """Of columns that are there already, known to be at trace N or not."""
         made = cls.__new__(cls)
-        made._set(blocks, amplitudes, loading, at_trace_n)
+        made._set(columns, amplitudes, loading, at_trace_n)
         return made
 
     def _set(
-        self,
-        blocks: tuple[Columns, ...],
-        amplitudes: Tensor | None,
-        loading: Tensor | None,
-        at_trace_n: bool = False,
+        self, columns: Columns, amplitudes: Tensor | None, loading: Tensor | None, at_trace_n: bool
     ) -> None:
-        self._blocks = blocks
-        self._amplitudes = amplitudes
-        self._loading = loading
+        self._columns, self._amplitudes, self._loading = columns, amplitudes, loading
         self._at_trace_n = at_trace_n
         self._factor: Tensor | None = None
         self._gram: Tensor | None = None
-        self._own: tuple[Tensor, Tensor] | None = None
+        self._norms: tuple[Tensor, Tensor] | None = None
 
     def __repr__(self) -> str:
         return (
@@ -94,47 +82,47 @@ class LowRankCovariance:
     @property
     def dtype(self) -> torch.dtype:
         """Of the columns."""
-        return self._blocks[0].columns.dtype
+        return self._columns.first.dtype
 
     @property
     def device(self) -> torch.device:
         """Of the columns."""
-        return self._blocks[0].columns.device
+        return self._columns.first.device
 
     @property
     def size(self) -> int:
         """N."""
-        return self._blocks[0].columns.shape[-2]
+        return self._columns.first.shape[-2]
 
     @property
     def rank(self) -> int:
         """Columns of the factor, r."""
-        return sum(block.rank for block in self._blocks)
+        return sum(self._columns.ranks)
 
     @property
     def batch_shape(self) -> torch.Size:
         """Leading shape."""
-        shapes = [block.columns.shape[:-2] for block in self._blocks]
-        return torch.broadcast_shapes(*shapes, self.amplitudes.shape[:-1], self.loading.shape)
+        weights = self.amplitudes.shape[:-1]
+        return torch.broadcast_shapes(self._columns.batch_shape, weights, self.loading.shape)
 
     @property
     def requires_grad(self) -> bool:
         """Whether a gradient is to flow into the factor."""
         weighted = self._amplitudes is not None and self._amplitudes.requires_grad
-        return weighted or any(block.columns.requires_grad for block in self._blocks)
+        return weighted or self._columns.requires_grad
 
     @property
     def loading(self) -> Tensor:
         """Diagonal loading (…) real."""
         if self._loading is None:
-            columns = self._blocks[0].columns
+            columns = self._columns.first
             return columns.real.new_zeros(columns.shape[:-2])
         return self._loading
 
     @property
     def columns(self) -> Tensor:
         """C (…, N, r)."""
-        return _joined([block.columns for block in self._blocks], dim=-1)
+        return self._columns.together()
 
     @property
     def amplitudes(self) -> Tensor:
@@ -161,10 +149,9 @@ class LowRankCovariance:
 
     def detach(self) -> LowRankCovariance:
         """The same matrix, cut from the graph."""
-        blocks = tuple(Columns(block.columns.detach()) for block in self._blocks)
         amplitudes = None if self._amplitudes is None else self._amplitudes.detach()
         loading = None if self._loading is None else self._loading.detach()
-        return self._of(blocks, amplitudes, loading, at_trace_n=self._at_trace_n)
+        return self._of(self._columns.detach(), amplitudes, loading, self._at_trace_n)
 
     def to(self, *args: Any, **kwargs: Any) -> LowRankCovariance:
         """Move the factor by ``Tensor.to``; the loading follows in the matching real dtype."""
@@ -175,16 +162,10 @@ class LowRankCovariance:
     def gram(self) -> Tensor:
         """F^H F (…, r, r), computed once."""
         if self._gram is None or not self._keeps(self._gram):
-            rows: list[list[Tensor]] = []
-            for i, one in enumerate(self._blocks):
-                before = [rows[j][i].mH for j in range(i)]
-                after = [one.across(other) for other in self._blocks[i + 1 :]]
-                rows.append([*before, one.gram(), *after])
-            gram = _joined([_joined(row, dim=-1) for row in rows], dim=-2)
+            self._gram = self._columns.gram()
             if self._amplitudes is not None:
                 s = self._amplitudes
-                gram = multiply(gram, s.unsqueeze(-1) * s.unsqueeze(-2))
-            self._gram = gram
+                self._gram = multiply(self._gram, s.unsqueeze(-1) * s.unsqueeze(-2))
         return self._gram
 
     @in_full_precision
@@ -203,15 +184,15 @@ class LowRankCovariance:
         if self._at_trace_n:
             return self.size * (1.0 - self.loading)
         if self.requires_grad:
-            return energy(self.factor.mT)
+            return energy(self.factor)
         return self.gram().diagonal(dim1=-2, dim2=-1).real.sum(-1)
 
     def normalized(self, *, moderate: bool = False) -> LowRankCovariance:
         """R scaled to trace N. The zero matrix, which says nothing, becomes the identity.
 
         Args:
-            moderate: the caller knows that no product of two entries over- or underflows; the
-                columns then stay as they are. Otherwise they are brought to modulus 1 first.
+            moderate: the caller knows that no product of two entries over- or underflows;
+                otherwise the columns are brought to modulus 1 first.
         """
         if self._at_trace_n:
             return self
@@ -223,25 +204,22 @@ class LowRankCovariance:
             loading = nothing.to(trace.dtype)
         else:
             loading = (unit._loading * scale).masked_fill(nothing, 1.0)
-        if not unit.requires_grad:
-            return unit._scaled(scale.sqrt(), loading, at_trace_n=True)
+        if unit._amplitudes is not None or not unit.requires_grad:
+            return unit._scaled(scale.sqrt(), loading, True)
         # One product here, so that no amplitude carries a gradient through all that follows.
         rows = multiply(unit.factor.mT, scale.sqrt()[..., None, None])
-        return self._of((Columns(rows.mT),), None, loading, at_trace_n=True)
+        return self._of(Columns(Block(rows.mT)), None, loading, True)
 
     def reweighted(self, amplitudes: Tensor) -> LowRankCovariance:
         """``C diag(s)^2 C^H`` of the same columns with other amplitudes s (…, r), unloaded."""
-        return self._of(self._blocks, amplitudes, None)
+        return self._of(self._columns, amplitudes, None, False)
 
-    def _scaled(
-        self, root: Tensor, loading: Tensor | None = None, *, at_trace_n: bool = False
-    ) -> LowRankCovariance:
+    def _scaled(self, root: Tensor, loading: Tensor, at_trace_n: bool) -> LowRankCovariance:
         """The same columns with their amplitudes times ``root`` (…), and another loading."""
         amplitudes = root.unsqueeze(-1).expand(*root.shape, self.rank)
         if self._amplitudes is not None:
             amplitudes = amplitudes * self._amplitudes
-        loading = self.loading if loading is None else loading
-        return self._of(self._blocks, amplitudes, loading, at_trace_n=at_trace_n)
+        return self._of(self._columns, amplitudes, loading, at_trace_n)
 
     def shrunk(self, shrinkage: float | Tensor) -> LowRankCovariance:
         """``(1 - rho) R + rho tr(R)/N I``, which keeps the trace.
@@ -253,12 +231,12 @@ class LowRankCovariance:
             return self
         rho = _fraction("shrinkage", shrinkage, self.loading)
         loading = (1.0 - rho) * self.loading + rho * self.trace() / self.size
-        return self._scaled((1.0 - rho).sqrt(), loading, at_trace_n=self._at_trace_n)
+        return self._scaled((1.0 - rho).sqrt(), loading, self._at_trace_n)
 
     def loaded(self, loading: float | Tensor) -> LowRankCovariance:
         """``R + loading tr(R)/N I``: diagonal loading relative to the mean diagonal."""
         raised = self.loading + loading * self.trace() / self.size
-        return self._of(self._blocks, self._amplitudes, raised)
+        return self._of(self._columns, self._amplitudes, raised, False)
 
     @in_full_precision
     def inner(self, other: LowRankCovariance) -> Tensor:
@@ -273,12 +251,13 @@ class LowRankCovariance:
             + self.size * self.loading * other.loading
         )
 
-    def _energies(self) -> tuple[Tensor, Tensor]:
-        """||F^H F||^2 and ||R||^2 (…) at trace N, computed once."""
-        if self._own is None or not self._keeps(self._own[1]):
+    def _squared_norms(self) -> tuple[Tensor, Tensor]:
+        """||F F^H||^2 and ||R||^2 (…) at trace N, computed once."""
+        wanted = self.requires_grad or self.loading.requires_grad
+        if self._norms is None or not serves(self._norms[1], wanted):
             own = energy(self.gram())
-            self._own = own, own + self.size * self.loading * (2.0 - self.loading)
-        return self._own
+            self._norms = own, own + self.size * self.loading * (2.0 - self.loading)
+        return self._norms
 
     def _cross_energy(self, other: LowRankCovariance) -> Tensor:
         """||F^H G||^2 (…)."""
@@ -369,25 +348,20 @@ class LowRankCovariance:
 
         Vectors without leading dimensions, such as a grid's, make one plain matrix product.
         """
-        projected = _joined([block.project(vectors) for block in self._blocks], dim=-2)
-        return self._weighted(projected, dim=-2)
+        return self._weighted(self._columns.project(vectors), dim=-2)
 
     @in_full_precision
     def dominant_weights(self, n_sources: int | Tensor, at_most: int | None = None) -> Tensor:
-        """W (…, r, at_most) of ``U_K = F W``, orthonormal columns that span the dominant subspace.
+        """W (…, r, at_most) of ``U_K = F W``, an orthonormal basis of the dominant subspace.
 
-        Columns beyond K are zero. See :func:`physics.subspace.dominant_weights` for what may be
-        differentiated; the scale of R must be moderate.
+        See :func:`physics.subspace.dominant_weights`; the scale of R must be moderate.
         """
         return dominant_weights(self.gram(), n_sources, at_most)
 
     @in_full_precision
     def combined(self, weights: Tensor) -> Tensor:
         """Vectors F W in rows (…, K, N), of weights W (…, r, K)."""
-        weights = self._weighted(weights, dim=-2)
-        parts = weights.split([block.rank for block in self._blocks], dim=-2)
-        vectors = [b.combined(part) for b, part in zip(self._blocks, parts, strict=True)]
-        return functools.reduce(torch.add, vectors)
+        return self._columns.combined(self._weighted(weights, dim=-2))
 
     @in_full_precision
     def signal_subspace(self, n_sources: int) -> Tensor:
@@ -414,17 +388,6 @@ class LowRankCovariance:
         return LowRankCovariance(divide(self.factor, scale[..., None, None]), loading)
 
 
-def _joined(parts: list[Tensor], dim: int) -> Tensor:
-    """One tensor of parts (…, n, m)."""
-    if len(parts) == 1:
-        return parts[0]
-    shapes = {part.shape[:-2] for part in parts}
-    if len(shapes) > 1:
-        batch = torch.broadcast_shapes(*shapes)
-        parts = [part.expand(*batch, *part.shape[-2:]) for part in parts]
-    return torch.cat(parts, dim=dim)
-
-
 def _fraction(name: str, value: float | Tensor, like: Tensor) -> Tensor:
     """A weight in [0, 1] as a tensor; a clear error instead of the root of a negative number."""
     fraction = torch.as_tensor(value, device=like.device, dtype=like.dtype)
@@ -449,11 +412,14 @@ def blend(
     """
     predicted, measured = predicted.normalized(), measured.normalized()
     weight = _fraction("beta", beta, predicted.loading)
-    parts = (predicted._scaled((1.0 - weight).sqrt()), measured._scaled(weight.sqrt()))
     loading = (1.0 - weight) * predicted.loading + weight * measured.loading
-    amplitudes = _joined([part.amplitudes.unsqueeze(-2) for part in parts], dim=-1).squeeze(-2)
-    blocks = predicted._blocks + measured._blocks
-    return LowRankCovariance._of(blocks, amplitudes, loading, at_trace_n=True)
+    parts = [
+        R.amplitudes.unsqueeze(-2) * share.sqrt()[..., None, None]
+        for R, share in ((predicted, 1.0 - weight), (measured, weight))
+    ]
+    amplitudes = joined(parts, dim=-1).squeeze(-2)
+    columns = predicted._columns + measured._columns
+    return LowRankCovariance._of(columns, amplitudes, loading, True)
 
 
 @in_full_precision
@@ -469,7 +435,7 @@ def nmse(
     Args:
         estimate: R^.
         truth: R.
-        projected: ``estimate.project(truth.columns.mT)``, where it is known already.
+        projected: ``estimate.project(truth.columns.mT)`` of both at trace N, where it is known.
     """
     if projected is not None:
         # Columns at another scale would have been projected by that scale.
@@ -478,29 +444,10 @@ def nmse(
         estimate, truth = estimate.normalized(), truth.normalized()
     if projected is None:
         projected = estimate.project(truth.columns.mT)
-    own, norm = truth._energies()
-    error: Tensor = _EnergyBeyond.apply(estimate.gram(), projected, truth.amplitudes.square())
+    own, norm = truth._squared_norms()
+    error = energy_beyond(estimate.gram(), projected, truth.amplitudes.square())
     error = error + own.sub((estimate.loading - truth.loading).square(), alpha=truth.size)
     return error.clamp_min(0.0) / norm
-
-
-class _EnergyBeyond(torch.autograd.Function):
-    """``||F^H F||^2 - 2 ||F^H G||^2`` (…) from F^H F, conj(F^H C) and s^2 of ``G = C diag(s)``."""
-
-    @staticmethod
-    def forward(ctx: Any, gram: Tensor, projected: Tensor, weights: Tensor) -> Tensor:
-        weights = weights.unsqueeze(-2)
-        ctx.save_for_backward(gram, projected, weights)
-        return energy(gram) - 2.0 * (power(projected) * weights).sum((-2, -1))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        gram, projected, weights = ctx.saved_tensors
-        grad = grad[..., None, None]
-        to_gram = multiply(gram, 2.0 * grad).sum_to_size(gram.shape)
-        to_projected = multiply(projected, (-4.0 * grad) * weights).sum_to_size(projected.shape)
-        return to_gram, to_projected, None
 
 
 def source_covariance(steering: Tensor, power: Tensor) -> LowRankCovariance:

@@ -1,7 +1,7 @@
-"""Scales of complex tensors, taken on their real view.
+"""Scales of complex tensors, and what they cost on pairs of reals.
 
-PyTorch promotes a real operand of complex arithmetic to complex, and a complex division costs many
-times a real one; these do the same on pairs of reals.
+PyTorch promotes a real operand of complex arithmetic to complex. A product bears that, but not its
+gradient by the real operand, and a complex division costs many times a real one.
 """
 
 from __future__ import annotations
@@ -67,8 +67,6 @@ def _squared_norm(value: Tensor, n_dims: int) -> Tensor:
 
 
 class _SquaredNorm(torch.autograd.Function):
-    """Backward takes one product."""
-
     @staticmethod
     def forward(ctx: Any, value: Tensor, n_dims: int) -> Tensor:
         ctx.save_for_backward(value)

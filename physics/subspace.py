@@ -27,9 +27,7 @@ def dominant_energy(
     return power(dominant_weights(gram, n_sources, at_most).mT @ projected).sum(-2)
 
 
-def dominant_weights(
-    gram: Tensor, n_sources: int | Tensor, at_most: int | None = None
-) -> Tensor:
+def dominant_weights(gram: Tensor, n_sources: int | Tensor, at_most: int | None = None) -> Tensor:
     """``W = V_K Lambda_K^-1/2`` (…, r, at_most) of ``F^H F = V Lambda V^H``: ``U_K = F W``.
 
     U_K are the eigenvectors of the K largest eigenvalues of ``F F^H``. Columns beyond K are zero,
@@ -93,6 +91,6 @@ class _DominantWeights(torch.autograd.Function):
         inside = -0.5 * root.square().unsqueeze(-1)
         divided = torch.where(inside < 0, inside, across) * (scale / unit).unsqueeze(-2)
         # With M = dL/d(WW^H) grad is 2 M W, and V^H M V_K is V^H grad Lambda_K^1/2 / 2.
-        core = multiply(vectors.mT @ grad.conj(), divided).conj()
+        core = multiply((grad.mH @ vectors).mH, divided)
         # Of the columns k alone: the Hermitian part of this is what a Hermitian matrix sees.
-        return vectors @ core @ vectors[..., n_rest:].mH, None, None
+        return (core.mT @ vectors.mT).mT @ vectors[..., n_rest:].mH, None, None

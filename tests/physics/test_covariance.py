@@ -453,6 +453,15 @@ def test_amplitudes_scale_the_columns() -> None:
     assert torch.allclose(one.dense()[1], LowRankCovariance(columns[0] * amplitudes[1]).dense())
 
 
+def test_normalising_leaves_weighed_columns_as_they_are() -> None:
+    columns = complex_normal(3, 7, 2).requires_grad_()
+    R = LowRankCovariance(columns, amplitudes=torch.tensor([1.0, 2.0]).double())
+    ones = torch.ones(3, 2, dtype=torch.float64)
+    assert torch.allclose(
+        R.normalized(moderate=True).reweighted(ones).dense(), columns @ columns.mH
+    )
+
+
 def test_nmse_takes_projections_that_are_known() -> None:
     R, T = covariance(r=4).normalized(), covariance(r=2, seed=3)
     known = nmse(R, T, R.project(T.columns.mT))

@@ -40,4 +40,6 @@ def test_gradients_match_finite_differences() -> None:
     real = torch.tensor([[0.5], [2.0]], dtype=torch.float64, requires_grad=True)
     for operation in (divide, multiply):
         assert torch.autograd.gradcheck(operation, (value, real))
-    assert torch.autograd.gradcheck(energy, (value,))
+    assert torch.autograd.gradcheck(lambda v: multiply(v, real.detach()), (value,))
+    for norm in (energy, power):
+        assert torch.autograd.gradcheck(norm, (value,))

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from physics import LowRankCovariance, nmse
+from physics import LowRankCovariance, blend, nmse
 from tests.physics.helpers import complex_normal, relative_error
 from tests.physics.test_covariance import DTYPES, covariance, dense, laws, shapes
 from tests.reference import covariance as reference
@@ -59,6 +59,29 @@ def test_gradient_of_the_dominant_energy_matches_finite_differences() -> None:
     moving = complex_normal(3, 4, 5, seed=1).requires_grad_()
     amplitudes = torch.randn(3, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(energy, (factor, moving, amplitudes))
+
+
+def test_weights_of_the_dominant_subspace_make_an_orthonormal_basis() -> None:
+    R = blend(covariance(N=8, r=3), covariance(N=8, r=2, seed=1), 0.3)
+    counts = torch.tensor([0, 2, 3])
+    basis = R.combined(R.dominant_weights(counts, at_most=3))
+    assert basis.shape == (3, 3, 8)
+    for rows, matrix, k in zip(basis, dense(R), counts.tolist(), strict=True):
+        expected = torch.from_numpy(reference.signal_subspace(matrix, k).copy())
+        assert torch.equal(rows[: 3 - k], torch.zeros_like(rows[: 3 - k]))
+        assert torch.allclose(rows.mT @ rows.conj(), expected @ expected.mH, atol=1e-9)
+
+
+def test_gradient_of_what_depends_on_the_dominant_subspace_matches_finite_differences() -> None:
+    factor = complex_normal(3, 5, 3).requires_grad_()
+    measured = covariance(3, 5, 2, seed=1)
+
+    def projector(f: Tensor) -> Tensor:
+        R = blend(LowRankCovariance(f), measured, 0.3)
+        basis = R.combined(R.dominant_weights(torch.tensor([0, 1, 2]), at_most=2))
+        return basis.mT @ basis.conj()
+
+    assert torch.autograd.gradcheck(projector, (factor,))
 
 
 @pytest.mark.parametrize("scale", [1e-12, 1e12])
