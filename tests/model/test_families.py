@@ -87,8 +87,8 @@ def test_the_family_decides_what_is_built_and_all_share_the_dictionary(
         ({"family": "candidate", "dept": 1}, "network.dept: unknown field (did you mean depth?)"),
         ({"family": "candidate", "candidates": {"count": 0}}, "network.candidates.count: got 0"),
         (
-            {"family": "candidate", "candidates": {"search": {"patience": 0}}},
-            "network.candidates.search.patience: got 0",
+            {"family": "candidate", "candidates": {"search": {"joint_iterations": -1}}},
+            "network.candidates.search.joint_iterations: got -1",
         ),
         ({"family": "candidate", "width": 9}, "network: width 9 is not a multiple of heads 4"),
         ({"width": "wide"}, "network.width: got 'wide'"),
@@ -154,7 +154,7 @@ def test_paths_of_fields_are_those_of_all_families_once_each() -> None:
     assert len(paths) == len(set(paths))
     assert {
         "network.rank", "network.width", "network.candidates.count", "network.family",
-        "network.candidates.search.patience", "decision.goal", "data.cache", "objective",
+        "network.candidates.search.joint_iterations", "decision.goal", "data.cache", "objective",
     } <= set(paths)  # fmt: skip
 
 
