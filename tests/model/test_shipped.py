@@ -1,0 +1,65 @@
+"""Networks that come with the package: whole, small, described, and better than NOMP."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from model import Localizer
+from model.checkpoint import CheckpointError
+from model.config import TrialConfig
+from model.shipped import shipped, shipped_for
+from physics import nomp, simulate
+from physics.metrics import f1_interval, match
+
+NAMES = sorted(shipped())
+
+
+def test_the_default_network_is_there() -> None:
+    assert "fluctuating" in NAMES
+    assert Localizer.shipped().config == Localizer.shipped("fluctuating").config
+    with pytest.raises(CheckpointError, match=r"no shipped network 'other'; there are fluctuating"):
+        Localizer.shipped("other")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_is_small_and_says_what_it_was_made_of_and_is_worth(name: str) -> None:
+    folder = shipped()[name]
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 5e6
+    card = (folder / "CARD.md").read_text(encoding="utf-8")
+    for heading in ("## Data", "## Training", "## Scores", "## Limits"):
+        assert heading in card, heading
+    assert (folder / "decision.json").exists()
+
+
+def test_scenes_of_other_conventions_have_none() -> None:
+    folder = shipped()["fluctuating"]
+    config = TrialConfig()
+    assert shipped_for(config) == folder
+    for changes in (
+        {"array": {"n_horizontal": 10}},
+        {"scene": {"n_antennas": 8}},
+        {"scene": {"wavefront": "paraxial"}},
+        {"scene": {"n_snapshots": 8}},
+    ):
+        assert shipped_for(TrialConfig.model_validate(changes)) is None
+    noisy = TrialConfig.model_validate({"scene": {"dropout": 0.1, "snr_db": (0.0, 5.0)}})
+    assert shipped_for(noisy) == folder
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_finds_more_than_nomp_where_the_model_is_right_and_where_it_is_wrong(
+    name: str,
+) -> None:
+    localizer = Localizer.shipped(name)
+    believed = localizer.config.scene
+    ideal = {"element_jitter": 0.0, "phase_error_deg": 0.0, "amplitude_error_db": 0.0}
+    for errors in ({"dropout": 0.0}, {"dropout": 0.1}):
+        scene = believed.model_copy(update={**ideal, **errors, "error_levels": "fixed"})
+        scenes = simulate(192, scene, generator=torch.Generator().manual_seed(5))
+        known = scenes.known_snr_db
+        sources = scenes.position, scenes.present
+        found, _, _ = localizer.detect(scenes.y, scenes.H, scenes.codes, known)
+        classical = nomp(scenes.y, scenes.H, scenes.codes, scene=believed, snr_db=known)
+        ours, theirs = match(found, *sources), match(classical.detections, *sources)
+        assert f1_interval(ours, theirs)[0] > 0, (errors, ours.f1, theirs.f1)
