@@ -307,6 +307,21 @@ def test_candidates_are_judged_with_and_without_the_snr(
     )
 
 
+def test_a_level_that_is_not_given_is_one_that_is_not_known(
+    candidate: tuple[Trainer, dict[str, float], Path],
+) -> None:
+    trainer, _, folder = candidate
+    localizer = Localizer.load(folder)
+    scenes = trainer.source.validation().scenes[slice(0, 4)]
+    call = (scenes.y, scenes.H, scenes.codes)
+    one, _, features = localizer.predict(*call)
+    two, _, _ = localizer.predict(*call, torch.full((4,), math.nan))
+    assert bool(features.snr_db.isnan().all())
+    assert torch.equal(one.existence, two.existence)
+    told, _, _ = localizer.predict(*call, scenes.snr_db)
+    assert not torch.allclose(one.existence, told.existence)
+
+
 @pytest.mark.parametrize("what", ["zero channel", "zero snapshots", "no scenes"])
 def test_ugly_scenes_of_candidates_give_a_defined_answer(
     candidate: tuple[Trainer, dict[str, float], Path], what: str

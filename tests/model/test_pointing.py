@@ -98,6 +98,7 @@ def test_loss_of_cells_at_one_range_is_finite_with_its_gradient() -> None:
     prediction.cells[..., 2] = 3.0
     leaf = prediction.log_pointer.clone().requires_grad_()
     position = around(prediction, 2)
+    position[0, 0, 2] = 3.0  # exactly there
     loss = own(replace(prediction, log_pointer=leaf), position).loss(torch.zeros(2, 3).long())
     loss.sum().backward()
     assert bool(torch.isfinite(loss).all())
@@ -152,6 +153,14 @@ def test_barred_pairs_stay_unmatched_and_the_rest_is_the_best_assignment() -> No
         assert not source[b][~matched[b]].any()
         fewer += best[0] < n
     assert fewer, "the case must hold sources that nobody may take"
+
+
+def test_two_that_may_be_are_matched_rather_than_one_that_is_nearer() -> None:
+    prediction = judged_slots(1, 2, 2)
+    score = torch.tensor([[[2.0, 0.1], [0.1, -torch.inf]]], dtype=torch.float64)
+    matched, source = match_slots(prediction, score, torch.ones(1, 2, dtype=torch.bool))
+    assert matched.tolist() == [[True, True]]
+    assert source.tolist() == [[1, 0]]
 
 
 def test_slots_of_equal_score_are_matched_by_their_existence() -> None:
