@@ -224,6 +224,24 @@ def test_snr_is_used_and_may_be_unknown_or_without_end(
         found.append(p.existence)
     for one, two in ((0, 1), (0, 2), (0, 3), (1, 4)):
         assert not torch.allclose(found[one], found[two])
+    for level, without_end in ((-30.0, found[3]), (50.0, found[4])):
+        p = network(replace(features, snr_db=torch.full((6,), level)))
+        assert torch.equal(p.existence, without_end), "beyond these levels nothing changes"
+
+
+@pytest.mark.parametrize("variance", [0.0, 1e30])
+def test_errors_of_no_size_or_any_are_judged(
+    network: CandidateNetwork, scenes: Scenes, variance: float
+) -> None:
+    features = features_of(network, scenes)
+    found = features.candidates
+    assert found is not None
+    covariance = torch.full_like(found.covariance, variance)
+    p = network(replace(features, candidates=replace(found, covariance=covariance)))
+    assert finite(outputs(p))
+    limit = torch.full_like(found.covariance, 1e2 if variance else 1e-10)
+    q = network(replace(features, candidates=replace(found, covariance=limit)))
+    assert torch.equal(p.existence, q.existence)
 
 
 @pytest.mark.parametrize("known", [True, False])

@@ -387,7 +387,10 @@ def test_a_fixed_set_is_the_same_at_whatever_chunk_a_process_begins(
     counted = Counted(monkeypatch)
     source = open_source(config, CPU)
     batches = [source.validation(), Batch.concatenate(list(source.train_batches(0, 7, 0)))]
-    # Chunks of 8, 8 and 1 or 4 scenes, the hidden ones apart from the others.
+    in_order = Scenes.concatenate(
+        list(data_module.simulate_split(config.data, config.scene, ARRAY, "val", 17))
+    )
+    assert torch.equal(batches[0].scenes.y, in_order.y)
     assert counted.scenes[:3] == [[8, 8, 1], [8, 1, 8], [1, 8, 8]][process % 3]
     front_end = FrontEnd.of(config, keep=False)
     assert front_end is not None
