@@ -13,7 +13,7 @@ from physics import NompConfig, PlanarArray, PursuitConfig, SceneConfig, Scenes,
 from physics.candidates import CandidateConfig, Candidates, find_candidates
 from physics.fit import Measurement, normal_equations, position_of
 from physics.order import symbol_powers
-from physics.pursuit import PursuitConfig, Search
+from physics.pursuit import Search
 from tests.physics.test_fit import ARRAY, scenes, steer
 from tests.reference import candidates as reference
 from tests.reference import estimation
