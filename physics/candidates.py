@@ -46,7 +46,7 @@ class Candidates:
     coordinates: Tensor  # (B, P, 3) azimuth, elevation [rad], inverse range [1/m]
     covariance: Tensor  # (B, P, 3, 3) of their errors, as the fit predicts it
     power: Tensor  # (B, P) of the source, relative to the noise
-    received: Tensor  # (B, P) energy over noise that it adds to a snapshot beyond the others
+    received: Tensor  # (B, P) energy over noise beyond the others, a snapshot or (constant) all
     likely: Tensor  # (B, P) bool: whether the criterion keeps it
     evidence: Tensor  # (B, P) log-likelihood ratio of the source against none, others kept
     crowded: Tensor  # (B, P) the same beside all candidates

@@ -169,7 +169,8 @@ def test_training_is_stable_on_ugly_scenes(what: str) -> None:
 
     trainer = Trainer(CONFIG)
     trainer.network.train()
-    scenes = next(iter(trainer.source.train_batches(0, 8, 0)))
+    batch = next(iter(trainer.source.train_batches(0, 8, 0)))
+    scenes = batch.scenes
     if what == "zero channel":
         scenes = replace(scenes, H=torch.zeros_like(scenes.H))
     elif what == "zero snapshots":
@@ -187,7 +188,7 @@ def test_training_is_stable_on_ugly_scenes(what: str) -> None:
     else:
         scenes = replace(scenes, y=scenes.y * 1e15, H=scenes.H * 1e-15)
     for _ in range(3):
-        terms, norm, _ = trainer._train_step(scenes)
+        terms, norm, _ = trainer._train_step(replace(batch, scenes=scenes))
         assert terms is not None
         assert all(math.isfinite(v) for v in terms.values())
         assert math.isfinite(norm)
