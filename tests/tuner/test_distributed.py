@@ -142,6 +142,7 @@ def test_a_study_runs_on_a_cluster_prunes_and_survives_bad_trials(
         assert [row["state"] for row in csv.DictReader(stream)] == [t.state for t in trials]
     assert sorted(path.name for path in (out / "best").iterdir()) == [
         "config.json",
+        "decision.json",
         "model.safetensors",
     ]
     assert "\x1b" not in finished.stdout
