@@ -77,6 +77,7 @@ class FrontEnd:
         if self.cache is None:
             return self._find(y, H, codes, snr_db)
         path = self.cache / f"{self._name(y, H, codes, snr_db)}.safetensors"
+        kept: Candidates | None = None
         try:
             self.cache.mkdir(parents=True, exist_ok=True)
             lock = FileLock(path.with_suffix(".lock"))
@@ -91,7 +92,8 @@ class FrontEnd:
         except (OSError, SafetensorError) as error:  # the latter of a full disk
             log.warning("candidates are not kept in %s: %s", self.cache, error)
             self.cache = None
-            return self._find(y, H, codes, snr_db)
+        if kept is None:
+            kept = self._find(y, H, codes, snr_db)
         return kept.to(y.device)
 
     def _name(self, *measurement: Tensor) -> str:

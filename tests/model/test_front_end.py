@@ -228,6 +228,24 @@ def test_a_cache_that_takes_nothing_gives_a_warning_and_a_result(
         assert not [path for path in files(cache) if path.suffix != ".lock"]
 
 
+def test_candidates_that_cannot_be_kept_are_found_once(
+    scenes: Scenes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    searches: list[int] = []
+
+    def counted(y: Tensor, *rest: Any, **options: Any) -> Any:
+        searches.append(len(y))
+        return find_candidates(y, *rest, **options)
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("model.front_end.find_candidates", counted)
+    monkeypatch.setattr("model.front_end.save_file", full)
+    call(made(tmp_path / "cache"), scenes)
+    assert searches == [len(scenes)]
+
+
 @pytest.mark.skipif(os.name != "posix", reason="limits of POSIX")
 def test_a_file_that_outgrows_the_disk_raises_what_is_caught(tmp_path: Path) -> None:
     """What safetensors raises where the system refuses to write."""
