@@ -21,6 +21,11 @@ from physics.scene import SceneConfig
 from physics.tikhonov import TikhonovConfig
 
 Objective = Literal["nmse", "f1", "gospa"]
+OBJECTIVES: dict[Objective, str] = {
+    "nmse": "validation NMSE of R_pred",
+    "f1": "1 - F1 on the validation scenes",
+    "gospa": "validation GOSPA [m]",
+}
 
 
 class TrialConfig(FrozenModel):

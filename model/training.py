@@ -53,8 +53,8 @@ class Trainer:
     All randomness is drawn from generators seeded with (seed, epoch), so that a trainer restored
     between two epochs goes on exactly as if nothing had happened: bit for bit on a CPU.
 
-    The objective is the validation NMSE of R_pred under the averaged weights, the lowest of the
-    epochs so far. No searched parameter enters it. The weights of that epoch are kept: what is
+    The objective is what ``config.objective`` names, on the validation scenes under the averaged
+    weights, the lowest of the epochs so far. No loss weight enters it. The weights of that epoch are kept: what is
     saved is what was scored.
 
     Args:

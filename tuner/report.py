@@ -92,12 +92,14 @@ def page(ledger: Ledger) -> str:
 
 
 def _facts(ledger: Ledger, trials: list[TrialRecord]) -> str:
+    from model.config import OBJECTIVES
+
     study = ledger.config
     counts = {state: sum(t.state == state for t in trials) for state in _COLOURS}
     data = study.data.shards or f"simulated, {study.data.train_scenes} scenes an epoch"
     rows = [
         ("trials", ", ".join(f"{count} {state}" for state, count in counts.items() if count)),
-        ("objective", "validation NMSE of R_pred, best epoch so far; lower is better"),
+        ("objective", f"{OBJECTIVES[study.objective]}, best epoch so far; lower is better"),
         ("budget", f"{study.training.epochs} epochs a trial"),
         ("search", f"{study.search.sampler}, {study.search.scheduler}, seed {study.seed}"),
         ("data", str(data)),

@@ -50,6 +50,16 @@ def test_a_page_is_drawn_whatever_has_finished(tmp_path: Path, ends: tuple[str, 
         assert f"<td>{number:04d}</td>" in text
 
 
+@pytest.mark.parametrize(
+    ("objective", "words"),
+    [("nmse", "validation NMSE of R_pred"), ("f1", "1 - F1"), ("gospa", "validation GOSPA [m]")],
+)
+def test_the_page_says_what_was_minimised(tmp_path: Path, objective: str, words: str) -> None:
+    text = page(ledger_with(tmp_path, "done", objective=objective))
+    assert words in text
+    assert ("NMSE of R_pred" in text) == (objective == "nmse")
+
+
 def test_the_page_needs_no_network(tmp_path: Path) -> None:
     text = page(ledger_with(tmp_path, "done", "done", "done", "done"))
     assert "Plotly.newPlot" in text
