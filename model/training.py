@@ -54,8 +54,8 @@ class Trainer:
     between two epochs goes on exactly as if nothing had happened: bit for bit on a CPU.
 
     The objective is what ``config.objective`` names, on the validation scenes under the averaged
-    weights, the lowest of the epochs so far. No loss weight enters it. The weights of that epoch are kept: what is
-    saved is what was scored.
+    weights, the lowest of the epochs so far. No loss weight enters it. The weights of that epoch
+    are kept: what is saved is what was scored.
 
     Args:
         config: the trial.
