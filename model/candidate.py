@@ -42,7 +42,8 @@ class CandidateNetwork(SourceNetwork):
     """Judges the candidates of an overcomplete matching pursuit, each beside the others.
 
     A slot is a candidate. The network says whether a source stands in its direction, tempers and
-    tilts the likelihood of its range, and corrects its power. A small transformer encoder lets the
+    tilts the likelihood of its range, corrects its power, and widens or narrows the ellipse of its
+    direction. A small transformer encoder lets the
     candidates of a scene see one another: what one source may be depends on how strong and how
     near the others are.
 
@@ -76,8 +77,9 @@ class CandidateNetwork(SourceNetwork):
             layer, config.depth, norm=nn.LayerNorm(width), enable_nested_tensor=False
         )
         self.existence = nn.Linear(width, 1)
-        # Sharpness of the likelihood; centre, weight and slope of a prior on log range; power.
-        self.judgement = nn.Linear(width, 5)
+        # Sharpness of the likelihood; centre, weight and slope of a prior on log range; power;
+        # standard deviations of the direction over those that the fit predicts.
+        self.judgement = nn.Linear(width, 6)
         nn.init.zeros_(self.judgement.weight)
         nn.init.zeros_(self.judgement.bias)
 
@@ -96,7 +98,7 @@ class CandidateNetwork(SourceNetwork):
         judgement = self.judgement(hidden)
         with full_precision():
             existence, judgement = existence.float(), judgement.float()
-            sharpness, centre, weight, slope, log_power = judgement.unbind(-1)
+            sharpness, centre, weight, slope, log_power, log_spread = judgement.unbind(-1)
             log_range = torch.log(found.range_m)
             prior = (
                 slope.unsqueeze(-1) * log_range
@@ -118,9 +120,9 @@ class CandidateNetwork(SourceNetwork):
                 ],
                 dim=-1,
             )
-        return Prediction(
-            factor, existence, log_pointer, position, cells, found.covariance[..., :2, :2]
-        )
+            spread = (2.0 * log_spread).exp()[..., None, None]
+            angles = spread * found.covariance[..., :2, :2]
+        return Prediction(factor, existence, log_pointer, position, cells, angles)
 
 
 def _cells(found: Candidates) -> Tensor:

@@ -95,11 +95,12 @@ def judge(prediction: Prediction, goal: Goal) -> Judged:
     chosen = ranges.gather(-1, best)
     for _ in range(_ASCENTS):
         near = weight * ((ranges - chosen).abs() < reach)
-        chosen = (near * ranges).sum(-1, keepdim=True) / near.sum(-1, keepdim=True)
+        near = near / near.sum(-1, keepdim=True)
+        chosen = (near * ranges).sum(-1, keepdim=True)
     probability = torch.sigmoid(prediction.existence)
     score = probability if goal == "count" else probability * worth(chosen).squeeze(-1)
     cell = (ranges[..., -1] - ranges[..., 0]) / max(1, ranges.shape[-1] - 1)
-    variance = (weight * (ranges - chosen).square()).sum(-1) + cell.square() / 12.0
+    variance = (near * (ranges - chosen).square()).sum(-1) + cell.square() / 12.0
     covariance = torch.nn.functional.pad(prediction.angle_covariance, (0, 1, 0, 1))
     covariance = covariance + torch.diag_embed(torch.nn.functional.pad(variance[..., None], (2, 0)))
     directions = prediction.cells[:, :, 0, :2]

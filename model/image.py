@@ -48,8 +48,9 @@ class ImageNetwork(SourceNetwork):
     """Finds sources as peaks of a map over directions; no search, no iteration.
 
     Every direction of the grid gets a logit that a source stands there, an offset within its
-    cell, a distribution over bins of range and a power. The slots are the highest local peaks of
-    the map. The factor of R_pred is the posterior mean on the manifold, as for candidates.
+    cell with a standard deviation, a distribution over bins of range and a power. The slots are
+    the highest local peaks of the map. The factor of R_pred is the posterior mean on the
+    manifold, as for candidates.
 
     Args:
         config: sizes.
@@ -74,7 +75,7 @@ class ImageNetwork(SourceNetwork):
         )
         self.heat = nn.Conv2d(width, 1, 1)
         nn.init.constant_(self.heat.bias, _RARE)  # type: ignore[arg-type]
-        self.detail = nn.Conv2d(width, 3 + config.range_bins, 1)
+        self.detail = nn.Conv2d(width, 4 + config.range_bins, 1)
 
     def forward(self, features: Features) -> Prediction:
         """Predict B scenes. Runs under autocast; what leaves it is in full precision."""
@@ -89,7 +90,9 @@ class ImageNetwork(SourceNetwork):
             chosen = detail.flatten(2).mT.gather(
                 1, index.unsqueeze(-1).expand(-1, -1, len(detail[0]))
             )
-            offset, log_power, logits = chosen.split([2, 1, self.config.range_bins], dim=-1)
+            offset, log_power, log_spread, logits = chosen.split(
+                [2, 1, 1, self.config.range_bins], dim=-1
+            )
             direction = self.directions.flatten(0, 1)[index]
             direction = direction + torch.tanh(offset) * self.cell_size[:2]
             log_pointer = torch.log_softmax(logits, dim=-1)
@@ -105,7 +108,10 @@ class ImageNetwork(SourceNetwork):
             log_weight = functional.logsigmoid(existence) + log_power.squeeze(-1)
             factor = self.manifold_factor(cells, pointer, log_weight)
             inverse_range = (pointer / self.bins).sum(-1, keepdim=True)
-            within = torch.diag((self.cell_size[:2] / 4.0).square()).expand(*index.shape, 2, 2)
+            # A quarter of a cell before anything is learned.
+            within = (2.0 * log_spread).exp().unsqueeze(-1) * torch.diag(
+                (self.cell_size[:2] / 4.0).square()
+            )
         return Prediction(
             factor,
             existence,

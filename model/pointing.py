@@ -14,6 +14,8 @@ from model.prediction import Prediction
 
 _SHARPNESS = 20.0  # of the target over shared cells
 _GATE = math.radians(5.0)  # a candidate farther from a source in either angle is not of it
+_LEVEL = 0.9  # of the ellipses that directions are to lie in
+_REACH = -2.0 * math.log1p(-_LEVEL)  # their squared radius: the chi-square quantile, two degrees
 
 
 @dataclass(frozen=True)
@@ -71,8 +73,11 @@ class OwnCells:
     def loss(self, source: Tensor) -> Tensor:
         """Loss (B, r) of the slots if they hold the sources (B, r) int64.
 
-        Cross-entropy to the two cells around the range, evenly spaced, and the Huber distance of
-        directions that are learned, in gates.
+        Cross-entropy to the two cells around the range, evenly spaced; the quantile loss that puts
+        nine in ten directions inside their 90 % ellipse; and the Huber distance of directions that
+        are learned, in gates.
+
+        Source: Koenker and Bassett, "Regression quantiles", Econometrica 46(1), 1978.
         """
         truth = self.position[..., 2].gather(1, source).unsqueeze(-1)
         ranges = self.cells[..., 2]
@@ -85,12 +90,25 @@ class OwnCells:
         log_pointer = self.prediction.log_pointer
         below, above = log_pointer.gather(-1, index), log_pointer.gather(-1, index + 1)
         pointing = -((1.0 - share) * below + share * above).squeeze(-1)
-        if not self.moving:
-            return pointing
         truth = self.position[..., :2].gather(1, source.unsqueeze(-1).expand(-1, -1, 2))
         off = (self.prediction.position[..., :2] - truth) / _GATE
+        pointing = pointing + self._miscoverage(off.detach())
+        if not self.moving:
+            return pointing
         distance = functional.huber_loss(off, torch.zeros_like(off), reduction="none", delta=0.5)
         return pointing + 4.0 * distance.sum(-1)
+
+    def _miscoverage(self, off: Tensor) -> Tensor:
+        """Quantile loss (B, r) of the Mahalanobis distance of errors (B, r, 2) in gates."""
+        assert self.prediction.angle_covariance is not None
+        scale = self.prediction.angle_covariance / _GATE**2
+        (a, b), (_, c) = (row.unbind(-1) for row in scale.unbind(-2))
+        tiny = torch.finfo(a.dtype).tiny
+        x, y = off.unbind(-1)
+        distance = (c * x.square() - 2.0 * b * x * y + a * y.square()).clamp_min(tiny)
+        determinant = (a * c - b.square()).clamp_min(tiny)
+        excess = torch.log(distance) - torch.log(determinant) - math.log(_REACH)
+        return torch.maximum(_LEVEL * excess, (_LEVEL - 1.0) * excess)
 
 
 def heat_loss(heat: Tensor, directions: Tensor, position: Tensor, present: Tensor) -> Tensor:

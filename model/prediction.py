@@ -76,7 +76,7 @@ class Prediction:
     log_pointer: Tensor  # (B, r, G) log probability of each cell
     position: Tensor  # (B, r, 3) mean azimuth, elevation [rad], inverse range [1/m]
     cells: Tensor | None = None  # (B, r, G, 3) azimuth, elevation [rad], range [m]; None: shared
-    angle_covariance: Tensor | None = None  # (B, r, 2, 2) [rad^2] within a cell
+    angle_covariance: Tensor | None = None  # (B, r, 2, 2) [rad^2] of the direction's error
     heat: Tensor | None = None  # (B, A, E) logit that a source stands in a direction of the grid
 
     @property

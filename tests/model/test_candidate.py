@@ -103,7 +103,7 @@ def test_a_slot_is_a_candidate_with_cells_of_its_own(
     assert p.cells.shape == (6, 3, 6, 3)
     assert torch.equal(p.cells[..., 2], found.range_m)
     assert torch.equal(p.cells[:, :, 4, :2], found.coordinates[..., :2])
-    assert torch.equal(p.angle_covariance, found.covariance[..., :2, :2])
+    assert p.angle_covariance.shape == (6, 3, 2, 2)
     assert p.position.shape == (6, 3, 3)
     torch.testing.assert_close(p.covariance.trace(), torch.full((6,), 36.0))
     torch.testing.assert_close(p.log_pointer.exp().sum(-1), torch.ones(6, 3))
@@ -127,7 +127,7 @@ def test_pointer_power_and_factor_are_those_that_the_judgement_asks_for(
     for b in range(6):
         columns = []
         for i in range(3):
-            sharpness, centre, weight, slope, log_power = judgement[b, i]
+            sharpness, centre, weight, slope, log_power, log_spread = judgement[b, i]
             r = found.range_m[b, i].double().numpy()
             score = softplus(sharpness + 0.54) * found.range_evidence[b, i].double().numpy()
             score = score + slope * np.log(r)
@@ -138,6 +138,8 @@ def test_pointer_power_and_factor_are_those_that_the_judgement_asks_for(
             mean = (w / r).sum()
             assert p.position[b, i, 2].item() == pytest.approx(mean, rel=1e-3)
             assert torch.equal(p.position[b, i, :2], found.coordinates[b, i, :2])
+            wide = math.exp(2 * log_spread) * found.covariance[b, i, :2, :2]
+            torch.testing.assert_close(p.angle_covariance[b, i], wide, rtol=1e-4, atol=0.0)
             a = steering_vector(p.cells[b, i].double(), ARRAY).numpy()
             q = 1 / (1 + math.exp(-p.existence[b, i].item()))
             power = max(float(found.power[b, i]), 1e-9) * math.exp(log_power)

@@ -73,6 +73,25 @@ def test_one_hump_is_judged_exactly_at_its_top(goal: Any) -> None:
     assert not judged.covariance[..., 2, :2].any()
 
 
+@pytest.mark.parametrize("goal", GOALS)
+def test_the_variance_of_range_is_that_of_what_lies_within_reach(goal: Any) -> None:
+    prediction = judged_slots(20, 4, 24, sharpness=2.0)
+    judged = judge(prediction, goal)
+    assert prediction.cells is not None
+    narrower = 0
+    for b, i in np.ndindex(20, 4):
+        ranges = prediction.cells[b, i, :, 2].numpy()
+        weight = prediction.log_pointer[b, i].exp().numpy()
+        chosen = float(judged.position[b, i, 2])
+        near = weight * (abs(ranges - chosen) < REACH[goal])
+        variance = (near * (ranges - chosen) ** 2).sum() / near.sum()
+        variance += (ranges[1] - ranges[0]) ** 2 / 12
+        # The last step to the mean may leave a cell or take one in.
+        assert float(judged.covariance[b, i, 2, 2]) == pytest.approx(variance, rel=0.1, abs=0.02)
+        narrower += bool(variance < 0.8 * (weight * (ranges - chosen) ** 2).sum())
+    assert narrower > 5, "the case must hold ranges beyond reach"
+
+
 def test_a_score_is_a_probability_and_of_the_reach_of_its_goal() -> None:
     prediction = judged_slots(30, 5, 12, sharpness=2.0)
     scores = {goal: judge(prediction, goal).score for goal in GOALS}

@@ -148,6 +148,10 @@ def test_every_weight_gets_a_gradient_from_the_loss() -> None:
         assert parameter.grad is not None, name
         assert bool(torch.isfinite(parameter.grad).all()), name
         assert float(parameter.grad.abs().max()) > 0, name
+    assert isinstance(trainer.network, ImageNetwork)
+    detail = trainer.network.detail.weight.grad
+    assert detail is not None
+    assert bool((detail.abs().amax((1, 2, 3)) > 0).all()), "of every detail"
 
 
 def test_it_learns_where_sources_stand() -> None:

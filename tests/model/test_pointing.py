@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from scipy.stats import chi2
 from torch import Tensor
 
 from model.loss import LossConfig, ScenesLoss
@@ -70,11 +71,25 @@ def test_a_source_five_degrees_off_in_either_angle_is_none_of_a_slots(
     assert bool(torch.isfinite(own(prediction, position).score()).item()) is theirs
 
 
+def ellipse_loss(prediction: Prediction, position: Tensor, source: Tensor) -> Tensor:
+    """Quantile loss (B, r) at 0.9 of the squared Mahalanobis distance, by a loop."""
+    assert prediction.angle_covariance is not None
+    loss = torch.zeros(source.shape, dtype=torch.float64)
+    for b, i in np.ndindex(*source.shape):
+        covariance = prediction.angle_covariance[b, i].numpy()
+        off = (prediction.position[b, i] - position[b, source[b, i]])[:2].numpy()
+        distance = off @ np.linalg.solve(covariance, off)
+        excess = math.log(distance / float(chi2.ppf(0.9, df=2)))
+        loss[b, i] = 0.9 * excess if excess > 0 else -0.1 * excess
+    return loss
+
+
 def test_loss_is_the_cross_entropy_to_the_two_cells_around_the_source() -> None:
     prediction = judged_slots(6, 4, 5)
     position = around(prediction, 3)
     source = torch.randint(3, (6, 4), generator=torch.Generator().manual_seed(2))
     loss = own(prediction, position).loss(source)
+    ellipses = ellipse_loss(prediction, position, source)
     assert loss.shape == (6, 4)
     assert prediction.cells is not None
     outside = 0
@@ -88,8 +103,48 @@ def test_loss_is_the_cross_entropy_to_the_two_cells_around_the_source() -> None:
             above = next(s for s in range(5) if ranges[s] > r)
             share = (r - ranges[above - 1]) / (ranges[above] - ranges[above - 1])
             expected = -(1 - share) * logs[above - 1] - share * logs[above]
-        assert float(loss[b, i]) == pytest.approx(expected)
+        assert float(loss[b, i]) == pytest.approx(expected + float(ellipses[b, i]))
     assert 0 < outside < 24, "the case must hold sources within and beyond the cells"
+
+
+def test_ellipses_learn_to_hold_nine_in_ten_directions() -> None:
+    """Of errors far from normal, in two groups that their covariances do not tell apart."""
+    prediction = judged_slots(4000, 2, 2)
+    assert prediction.angle_covariance is not None
+    root = torch.linalg.cholesky(prediction.angle_covariance)
+    heavy = torch.distributions.StudentT(torch.tensor(3.0, dtype=torch.float64))
+    torch.manual_seed(6)
+    off = heavy.sample((4000, 2, 2)) * torch.tensor([0.2, 3.0], dtype=torch.float64)[:, None]
+    direction = prediction.position[..., :2] + (root @ off.unsqueeze(-1)).squeeze(-1)
+    position = torch.cat([direction, torch.ones(4000, 2, 1, dtype=torch.float64)], -1)
+    source = torch.arange(2).expand(4000, 2)
+    log_spread = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.Adam([log_spread], lr=0.05)
+    for _ in range(200):
+        wide = (2.0 * log_spread).exp()[:, None, None] * prediction.angle_covariance
+        optimizer.zero_grad()
+        own(replace(prediction, angle_covariance=wide), position).loss(source).mean().backward()
+        optimizer.step()
+    whitened = torch.linalg.solve_triangular(root, (root @ off.unsqueeze(-1)), upper=False)
+    distance = whitened.square().sum((-2, -1)) / (2.0 * log_spread.detach()).exp()
+    held = (distance <= float(chi2.ppf(0.9, df=2))).double().mean(0)
+    assert bool(((held - 0.9).abs() < 0.015).all()), held
+    assert float((log_spread[1] - log_spread[0]).detach()) == pytest.approx(math.log(15.0), abs=0.1)
+
+
+def test_a_direction_that_is_exact_has_a_finite_loss_and_gradient() -> None:
+    prediction = judged_slots(2, 3, 4)
+    assert prediction.cells is not None
+    assert prediction.angle_covariance is not None
+    leaf = prediction.angle_covariance.clone().requires_grad_()
+    position = torch.cat([prediction.position[..., :2], torch.full((2, 3, 1), 3.0)], -1)
+    loss = own(replace(prediction, angle_covariance=leaf), position).loss(
+        torch.arange(3).expand(2, 3)
+    )
+    loss.sum().backward()
+    assert bool(torch.isfinite(loss).all())
+    assert leaf.grad is not None
+    assert bool(torch.isfinite(leaf.grad).all())
 
 
 def test_loss_of_cells_at_one_range_is_finite_with_its_gradient() -> None:
