@@ -20,7 +20,7 @@ from physics.scene import SceneConfig
 from physics.steering import steering_vector
 
 # Raised when candidates of the same scenes change, so that none from before are read.
-VERSION = 2
+VERSION = 3
 
 # Powers at which a source's likelihood is averaged, relative to the fitted one: +-6 dB.
 _POWERS = tuple(4.0 ** (step / 3.0) for step in range(-3, 4))
@@ -97,7 +97,8 @@ def find_candidates(
     of the likelihood with it over that without it, its symbols integrated out as circular normal
     and its power averaged over +-6 dB around the fitted one, while the other sources stay where
     they are. The cells of range reach four standard deviations of inverse range to both sides of
-    the fit, within the field of view.
+    the fit, within the field of view; where the residual is stronger than the noise, as hardware
+    errors leave it, standard deviations grow with its root (Birge's ratio).
 
     Args:
         y: (B, L, M) complex.
@@ -111,6 +112,9 @@ def find_candidates(
     Raises:
         TypeError, ValueError: as :func:`physics.nomp`, or more candidates than the measurement can
             tell apart.
+
+    Source: of the ratio, Birge, "The calculation of errors by the method of least squares",
+    Phys. Rev. 40(2), 1932.
     """
     config = config or CandidateConfig()
     array, scene = array or PlanarArray(), scene or SceneConfig()
@@ -180,7 +184,9 @@ def _state(
     covariance = coordinate_covariance(matrix, sigma2).unflatten(-1, (config.count, 3))
     own = covariance.unflatten(1, (config.count, 3)).diagonal(dim1=1, dim2=3).movedim(-1, 1)
     q, (low, high) = coordinates[..., 2], search.bounds[:, 2]
-    width = _SPREAD * own[..., 2, 2].clamp_min(0.0).sqrt()
+    misfit = fit.cost / search.n_rows / sigma2
+    variance = own[..., 2, 2].clamp_min(0.0) * misfit.clamp_min(1.0).unsqueeze(-1)
+    width = _SPREAD * variance.sqrt()
     far, near = ((q + side).clamp(low, high).reciprocal() for side in (-width, width))
     steps = torch.linspace(0.0, 1.0, config.range_cells, device=q.device, dtype=q.dtype)
     cells = torch.lerp(near.unsqueeze(-1), far.unsqueeze(-1), steps)
@@ -194,7 +200,7 @@ def _state(
         "evidence": evidence[..., 0],
         "range_m": cells,
         "range_evidence": evidence[..., 1:],
-        "misfit": fit.cost / search.n_rows / sigma2,
+        "misfit": misfit,
     }
 
 

@@ -45,10 +45,10 @@ class SceneConfig(FrozenModel):
     phase_error_deg: float = Field(0.0, ge=0, description="std of element phase error [deg]")
     amplitude_error_db: float = Field(0.0, ge=0, description="std of element amplitude [dB]")
     dropout: float = Field(0.0, ge=0, lt=1, description="probability that an element is dead")
-    error_levels: Literal["fixed", "uniform"] = Field(
+    error_levels: Literal["fixed", "varied"] = Field(
         "fixed",
-        description="the four errors above in every scene as they are, or in each at levels of "
-        "its own between 0 and these (domain randomisation)",
+        description="the four errors above in every scene as they are, or in each scene either "
+        "absent or at levels of its own up to these, by even chances (domain randomisation)",
     )
 
     @field_validator("azimuth_deg", "elevation_deg", "range_m", "snr_db", "base_station_range_m")

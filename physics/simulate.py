@@ -139,7 +139,9 @@ def _hardware(
     )
     if not any(errors):
         return steering_vector(position, array, config.wavefront), None
-    share = uniform(batch, 4) if config.error_levels == "uniform" else position.new_ones(1, 4)
+    share = position.new_ones(1, 4)
+    if config.error_levels == "varied":
+        share = (2.0 * uniform(batch, 4) - 1.0).clamp_min(0.0)
     levels = share * position.new_tensor(errors)
     jitter, phase_deg, level_db, dropout = levels.unsqueeze(-1).unbind(1)  # (B or 1, 1) each
     displacement = None

@@ -193,7 +193,7 @@ def test_what_is_kept_stands_where_a_patient_nomp_finds_it(mode: Any) -> None:
 @pytest.mark.parametrize("mode", MODES)
 def test_cells_reach_four_deviations_to_both_sides_within_the_field_of_view(mode: Any) -> None:
     S = scenes(mode, 6, snr_db=25.0)
-    found = find(S, mode, snr_db=S.snr_db)
+    found = find(S, mode, snr_db=S.snr_db - 6.0)  # no residual is stronger than that noise
     q, std = found.coordinates[..., 2], found.covariance[..., 2, 2].sqrt()
     near = 1 / (q + 4 * std).clamp(1 / 3.0, 1 / 0.6)
     far = 1 / (q - 4 * std).clamp(1 / 3.0, 1 / 0.6)
@@ -205,6 +205,20 @@ def test_cells_reach_four_deviations_to_both_sides_within_the_field_of_view(mode
     step = found.range_m.diff(dim=-1)
     torch.testing.assert_close(step, step[..., :1].expand_as(step))
     assert bool((step >= 0).all())
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_cells_reach_farther_where_the_residual_is_stronger_than_the_noise(mode: Any) -> None:
+    """As if the noise were as strong as the residual is."""
+    S = scenes(mode, 12, n_sources=1)
+    one = CandidateConfig(count=1, range_cells=4)
+    found = find(S, mode, snr_db=S.snr_db + 10.0, config=one)
+    assert bool((found.misfit > 5.0).all())
+    q, std = found.coordinates[..., 2], found.covariance[..., 2, 2].sqrt()
+    width = 4 * std * found.misfit.sqrt().unsqueeze(-1)
+    torch.testing.assert_close(found.range_m[..., 0], 1 / (q + width).clamp(1 / 3.0, 1 / 0.6))
+    torch.testing.assert_close(found.range_m[..., -1], 1 / (q - width).clamp(1 / 3.0, 1 / 0.6))
+    assert bool((found.range_m[..., -1] < 2.999).any())
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -146,7 +146,7 @@ def test_one_level_of_snr_makes_one_band() -> None:
 
 @pytest.mark.parametrize("name", SUITES)
 def test_every_suite_changes_what_it_says(name: str) -> None:
-    suite, configured = SUITES[name], SceneConfig(dropout=0.2, error_levels="uniform")
+    suite, configured = SUITES[name], SceneConfig(dropout=0.2, error_levels="varied")
     scene = suite.scene(configured)
     for key, value in suite.changes.items():
         assert getattr(scene, key) == value
