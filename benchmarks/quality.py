@@ -2,7 +2,7 @@
 
     python -m benchmarks.quality objectives [--config FILE] [--trials 16] [--scenes 4000]
     python -m benchmarks.quality tuning --study RUN_DIR [--seeds 3] [--scenes 4000]
-    python -m benchmarks.quality covariances --checkpoint DIR [--scenes 1000]
+    python -m benchmarks.quality covariances --checkpoint DIR [--beta 0.3 ...] [--scenes 1000]
     python -m benchmarks.quality calibration --checkpoint DIR [--scenes 4000]
 
 ``objectives`` trains random points of a study's space and prints the rank correlation (Spearman)
@@ -44,7 +44,7 @@ from model.localizer import Localizer
 from model.pointing import OwnCells, match_slots
 from model.training import Trainer
 from physics.baselines import music, mvdr
-from physics.covariance import nmse
+from physics.covariance import blend, nmse
 from physics.detections import Detections
 from physics.metrics import (
     Matching,
@@ -214,15 +214,13 @@ def covariances(args: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, list[Detections]] = {}
     for start in range(0, len(batch), 64):
         part = scenes[slice(start, start + 64)]
-        prediction, blended, features = localizer.predict(
-            part.y, part.H, part.codes, part.known_snr_db
-        )
+        prediction, _, features = localizer.predict(part.y, part.H, part.codes, part.known_snr_db)
         truth = part.covariance(array, wavefront)
-        for name, R in (
-            ("R_samp", features.measured_covariance()),
-            ("R_pred", prediction.covariance),
-            ("R_blend", blended),
-        ):
+        every = {"R_samp": features.measured_covariance(), "R_pred": prediction.covariance}
+        for beta in args.beta or [config.blend.beta]:
+            measured = features.measured_covariance(config.blend.shrinkage)
+            every[f"R_blend, beta {beta:g}"] = blend(prediction.covariance, measured, beta)
+        for name, R in every.items():
             errors.setdefault(name, []).append(nmse(R, truth))
             for method in (music, mvdr):
                 spotted = method(R, array, wavefront, localizer.grid, part.n_sources, max_sources=5)
@@ -328,6 +326,9 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=16, help="random points (objectives)")
     parser.add_argument("--seeds", type=int, default=3, help="of default and winner (tuning)")
     parser.add_argument("--random", type=int, default=6, help="random points (tuning)")
+    parser.add_argument(
+        "--beta", type=float, nargs="*", help="of R_blend (covariances); default: the network's"
+    )
     parser.add_argument("--scenes", type=int, default=4000, help="held out")
     parser.add_argument("--jobs", type=int, default=2, help="trainings at a time (tuning)")
     parser.add_argument("--threads", type=int, default=2)

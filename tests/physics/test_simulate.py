@@ -189,7 +189,9 @@ def test_varied_errors_are_absent_or_have_levels_of_their_own_in_every_scene() -
             assert float((level < quartile).double().mean()) == pytest.approx(share, abs=0.11)
     assert abs(float(torch.corrcoef(torch.stack([phase.double(), dead.double()]))[0, 1])) < 0.24
     both = ((phase >= 0.02) & (dead >= 0.02)).double().mean()
-    assert float(both) == pytest.approx(0.25, abs=0.1), "one error's absence says nothing of another"
+    assert float(both) == pytest.approx(0.25, abs=0.1), (
+        "one error's absence says nothing of another"
+    )
 
 
 def test_the_same_seed_gives_the_same_scenes() -> None:
