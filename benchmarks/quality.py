@@ -256,6 +256,7 @@ def calibration(args: argparse.Namespace) -> dict[str, Any]:
             dictionary=localizer.network.dictionary,
             tikhonov=localizer.config.tikhonov,
             candidates=part.candidates,
+            spectra=localizer.config.network.spectra,
         )
         prediction = localizer.network(features)
         assert prediction.cells is not None

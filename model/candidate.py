@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
-from model.features import Features
+from model.features import Features, Spectrum
 from model.prediction import AttentionConfig, Prediction, SourceNetwork
 from physics.candidates import CandidateConfig, Candidates
 from physics.geometry import PlanarArray
@@ -31,6 +31,11 @@ class CandidateNetworkConfig(AttentionConfig):
     def front_end(self) -> CandidateConfig:
         """Matching pursuit's candidates."""
         return self.candidates
+
+    @property
+    def spectra(self) -> tuple[Spectrum, ...]:
+        """None: it reads its candidates."""
+        return ()
 
     @property
     def slots(self) -> int:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -12,6 +14,8 @@ from physics.covariance import LowRankCovariance
 from physics.precision import in_full_precision
 from physics.scaling import power
 from physics.tikhonov import TikhonovConfig, solve_unchecked
+
+Spectrum = Literal["incoherent", "coherent", "adaptive"]
 
 _LOADING = 0.1  # of the adaptive spectrum, relative to the mean diagonal
 
@@ -24,7 +28,7 @@ class Features:
     codes: Tensor  # (B, L, N) complex
     y: Tensor  # (B, L, M) complex, unit mean power
     H: Tensor  # (B, M, N) complex, unit mean power
-    spectrum: Tensor  # (B, 2 or 3, G) logarithms of spectra on the dictionary, mean 0
+    spectrum: Tensor  # (B, S, G) logarithms of the spectra asked for on the dictionary, mean 0
     snr_db: Tensor  # (B,) real; NaN where unknown
     n_fallbacks: int  # scenes that the solver's SVD fallback served
     candidates: Candidates | None = None  # of the networks that judge them
@@ -47,14 +51,14 @@ def compute_features(
     tikhonov: TikhonovConfig,
     unit_modulus: bool | None = None,
     candidates: Candidates | None = None,
-    adaptive: bool = False,
+    spectra: tuple[Spectrum, ...] = ("incoherent", "coherent"),
 ) -> Features:
-    """Ridge solutions and their matched-filter spectra over a dictionary of positions.
+    """Ridge solutions and their spectra over a dictionary of positions.
 
-    The two spectra are the incoherent ``mean_l |a_g^H a_l|^2``, the statistic of fluctuating
-    sources, and the coherent ``|a_g^H mean_l a_l|^2``, the one of constant sources; both enter as
-    logarithms around their mean. The adaptive one is MVDR's, ``1 / a_g^H (R_samp + I/10)^-1 a_g``
-    with R_samp at trace N.
+    The spectra of matched filters are the incoherent ``mean_l |a_g^H a_l|^2``, the statistic of
+    fluctuating sources, and the coherent ``|a_g^H mean_l a_l|^2``, the one of constant sources.
+    The adaptive one is MVDR's, ``1 / a_g^H (R_samp + I/10)^-1 a_g`` with R_samp at trace N. All
+    enter as logarithms around their mean.
 
     Args:
         y: (B, L, M) complex.
@@ -65,32 +69,42 @@ def compute_features(
         tikhonov: how the ridge solutions are computed.
         unit_modulus: what is known of the codes; None looks.
         candidates: of the same scenes, where the network judges them.
-        adaptive: whether the adaptive spectrum is computed too.
+        spectra: those that are computed, in their order.
     """
     ridge, report = solve_unchecked(
         y, H, codes, tikhonov.regularization, tikhonov.solver, unit_modulus
     )
     ridge, y, H = _unit_power(ridge), _unit_power(y), _unit_power(H)
-    matched = ridge @ dictionary.mH  # (B, L, G)
-    incoherent = torch.view_as_real(matched).square().sum(-1).mean(-2)
-    coherent = torch.view_as_real(matched.mean(-2)).square().sum(-1)
-    spectra = [incoherent, coherent]
-    if adaptive:
-        spectra.append(_adaptive(ridge, matched))
-    spectrum = torch.stack(spectra, dim=1)
-    eps = torch.finfo(spectrum.dtype).eps
-    floor = (eps * spectrum.amax(-1, keepdim=True)).clamp_min(eps)
-    log_spectrum = torch.log(spectrum.clamp_min(floor))
     return Features(
         ridge=ridge,
         codes=codes,
         y=y,
         H=H,
-        spectrum=log_spectrum - log_spectrum.mean(-1, keepdim=True),
+        spectrum=_log_spectra(ridge, dictionary, spectra),
         snr_db=snr_db,
         n_fallbacks=report.n_fallbacks,
         candidates=candidates,
     )
+
+
+def _log_spectra(ridge: Tensor, dictionary: Tensor, wanted: tuple[Spectrum, ...]) -> Tensor:
+    """Logarithms (B, S, G) around their mean."""
+    if not wanted:
+        return ridge.real.new_zeros(ridge.shape[0], 0, dictionary.shape[0])
+    matched = ridge @ dictionary.mH  # (B, L, G)
+    spectrum = torch.stack([_SPECTRA[name](ridge, matched) for name in wanted], dim=1)
+    eps = torch.finfo(spectrum.dtype).eps
+    floor = (eps * spectrum.amax(-1, keepdim=True)).clamp_min(eps)
+    log_spectrum = torch.log(spectrum.clamp_min(floor))
+    return log_spectrum - log_spectrum.mean(-1, keepdim=True)
+
+
+def _incoherent(ridge: Tensor, matched: Tensor) -> Tensor:
+    return torch.view_as_real(matched).square().sum(-1).mean(-2)
+
+
+def _coherent(ridge: Tensor, matched: Tensor) -> Tensor:
+    return torch.view_as_real(matched.mean(-2)).square().sum(-1)
 
 
 def _adaptive(ridge: Tensor, matched: Tensor) -> Tensor:
@@ -106,6 +120,13 @@ def _adaptive(ridge: Tensor, matched: Tensor) -> Tensor:
     seen = matched.conj() / n_snapshots**0.5
     inside = power(torch.linalg.solve_triangular(cholesky, seen, upper=False)).sum(-2)
     return (1.0 - inside).clamp_min(torch.finfo(inside.dtype).eps).reciprocal()
+
+
+_SPECTRA: dict[Spectrum, Callable[[Tensor, Tensor], Tensor]] = {
+    "incoherent": _incoherent,
+    "coherent": _coherent,
+    "adaptive": _adaptive,
+}
 
 
 def _unit_power(value: Tensor) -> Tensor:

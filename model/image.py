@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
-from model.features import Features
+from model.features import Features, Spectrum
 from model.prediction import FamilyConfig, Prediction, SourceNetwork
 from physics.geometry import PlanarArray
 from physics.precision import full_precision
@@ -39,9 +39,9 @@ class ImageConfig(FamilyConfig):
         return self.rank
 
     @property
-    def adaptive(self) -> bool:
-        """Whether the adaptive spectrum is wanted beside the matched-filter ones."""
-        return True
+    def spectra(self) -> tuple[Spectrum, ...]:
+        """Those of matched filters and the adaptive one."""
+        return "incoherent", "coherent", "adaptive"
 
 
 class ImageNetwork(SourceNetwork):

@@ -161,7 +161,7 @@ class Localizer:
             dictionary=self.network.dictionary,
             tikhonov=self.config.tikhonov,
             candidates=None if front_end is None else front_end(y, H, codes, level),
-            adaptive=self.config.network.adaptive,
+            spectra=self.config.network.spectra,
         )
         prediction = self.network(features)
         return prediction, blended_covariance(prediction, features, self.config.blend), features

@@ -10,7 +10,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from model.features import Features
+from model.features import Features, Spectrum
 from physics.candidates import CandidateConfig
 from physics.config import FrozenModel
 from physics.covariance import LowRankCovariance
@@ -38,9 +38,9 @@ class FamilyConfig(FrozenModel):
         return None
 
     @property
-    def adaptive(self) -> bool:
-        """Whether the adaptive spectrum is wanted beside the matched-filter ones."""
-        return False
+    def spectra(self) -> tuple[Spectrum, ...]:
+        """Spectra over the dictionary that the network reads."""
+        return "incoherent", "coherent"
 
     @property
     def slots(self) -> int:

@@ -184,7 +184,7 @@ class Trainer:
             tikhonov=self.config.tikhonov,
             unit_modulus=self.source.unit_modulus,
             candidates=batch.candidates,
-            adaptive=self.config.network.adaptive,
+            spectra=self.config.network.spectra,
         )
 
     def _train_epoch(self) -> dict[str, float]:

@@ -68,6 +68,7 @@ def features_of(
         dictionary=network.dictionary,
         tikhonov=config.tikhonov,
         candidates=found,
+        spectra=CandidateNetworkConfig().spectra,
     )
 
 

@@ -56,7 +56,7 @@ def features(net: ImageNetwork, drawn: Scenes) -> Features:
         drawn.snr_db,
         dictionary=net.dictionary,
         tikhonov=CONFIG.tikhonov,
-        adaptive=True,
+        spectra=CONFIG.network.spectra,
     )
 
 
@@ -169,3 +169,20 @@ def test_it_learns_where_sources_stand() -> None:
     while not trainer.finished:
         metrics = trainer.run_epoch()
     assert metrics["f1"] > max(0.5, first + 0.2), (first, metrics["f1"])
+
+
+def test_spectra_are_those_asked_for_in_their_order() -> None:
+    net, drawn = network(), scenes()
+    whole = features(net, drawn).spectrum
+    assert whole.shape[1] == 3
+    for wanted, index in ((("adaptive",), [2]), (("coherent", "incoherent"), [1, 0]), ((), [])):
+        some = compute_features(
+            drawn.y,
+            drawn.H,
+            drawn.codes,
+            drawn.snr_db,
+            dictionary=net.dictionary,
+            tikhonov=CONFIG.tikhonov,
+            spectra=wanted,
+        )
+        assert torch.equal(some.spectrum, whole[:, index])
