@@ -12,7 +12,7 @@ from torch import Tensor
 from physics.candidates import Candidates
 from physics.covariance import LowRankCovariance
 from physics.precision import in_full_precision
-from physics.scaling import power
+from physics.scaling import column_energy
 from physics.tikhonov import TikhonovConfig, solve_unchecked
 
 Spectrum = Literal["incoherent", "coherent", "adaptive"]
@@ -118,7 +118,7 @@ def _adaptive(ridge: Tensor, matched: Tensor) -> Tensor:
     load = _LOADING * torch.eye(n_snapshots, dtype=gram.dtype, device=gram.device)
     cholesky = torch.linalg.cholesky_ex(gram + load)[0]
     seen = matched.conj() / n_snapshots**0.5
-    inside = power(torch.linalg.solve_triangular(cholesky, seen, upper=False)).sum(-2)
+    inside = column_energy(torch.linalg.solve_triangular(cholesky, seen, upper=False))
     return (1.0 - inside).clamp_min(torch.finfo(inside.dtype).eps).reciprocal()
 
 

@@ -17,7 +17,7 @@ from physics.config import FrozenModel
 from physics.covariance import LowRankCovariance, nmse, source_covariance
 from physics.geometry import PlanarArray
 from physics.precision import in_full_precision
-from physics.scaling import energy, multiply, power
+from physics.scaling import column_energy, energy, multiply, power
 from physics.scene import Scenes
 from physics.steering import Wavefront, steering_vector
 
@@ -147,9 +147,9 @@ class ScenesLoss:
             subspace = blended.combined(signal)  # (B, K, N)
             terms["subspace_align"] = self._subspace(seen, *self._orthonormal(truth, present))
             terms["peak_contrast"] = self._contrast(
-                power(seen).sum(-2),
-                overlap_of(decoys, subspace).sum(-1),
-                overlap_of(decoys, steering).mT,
+                column_energy(seen),
+                column_energy(_inner_products(decoys, subspace)),
+                power(_inner_products(decoys, steering)),
                 present,
             )
         if weights["existence"] or weights["position"]:
@@ -200,7 +200,7 @@ class ScenesLoss:
         # a drawn share of the decoys stands for all of them
         level = level + math.log(self.dictionary.shape[0] / at_decoy.shape[-1])
         loss = functional.softplus(level - at_source / self.temperature)
-        loss = torch.where(present, loss, torch.zeros_like(loss))
+        loss = torch.where(present, loss, 0.0)
         return loss.sum() / present.sum().clamp_min(1)
 
     def _decoys(self, generator: torch.Generator | None) -> Tensor:
@@ -233,5 +233,9 @@ def _mean_of(value: Tensor, slot: Tensor) -> Tensor:
 
 def overlap_of(cells: Tensor, steering: Tensor) -> Tensor:
     """``|a_g^H a_k|^2`` (B, G, K) of cells (G, N) and sources (B, K, N)."""
-    product = steering.flatten(0, 1) @ cells.mH
-    return power(product).unflatten(0, steering.shape[:2]).mT
+    return power(_inner_products(cells, steering)).mT
+
+
+def _inner_products(cells: Tensor, steering: Tensor) -> Tensor:
+    """``a_g^H a_k`` (B, K, G) of cells (G, N) and sources (B, K, N)."""
+    return (steering.flatten(0, 1) @ cells.mH).unflatten(0, steering.shape[:2])

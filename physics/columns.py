@@ -18,13 +18,13 @@ def serves(kept: Tensor, wanted: bool) -> bool:
 
 
 def joined(parts: list[Tensor], dim: int) -> Tensor:
-    """One tensor of parts (…, n, m), whose leading dimensions broadcast."""
+    """One tensor of parts, whose dimensions before ``dim`` broadcast."""
     if len(parts) == 1:
         return parts[0]
-    shapes = {part.shape[:-2] for part in parts}
+    shapes = {part.shape[:dim] for part in parts}
     if len(shapes) > 1:
         batch = torch.broadcast_shapes(*shapes)
-        parts = [part.expand(*batch, *part.shape[-2:]) for part in parts]
+        parts = [part.expand(*batch, *part.shape[dim:]) for part in parts]
     return torch.cat(parts, dim=dim)
 
 

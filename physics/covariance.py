@@ -12,7 +12,7 @@ from physics.columns import Block, Columns, joined, serves
 from physics.config import FrozenModel
 from physics.precision import in_full_precision
 from physics.products import energy_beyond
-from physics.scaling import divide, divisor, energy, multiply, peak, power
+from physics.scaling import column_energy, divide, divisor, energy, multiply, peak, power
 from physics.subspace import dominant_energy, dominant_weights
 from physics.tikhonov import Solver, tikhonov_solve
 
@@ -261,7 +261,7 @@ class LowRankCovariance:
 
     def _cross_energy(self, other: LowRankCovariance) -> Tensor:
         """||F^H G||^2 (…)."""
-        energies = power(self.project(other.columns.mT)).sum(-2)
+        energies = column_energy(self.project(other.columns.mT))
         return (energies * other.amplitudes.square()).sum(-1)
 
     @in_full_precision
@@ -284,7 +284,7 @@ class LowRankCovariance:
     @in_full_precision
     def quadratic(self, vectors: Tensor) -> Tensor:
         """``v^H R v`` (…, G) of row vectors (…, G, N)."""
-        projected = power(self.project(vectors)).sum(-2)
+        projected = column_energy(self.project(vectors))
         return projected + self.loading[..., None] * power(vectors).sum(-1)
 
     @in_full_precision
@@ -299,7 +299,7 @@ class LowRankCovariance:
         whitened = torch.linalg.solve_triangular(self._capacitance_cholesky(), z, upper=False)
         norm = power(vectors).sum(-1)
         tiny = torch.finfo(norm.dtype).eps * norm
-        return torch.maximum(norm - power(whitened).sum(-2), tiny) / self.loading[..., None]
+        return torch.maximum(norm - column_energy(whitened), tiny) / self.loading[..., None]
 
     def _require_loading(self, what: str) -> None:
         if not bool((self.loading > 0).all()):
@@ -412,12 +412,12 @@ def blend(
     """
     predicted, measured = predicted.normalized(), measured.normalized()
     weight = _fraction("beta", beta, predicted.loading)
-    loading = (1.0 - weight) * predicted.loading + weight * measured.loading
+    loading = predicted.loading.lerp(measured.loading, weight)
     parts = [
-        R.amplitudes.unsqueeze(-2) * share.sqrt()[..., None, None]
+        R.amplitudes * share.sqrt().unsqueeze(-1)
         for R, share in ((predicted, 1.0 - weight), (measured, weight))
     ]
-    amplitudes = joined(parts, dim=-1).squeeze(-2)
+    amplitudes = joined(parts, dim=-1)
     columns = predicted._columns + measured._columns
     return LowRankCovariance._of(columns, amplitudes, loading, True)
 

@@ -15,12 +15,17 @@ from torch.autograd.function import once_differentiable
 
 def power(value: Tensor) -> Tensor:
     """|value|^2 (…) real."""
-    return _squared_norm(value, 0)
+    return _squared_norm(value, ())
 
 
 def energy(value: Tensor) -> Tensor:
     """Squared Frobenius norm (…) of matrices (…, n, m)."""
-    return _squared_norm(value, 2)
+    return _squared_norm(value, (-2, -1))
+
+
+def column_energy(value: Tensor) -> Tensor:
+    """Squared norms (…, m) of the columns of matrices (…, n, m)."""
+    return _squared_norm(value, (-2,))
 
 
 def peak(value: Tensor, n_dims: int = 2) -> Tensor:
@@ -55,26 +60,29 @@ def multiply(value: Tensor, real: Tensor) -> Tensor:
     return torch.view_as_complex(torch.view_as_real(value.resolve_conj()) * real.unsqueeze(-1))
 
 
-def _squared_norm(value: Tensor, n_dims: int) -> Tensor:
-    """Sum of |value|^2 over the last ``n_dims`` dimensions."""
+def _squared_norm(value: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """Sum of |value|^2 over dimensions, which count from the last."""
     if value.requires_grad and torch.is_grad_enabled():
-        total: Tensor = _SquaredNorm.apply(value, n_dims)
+        total: Tensor = _SquaredNorm.apply(value, dims)
         return total
     squares = torch.view_as_real(value.resolve_conj()).square()
-    if n_dims == 0:
-        return squares[..., 0] + squares[..., 1]
-    return squares.sum(tuple(range(-n_dims - 1, 0)))
+    if -1 in dims:
+        return squares.sum((*(dim - 1 for dim in dims), -1))
+    squares = squares[..., 0] + squares[..., 1]  # a sum over pairs is slow
+    return squares.sum(dims) if dims else squares
 
 
 class _SquaredNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, value: Tensor, n_dims: int) -> Tensor:
+    def forward(ctx: Any, value: Tensor, dims: tuple[int, ...]) -> Tensor:
         ctx.save_for_backward(value)
-        ctx.n_dims = n_dims
-        return _squared_norm(value, n_dims)
+        ctx.dims = dims
+        return _squared_norm(value, dims)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (value,) = ctx.saved_tensors
-        return multiply(value, 2.0 * grad[(..., *[None] * ctx.n_dims)]), None
+        for dim in reversed(ctx.dims):
+            grad = grad.unsqueeze(dim)
+        return multiply(value, 2.0 * grad), None

@@ -26,9 +26,8 @@ def steering_vector(
     ``a_n = exp(-j k d_n) / sqrt(N)`` where ``d_n`` is the path difference to the origin. With
     ``u`` the unit direction, ``p_n`` the element and ``q = 1/r`` it is
 
-    - ``spherical``: ``|p - p_n| - r``, exact; evaluated as
-      ``(q |p_n|^2 - 2 u.p_n) / (1 + sqrt(1 - 2 q u.p_n + q^2 |p_n|^2))``, which does not cancel
-      and is finite at ``r = inf``;
+    - ``spherical``: ``|p - p_n| - r``, exact; evaluated as ``t / (1 + sqrt(1 + q t))`` with
+      ``t = q |p_n|^2 - 2 u.p_n``, which does not cancel and is finite at ``r = inf``;
     - ``fresnel``: ``-u.p_n + q (|p_n|^2 - (u.p_n)^2) / 2``, the full second order;
     - ``paraxial``: ``-u.p_n + q |p_n|^2 / 2``, second order on boresight only;
     - ``planar``: ``-u.p_n``.
@@ -127,8 +126,9 @@ def _path(
     if wavefront == "fresnel":
         bent = 0.5 * (p_squared - u_p.square())
         return q * bent - u_p, lambda: (-1.0 - q * u_p, bent)
-    root = (1.0 - 2.0 * q * u_p + q.square() * p_squared).clamp_min(0.0).sqrt()
-    path = (q * p_squared - 2.0 * u_p) / (1.0 + root)
+    twice = torch.sub(q * p_squared, u_p, alpha=2.0)
+    root = (1.0 + q * twice).clamp_min(0.0).sqrt()
+    path = twice / (1.0 + root)
 
     def slopes() -> tuple[Tensor, Tensor]:
         safe = root.clamp_min(torch.finfo(root.dtype).eps)  # 0 where the source sits on the element
@@ -138,7 +138,6 @@ def _path(
 
 
 def _response(path: Tensor, array: PlanarArray) -> Tensor:
-    phase = array.wavenumber * path
-    amplitude = array.size**-0.5
+    phase = -array.wavenumber * path
     # As torch.polar, which takes sines and cosines one by one on a CPU.
-    return torch.complex(amplitude * torch.cos(phase), -amplitude * torch.sin(phase))
+    return torch.complex(torch.cos(phase), torch.sin(phase)) * array.size**-0.5

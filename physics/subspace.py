@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from physics.scaling import multiply, power
+from physics.scaling import column_energy, multiply
 
 
 def dominant_energy(
@@ -24,7 +24,7 @@ def dominant_energy(
         n_sources: K, one for all or (…) one for each batch item; at most r counts.
         at_most: a bound on K, which saves work.
     """
-    return power(dominant_weights(gram, n_sources, at_most).mT @ projected).sum(-2)
+    return column_energy(dominant_weights(gram, n_sources, at_most).mT @ projected)
 
 
 def dominant_weights(gram: Tensor, n_sources: int | Tensor, at_most: int | None = None) -> Tensor:
@@ -48,15 +48,11 @@ def dominant_weights(gram: Tensor, n_sources: int | Tensor, at_most: int | None 
         at_most: a bound on K, which saves work.
     """
     counts = torch.as_tensor(n_sources, device=gram.device)
-    batch = torch.broadcast_shapes(counts.shape, gram.shape[:-2])
     rank = gram.shape[-1]
     if isinstance(n_sources, int):
         at_most = n_sources
-    weights: Tensor = _DominantWeights.apply(
-        gram.expand(*batch, rank, rank),
-        counts,
-        rank if at_most is None else max(0, min(at_most, rank)),
-    )
+    n_top = rank if at_most is None else max(0, min(at_most, rank))
+    weights: Tensor = _DominantWeights.apply(gram, counts, n_top)
     return weights
 
 
@@ -76,6 +72,7 @@ class _DominantWeights(torch.autograd.Function):
         beyond = order > n_sources.clamp_max(n_top).unsqueeze(-1)
         root = relative.masked_fill(beyond | (relative <= rank * kind.eps), torch.inf).rsqrt()
         scale = (root * unit.rsqrt())[..., rank - n_top :]
+        ctx.batch_shape = gram.shape[:-2]
         ctx.save_for_backward(relative, vectors, root, scale, unit)
         return multiply(vectors[..., rank - n_top :], scale.unsqueeze(-2))
 
@@ -93,4 +90,5 @@ class _DominantWeights(torch.autograd.Function):
         # With M = dL/d(WW^H) grad is 2 M W, and V^H M V_K is V^H grad Lambda_K^1/2 / 2.
         core = multiply((grad.mH @ vectors).mH, divided)
         # Of the columns k alone: the Hermitian part of this is what a Hermitian matrix sees.
-        return (core.mT @ vectors.mT).mT @ vectors[..., n_rest:].mH, None, None
+        to_gram = (core.mT @ vectors.mT).mT @ vectors[..., n_rest:].mH
+        return to_gram.sum_to_size(*ctx.batch_shape, *to_gram.shape[-2:]), None, None

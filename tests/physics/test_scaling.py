@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from physics.scaling import divide, divisor, energy, multiply, peak, power
+from physics.scaling import column_energy, divide, divisor, energy, multiply, peak, power
 from tests.physics.helpers import complex_normal
 
 
@@ -14,6 +14,7 @@ def test_power_energy_and_scaling_are_what_complex_arithmetic_gives() -> None:
         real = torch.tensor([2.0, 0.5], dtype=torch.float64)[:, None, None]
         assert torch.allclose(power(value), value.abs().square())
         assert torch.allclose(energy(value), value.abs().square().sum((-2, -1)))
+        assert torch.allclose(column_energy(value), value.abs().square().sum(-2))
         assert torch.allclose(divide(value, real), value / real)
         assert torch.allclose(multiply(value, real), value * real)
 
@@ -41,5 +42,5 @@ def test_gradients_match_finite_differences() -> None:
     for operation in (divide, multiply):
         assert torch.autograd.gradcheck(operation, (value, real))
     assert torch.autograd.gradcheck(lambda v: multiply(v, real.detach()), (value,))
-    for norm in (energy, power):
+    for norm in (energy, column_energy, power):
         assert torch.autograd.gradcheck(norm, (value,))

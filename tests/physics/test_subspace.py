@@ -133,3 +133,21 @@ def test_nan_in_one_item_stays_there() -> None:
     energy = R.dominant_energy(R.project(vectors), 1)
     assert torch.isnan(energy[1]).all()
     assert torch.allclose(energy[::2], clean[::2])
+
+
+def test_counts_for_one_matrix_give_it_the_sum_of_their_gradients() -> None:
+    factor, counts = complex_normal(6, 4), torch.tensor([1, 3])
+    vectors = complex_normal(2, 5, 6, seed=1)
+
+    def energies(factor: Tensor, counts: Tensor) -> Tensor:
+        R = LowRankCovariance(factor)
+        return R.dominant_energy(R.project(vectors), counts)
+
+    shared, each = factor.clone().requires_grad_(), factor.repeat(2, 1, 1).requires_grad_()
+    one, two = energies(shared, counts), energies(each, counts)
+    assert torch.allclose(one, two)
+    one.square().sum().backward()
+    two.square().sum().backward()
+    assert shared.grad is not None
+    assert each.grad is not None
+    assert torch.allclose(shared.grad, each.grad.sum(0))
