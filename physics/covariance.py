@@ -412,7 +412,7 @@ def blend(
     """
     predicted, measured = predicted.normalized(), measured.normalized()
     weight = _fraction("beta", beta, predicted.loading)
-    loading = predicted.loading.lerp(measured.loading, weight)
+    loading = (1.0 - weight) * predicted.loading + weight * measured.loading
     parts = [
         R.amplitudes * share.sqrt().unsqueeze(-1)
         for R, share in ((predicted, 1.0 - weight), (measured, weight))
