@@ -22,6 +22,7 @@ import argparse
 import json
 import math
 import multiprocessing
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,9 @@ from physics.nomp import nomp
 from physics.scene import Scenes
 from tuner.config import StudyConfig, load_study
 from tuner.space import suggest
+
+# A run's number of scenes, and its score (R,) on resampled ones (R, S).
+Resampled = tuple[int, Callable[[Tensor], Tensor]]
 
 METRICS = ("nmse_pred", "nmse_blend", "f1", "gospa", "count_accuracy")
 _BATCH = 256
@@ -197,10 +201,13 @@ def tuning(args: argparse.Namespace) -> dict[str, Any]:
             "gospa": [float(cost.mean()) for cost in costs[name]],
         }
     for one, two in (("winner", "default"), ("default", "random"), ("winner", "nomp")):
-        low, high = paired(matchings[one], matchings[two])
-        gain = _mean(matchings[one]) - _mean(matchings[two])
-        result[f"{one}-{two}"] = {"f1": gain, "interval": [low, high]}
-        print(f"{one} less {two}: {gain:+.4f} [{low:+.4f}, {high:+.4f}]")
+        f1 = paired([_f1(run) for run in matchings[one]], [_f1(run) for run in matchings[two]])
+        cost = paired([_mean_of(run) for run in costs[one]], [_mean_of(run) for run in costs[two]])
+        result[f"{one}-{two}"] = {"f1": f1, "gospa": cost}
+        print(
+            f"{one} less {two}: F1 {f1[0]:+.4f} [{f1[1]:+.4f}, {f1[2]:+.4f}], "
+            f"GOSPA {cost[0]:+.4f} [{cost[1]:+.4f}, {cost[2]:+.4f}] m"
+        )
     return result
 
 
@@ -292,23 +299,35 @@ def _mean(runs: list[Matching]) -> float:
     return float(np.mean([run.f1 for run in runs]))
 
 
-def paired(one: list[Matching], two: list[Matching]) -> tuple[float, float]:
-    """95 % interval of the difference of the mean F1 of two sets of runs.
+def _f1(matching: Matching) -> Resampled:
+    return len(matching), lambda indices: resampled_f1(matching, indices)
+
+
+def _mean_of(values: Tensor) -> Resampled:
+    return len(values), lambda indices: values[indices].double().mean(-1)
+
+
+def paired(one: list[Resampled], two: list[Resampled]) -> tuple[float, float, float]:
+    """Difference of the means of two sets of runs, with its 95 % interval.
 
     Scenes are drawn again, the same for all runs, and so are the runs of either set: the interval
     holds both the choice of scenes and that of seeds or points.
     """
     generator = np.random.default_rng(0)
+    n_scenes = one[0][0]
 
-    def statistic(indices: Tensor) -> Tensor:
-        means = []
+    def means(indices: Tensor, draw: bool) -> Tensor:
+        sides = []
         for runs in (one, two):
-            f1 = torch.stack([resampled_f1(run, indices) for run in runs], dim=-1)
-            drawn = torch.from_numpy(generator.integers(len(runs), size=f1.shape))
-            means.append(f1.gather(-1, drawn).mean(-1))
-        return means[0] - means[1]
+            values = torch.stack([of(indices) for _, of in runs], dim=-1)
+            if draw:
+                drawn = torch.from_numpy(generator.integers(len(runs), size=values.shape))
+                values = values.gather(-1, drawn)
+            sides.append(values.mean(-1))
+        return sides[0] - sides[1]
 
-    return bootstrap_interval(statistic, len(one[0]))
+    low, high = bootstrap_interval(lambda indices: means(indices, True), n_scenes)
+    return float(means(torch.arange(n_scenes).unsqueeze(0), False)), low, high
 
 
 def main() -> None:
