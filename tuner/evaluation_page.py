@@ -16,6 +16,7 @@ _COLOURS = {
     "mvdr": "#6a51a3",
     "somp": "#8c564b",
     "nomp": "#2ca02c",
+    "nomp-blind": "#7fbf3f",
 }
 _EFFICIENT = 0.6745  # median |x| of a standard normal: an estimator at its bound
 
