@@ -19,6 +19,7 @@ from physics.nomp import NompConfig, NompResult, estimate_snr_db, nomp, polish
 from physics.pursuit import PursuitConfig
 from physics.scene import SceneConfig, Scenes
 from physics.simulate import simulate
+from physics.somp import somp
 from physics.spectrum import (
     PolarGrid,
     find_peaks,
@@ -69,6 +70,7 @@ __all__ = [
     "sample_covariance",
     "scene_crb",
     "simulate",
+    "somp",
     "steering_derivatives",
     "steering_vector",
     "tikhonov_solve",

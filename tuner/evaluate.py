@@ -44,7 +44,14 @@ def evaluate(
     method: Annotated[
         list[str] | None,
         typer.Option(
-            help="network, network+refinement, music, mvdr, nomp; may be repeated. Default: all."
+            help="network, network+refinement, music, mvdr, somp, nomp, nomp-blind; may be "
+            "repeated. Default: all."
+        ),
+    ] = None,
+    reference: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Method whose F1 is taken from that of the others; may be repeated. Default: nomp."
         ),
     ] = None,
     config: Annotated[
@@ -66,7 +73,7 @@ def evaluate(
         Path, typer.Option(help="Result in JSON; a .csv and a .html page lie beside it.")
     ] = Path("evaluation.json"),
 ) -> int:
-    """Score a network, its refinement, MUSIC, MVDR and NOMP on the same scenes.
+    """Score a network, its refinement, MUSIC, MVDR, SOMP and NOMP on the same scenes.
 
     Simulated scenes come from a branch of the seed that no training and no validation draws from.
     MUSIC and MVDR are told the number of sources; the others are not. Exit codes: 0 done; 2 bad
@@ -104,6 +111,7 @@ def evaluate(
                     localizer,
                     n_scenes=scenes,
                     methods=method,
+                    references=reference,
                     snr_known=not unknown_snr,
                     device=chosen,
                     say=typer.echo,

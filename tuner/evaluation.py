@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,8 @@ def evaluate_suite(
     *,
     n_scenes: int | None = None,
     methods: list[str] | None = None,
-    spectral: bool = True,
+    classical: Collection[str] | None = None,
+    references: list[str] | None = None,
     snr_known: bool = True,
     device: str = "cpu",
     say: Callable[[str], object] = print,
@@ -81,13 +82,15 @@ def evaluate_suite(
         n_scenes: simulated scenes, or the most of recorded ones; without a ``test/`` folder these
             are the validation scenes, and the result says so.
         methods: names of the estimators to run; all if left out.
-        spectral: whether MUSIC and MVDR are among them.
+        classical: which of the classical ones are among them; all if left out.
+        references: estimators whose F1 is taken from that of the others; NOMP if left out.
         snr_known: whether estimators are told the SNR.
         device: where to compute.
         say: takes a line on every step.
 
     Raises:
-        StudyError: an unknown method. DataError: shards that cannot be used.
+        StudyError: an unknown method, or a reference that is not run.
+        DataError: shards that cannot be used.
     """
     suite = SUITES[name]
     array = config.array.build()
@@ -100,9 +103,14 @@ def evaluate_suite(
     else:  # the model stays the configured one; only how many sources there may be is known
         most = {"max_sources": scene.max_sources}
         believed, surface = config.scene.model_copy(update=most), array
-    estimators = _estimators(localizer, surface, believed, config, methods, snr_known)
-    if not spectral:
-        estimators = [one for one in estimators if one.name not in ("music", "mvdr")]
+    competing = classical_estimators(surface, believed, config.tikhonov, snr_known=snr_known)
+    if classical is not None:
+        competing = [one for one in competing if one.name in classical]
+    if localizer is not None:
+        networks = network_estimators(localizer, surface, believed, snr_known=snr_known)
+        competing = networks + competing
+    estimators = _chosen(competing, methods)
+    beside = _references([one.name for one in estimators], references)
     say(f"{name}: {suite.description}; scenes: {origin}")
     scores: list[Score] = []
     for estimator in estimators:
@@ -113,23 +121,13 @@ def evaluate_suite(
         "scenes": origin,
         "gated_share": float(truth.gated.sum() / max(1, int(drawn.present.sum()))),
         "methods": {s.name: full_report(s, truth) for s in scores},
-        "paired_f1": _paired(scores),
+        "paired_f1": {name: _paired(scores, name) for name in beside},
         "snr_estimate": _snr_estimate(truth, surface, believed),
         "curves": {s.name: _curves(s, truth) for s in scores},
     }
 
 
-def _estimators(
-    localizer: Localizer | None,
-    array: PlanarArray,
-    scene: SceneConfig,
-    config: TrialConfig,
-    methods: list[str] | None,
-    snr_known: bool,
-) -> list[Estimator]:
-    every = classical_estimators(array, scene, config.tikhonov, snr_known=snr_known)
-    if localizer is not None:
-        every = network_estimators(localizer, array, scene, snr_known=snr_known) + every
+def _chosen(every: list[Estimator], methods: list[str] | None) -> list[Estimator]:
     if methods is None:
         return every
     names = [estimator.name for estimator in every]
@@ -140,14 +138,22 @@ def _estimators(
     return [estimator for estimator in every if estimator.name in methods]
 
 
-def _paired(scores: list[Score]) -> dict[str, Any]:
-    """F1 less that of NOMP on the same scenes, with its bootstrap interval."""
-    reference = next((s for s in scores if s.name == REFERENCE), None)
-    if reference is None:
-        return {}
+def _references(names: list[str], asked: list[str] | None) -> list[str]:
+    """Who the others are compared with: who is asked for, or NOMP where it is run."""
+    if asked is None:
+        return [name for name in names if name == REFERENCE]
+    for name in asked:
+        if name not in names:
+            raise StudyError(f"--reference: {name!r} is not run; there are {', '.join(names)}")
+    return list(dict.fromkeys(asked))
+
+
+def _paired(scores: list[Score], name: str) -> dict[str, Any]:
+    """F1 less that of one estimator on the same scenes, with its bootstrap interval."""
+    reference = next(s for s in scores if s.name == name)
     return {
         s.name: {
-            "f1_minus_nomp": s.matching.f1 - reference.matching.f1,
+            "difference": s.matching.f1 - reference.matching.f1,
             "interval": list(f1_interval(s.matching, reference.matching)),
         }
         for s in scores

@@ -35,6 +35,7 @@ from physics.metrics import (
 from physics.nomp import NompConfig, NompResult, nomp, polish
 from physics.scaling import divisor
 from physics.scene import SceneConfig, Scenes
+from physics.somp import somp
 from physics.spectrum import PolarGrid
 from physics.steering import steering_vector
 from physics.tikhonov import TikhonovConfig
@@ -93,7 +94,11 @@ class Score:
 def classical_estimators(
     array: PlanarArray, scene: SceneConfig, tikhonov: TikhonovConfig, *, snr_known: bool
 ) -> list[Estimator]:
-    """MUSIC and MVDR on R_samp, told the number of sources, and NOMP, told nothing but the SNR."""
+    """MUSIC and MVDR on R_samp, told the number of sources; SOMP, told nothing; NOMP, the SNR.
+
+    What a grid, or a wrong model, misses of a source counts as noise where that is estimated: SOMP
+    is told no SNR, and ``nomp-blind`` is NOMP without it.
+    """
     grid = PolarGrid.covering(scene)
 
     def spectral(method: Callable[..., Detections]) -> Callable[[Scenes], Estimate]:
@@ -107,13 +112,24 @@ def classical_estimators(
 
         return run
 
-    def pursuit(scenes: Scenes) -> Estimate:
-        snr_db = scenes.known_snr_db if snr_known else None
+    def on_a_grid(scenes: Scenes) -> Estimate:
+        result = somp(scenes.y, scenes.H, scenes.codes, array=array, scene=scene)
+        return _with_covariance(result, array, scene)
+
+    def pursuit(scenes: Scenes, snr_db: Tensor | None = None) -> Estimate:
         result = nomp(scenes.y, scenes.H, scenes.codes, array=array, scene=scene, snr_db=snr_db)
         return _with_covariance(result, array, scene)
 
+    def told(scenes: Scenes) -> Estimate:
+        return pursuit(scenes, scenes.known_snr_db)
+
     criterion = NompConfig().criterion.upper()
-    every = [Estimator(REFERENCE, f"NOMP, K by {criterion}", pursuit)]
+    every = [
+        Estimator("somp", f"SOMP on a grid, K by {criterion}", on_a_grid),
+        Estimator(REFERENCE, f"NOMP, K by {criterion}", told if snr_known else pursuit),
+    ]
+    if snr_known:
+        every.append(Estimator("nomp-blind", f"NOMP, K by {criterion}, told no SNR", pursuit))
     if array.size > scene.max_sources:  # else there is no noise subspace
         every = [
             Estimator("music", "MUSIC on R_samp, K told", spectral(music)),

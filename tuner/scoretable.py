@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-_WIDTH = 165
+_WIDTH = 240
 
 
 def print_tables(content: dict[str, Any], console: Console | None = None) -> None:
@@ -44,19 +44,19 @@ def _overall(content: dict[str, Any]) -> Table:
     methods, paired = content["methods"], content["paired_f1"]
     table = Table(title=f"{content['description']}", title_justify="left")
     table.add_column("method", no_wrap=True)
+    less = [f"less {reference}'s" for reference in paired]
     for head in (
-        "F1 [95 %]", "less NOMP's", "gated recall", "GOSPA [m]", "K right", "all found",
-        "|err|/CRB", "NMSE", "scenes/s",
+        "F1 [95 %]", *less, "gated recall", "GOSPA [m]", "K right", "all found", "|err|/CRB",
+        "NMSE", "scenes/s",
     ):  # fmt: skip
         table.add_column(head, justify="right", no_wrap=True)
     for name, report in methods.items():
         numbers = report["overall"]
         low, high = numbers["f1_interval"]
-        difference = paired.get(name)
         table.add_row(
             name,
             f"{numbers['f1']:.3f} [{low:.3f}, {high:.3f}]",
-            "" if difference is None else _signed(difference),
+            *(_signed(differences.get(name)) for differences in paired.values()),
             _number(numbers["gated_recall"]),
             _number(numbers["gospa_m"]),
             # Who is told K cannot be wrong about it, nor right.
@@ -69,9 +69,11 @@ def _overall(content: dict[str, Any]) -> Table:
     return table
 
 
-def _signed(difference: dict[str, Any]) -> str:
+def _signed(difference: dict[str, Any] | None) -> str:
+    if difference is None:  # from itself
+        return ""
     low, high = difference["interval"]
-    return f"{difference['f1_minus_nomp']:+.3f} [{low:+.3f}, {high:+.3f}]"
+    return f"{difference['difference']:+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
 def _number(value: float | None) -> str:

@@ -259,6 +259,7 @@ def _score_winner(folder: RunFolder, progress: Progress) -> None:
     """
     from model.localizer import Localizer
     from tuner.evaluation import evaluate_suite, evaluation_of, write_evaluation
+    from tuner.scoreboard import REFERENCE
 
     if not (folder.best / "config.json").exists():
         return  # its checkpoint was out of reach, which has been said
@@ -268,7 +269,7 @@ def _score_winner(folder: RunFolder, progress: Progress) -> None:
         localizer.config,
         localizer,
         n_scenes=_SCORED_SCENES,
-        spectral=False,
+        classical=[REFERENCE],
         say=logger.info,
     )
     content = evaluation_of({"nominal": found}, localizer.config, checkpoint=folder.best)

@@ -37,6 +37,39 @@ def residual_energy(
     return total
 
 
+def greedy_pursuit(
+    grid: Real,
+    n_picks: int,
+    y: Complex,
+    H: Complex,
+    codes: Complex,
+    steer: Steer,
+    *,
+    constant: bool,
+) -> tuple[list[int], list[float]]:
+    """Points (P, 3) of a grid picked one after the other, and the energy left after each.
+
+    A pick has the largest sum, over the snapshots, of squared correlations of its unit signal with
+    what least-squares amplitudes of those before leave.
+    """
+    G = signals(grid, H, codes, steer)
+    if constant:
+        G, y = [np.concatenate(G)], y.reshape(1, -1)
+    picked: list[int] = []
+    energies = []
+    residual = [row.copy() for row in y]
+    for _ in range(n_picks):
+        gain = np.zeros(len(grid))
+        for A, r in zip(G, residual, strict=True):
+            gain += np.abs(A.conj().T @ r) ** 2 / np.sum(np.abs(A) ** 2, axis=0)
+        picked.append(int(gain.argmax()))
+        for group, (A, row) in enumerate(zip(G, y, strict=True)):
+            amplitude, *_ = np.linalg.lstsq(A[:, picked], row, rcond=None)
+            residual[group] = row - A[:, picked] @ amplitude
+        energies.append(sum(float(np.vdot(r, r).real) for r in residual))
+    return picked, energies
+
+
 def deterministic_information(
     coordinates: Real,
     amplitude: Complex,  # (L, K), or (1, K) for constant sources
