@@ -45,17 +45,10 @@ from model.localizer import Localizer
 from model.pointing import OwnCells, match_slots
 from model.training import Trainer
 from physics.baselines import music, mvdr
+from physics.bootstrap import bootstrap_interval, f1_interval, resampled_f1
 from physics.covariance import blend, nmse
 from physics.detections import Detections
-from physics.metrics import (
-    Matching,
-    bootstrap_interval,
-    coverage,
-    f1_interval,
-    gospa,
-    match,
-    resampled_f1,
-)
+from physics.metrics import Matching, coverage, gospa, match
 from physics.nomp import nomp
 from physics.scene import Scenes
 from tuner.config import StudyConfig, load_study

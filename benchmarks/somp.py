@@ -17,7 +17,8 @@ import torch
 
 from benchmarks._timing import parser, peak_bytes, save
 from physics import PlanarArray, SceneConfig, nomp, simulate, somp
-from physics.metrics import f1_interval, gospa, match
+from physics.bootstrap import f1_interval
+from physics.metrics import gospa, match
 
 BATCH = 64
 OVERSAMPLING = (2.0, 3.0, 4.0)

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from physics.bootstrap import bootstrap_interval
 from physics.geometry import to_cartesian
-from physics.metrics import bootstrap_interval, normalized_errors
+from physics.metrics import normalized_errors
 from tuner.scoreboard import in_band, pooled_median, snr_bands
 
 if TYPE_CHECKING:

@@ -17,8 +17,8 @@ from model.data import check_convention, open_split, simulate_split
 from model.files import write_text
 from model.localizer import Localizer
 from model.shards import refuse_leaks
+from physics.bootstrap import f1_interval
 from physics.geometry import PlanarArray
-from physics.metrics import f1_interval
 from physics.nomp import estimate_snr_db
 from physics.scene import SceneConfig, Scenes
 from tuner.curves import error_quantiles, ratio_by_snr

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from model.localizer import Localizer
 from physics.baselines import music, mvdr
+from physics.bootstrap import f1_interval
 from physics.bounds import scene_crb
 from physics.covariance import LowRankCovariance, nmse, sample_covariance, source_covariance
 from physics.detections import Detections
@@ -24,7 +25,6 @@ from physics.metrics import (
     coverage,
     crb_gated,
     errors,
-    f1_interval,
     gated_recall,
     gospa,
     match,

@@ -10,7 +10,8 @@ from model.checkpoint import CheckpointError
 from model.config import TrialConfig
 from model.shipped import shipped, shipped_for
 from physics import nomp, simulate
-from physics.metrics import f1_interval, match
+from physics.bootstrap import f1_interval
+from physics.metrics import match
 
 NAMES = sorted(shipped())
 
