@@ -34,7 +34,7 @@ class PursuitConfig(FrozenModel):
 
     criterion: Criterion = Field("bic", description="that chooses the number of sources")
     oversampling: float = Field(2.0, gt=0, description="grid points per width of a beam")
-    candidates: int = Field(32, ge=1, description="grid points whose gain is computed exactly")
+    candidates: int = Field(128, ge=1, description="grid points whose gain is computed exactly")
     new_iterations: int = Field(3, ge=0, description="steps that refine a new source alone")
     joint_iterations: int = Field(5, ge=0, description="steps that refine all after each pick")
 
