@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shlex
+from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ from tuner.folder import RunFolder
 from tuner.local import local_device, run_local
 from tuner.report import write_report
 from tuner.results import drop_losers, export_winner, write_best, write_trials
-from tuner.study import Ledger
+from tuner.study import Ledger, State
 from tuner.telemetry import Progress, logging_to
 
 if TYPE_CHECKING:
@@ -56,6 +57,16 @@ class Request:
     address: str | None = None
 
 
+@dataclass(frozen=True)
+class _Place:
+    """Where trials run, and what each is given there."""
+
+    cluster: Cluster | None
+    gpus: float
+    concurrent: int
+    device: str
+
+
 def run_session(request: Request) -> int:
     """Run a study to its end, or as far as it is let.
 
@@ -70,52 +81,44 @@ def run_session(request: Request) -> int:
     with ExitStack() as stack:
         interruption = stack.enter_context(Interruption().watched())
         cluster: Cluster | None = None
+        folder: RunFolder | None = None
+        ledger: Ledger | None = None
         notes: list[str] = []
-        if request.resume is None and request.config is None and not request.local:
-            cluster = _connect(stack, request.address)
-        study = _load(request, cluster, notes)
+        if request.resume is not None:
+            folder, study = _reopen(stack, request, request.resume, notes)
+        else:
+            if request.config is None and not request.local:
+                cluster = _connect(stack, request.address)
+            study = _load(request, cluster, notes)
         _check_precision(study, request.local)
         notes.append("data: " + check_data(study))
-        if cluster is None and not request.local:
-            cluster = _connect(stack, request.address)
-        interruption.take()
-        gpus, concurrent, device = _resources(study, cluster, notes)
-        folder = _folder(request, study)
-        stack.callback(folder.release)
+        if folder is not None:
+            ledger = _ledger(stack, folder, study)
+        place: _Place | None = None
+        if ledger is None or ledger.has_work:
+            if cluster is None and not request.local:
+                cluster = _connect(stack, request.address)
+            interruption.take()
+            place = _place(study, cluster, notes)
+        else:
+            notes.append("nothing is left to run; a larger number of --trials extends the study")
+        if folder is None:
+            folder = RunFolder.fresh(request.out or RunFolder.default_path(study.name))
+            stack.callback(folder.release)
         stack.enter_context(logging_to(folder.log))
         if cluster is not None:
             from tuner.cluster import quiet_ray
 
             quiet_ray()
         write_text(folder.config, study.to_yaml())
-        ledger = Ledger(folder.database, study)
-        stack.callback(ledger.close)
+        ledger = ledger or _ledger(stack, folder, study)
         progress = Progress(study, ledger.trials())
         for note in [f"run folder: {folder.path}", *notes]:
             progress.say(note)
-
-        def after() -> None:
-            write_trials(folder, ledger)
-            write_best(folder, ledger)
-            drop_losers(folder, ledger)
-
         try:
             with progress.shown():
-                if cluster is None:
-                    run_local(ledger, folder, progress, device, after)
-                else:
-                    from tuner.distributed import run_distributed
-
-                    with interruption.gracefully() as wished:
-                        run_distributed(
-                            ledger,
-                            folder,
-                            progress,
-                            gpus=gpus,
-                            concurrent=concurrent,
-                            stop=wished,
-                            after=after,
-                        )
+                if place is not None:
+                    _run_trials(place, ledger, folder, progress, interruption)
         except KeyboardInterrupt:
             interruption.wished = True
         except Exception:
@@ -132,9 +135,13 @@ def _connect(stack: ExitStack, address: str | None) -> Cluster:
     return stack.enter_context(connected(address))
 
 
+def _ledger(stack: ExitStack, folder: RunFolder, study: StudyConfig) -> Ledger:
+    ledger = Ledger(folder.database, study)
+    stack.callback(ledger.close)
+    return ledger
+
+
 def _load(request: Request, cluster: Cluster | None, notes: list[str]) -> StudyConfig:
-    if request.resume is not None:
-        return _load_resumed(request, notes)
     path = request.config
     if path is None:
         gpus = cluster.n_gpus_possible if cluster else float(torch.cuda.is_available())
@@ -147,7 +154,10 @@ def _load(request: Request, cluster: Cluster | None, notes: list[str]) -> StudyC
     return load_study(path, request.overrides, **request.options)
 
 
-def _load_resumed(request: Request, notes: list[str]) -> StudyConfig:
+def _reopen(
+    stack: ExitStack, request: Request, path: Path, notes: list[str]
+) -> tuple[RunFolder, StudyConfig]:
+    """Take the folder of an earlier session and its study, with what may change changed."""
     refused = [_FLAGS[key] for key in _FLAGS if request.options.get(key) is not None]
     refused += ["--config"] if request.config else []
     refused += ["--out"] if request.out else []
@@ -157,17 +167,42 @@ def _load_resumed(request: Request, notes: list[str]) -> StudyConfig:
             f"{refused[0]}: cannot change with --resume; a study goes on as it was begun "
             "(--trials, --concurrent, --gpus-per-trial, --address and --local may change)"
         )
-    assert request.resume is not None
-    folder = RunFolder.existing(request.resume, lock=False)
+    folder = RunFolder.existing(path)
+    stack.callback(folder.release)
     options: dict[str, Any] = {key: request.options.get(key) for key in _RESUMABLE}
     notes.append(f"study: {folder.config}, going on")
-    return load_study(folder.config, **options)
+    return folder, load_study(folder.config, **options)
 
 
-def _folder(request: Request, study: StudyConfig) -> RunFolder:
-    if request.resume is not None:
-        return RunFolder.existing(request.resume)
-    return RunFolder.fresh(request.out or RunFolder.default_path(study.name))
+def _run_trials(
+    place: _Place,
+    ledger: Ledger,
+    folder: RunFolder,
+    progress: Progress,
+    interruption: Interruption,
+) -> None:
+    """Let Ray or this process run what is left of the study."""
+
+    def after() -> None:
+        write_trials(folder, ledger)
+        write_best(folder, ledger)
+        drop_losers(folder, ledger)
+
+    if place.cluster is None:
+        run_local(ledger, folder, progress, place.device, after)
+        return
+    from tuner.distributed import run_distributed
+
+    with interruption.gracefully() as wished:
+        run_distributed(
+            ledger,
+            folder,
+            progress,
+            gpus=place.gpus,
+            concurrent=place.concurrent,
+            stop=wished,
+            after=after,
+        )
 
 
 def _check_precision(study: StudyConfig, local: bool) -> None:
@@ -179,9 +214,7 @@ def _check_precision(study: StudyConfig, local: bool) -> None:
             raise ConfigError(f"precision.amp: got {study.precision.amp!r}; {error}") from error
 
 
-def _resources(
-    study: StudyConfig, cluster: Cluster | None, notes: list[str]
-) -> tuple[float, int, str]:
+def _place(study: StudyConfig, cluster: Cluster | None, notes: list[str]) -> _Place:
     """GPUs a trial, trials side by side, and the device's name; says what was chosen."""
     cpus = study.resources.cpus_per_trial
     if cluster is None:
@@ -196,7 +229,7 @@ def _resources(
             notes.append(f"no GPU is used: trials run on the CPU, threads each: {cpus}")
         else:
             notes.append(f"trials run on {torch.cuda.get_device_name()}, one after another")
-        return float(device != "cpu"), 1, device
+        return _Place(None, float(device != "cpu"), 1, device)
     from tuner.cluster import trial_resources
 
     gpus, concurrent = trial_resources(cluster, study.resources, study.search.trials)
@@ -215,7 +248,7 @@ def _resources(
     if cluster.dashboard:
         token = f" (token: {cluster.token_file})" if cluster.token_file else ""
         notes.append(f"Ray dashboard: {cluster.dashboard}{token}")
-    return gpus, concurrent, "cuda" if gpus else "cpu"
+    return _Place(cluster, gpus, concurrent, "cuda" if gpus else "cpu")
 
 
 def _conclude(folder: RunFolder, ledger: Ledger, progress: Progress, *, interrupted: bool) -> int:
@@ -225,9 +258,10 @@ def _conclude(folder: RunFolder, ledger: Ledger, progress: Progress, *, interrup
     if best is not None:
         export_winner(folder, best)
     _attempt(lambda: write_report(folder, ledger), progress, "report.html")
-    counts = progress.counts()
-    words = {"running": "to go on"} if interrupted else {}
-    summary = ", ".join(f"{n} {words.get(state, state)}" for state, n in counts.items() if n)
+    counts = Counter(trial.state for trial in ledger.trials())
+    states: tuple[State, ...] = ("running", "done", "pruned", "failed")
+    words: dict[State, str] = {"running": "to go on"}
+    summary = ", ".join(f"{counts[s]} {words.get(s, s)}" for s in states if counts[s])
     progress.say(f"trials: {summary or 'none'}")
     where = shlex.quote(str(folder.path))
     if best is not None:

@@ -59,6 +59,13 @@ class FloatSpace(FrozenModel):
         """Let Optuna choose."""
         return trial.suggest_float(path, self.low, self.high, log=self.log, step=self.step)
 
+    @property
+    def size(self) -> float:
+        """How many values there are; infinite without a step."""
+        if self.low == self.high:
+            return 1
+        return math.inf if self.step is None else round((self.high - self.low) / self.step) + 1
+
     def probes(self) -> tuple[Value, ...]:
         """The values that a check against the configuration must try."""
         return (self.low, self.high)
@@ -100,6 +107,11 @@ class IntSpace(FrozenModel):
         """Let Optuna choose."""
         return trial.suggest_int(path, self.low, self.high, log=self.log, step=self.step)
 
+    @property
+    def size(self) -> float:
+        """How many values there are."""
+        return (self.high - self.low) // self.step + 1
+
     def probes(self) -> tuple[Value, ...]:
         """Every value of a short range; the bounds of a long one."""
         values = range(self.low, self.high + 1, self.step)
@@ -128,6 +140,11 @@ class CategoricalSpace(FrozenModel):
     def suggest(self, trial: Trial, path: str) -> Value:
         """Let Optuna choose."""
         return trial.suggest_categorical(path, self.choices)
+
+    @property
+    def size(self) -> float:
+        """How many values there are."""
+        return len(self.choices)
 
     def probes(self) -> tuple[Value, ...]:
         """Every choice."""
@@ -167,6 +184,11 @@ def default_space() -> SearchSpace:
 def suggest(space: SearchSpace, trial: Trial) -> dict[str, Value]:
     """One point of the space, chosen by the study's sampler."""
     return {path: parameter.suggest(trial, path) for path, parameter in space.items()}
+
+
+def n_points(space: SearchSpace) -> float:
+    """How many configurations the space holds; infinite with a parameter without steps."""
+    return math.prod(parameter.size for parameter in space.values())
 
 
 def is_unsearchable(path: str) -> bool:

@@ -25,7 +25,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from tuner.config import StudyConfig
-from tuner.space import Value, suggest
+from tuner.space import Value, n_points, suggest
 
 logger = logging.getLogger(__name__)
 
@@ -165,8 +165,8 @@ class Ledger:
         """A new trial, or None when the budget of trials or the space is used up."""
         for _ in range(_MAX_DUPLICATES):
             before = self._frozen()
-            started = [t for t in before if t.state != TrialState.WAITING and not _is_copy(t)]
-            if len(started) >= self._config.search.trials:
+            started = self._started(before)
+            if not self._n_left(len(started)):
                 return None
             n_asked = sum(t.state != TrialState.WAITING for t in before)
             self._study.sampler = self._sampler(n_asked)
@@ -180,6 +180,23 @@ class Ledger:
             logger.info("proposal %d repeats trial %d: not run", trial.number, twin.number)
         logger.warning("the search space holds nothing new: no further trials")
         return None
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a trial is to be run on, or a new one may be proposed."""
+        started = self._started(self._frozen())
+        running = any(trial.state == TrialState.RUNNING for trial in started)
+        return running or self._n_left(len(started)) > 0
+
+    def _n_left(self, n_started: int) -> float:
+        """Trials that may still be proposed: of the study's number and of the space."""
+        search = self._config.search
+        return max(0, min(search.trials, n_points(search.space)) - n_started)
+
+    @staticmethod
+    def _started(trials: list[FrozenTrial]) -> list[FrozenTrial]:
+        """The study's own trials: neither waiting nor repetitions of others."""
+        return [t for t in trials if t.state != TrialState.WAITING and not _is_copy(t)]
 
     def _assign(self, trial: optuna.Trial, params: dict[str, Value]) -> Assignment:
         seed = trial_seed(self._config.seed, trial.number)
@@ -255,11 +272,7 @@ class Ledger:
 
     def trials(self) -> list[TrialRecord]:
         """All trials that were started, by number."""
-        return [
-            _record(frozen)
-            for frozen in self._frozen()
-            if frozen.state != TrialState.WAITING and not _is_copy(frozen)
-        ]
+        return [_record(frozen) for frozen in self._started(self._frozen())]
 
     def trial(self, number: int) -> TrialRecord:
         """One trial."""
