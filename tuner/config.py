@@ -9,10 +9,11 @@ from itertools import islice, product
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from model.config import TrialConfig
 from physics.config import FrozenModel
+from tuner.duration import parse_duration
 from tuner.errors import ConfigError
 from tuner.explain import did_you_mean, explain, field_paths
 from tuner.space import SearchSpace, Value, default_space, is_unsearchable
@@ -26,6 +27,14 @@ class SearchConfig(FrozenModel):
     """What is searched, by whom, and when a trial is stopped."""
 
     trials: int = Field(16, ge=1, description="trials in the whole study")
+    time_budget: float | None = Field(
+        None,
+        gt=0,
+        description="time for all trials, over all sessions: seconds, or as in 90m or 1h30m",
+    )
+    target: float | None = Field(
+        None, description="the study ends when a finished trial's objective is this or lower"
+    )
     sampler: Literal["tpe", "random"] = "tpe"
     startup_trials: int = Field(8, ge=0, description="random trials before the sampler learns")
     scheduler: Literal["asha", "none"] = "asha"
@@ -37,6 +46,17 @@ class SearchConfig(FrozenModel):
     include_base: bool = Field(True, description="try the configuration's own values first")
     enqueue: tuple[dict[str, Value], ...] = Field((), description="points that are tried first")
     space: SearchSpace = Field(default_factory=default_space)
+
+    @field_validator("time_budget", mode="before")
+    @classmethod
+    def _units(cls, value: Any) -> Any:
+        return parse_duration(value) if isinstance(value, str) else value
+
+    # Of validators before the type's own, pydantic runs the last one first.
+    @field_validator("time_budget", "target", mode="before")
+    @classmethod
+    def _none_lifts(cls, value: Any) -> Any:
+        return None if isinstance(value, str) and value.strip().lower() == "none" else value
 
 
 class ResourcesConfig(FrozenModel):

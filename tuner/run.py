@@ -27,6 +27,22 @@ def run(
         typer.Option("--set", metavar="a.b=VALUE", help="Change one field; may be repeated."),
     ] = None,
     trials: Annotated[int | None, typer.Option(help="Trials in the whole study.")] = None,
+    time_budget: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TIME",
+            help="Time for all trials of the study, over its sessions: seconds, 90m, 1h30m; "
+            "none lifts it.",
+        ),
+    ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            metavar="VALUE",
+            help="Objective at or below which the study ends, once a trial finishes with it; "
+            "none lifts it.",
+        ),
+    ] = None,
     epochs: Annotated[int | None, typer.Option(help="Largest number of epochs a trial.")] = None,
     out: Annotated[
         Path | None, typer.Option(help="Run folder. Default: runs/<name>-<timestamp>.")
@@ -72,6 +88,8 @@ def run(
             overrides=tuple(set_ or ()),
             options={
                 "search__trials": trials,
+                "search__time_budget": time_budget,
+                "search__target": target,
                 "training__epochs": epochs,
                 "data__shards": data,
                 "resources__gpus_per_trial": gpus_per_trial,

@@ -20,9 +20,11 @@ from tuner.command import DONE, INTERRUPTED, NOTHING_FINISHED, Interruption
 from tuner.config import StudyConfig, load_study
 from tuner.errors import ConfigError, StudyError
 from tuner.folder import RunFolder
+from tuner.limits import Ended, Limits
 from tuner.local import local_device, run_local
 from tuner.report import write_report
 from tuner.results import drop_losers, export_winner, write_best, write_trials
+from tuner.space import n_points
 from tuner.study import Ledger, State
 from tuner.telemetry import Progress, logging_to
 
@@ -35,7 +37,13 @@ _SCORED_SCENES = 256  # that the winner is compared with NOMP on
 
 _CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 # What a study may still change when it goes on; the rest decides its trials' results.
-_RESUMABLE = {"search__trials", "resources__concurrent", "resources__gpus_per_trial"}
+_RESUMABLE = {
+    "search__trials",
+    "search__time_budget",
+    "search__target",
+    "resources__concurrent",
+    "resources__gpus_per_trial",
+}
 _FLAGS = {
     "training__epochs": "--epochs",
     "data__shards": "--data",
@@ -95,13 +103,15 @@ def run_session(request: Request) -> int:
         if folder is not None:
             ledger = _ledger(stack, folder, study)
         place: _Place | None = None
-        if ledger is None or ledger.has_work:
+        ended = _ended(ledger, Limits(ledger)) if ledger is not None else None
+        if ended is None:
             if cluster is None and not request.local:
                 cluster = _connect(stack, request.address)
             interruption.take()
             place = _place(study, cluster, notes)
         else:
-            notes.append("nothing is left to run; a larger number of --trials extends the study")
+            remedy = f" ({ended.remedy} goes on)" if ended.remedy else ""
+            notes.append(f"nothing is left to run: {ended.reason}{remedy}")
         if folder is None:
             folder = RunFolder.fresh(request.out or RunFolder.default_path(study.name))
             stack.callback(folder.release)
@@ -112,13 +122,14 @@ def run_session(request: Request) -> int:
             quiet_ray()
         write_text(folder.config, study.to_yaml())
         ledger = ledger or _ledger(stack, folder, study)
+        limits = Limits(ledger)
         progress = Progress(study, ledger.trials())
         for note in [f"run folder: {folder.path}", *notes]:
             progress.say(note)
         try:
             with progress.shown():
                 if place is not None:
-                    _run_trials(place, ledger, folder, progress, interruption)
+                    _run_trials(place, ledger, folder, progress, limits, interruption)
         except KeyboardInterrupt:
             interruption.wished = True
         except Exception:
@@ -126,7 +137,8 @@ def run_session(request: Request) -> int:
             where = shlex.quote(str(folder.path))
             progress.say(f"cut short by an error; go on with: python -m tuner.run --resume {where}")
             raise
-        return _conclude(folder, ledger, progress, interrupted=interruption.wished)
+        early = limits.reached() if place is not None and ledger.has_work else None
+        return _conclude(folder, ledger, progress, early, interrupted=interruption.wished)
 
 
 def _connect(stack: ExitStack, address: str | None) -> Cluster:
@@ -165,7 +177,8 @@ def _reopen(
     if refused:
         raise StudyError(
             f"{refused[0]}: cannot change with --resume; a study goes on as it was begun "
-            "(--trials, --concurrent, --gpus-per-trial, --address and --local may change)"
+            "(--trials, --time-budget, --target, --concurrent, --gpus-per-trial, --address and "
+            "--local may change)"
         )
     folder = RunFolder.existing(path)
     stack.callback(folder.release)
@@ -179,28 +192,34 @@ def _run_trials(
     ledger: Ledger,
     folder: RunFolder,
     progress: Progress,
+    limits: Limits,
     interruption: Interruption,
 ) -> None:
     """Let Ray or this process run what is left of the study."""
 
+    def stop() -> bool:
+        return interruption.wished or limits.reached() is not None
+
     def after() -> None:
+        limits.look()
         write_trials(folder, ledger)
         write_best(folder, ledger)
         drop_losers(folder, ledger)
 
     if place.cluster is None:
-        run_local(ledger, folder, progress, place.device, after)
+        with limits.counted():
+            run_local(ledger, folder, progress, device=place.device, stop=stop, after=after)
         return
     from tuner.distributed import run_distributed
 
-    with interruption.gracefully() as wished:
+    with interruption.gracefully(), limits.counted():
         run_distributed(
             ledger,
             folder,
             progress,
             gpus=place.gpus,
             concurrent=place.concurrent,
-            stop=wished,
+            stop=stop,
             after=after,
         )
 
@@ -212,6 +231,16 @@ def _check_precision(study: StudyConfig, local: bool) -> None:
             AmpPolicy(study.precision, torch.device("cpu"))
         except ValueError as error:
             raise ConfigError(f"precision.amp: got {study.precision.amp!r}; {error}") from error
+
+
+def _ended(ledger: Ledger, limits: Limits) -> Ended | None:
+    """Why the study has nothing to run, if that is so."""
+    if not ledger.has_work:
+        search = ledger.config.search
+        if n_points(search.space) <= search.trials:
+            return Ended("every point of search.space has run")
+        return Ended("all trials have run", "a larger --trials")
+    return limits.reached()
 
 
 def _place(study: StudyConfig, cluster: Cluster | None, notes: list[str]) -> _Place:
@@ -251,7 +280,9 @@ def _place(study: StudyConfig, cluster: Cluster | None, notes: list[str]) -> _Pl
     return _Place(cluster, gpus, concurrent, "cuda" if gpus else "cpu")
 
 
-def _conclude(folder: RunFolder, ledger: Ledger, progress: Progress, *, interrupted: bool) -> int:
+def _conclude(
+    folder: RunFolder, ledger: Ledger, progress: Progress, early: Ended | None, *, interrupted: bool
+) -> int:
     """Write the results and say how it ended."""
     write_trials(folder, ledger)
     best = write_best(folder, ledger)
@@ -271,6 +302,9 @@ def _conclude(folder: RunFolder, ledger: Ledger, progress: Progress, *, interrup
     if interrupted:
         progress.say(f"interrupted; go on with: python -m tuner.run --resume {where}")
         return INTERRUPTED
+    if early is not None:
+        more = f"python -m tuner.run --resume {where} {early.remedy}"
+        progress.say(f"ended early: {early.reason}; go on with: {more}")
     if best is None:
         reasons = {t.reason for t in ledger.trials() if t.state == "failed" and t.reason}
         why = f"; for example: {sorted(reasons)[0]}" if reasons else ""

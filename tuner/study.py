@@ -268,7 +268,16 @@ class Ledger:
         self._study.tell(number, values, state=_ENDS[state])
         return state
 
+    def keep_seconds(self, seconds: float) -> None:
+        """Record how long the study's trials have run, over all sessions."""
+        self._study.set_user_attr("seconds", seconds)
+
     # Reading
+
+    @property
+    def seconds(self) -> float:
+        """How long the study's trials have run, as last recorded."""
+        return float(self._study.user_attrs.get("seconds", 0.0))
 
     def trials(self) -> list[TrialRecord]:
         """All trials that were started, by number."""

@@ -66,6 +66,13 @@ def test_an_override_wins_over_the_file_and_reads_yaml(tmp_path: Path) -> None:
     assert study.training.patience is None
 
 
+def test_a_time_budget_has_units_and_none_lifts_it(tmp_path: Path) -> None:
+    study = load_study(write_study(tmp_path), ["search.time_budget=1h30m"], search__target="0.5")
+    assert (study.search.time_budget, study.search.target) == (5400.0, 0.5)
+    lifted = study.replaced({"search.time_budget": "none", "search.target": "none"})
+    assert (lifted.search.time_budget, lifted.search.target) == (None, None)
+
+
 def test_an_override_reaches_into_the_search_space(tmp_path: Path) -> None:
     study = load_study(
         write_study(tmp_path),
