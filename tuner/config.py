@@ -36,6 +36,9 @@ class SearchConfig(FrozenModel):
         None, description="the study ends when a finished trial's objective is this or lower"
     )
     sampler: Literal["tpe", "random"] = "tpe"
+    warm_start: Path | None = Field(
+        None, description="run folder of an earlier study that the sampler learns from"
+    )
     startup_trials: int = Field(8, ge=0, description="random trials before the sampler learns")
     scheduler: Literal["asha", "none"] = "asha"
     grace_epochs: int = Field(1, ge=1, description="epochs that every trial is given")
@@ -51,6 +54,15 @@ class SearchConfig(FrozenModel):
     @classmethod
     def _units(cls, value: Any) -> Any:
         return parse_duration(value) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _sampler_learns(self) -> Self:
+        if self.warm_start is not None and self.sampler == "random":
+            raise ValueError(
+                f"warm_start: the {self.sampler} sampler learns nothing from earlier trials; "
+                "take the sampler tpe"
+            )
+        return self
 
     # Of validators before the type's own, pydantic runs the last one first.
     @field_validator("time_budget", "target", mode="before")
@@ -107,9 +119,7 @@ class StudyConfig(TrialConfig):
         """The base configuration's own values, as far as the space holds them."""
         point: dict[str, Value] = {}
         for path, parameter in self.search.space.items():
-            value: Any = self
-            for part in path.split("."):
-                value = getattr(value, part)
+            value = held_value(self, path)
             if parameter.contains(value):
                 point[path] = value
         return point
@@ -124,6 +134,14 @@ class StudyConfig(TrialConfig):
     def to_yaml(self) -> str:
         """The whole configuration, resolved; `load_study` reads it back equal."""
         return dump_yaml(self.model_dump(mode="json"))
+
+
+def held_value(config: TrialConfig, path: str) -> Any:
+    """What a configuration holds at a dotted path."""
+    value: Any = config
+    for part in path.split("."):
+        value = getattr(value, part)
+    return value
 
 
 def load_study(path: Path | None, overrides: Sequence[str] = (), **options: Any) -> StudyConfig:
@@ -215,9 +233,7 @@ def _check_buildable(
             return
         raise ConfigError(f"{complaint}: {error}") from error
     for path, value in point.items():
-        held: Any = built
-        for part in path.split("."):
-            held = getattr(held, part)
+        held = held_value(built, path)
         if held != value or isinstance(held, bool) != isinstance(value, bool):
             raise ConfigError(f"{complaint}: the field would hold {held!r}")
 
@@ -242,7 +258,9 @@ def _resolve(study: StudyConfig) -> StudyConfig:
     elif cpus != study.training.threads:
         changes["training.threads"] = cpus
     if study.data.shards is not None:
-        changes["data.shards"] = Path(study.data.shards).expanduser().resolve()
+        changes["data.shards"] = study.data.shards.expanduser().resolve()
+    if study.search.warm_start is not None:
+        changes["search.warm_start"] = study.search.warm_start.expanduser().resolve()
     return study.replaced(changes) if changes else study
 
 

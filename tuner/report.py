@@ -140,7 +140,7 @@ def _figure_sections(ledger: Ledger, trials: list[TrialRecord]) -> Iterable[str]
     n_done = sum(t.state == "done" for t in trials)
     names = _varied(trials)
     if n_done >= _FEWEST and names:
-        study = ledger.optuna_study
+        study = ledger.finished_study()
         sections += [
             (
                 "Importance of the parameters",

@@ -43,6 +43,13 @@ def run(
             "none lifts it.",
         ),
     ] = None,
+    warm_start: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="RUN_DIR",
+            help="Earlier study of the same objective, whose finished trials the sampler knows.",
+        ),
+    ] = None,
     epochs: Annotated[int | None, typer.Option(help="Largest number of epochs a trial.")] = None,
     out: Annotated[
         Path | None, typer.Option(help="Run folder. Default: runs/<name>-<timestamp>.")
@@ -90,6 +97,7 @@ def run(
                 "search__trials": trials,
                 "search__time_budget": time_budget,
                 "search__target": target,
+                "search__warm_start": warm_start,
                 "training__epochs": epochs,
                 "data__shards": data,
                 "resources__gpus_per_trial": gpus_per_trial,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import shlex
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,8 +25,9 @@ from tuner.local import local_device, run_local
 from tuner.report import write_report
 from tuner.results import drop_losers, export_winner, write_best, write_trials
 from tuner.space import n_points
-from tuner.study import Ledger, State
+from tuner.study import Ledger, PriorTrial, State
 from tuner.telemetry import Progress, logging_to
+from tuner.warmstart import read_prior
 
 if TYPE_CHECKING:
     from tuner.cluster import Cluster
@@ -48,6 +49,7 @@ _FLAGS = {
     "training__epochs": "--epochs",
     "data__shards": "--data",
     "resources__cpus_per_trial": "--cpus-per-trial",
+    "search__warm_start": "--warm-start",
     "seed": "--seed",
 }
 
@@ -98,10 +100,11 @@ def run_session(request: Request) -> int:
             if request.config is None and not request.local:
                 cluster = _connect(stack, request.address)
             study = _load(request, cluster, notes)
+        prior = _prior(study, notes, fresh=folder is None)
         _check_precision(study, request.local)
         notes.append("data: " + check_data(study))
         if folder is not None:
-            ledger = _ledger(stack, folder, study)
+            ledger = _ledger(stack, folder, study, prior)
         place: _Place | None = None
         ended = _ended(ledger, Limits(ledger)) if ledger is not None else None
         if ended is None:
@@ -121,7 +124,7 @@ def run_session(request: Request) -> int:
 
             quiet_ray()
         write_text(folder.config, study.to_yaml())
-        ledger = ledger or _ledger(stack, folder, study)
+        ledger = ledger or _ledger(stack, folder, study, prior)
         limits = Limits(ledger)
         progress = Progress(study, ledger.trials())
         for note in [f"run folder: {folder.path}", *notes]:
@@ -147,8 +150,27 @@ def _connect(stack: ExitStack, address: str | None) -> Cluster:
     return stack.enter_context(connected(address))
 
 
-def _ledger(stack: ExitStack, folder: RunFolder, study: StudyConfig) -> Ledger:
-    ledger = Ledger(folder.database, study)
+def _prior(
+    study: StudyConfig, notes: list[str], *, fresh: bool
+) -> Callable[[], Sequence[PriorTrial]]:
+    """What the ledger asks for until its first trial: of a fresh study it is read at once."""
+    path = study.search.warm_start
+    if path is None:
+        return tuple
+    if not fresh:
+        return lambda: read_prior(path, study).trials
+    found = read_prior(path, study)
+    notes.append(found.note)
+    return lambda: found.trials
+
+
+def _ledger(
+    stack: ExitStack,
+    folder: RunFolder,
+    study: StudyConfig,
+    prior: Callable[[], Sequence[PriorTrial]],
+) -> Ledger:
+    ledger = Ledger(folder.database, study, prior)
     stack.callback(ledger.close)
     return ledger
 

@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from physics.config import FrozenModel
 
 if TYPE_CHECKING:
-    from optuna.trial import Trial
+    from optuna.trial import BaseTrial
 
 Value = bool | int | float | str | None
 
@@ -55,7 +55,7 @@ class FloatSpace(FrozenModel):
                 raise ValueError(f"high {self.high:g} is not low plus whole steps of {self.step:g}")
         return self
 
-    def suggest(self, trial: Trial, path: str) -> float:
+    def suggest(self, trial: BaseTrial, path: str) -> float:
         """Let Optuna choose."""
         return trial.suggest_float(path, self.low, self.high, log=self.log, step=self.step)
 
@@ -103,7 +103,7 @@ class IntSpace(FrozenModel):
             raise ValueError(f"high {self.high} is not low plus whole steps of {self.step}")
         return self
 
-    def suggest(self, trial: Trial, path: str) -> int:
+    def suggest(self, trial: BaseTrial, path: str) -> int:
         """Let Optuna choose."""
         return trial.suggest_int(path, self.low, self.high, log=self.log, step=self.step)
 
@@ -137,7 +137,7 @@ class CategoricalSpace(FrozenModel):
             raise ValueError(f"a choice stands twice in {list(choices)}")
         return choices
 
-    def suggest(self, trial: Trial, path: str) -> Value:
+    def suggest(self, trial: BaseTrial, path: str) -> Value:
         """Let Optuna choose."""
         return trial.suggest_categorical(path, self.choices)
 
@@ -181,7 +181,7 @@ def default_space() -> SearchSpace:
     }
 
 
-def suggest(space: SearchSpace, trial: Trial) -> dict[str, Value]:
+def suggest(space: SearchSpace, trial: BaseTrial) -> dict[str, Value]:
     """One point of the space, chosen by the study's sampler."""
     return {path: parameter.suggest(trial, path) for path, parameter in space.items()}
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -51,6 +51,15 @@ class Assignment:
     seed: int
     checkpoint: str | None = None
     epoch: int = 0
+
+
+@dataclass(frozen=True)
+class PriorTrial:
+    """A finished trial of an earlier study: known to the sampler, and no trial of this study."""
+
+    source: str
+    params: dict[str, Value]
+    objective: float
 
 
 @dataclass(frozen=True)
@@ -100,9 +109,20 @@ def trial_seed(study_seed: int, number: int) -> int:
 
 
 class Ledger:
-    """The study's record, and the only way to propose, report and end trials."""
+    """The study's record, and the only way to propose, report and end trials.
 
-    def __init__(self, database: Path, study: StudyConfig) -> None:
+    Args:
+        database: SQLite file, made where there is none.
+        study: the configuration.
+        prior: asked, until the first trial has started, for what the sampler knows before it.
+    """
+
+    def __init__(
+        self,
+        database: Path,
+        study: StudyConfig,
+        prior: Callable[[], Sequence[PriorTrial]] = tuple,
+    ) -> None:
         self._config = study
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
@@ -121,8 +141,9 @@ class Ledger:
             pruner=self._pruner(),
         )
         self._ids: dict[int, int] = {}
-        if not self._frozen():
+        if not self._started(self._frozen()):
             self._enqueue()
+            self._learn(prior())
 
     @property
     def config(self) -> StudyConfig:
@@ -131,7 +152,7 @@ class Ledger:
 
     @property
     def optuna_study(self) -> optuna.Study:
-        """The Optuna study, for samplers and plots."""
+        """The Optuna study with all that samplers know, trials of an earlier study too."""
         return self._study
 
     def _enqueue(self) -> None:
@@ -140,6 +161,22 @@ class Ledger:
         for point in [*points, *search.enqueue]:
             if point:
                 self._study.enqueue_trial(dict(point), skip_if_exists=True)
+
+    def _learn(self, prior: Sequence[PriorTrial]) -> None:
+        """Add what is known before; a driver that died amid it goes on where it was."""
+        known = {trial.user_attrs.get("prior") for trial in self._frozen()}
+        for trial in prior:
+            if trial.source not in known:
+                fixed = optuna.trial.FixedTrial(trial.params)
+                suggest(self._config.search.space, fixed)
+                self._study.add_trial(
+                    optuna.trial.create_trial(
+                        value=trial.objective,
+                        params=fixed.params,
+                        distributions=fixed.distributions,
+                        user_attrs={"prior": trial.source},
+                    )
+                )
 
     def _sampler(self, number: int) -> optuna.samplers.BaseSampler:
         search = self._config.search
@@ -195,8 +232,8 @@ class Ledger:
 
     @staticmethod
     def _started(trials: list[FrozenTrial]) -> list[FrozenTrial]:
-        """The study's own trials: neither waiting nor repetitions of others."""
-        return [t for t in trials if t.state != TrialState.WAITING and not _is_copy(t)]
+        """The study's own trials: not waiting, no repetitions, and none of an earlier study."""
+        return [t for t in trials if t.state != TrialState.WAITING and not _is_foreign(t)]
 
     def _assign(self, trial: optuna.Trial, params: dict[str, Value]) -> Assignment:
         seed = trial_seed(self._config.seed, trial.number)
@@ -287,6 +324,13 @@ class Ledger:
         """One trial."""
         return _record(self._storage.get_trial(self._id(number)))
 
+    def finished_study(self) -> optuna.Study:
+        """The study's own finished trials as an Optuna study in memory, for plots."""
+        study = optuna.create_study(direction="minimize")
+        own = self._started(self._frozen())
+        study.add_trials([trial for trial in own if trial.state == TrialState.COMPLETE])
+        return study
+
     def ranking(self) -> list[TrialRecord]:
         """Finished, finite trials of the study's own budget, best first; nothing else ranks."""
         ranked = [
@@ -317,8 +361,8 @@ class Ledger:
         return self._ids[number]
 
 
-def _is_copy(trial: FrozenTrial) -> bool:
-    return "duplicate_of" in trial.user_attrs
+def _is_foreign(trial: FrozenTrial) -> bool:
+    return "duplicate_of" in trial.user_attrs or "prior" in trial.user_attrs
 
 
 def _finite(value: Any) -> float | None:

@@ -25,9 +25,9 @@ def test_help_is_complete_and_imports_nothing_heavy() -> None:
     finished = run("--help")
     assert time.perf_counter() - begun < 5
     assert finished.returncode == 0
-    for flag in ("--config", "--set", "--trials", "--time-budget", "--target", "--epochs",
-                 "--out", "--data", "--local", "--resume", "--address", "--gpus-per-trial",
-                 "--cpus-per-trial", "--concurrent", "--seed"):  # fmt: skip
+    for flag in ("--config", "--set", "--trials", "--time-budget", "--target", "--warm-start",
+                 "--epochs", "--out", "--data", "--local", "--resume", "--address",
+                 "--gpus-per-trial", "--cpus-per-trial", "--concurrent", "--seed"):  # fmt: skip
         assert flag in finished.stdout
     code = (
         "import sys, tuner.run, tuner.train, tuner.report\n"
