@@ -16,10 +16,11 @@ from physics.config import FrozenModel
 from tuner.duration import parse_duration
 from tuner.errors import ConfigError
 from tuner.explain import did_you_mean, explain, field_paths
-from tuner.space import SearchSpace, Value, default_space, is_unsearchable
+from tuner.space import SearchSpace, Value, default_space, is_unsearchable, n_points
 from tuner.yamlfile import dump_yaml, parse_yaml, read_yaml
 
 _SPACE_FIELDS = {"type", "low", "high", "log", "step", "choices"}
+_MAX_GRID = 100_000  # points that a grid may have: they are counted for every proposal
 _MAX_JOINT = 4096  # joint choices of one section that are tried before a study starts
 
 
@@ -35,7 +36,11 @@ class SearchConfig(FrozenModel):
     target: float | None = Field(
         None, description="the study ends when a finished trial's objective is this or lower"
     )
-    sampler: Literal["tpe", "random"] = "tpe"
+    sampler: Literal["tpe", "random", "gp", "cmaes", "grid"] = Field(
+        "tpe",
+        description="gp: a Gaussian process; cmaes: moves numbers, leaves choices to chance; "
+        "grid: every point of a finite space",
+    )
     warm_start: Path | None = Field(
         None, description="run folder of an earlier study that the sampler learns from"
     )
@@ -55,14 +60,9 @@ class SearchConfig(FrozenModel):
     def _units(cls, value: Any) -> Any:
         return parse_duration(value) if isinstance(value, str) else value
 
-    @model_validator(mode="after")
-    def _sampler_learns(self) -> Self:
-        if self.warm_start is not None and self.sampler == "random":
-            raise ValueError(
-                f"warm_start: the {self.sampler} sampler learns nothing from earlier trials; "
-                "take the sampler tpe"
-            )
-        return self
+    def moved_by_cmaes(self) -> list[str]:
+        """Numeric parameters of more than one value: what CMA-ES has a distribution over."""
+        return [p for p, s in self.space.items() if s.type != "categorical" and s.size > 1]
 
     # Of validators before the type's own, pydantic runs the last one first.
     @field_validator("time_budget", "target", mode="before")
@@ -91,6 +91,33 @@ class StudyConfig(TrialConfig):
     name: str = Field("study", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     search: SearchConfig = Field(default_factory=SearchConfig)
     resources: ResourcesConfig = Field(default_factory=ResourcesConfig)
+
+    @model_validator(mode="after")
+    def _sampler_suits(self) -> Self:
+        search, sampler = self.search, self.search.sampler
+        if search.warm_start is not None and sampler in ("random", "grid"):
+            raise ValueError(
+                f"search.warm_start: the sampler {sampler} learns nothing from earlier trials; "
+                "take tpe, gp or cmaes"
+            )
+        n_moved = len(search.moved_by_cmaes())
+        if sampler == "cmaes" and n_moved < 2:
+            raise ValueError(
+                "search.sampler: cmaes needs two or more float or int parameters in search.space, "
+                f"which has {n_moved}; take tpe"
+            )
+        endless = [path for path, parameter in search.space.items() if parameter.size == math.inf]
+        if sampler == "grid" and endless:
+            raise ValueError(
+                f"search.sampler: grid needs a finite space, and {endless[0]} is a float without "
+                "step; give it a step, make it categorical, or take another sampler"
+            )
+        if sampler == "grid" and n_points(search.space) > _MAX_GRID:
+            raise ValueError(
+                f"search.sampler: grid has {n_points(search.space):.0f} points in this space, more "
+                f"than {_MAX_GRID}; take wider steps or another sampler"
+            )
+        return self
 
     @model_validator(mode="after")
     def _points_lie_in_the_space(self) -> Self:

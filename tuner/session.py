@@ -24,6 +24,7 @@ from tuner.limits import Ended, Limits
 from tuner.local import local_device, run_local
 from tuner.report import write_report
 from tuner.results import drop_losers, export_winner, write_best, write_trials
+from tuner.samplers import sampler_note
 from tuner.space import n_points
 from tuner.study import Ledger, PriorTrial, State
 from tuner.telemetry import Progress, logging_to
@@ -100,6 +101,7 @@ def run_session(request: Request) -> int:
             if request.config is None and not request.local:
                 cluster = _connect(stack, request.address)
             study = _load(request, cluster, notes)
+        notes += [note for note in [sampler_note(study.search)] if note]
         prior = _prior(study, notes, fresh=folder is None)
         _check_precision(study, request.local)
         notes.append("data: " + check_data(study))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from decimal import Decimal
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -66,6 +67,15 @@ class FloatSpace(FrozenModel):
             return 1
         return math.inf if self.step is None else round((self.high - self.low) / self.step) + 1
 
+    def values(self) -> tuple[float, ...]:
+        """All values, as one would write them; there must be finitely many."""
+        low, step = Decimal(str(self.low)), Decimal(str(self.step or 0))
+        return tuple(float(low + index * step) for index in range(int(self.size)))
+
+    def index(self, value: Any) -> int:
+        """Which of the values this is, however it was rounded."""
+        return 0 if self.size == 1 else round((value - self.low) / (self.step or 1))
+
     def probes(self) -> tuple[Value, ...]:
         """The values that a check against the configuration must try."""
         return (self.low, self.high)
@@ -112,6 +122,14 @@ class IntSpace(FrozenModel):
         """How many values there are."""
         return (self.high - self.low) // self.step + 1
 
+    def values(self) -> tuple[int, ...]:
+        """All values."""
+        return tuple(range(self.low, self.high + 1, self.step))
+
+    def index(self, value: Any) -> int:
+        """Which of the values this is."""
+        return int(value - self.low) // self.step
+
     def probes(self) -> tuple[Value, ...]:
         """Every value of a short range; the bounds of a long one."""
         values = range(self.low, self.high + 1, self.step)
@@ -145,6 +163,15 @@ class CategoricalSpace(FrozenModel):
     def size(self) -> float:
         """How many values there are."""
         return len(self.choices)
+
+    def values(self) -> tuple[Value, ...]:
+        """All values."""
+        return self.choices
+
+    def index(self, value: Any) -> int:
+        """Which of the values this is; 1, 1.0 and True are three."""
+        same = [type(choice) is type(value) and choice == value for choice in self.choices]
+        return same.index(True)
 
     def probes(self) -> tuple[Value, ...]:
         """Every choice."""

@@ -25,6 +25,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from tuner.config import StudyConfig
+from tuner.samplers import make_sampler
 from tuner.space import Value, n_points, suggest
 
 logger = logging.getLogger(__name__)
@@ -137,7 +138,7 @@ class Ledger:
             study_name=study.name,
             direction="minimize",
             load_if_exists=True,
-            sampler=self._sampler(0),
+            sampler=self._sampler(0, ()),
             pruner=self._pruner(),
         )
         self._ids: dict[int, int] = {}
@@ -178,15 +179,10 @@ class Ledger:
                     )
                 )
 
-    def _sampler(self, number: int) -> optuna.samplers.BaseSampler:
-        search = self._config.search
+    def _sampler(self, number: int, prior: Sequence[FrozenTrial]) -> optuna.samplers.BaseSampler:
         sequence = np.random.SeedSequence(self._config.seed, spawn_key=(1, number))
         seed = int(sequence.generate_state(1)[0])
-        if search.sampler == "random":
-            return optuna.samplers.RandomSampler(seed=seed)
-        return optuna.samplers.TPESampler(
-            seed=seed, n_startup_trials=search.startup_trials, constant_liar=True
-        )
+        return make_sampler(self._config.search, seed, prior)
 
     def _pruner(self) -> optuna.pruners.BasePruner:
         search = self._config.search
@@ -206,7 +202,8 @@ class Ledger:
             if not self._n_left(len(started)):
                 return None
             n_asked = sum(t.state != TrialState.WAITING for t in before)
-            self._study.sampler = self._sampler(n_asked)
+            prior = [trial for trial in before if "prior" in trial.user_attrs]
+            self._study.sampler = self._sampler(n_asked, prior)
             trial = self._study.ask()
             params = suggest(self._config.search.space, trial)
             twin = next((t for t in started if t.params == params), None)
