@@ -20,6 +20,7 @@ from tuner.space import SearchSpace, Value, default_space, is_unsearchable, n_po
 from tuner.yamlfile import dump_yaml, parse_yaml, read_yaml
 
 _SPACE_FIELDS = {"type", "low", "high", "log", "step", "choices"}
+MEDIAN_OVER = 3  # trials that the median stopping rule needs for a judgement
 _MAX_GRID = 100_000  # points that a grid may have: they are counted for every proposal
 _MAX_JOINT = 4096  # joint choices of one section that are tried before a study starts
 
@@ -45,7 +46,11 @@ class SearchConfig(FrozenModel):
         None, description="run folder of an earlier study that the sampler learns from"
     )
     startup_trials: int = Field(8, ge=0, description="random trials before the sampler learns")
-    scheduler: Literal["asha", "none"] = "asha"
+    scheduler: Literal["asha", "hyperband", "median", "none"] = Field(
+        "asha",
+        description="hyperband: asha in brackets that stop ever later; median: stops what is "
+        "worse than the median of the others",
+    )
     grace_epochs: int = Field(1, ge=1, description="epochs that every trial is given")
     reduction_factor: int = Field(3, ge=2, description="one in so many goes on at each rung")
     full_epochs: int | None = Field(

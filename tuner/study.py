@@ -25,6 +25,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from tuner.config import StudyConfig
+from tuner.pruners import make_pruner
 from tuner.samplers import make_sampler
 from tuner.space import Value, n_points, suggest
 
@@ -139,8 +140,10 @@ class Ledger:
             direction="minimize",
             load_if_exists=True,
             sampler=self._sampler(0, ()),
-            pruner=self._pruner(),
+            # Samplers must not see a pruner: they would keep to the trial's own bracket.
+            pruner=optuna.pruners.NopPruner(),
         )
+        self._pruner = make_pruner(study.search, study.training.epochs)
         self._ids: dict[int, int] = {}
         if not self._started(self._frozen()):
             self._enqueue()
@@ -184,14 +187,6 @@ class Ledger:
         seed = int(sequence.generate_state(1)[0])
         return make_sampler(self._config.search, seed, prior)
 
-    def _pruner(self) -> optuna.pruners.BasePruner:
-        search = self._config.search
-        if search.scheduler == "none":
-            return optuna.pruners.NopPruner()
-        return optuna.pruners.SuccessiveHalvingPruner(
-            min_resource=search.grace_epochs, reduction_factor=search.reduction_factor
-        )
-
     # Proposing
 
     def ask(self) -> Assignment | None:
@@ -208,7 +203,7 @@ class Ledger:
             params = suggest(self._config.search.space, trial)
             twin = next((t for t in started if t.params == params), None)
             if twin is None:
-                return self._assign(trial, params)
+                return self._assign(trial.number, params)
             trial.set_user_attr("duplicate_of", twin.number)
             self._study.tell(trial, state=TrialState.FAIL)
             logger.info("proposal %d repeats trial %d: not run", trial.number, twin.number)
@@ -232,11 +227,12 @@ class Ledger:
         """The study's own trials: not waiting, no repetitions, and none of an earlier study."""
         return [t for t in trials if t.state != TrialState.WAITING and not _is_foreign(t)]
 
-    def _assign(self, trial: optuna.Trial, params: dict[str, Value]) -> Assignment:
-        seed = trial_seed(self._config.seed, trial.number)
-        trial.set_user_attr("seed", seed)
-        trial.set_user_attr("budget", self._config.training.epochs)
-        return Assignment(trial.number, params, seed)
+    def _assign(self, number: int, params: dict[str, Value]) -> Assignment:
+        seed = trial_seed(self._config.seed, number)
+        identifier = self._id(number)
+        self._storage.set_trial_user_attr(identifier, "seed", seed)
+        self._storage.set_trial_user_attr(identifier, "budget", self._config.training.epochs)
+        return Assignment(number, params, seed)
 
     def orphans(self) -> list[Assignment]:
         """Trials that were running when the last session ended, to be run on."""
@@ -244,9 +240,11 @@ class Ledger:
         for frozen in self._frozen():
             if frozen.state != TrialState.RUNNING:
                 continue
-            trial = optuna.Trial(self._study, frozen._trial_id)
-            # A crash while proposing leaves some parameters unset: they are drawn now.
-            fresh = self._assign(trial, suggest(self._config.search.space, trial))
+            space, params = self._config.search.space, dict(frozen.params)
+            if params.keys() != space.keys():
+                # A crash while proposing leaves some parameters unset: they are drawn now.
+                params = suggest(space, optuna.Trial(self._study, frozen._trial_id))
+            fresh = self._assign(frozen.number, params)
             kept = frozen.user_attrs.get("checkpoint")
             found.append(
                 Assignment(
@@ -277,8 +275,9 @@ class Ledger:
         self._storage.set_trial_user_attr(self._id(number), "checkpoint", kept)
 
     def should_prune(self, number: int) -> bool:
-        """Optuna's own successive halving, for the local loop."""
-        return optuna.Trial(self._study, self._id(number)).should_prune()
+        """Whether Optuna's pruner stops the trial now, for the local loop."""
+        # Not by way of optuna.Trial, which asks the sampler again.
+        return self._pruner.prune(self._study, self._storage.get_trial(self._id(number)))
 
     def finish(
         self,

@@ -122,7 +122,8 @@ def test_no_run_and_another_objective_are_refused(tmp_path: Path) -> None:
 
 
 def test_ray_is_given_the_studys_own_trials_alone(tmp_path: Path) -> None:
-    from tuner.search import LedgerASHA, LedgerSearch
+    from tuner.schedulers import LedgerASHA
+    from tuner.search import LedgerSearch
 
     prior = [PriorTrial(f"x#{i}", {"blend.beta": i / 10}, 0.1) for i in range(3)]
     study = tiny_study(tmp_path, search={"space": BETA, "trials": 2})
