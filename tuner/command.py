@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -90,11 +90,11 @@ class Interruption:
             signal.signal(number, self._handle)
 
     @contextmanager
-    def gracefully(self) -> Iterator[Callable[[], bool]]:
+    def gracefully(self) -> Iterator[None]:
         """Inside, the first signal only sets the wish; the second one interrupts."""
         self._graceful = True
         try:
-            yield lambda: self.wished
+            yield
         finally:
             self._graceful = False
 

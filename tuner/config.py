@@ -9,16 +9,19 @@ from itertools import islice, product
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from model.config import TrialConfig
 from physics.config import FrozenModel
+from tuner.duration import parse_duration
 from tuner.errors import ConfigError
 from tuner.explain import did_you_mean, explain, field_paths
-from tuner.space import SearchSpace, Value, default_space, is_unsearchable
+from tuner.space import SearchSpace, Value, default_space, is_unsearchable, n_points
 from tuner.yamlfile import dump_yaml, parse_yaml, read_yaml
 
 _SPACE_FIELDS = {"type", "low", "high", "log", "step", "choices"}
+MEDIAN_OVER = 3  # trials that the median stopping rule needs for a judgement
+_MAX_GRID = 100_000  # points that a grid may have: they are counted for every proposal
 _MAX_JOINT = 4096  # joint choices of one section that are tried before a study starts
 
 
@@ -26,9 +29,28 @@ class SearchConfig(FrozenModel):
     """What is searched, by whom, and when a trial is stopped."""
 
     trials: int = Field(16, ge=1, description="trials in the whole study")
-    sampler: Literal["tpe", "random"] = "tpe"
+    time_budget: float | None = Field(
+        None,
+        gt=0,
+        description="time for all trials, over all sessions: seconds, or as in 90m or 1h30m",
+    )
+    target: float | None = Field(
+        None, description="the study ends when a finished trial's objective is this or lower"
+    )
+    sampler: Literal["tpe", "random", "gp", "cmaes", "grid"] = Field(
+        "tpe",
+        description="gp: a Gaussian process; cmaes: moves numbers, leaves choices to chance; "
+        "grid: every point of a finite space",
+    )
+    warm_start: Path | None = Field(
+        None, description="run folder of an earlier study that the sampler learns from"
+    )
     startup_trials: int = Field(8, ge=0, description="random trials before the sampler learns")
-    scheduler: Literal["asha", "none"] = "asha"
+    scheduler: Literal["asha", "hyperband", "median", "none"] = Field(
+        "asha",
+        description="hyperband: asha in brackets that stop ever later; median: stops what is "
+        "worse than the median of the others",
+    )
     grace_epochs: int = Field(1, ge=1, description="epochs that every trial is given")
     reduction_factor: int = Field(3, ge=2, description="one in so many goes on at each rung")
     full_epochs: int | None = Field(
@@ -37,6 +59,21 @@ class SearchConfig(FrozenModel):
     include_base: bool = Field(True, description="try the configuration's own values first")
     enqueue: tuple[dict[str, Value], ...] = Field((), description="points that are tried first")
     space: SearchSpace = Field(default_factory=default_space)
+
+    @field_validator("time_budget", mode="before")
+    @classmethod
+    def _units(cls, value: Any) -> Any:
+        return parse_duration(value) if isinstance(value, str) else value
+
+    def moved_by_cmaes(self) -> list[str]:
+        """Numeric parameters of more than one value: what CMA-ES has a distribution over."""
+        return [p for p, s in self.space.items() if s.type != "categorical" and s.size > 1]
+
+    # Of validators before the type's own, pydantic runs the last one first.
+    @field_validator("time_budget", "target", mode="before")
+    @classmethod
+    def _none_lifts(cls, value: Any) -> Any:
+        return None if isinstance(value, str) and value.strip().lower() == "none" else value
 
 
 class ResourcesConfig(FrozenModel):
@@ -59,6 +96,33 @@ class StudyConfig(TrialConfig):
     name: str = Field("study", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     search: SearchConfig = Field(default_factory=SearchConfig)
     resources: ResourcesConfig = Field(default_factory=ResourcesConfig)
+
+    @model_validator(mode="after")
+    def _sampler_suits(self) -> Self:
+        search, sampler = self.search, self.search.sampler
+        if search.warm_start is not None and sampler in ("random", "grid"):
+            raise ValueError(
+                f"search.warm_start: the sampler {sampler} learns nothing from earlier trials; "
+                "take tpe, gp or cmaes"
+            )
+        n_moved = len(search.moved_by_cmaes())
+        if sampler == "cmaes" and n_moved < 2:
+            raise ValueError(
+                "search.sampler: cmaes needs two or more float or int parameters in search.space, "
+                f"which has {n_moved}; take tpe"
+            )
+        endless = [path for path, parameter in search.space.items() if parameter.size == math.inf]
+        if sampler == "grid" and endless:
+            raise ValueError(
+                f"search.sampler: grid needs a finite space, and {endless[0]} is a float without "
+                "step; give it a step, make it categorical, or take another sampler"
+            )
+        if sampler == "grid" and n_points(search.space) > _MAX_GRID:
+            raise ValueError(
+                f"search.sampler: grid has {n_points(search.space):.0f} points in this space, more "
+                f"than {_MAX_GRID}; take wider steps or another sampler"
+            )
+        return self
 
     @model_validator(mode="after")
     def _points_lie_in_the_space(self) -> Self:
@@ -87,9 +151,7 @@ class StudyConfig(TrialConfig):
         """The base configuration's own values, as far as the space holds them."""
         point: dict[str, Value] = {}
         for path, parameter in self.search.space.items():
-            value: Any = self
-            for part in path.split("."):
-                value = getattr(value, part)
+            value = held_value(self, path)
             if parameter.contains(value):
                 point[path] = value
         return point
@@ -104,6 +166,14 @@ class StudyConfig(TrialConfig):
     def to_yaml(self) -> str:
         """The whole configuration, resolved; `load_study` reads it back equal."""
         return dump_yaml(self.model_dump(mode="json"))
+
+
+def held_value(config: TrialConfig, path: str) -> Any:
+    """What a configuration holds at a dotted path."""
+    value: Any = config
+    for part in path.split("."):
+        value = getattr(value, part)
+    return value
 
 
 def load_study(path: Path | None, overrides: Sequence[str] = (), **options: Any) -> StudyConfig:
@@ -195,9 +265,7 @@ def _check_buildable(
             return
         raise ConfigError(f"{complaint}: {error}") from error
     for path, value in point.items():
-        held: Any = built
-        for part in path.split("."):
-            held = getattr(held, part)
+        held = held_value(built, path)
         if held != value or isinstance(held, bool) != isinstance(value, bool):
             raise ConfigError(f"{complaint}: the field would hold {held!r}")
 
@@ -222,7 +290,9 @@ def _resolve(study: StudyConfig) -> StudyConfig:
     elif cpus != study.training.threads:
         changes["training.threads"] = cpus
     if study.data.shards is not None:
-        changes["data.shards"] = Path(study.data.shards).expanduser().resolve()
+        changes["data.shards"] = study.data.shards.expanduser().resolve()
+    if study.search.warm_start is not None:
+        changes["search.warm_start"] = study.search.warm_start.expanduser().resolve()
     return study.replaced(changes) if changes else study
 
 

@@ -11,10 +11,10 @@ from typing import Any
 from ray import tune
 from ray.tune import CheckpointConfig, FailureConfig, RunConfig, TuneConfig
 from ray.tune.experiment import Trial
-from ray.tune.schedulers import FIFOScheduler
 
 from tuner.folder import RunFolder
-from tuner.search import LedgerASHA, LedgerCallback, LedgerSearch
+from tuner.schedulers import make_scheduler
+from tuner.search import LedgerCallback, LedgerSearch
 from tuner.study import Ledger
 from tuner.telemetry import Progress
 from tuner.trainable import NUMBER, START, TrialActor
@@ -79,7 +79,6 @@ def run_distributed(
     search = LedgerSearch(
         ledger, progress, folder, device="cuda" if gpus else "cpu", stop=stop, after=after
     )
-    asha = study.search.scheduler == "asha"
     storage, name = str(folder.path), folder.trials.name
     if resources.storage:
         storage, name = resources.storage, f"{folder.path.name}-{folder.trials.name}"
@@ -87,7 +86,7 @@ def run_distributed(
         tune.with_resources(TrialActor, {"cpu": resources.cpus_per_trial or 1, "gpu": gpus}),
         tune_config=TuneConfig(
             search_alg=search,
-            scheduler=LedgerASHA(ledger) if asha else FIFOScheduler(),
+            scheduler=make_scheduler(ledger),
             num_samples=-1,
             max_concurrent_trials=concurrent,
             reuse_actors=True,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import platform
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,19 +30,41 @@ def local_device(gpus_per_trial: float | None) -> str:
 
 
 def run_local(
-    ledger: Ledger, folder: RunFolder, progress: Progress, device: str, after: Callable[[], None]
+    ledger: Ledger,
+    folder: RunFolder,
+    progress: Progress,
+    *,
+    device: str,
+    stop: Callable[[], bool],
+    after: Callable[[], None],
 ) -> None:
-    """Run the study to its end in this process; `after` is called when a trial has ended."""
-    for orphan in ledger.orphans():
-        _run_trial(ledger, folder, progress, device, orphan)
-        after()
-    while (assignment := ledger.ask()) is not None:
-        _run_trial(ledger, folder, progress, device, assignment)
+    """Run the study to its end in this process, or until `stop` says so.
+
+    Args:
+        ledger: the study.
+        folder: where checkpoints go.
+        progress: who shows it.
+        device: where trials run.
+        stop: asked before every trial and after every epoch; True ends the run and leaves the
+            running trial to a resume.
+        after: called when a trial has ended.
+    """
+    orphans = deque(ledger.orphans())
+    while not stop():
+        trial = orphans.popleft() if orphans else ledger.ask()
+        if trial is None:
+            return
+        _run_trial(ledger, folder, progress, device, trial, stop)
         after()
 
 
 def _run_trial(
-    ledger: Ledger, folder: RunFolder, progress: Progress, device: str, trial: Assignment
+    ledger: Ledger,
+    folder: RunFolder,
+    progress: Progress,
+    device: str,
+    trial: Assignment,
+    stop: Callable[[], bool],
 ) -> None:
     number = trial.number
     progress.started(trial)
@@ -80,6 +103,8 @@ def _run_trial(
             if ledger.should_prune(number):
                 reason = f"stopped after epoch {result['epoch']}"
                 _end(ledger, progress, number, "pruned", reason=reason)
+                return
+            if stop():
                 return
     finally:
         run.close()

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tuner.command import execute
+from tuner.duration import format_duration
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -103,12 +104,19 @@ def _facts(ledger: Ledger, trials: list[TrialRecord]) -> str:
         ("budget", f"{study.training.epochs} epochs a trial"),
         ("search", f"{study.search.sampler}, {study.search.scheduler}, seed {study.seed}"),
         ("data", str(data)),
+        ("time of trials", _time(ledger)),
     ]
     begun = [t.started for t in trials if t.started]
     ended = [t.finished for t in trials if t.finished]
     if begun and ended:
         rows.append(("time", f"{begun[0]:%Y-%m-%d %H:%M} to {max(ended):%Y-%m-%d %H:%M}"))
     return _pairs(rows)
+
+
+def _time(ledger: Ledger) -> str:
+    budget = ledger.config.search.time_budget
+    limit = f" of {format_duration(budget)}" if budget is not None else ""
+    return f"{format_duration(ledger.seconds)}{limit}, over all sessions"
 
 
 def _best_section(best: TrialRecord | None) -> str:
@@ -132,7 +140,7 @@ def _figure_sections(ledger: Ledger, trials: list[TrialRecord]) -> Iterable[str]
     n_done = sum(t.state == "done" for t in trials)
     names = _varied(trials)
     if n_done >= _FEWEST and names:
-        study = ledger.optuna_study
+        study = ledger.finished_study()
         sections += [
             (
                 "Importance of the parameters",

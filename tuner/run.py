@@ -27,6 +27,29 @@ def run(
         typer.Option("--set", metavar="a.b=VALUE", help="Change one field; may be repeated."),
     ] = None,
     trials: Annotated[int | None, typer.Option(help="Trials in the whole study.")] = None,
+    time_budget: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TIME",
+            help="Time for all trials of the study, over its sessions: seconds, 90m, 1h30m; "
+            "none lifts it.",
+        ),
+    ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            metavar="VALUE",
+            help="Objective at or below which the study ends, once a trial finishes with it; "
+            "none lifts it.",
+        ),
+    ] = None,
+    warm_start: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="RUN_DIR",
+            help="Earlier study of the same objective, whose finished trials the sampler knows.",
+        ),
+    ] = None,
     epochs: Annotated[int | None, typer.Option(help="Largest number of epochs a trial.")] = None,
     out: Annotated[
         Path | None, typer.Option(help="Run folder. Default: runs/<name>-<timestamp>.")
@@ -72,6 +95,9 @@ def run(
             overrides=tuple(set_ or ()),
             options={
                 "search__trials": trials,
+                "search__time_budget": time_budget,
+                "search__target": target,
+                "search__warm_start": warm_start,
                 "training__epochs": epochs,
                 "data__shards": data,
                 "resources__gpus_per_trial": gpus_per_trial,

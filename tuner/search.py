@@ -1,9 +1,8 @@
-"""Ray Tune's searcher and scheduler, bound to the ledger.
+"""Ray Tune's searcher, bound to the ledger.
 
 Plain OptunaSearch tells Optuna COMPLETE for a trial that was stopped, never ends one
-whose metric is NaN, and forgets what ran when the driver died; plain ASHA forgets its
-rungs. Here the ledger is the truth: the searcher proposes from it and ends trials in
-it, and the scheduler's rungs are rebuilt from it.
+whose metric is NaN, and forgets what ran when the driver died. Here the ledger is the
+truth: the searcher proposes from it and ends trials in it.
 """
 
 from __future__ import annotations
@@ -17,8 +16,6 @@ from typing import Any, Protocol
 
 from ray.tune import Callback, Checkpoint
 from ray.tune.experiment import Trial
-from ray.tune.schedulers import AsyncHyperBandScheduler
-from ray.tune.schedulers.trial_scheduler import TrialScheduler
 from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
@@ -213,78 +210,6 @@ def location_of(checkpoint: Checkpoint) -> str:
     """A path on this machine's file system, or a URI."""
     kind = checkpoint.filesystem.type_name if checkpoint.filesystem else "local"
     return checkpoint.path if kind == "local" else f"{kind}://{checkpoint.path}"
-
-
-class LedgerASHA(AsyncHyperBandScheduler):
-    """ASHA over epochs whose rungs survive the driver."""
-
-    def __init__(self, ledger: Ledger) -> None:
-        search = ledger.config.search
-        epochs = ledger.config.training.epochs
-        super().__init__(
-            time_attr="epoch",
-            metric="objective",
-            mode="min",
-            max_t=epochs,
-            grace_period=min(search.grace_epochs, epochs),
-            reduction_factor=search.reduction_factor,
-        )
-        self._resumed = {o.number: o.epoch for o in ledger.orphans()}
-        self._replay(ledger)
-
-    def _replay(self, ledger: Ledger) -> None:
-        """Fill the rungs with what earlier sessions reported.
-
-        A trial that goes on from a checkpoint reports the epochs after it again, and is
-        judged on them again; only the epochs before it are history.
-        """
-        bracket = self._brackets[0]
-        for trial in ledger.trials():
-            known = self._resumed.get(trial.number, trial.epoch)
-            for epoch, objective in trial.curve:
-                if epoch > known:
-                    break
-                for milestone, recorded in bracket._rungs:
-                    if epoch >= milestone:
-                        recorded.setdefault(_rung_key(trial.number), -objective)
-                        break
-
-    @property
-    def rungs(self) -> dict[float, dict[str, float]]:
-        """Objective of each trial at each rung (negated: larger is better)."""
-        return {milestone: dict(recorded) for milestone, recorded in self._brackets[0]._rungs}
-
-    def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
-        """Give a resumed trial the rung entries that it earned before."""
-        super().on_trial_add(tune_controller, trial)
-        key = _rung_key(int(trial.config[NUMBER]))
-        for _, recorded in self._brackets[0]._rungs:
-            if key in recorded:
-                recorded[trial.trial_id] = recorded.pop(key)
-
-    def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
-        """Judge a sound result; a failed one stops by itself and enters no rung."""
-        if result.get("failed"):
-            return TrialScheduler.STOP
-        return super().on_trial_result(tune_controller, trial, result)
-
-    def on_trial_complete(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> None:
-        """Enter a sound end into the rungs."""
-        if result.get("failed"):
-            self._trial_info.pop(trial.trial_id, None)
-            return
-        super().on_trial_complete(tune_controller, trial, result)
-
-    def on_trial_remove(self, tune_controller: Any, trial: Trial) -> None:
-        """Forget a trial that never ran."""
-        self._trial_info.pop(trial.trial_id, None)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (str, (type(self).__name__,))
-
-
-def _rung_key(number: int) -> str:
-    return f"trial-{number}"
 
 
 _RAY_KEYS = frozenset(

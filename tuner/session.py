@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import shlex
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,11 +20,15 @@ from tuner.command import DONE, INTERRUPTED, NOTHING_FINISHED, Interruption
 from tuner.config import StudyConfig, load_study
 from tuner.errors import ConfigError, StudyError
 from tuner.folder import RunFolder
+from tuner.limits import Ended, Limits
 from tuner.local import local_device, run_local
 from tuner.report import write_report
 from tuner.results import drop_losers, export_winner, write_best, write_trials
-from tuner.study import Ledger
+from tuner.samplers import sampler_note
+from tuner.space import n_points
+from tuner.study import Ledger, PriorTrial, State
 from tuner.telemetry import Progress, logging_to
+from tuner.warmstart import read_prior
 
 if TYPE_CHECKING:
     from tuner.cluster import Cluster
@@ -34,11 +39,18 @@ _SCORED_SCENES = 256  # that the winner is compared with NOMP on
 
 _CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 # What a study may still change when it goes on; the rest decides its trials' results.
-_RESUMABLE = {"search__trials", "resources__concurrent", "resources__gpus_per_trial"}
+_RESUMABLE = {
+    "search__trials",
+    "search__time_budget",
+    "search__target",
+    "resources__concurrent",
+    "resources__gpus_per_trial",
+}
 _FLAGS = {
     "training__epochs": "--epochs",
     "data__shards": "--data",
     "resources__cpus_per_trial": "--cpus-per-trial",
+    "search__warm_start": "--warm-start",
     "seed": "--seed",
 }
 
@@ -56,6 +68,16 @@ class Request:
     address: str | None = None
 
 
+@dataclass(frozen=True)
+class _Place:
+    """Where trials run, and what each is given there."""
+
+    cluster: Cluster | None
+    gpus: float
+    concurrent: int
+    device: str
+
+
 def run_session(request: Request) -> int:
     """Run a study to its end, or as far as it is let.
 
@@ -70,52 +92,49 @@ def run_session(request: Request) -> int:
     with ExitStack() as stack:
         interruption = stack.enter_context(Interruption().watched())
         cluster: Cluster | None = None
+        folder: RunFolder | None = None
+        ledger: Ledger | None = None
         notes: list[str] = []
-        if request.resume is None and request.config is None and not request.local:
-            cluster = _connect(stack, request.address)
-        study = _load(request, cluster, notes)
+        if request.resume is not None:
+            folder, study = _reopen(stack, request, request.resume, notes)
+        else:
+            if request.config is None and not request.local:
+                cluster = _connect(stack, request.address)
+            study = _load(request, cluster, notes)
+        notes += [note for note in [sampler_note(study.search)] if note]
+        prior = _prior(study, notes, fresh=folder is None)
         _check_precision(study, request.local)
         notes.append("data: " + check_data(study))
-        if cluster is None and not request.local:
-            cluster = _connect(stack, request.address)
-        interruption.take()
-        gpus, concurrent, device = _resources(study, cluster, notes)
-        folder = _folder(request, study)
-        stack.callback(folder.release)
+        if folder is not None:
+            ledger = _ledger(stack, folder, study, prior)
+        place: _Place | None = None
+        ended = _ended(ledger, Limits(ledger)) if ledger is not None else None
+        if ended is None:
+            if cluster is None and not request.local:
+                cluster = _connect(stack, request.address)
+            interruption.take()
+            place = _place(study, cluster, notes)
+        else:
+            remedy = f" ({ended.remedy} goes on)" if ended.remedy else ""
+            notes.append(f"nothing is left to run: {ended.reason}{remedy}")
+        if folder is None:
+            folder = RunFolder.fresh(request.out or RunFolder.default_path(study.name))
+            stack.callback(folder.release)
         stack.enter_context(logging_to(folder.log))
         if cluster is not None:
             from tuner.cluster import quiet_ray
 
             quiet_ray()
         write_text(folder.config, study.to_yaml())
-        ledger = Ledger(folder.database, study)
-        stack.callback(ledger.close)
+        ledger = ledger or _ledger(stack, folder, study, prior)
+        limits = Limits(ledger)
         progress = Progress(study, ledger.trials())
         for note in [f"run folder: {folder.path}", *notes]:
             progress.say(note)
-
-        def after() -> None:
-            write_trials(folder, ledger)
-            write_best(folder, ledger)
-            drop_losers(folder, ledger)
-
         try:
             with progress.shown():
-                if cluster is None:
-                    run_local(ledger, folder, progress, device, after)
-                else:
-                    from tuner.distributed import run_distributed
-
-                    with interruption.gracefully() as wished:
-                        run_distributed(
-                            ledger,
-                            folder,
-                            progress,
-                            gpus=gpus,
-                            concurrent=concurrent,
-                            stop=wished,
-                            after=after,
-                        )
+                if place is not None:
+                    _run_trials(place, ledger, folder, progress, limits, interruption)
         except KeyboardInterrupt:
             interruption.wished = True
         except Exception:
@@ -123,7 +142,8 @@ def run_session(request: Request) -> int:
             where = shlex.quote(str(folder.path))
             progress.say(f"cut short by an error; go on with: python -m tuner.run --resume {where}")
             raise
-        return _conclude(folder, ledger, progress, interrupted=interruption.wished)
+        early = limits.reached() if place is not None and ledger.has_work else None
+        return _conclude(folder, ledger, progress, early, interrupted=interruption.wished)
 
 
 def _connect(stack: ExitStack, address: str | None) -> Cluster:
@@ -132,9 +152,32 @@ def _connect(stack: ExitStack, address: str | None) -> Cluster:
     return stack.enter_context(connected(address))
 
 
+def _prior(
+    study: StudyConfig, notes: list[str], *, fresh: bool
+) -> Callable[[], Sequence[PriorTrial]]:
+    """What the ledger asks for until its first trial: of a fresh study it is read at once."""
+    path = study.search.warm_start
+    if path is None:
+        return tuple
+    if not fresh:
+        return lambda: read_prior(path, study).trials
+    found = read_prior(path, study)
+    notes.append(found.note)
+    return lambda: found.trials
+
+
+def _ledger(
+    stack: ExitStack,
+    folder: RunFolder,
+    study: StudyConfig,
+    prior: Callable[[], Sequence[PriorTrial]],
+) -> Ledger:
+    ledger = Ledger(folder.database, study, prior)
+    stack.callback(ledger.close)
+    return ledger
+
+
 def _load(request: Request, cluster: Cluster | None, notes: list[str]) -> StudyConfig:
-    if request.resume is not None:
-        return _load_resumed(request, notes)
     path = request.config
     if path is None:
         gpus = cluster.n_gpus_possible if cluster else float(torch.cuda.is_available())
@@ -147,7 +190,10 @@ def _load(request: Request, cluster: Cluster | None, notes: list[str]) -> StudyC
     return load_study(path, request.overrides, **request.options)
 
 
-def _load_resumed(request: Request, notes: list[str]) -> StudyConfig:
+def _reopen(
+    stack: ExitStack, request: Request, path: Path, notes: list[str]
+) -> tuple[RunFolder, StudyConfig]:
+    """Take the folder of an earlier session and its study, with what may change changed."""
     refused = [_FLAGS[key] for key in _FLAGS if request.options.get(key) is not None]
     refused += ["--config"] if request.config else []
     refused += ["--out"] if request.out else []
@@ -155,19 +201,51 @@ def _load_resumed(request: Request, notes: list[str]) -> StudyConfig:
     if refused:
         raise StudyError(
             f"{refused[0]}: cannot change with --resume; a study goes on as it was begun "
-            "(--trials, --concurrent, --gpus-per-trial, --address and --local may change)"
+            "(--trials, --time-budget, --target, --concurrent, --gpus-per-trial, --address and "
+            "--local may change)"
         )
-    assert request.resume is not None
-    folder = RunFolder.existing(request.resume, lock=False)
+    folder = RunFolder.existing(path)
+    stack.callback(folder.release)
     options: dict[str, Any] = {key: request.options.get(key) for key in _RESUMABLE}
     notes.append(f"study: {folder.config}, going on")
-    return load_study(folder.config, **options)
+    return folder, load_study(folder.config, **options)
 
 
-def _folder(request: Request, study: StudyConfig) -> RunFolder:
-    if request.resume is not None:
-        return RunFolder.existing(request.resume)
-    return RunFolder.fresh(request.out or RunFolder.default_path(study.name))
+def _run_trials(
+    place: _Place,
+    ledger: Ledger,
+    folder: RunFolder,
+    progress: Progress,
+    limits: Limits,
+    interruption: Interruption,
+) -> None:
+    """Let Ray or this process run what is left of the study."""
+
+    def stop() -> bool:
+        return interruption.wished or limits.reached() is not None
+
+    def after() -> None:
+        limits.look()
+        write_trials(folder, ledger)
+        write_best(folder, ledger)
+        drop_losers(folder, ledger)
+
+    if place.cluster is None:
+        with limits.counted():
+            run_local(ledger, folder, progress, device=place.device, stop=stop, after=after)
+        return
+    from tuner.distributed import run_distributed
+
+    with interruption.gracefully(), limits.counted():
+        run_distributed(
+            ledger,
+            folder,
+            progress,
+            gpus=place.gpus,
+            concurrent=place.concurrent,
+            stop=stop,
+            after=after,
+        )
 
 
 def _check_precision(study: StudyConfig, local: bool) -> None:
@@ -179,9 +257,17 @@ def _check_precision(study: StudyConfig, local: bool) -> None:
             raise ConfigError(f"precision.amp: got {study.precision.amp!r}; {error}") from error
 
 
-def _resources(
-    study: StudyConfig, cluster: Cluster | None, notes: list[str]
-) -> tuple[float, int, str]:
+def _ended(ledger: Ledger, limits: Limits) -> Ended | None:
+    """Why the study has nothing to run, if that is so."""
+    if not ledger.has_work:
+        search = ledger.config.search
+        if n_points(search.space) <= search.trials:
+            return Ended("every point of search.space has run")
+        return Ended("all trials have run", "a larger --trials")
+    return limits.reached()
+
+
+def _place(study: StudyConfig, cluster: Cluster | None, notes: list[str]) -> _Place:
     """GPUs a trial, trials side by side, and the device's name; says what was chosen."""
     cpus = study.resources.cpus_per_trial
     if cluster is None:
@@ -196,7 +282,7 @@ def _resources(
             notes.append(f"no GPU is used: trials run on the CPU, threads each: {cpus}")
         else:
             notes.append(f"trials run on {torch.cuda.get_device_name()}, one after another")
-        return float(device != "cpu"), 1, device
+        return _Place(None, float(device != "cpu"), 1, device)
     from tuner.cluster import trial_resources
 
     gpus, concurrent = trial_resources(cluster, study.resources, study.search.trials)
@@ -215,19 +301,22 @@ def _resources(
     if cluster.dashboard:
         token = f" (token: {cluster.token_file})" if cluster.token_file else ""
         notes.append(f"Ray dashboard: {cluster.dashboard}{token}")
-    return gpus, concurrent, "cuda" if gpus else "cpu"
+    return _Place(cluster, gpus, concurrent, "cuda" if gpus else "cpu")
 
 
-def _conclude(folder: RunFolder, ledger: Ledger, progress: Progress, *, interrupted: bool) -> int:
+def _conclude(
+    folder: RunFolder, ledger: Ledger, progress: Progress, early: Ended | None, *, interrupted: bool
+) -> int:
     """Write the results and say how it ended."""
     write_trials(folder, ledger)
     best = write_best(folder, ledger)
     if best is not None:
         export_winner(folder, best)
     _attempt(lambda: write_report(folder, ledger), progress, "report.html")
-    counts = progress.counts()
-    words = {"running": "to go on"} if interrupted else {}
-    summary = ", ".join(f"{n} {words.get(state, state)}" for state, n in counts.items() if n)
+    counts = Counter(trial.state for trial in ledger.trials())
+    states: tuple[State, ...] = ("running", "done", "pruned", "failed")
+    words: dict[State, str] = {"running": "to go on"}
+    summary = ", ".join(f"{counts[s]} {words.get(s, s)}" for s in states if counts[s])
     progress.say(f"trials: {summary or 'none'}")
     where = shlex.quote(str(folder.path))
     if best is not None:
@@ -237,6 +326,9 @@ def _conclude(folder: RunFolder, ledger: Ledger, progress: Progress, *, interrup
     if interrupted:
         progress.say(f"interrupted; go on with: python -m tuner.run --resume {where}")
         return INTERRUPTED
+    if early is not None:
+        more = f"python -m tuner.run --resume {where} {early.remedy}"
+        progress.say(f"ended early: {early.reason}; go on with: {more}")
     if best is None:
         reasons = {t.reason for t in ledger.trials() if t.state == "failed" and t.reason}
         why = f"; for example: {sorted(reasons)[0]}" if reasons else ""

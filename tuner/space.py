@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from decimal import Decimal
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -10,7 +11,7 @@ from pydantic import Field, field_validator, model_validator
 from physics.config import FrozenModel
 
 if TYPE_CHECKING:
-    from optuna.trial import Trial
+    from optuna.trial import BaseTrial
 
 Value = bool | int | float | str | None
 
@@ -55,9 +56,25 @@ class FloatSpace(FrozenModel):
                 raise ValueError(f"high {self.high:g} is not low plus whole steps of {self.step:g}")
         return self
 
-    def suggest(self, trial: Trial, path: str) -> float:
+    def suggest(self, trial: BaseTrial, path: str) -> float:
         """Let Optuna choose."""
         return trial.suggest_float(path, self.low, self.high, log=self.log, step=self.step)
+
+    @property
+    def size(self) -> float:
+        """How many values there are; infinite without a step."""
+        if self.low == self.high:
+            return 1
+        return math.inf if self.step is None else round((self.high - self.low) / self.step) + 1
+
+    def values(self) -> tuple[float, ...]:
+        """All values, as one would write them; there must be finitely many."""
+        low, step = Decimal(str(self.low)), Decimal(str(self.step or 0))
+        return tuple(float(low + index * step) for index in range(int(self.size)))
+
+    def index(self, value: Any) -> int:
+        """Which of the values this is, however it was rounded."""
+        return 0 if self.size == 1 else round((value - self.low) / (self.step or 1))
 
     def probes(self) -> tuple[Value, ...]:
         """The values that a check against the configuration must try."""
@@ -96,9 +113,22 @@ class IntSpace(FrozenModel):
             raise ValueError(f"high {self.high} is not low plus whole steps of {self.step}")
         return self
 
-    def suggest(self, trial: Trial, path: str) -> int:
+    def suggest(self, trial: BaseTrial, path: str) -> int:
         """Let Optuna choose."""
         return trial.suggest_int(path, self.low, self.high, log=self.log, step=self.step)
+
+    @property
+    def size(self) -> float:
+        """How many values there are."""
+        return (self.high - self.low) // self.step + 1
+
+    def values(self) -> tuple[int, ...]:
+        """All values."""
+        return tuple(range(self.low, self.high + 1, self.step))
+
+    def index(self, value: Any) -> int:
+        """Which of the values this is."""
+        return int(value - self.low) // self.step
 
     def probes(self) -> tuple[Value, ...]:
         """Every value of a short range; the bounds of a long one."""
@@ -125,9 +155,23 @@ class CategoricalSpace(FrozenModel):
             raise ValueError(f"a choice stands twice in {list(choices)}")
         return choices
 
-    def suggest(self, trial: Trial, path: str) -> Value:
+    def suggest(self, trial: BaseTrial, path: str) -> Value:
         """Let Optuna choose."""
         return trial.suggest_categorical(path, self.choices)
+
+    @property
+    def size(self) -> float:
+        """How many values there are."""
+        return len(self.choices)
+
+    def values(self) -> tuple[Value, ...]:
+        """All values."""
+        return self.choices
+
+    def index(self, value: Any) -> int:
+        """Which of the values this is; 1, 1.0 and True are three."""
+        same = [type(choice) is type(value) and choice == value for choice in self.choices]
+        return same.index(True)
 
     def probes(self) -> tuple[Value, ...]:
         """Every choice."""
@@ -164,9 +208,14 @@ def default_space() -> SearchSpace:
     }
 
 
-def suggest(space: SearchSpace, trial: Trial) -> dict[str, Value]:
+def suggest(space: SearchSpace, trial: BaseTrial) -> dict[str, Value]:
     """One point of the space, chosen by the study's sampler."""
     return {path: parameter.suggest(trial, path) for path, parameter in space.items()}
+
+
+def n_points(space: SearchSpace) -> float:
+    """How many configurations the space holds; infinite with a parameter without steps."""
+    return math.prod(parameter.size for parameter in space.values())
 
 
 def is_unsearchable(path: str) -> bool:

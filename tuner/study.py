@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -25,7 +25,9 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from tuner.config import StudyConfig
-from tuner.space import Value, suggest
+from tuner.pruners import make_pruner
+from tuner.samplers import make_sampler
+from tuner.space import Value, n_points, suggest
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +53,15 @@ class Assignment:
     seed: int
     checkpoint: str | None = None
     epoch: int = 0
+
+
+@dataclass(frozen=True)
+class PriorTrial:
+    """A finished trial of an earlier study: known to the sampler, and no trial of this study."""
+
+    source: str
+    params: dict[str, Value]
+    objective: float
 
 
 @dataclass(frozen=True)
@@ -100,9 +111,20 @@ def trial_seed(study_seed: int, number: int) -> int:
 
 
 class Ledger:
-    """The study's record, and the only way to propose, report and end trials."""
+    """The study's record, and the only way to propose, report and end trials.
 
-    def __init__(self, database: Path, study: StudyConfig) -> None:
+    Args:
+        database: SQLite file, made where there is none.
+        study: the configuration.
+        prior: asked, until the first trial has started, for what the sampler knows before it.
+    """
+
+    def __init__(
+        self,
+        database: Path,
+        study: StudyConfig,
+        prior: Callable[[], Sequence[PriorTrial]] = tuple,
+    ) -> None:
         self._config = study
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
@@ -117,12 +139,15 @@ class Ledger:
             study_name=study.name,
             direction="minimize",
             load_if_exists=True,
-            sampler=self._sampler(0),
-            pruner=self._pruner(),
+            sampler=self._sampler(0, ()),
+            # Samplers must not see a pruner: they would keep to the trial's own bracket.
+            pruner=optuna.pruners.NopPruner(),
         )
+        self._pruner = make_pruner(study.search, study.training.epochs)
         self._ids: dict[int, int] = {}
-        if not self._frozen():
+        if not self._started(self._frozen()):
             self._enqueue()
+            self._learn(prior())
 
     @property
     def config(self) -> StudyConfig:
@@ -131,7 +156,7 @@ class Ledger:
 
     @property
     def optuna_study(self) -> optuna.Study:
-        """The Optuna study, for samplers and plots."""
+        """The Optuna study with all that samplers know, trials of an earlier study too."""
         return self._study
 
     def _enqueue(self) -> None:
@@ -141,23 +166,26 @@ class Ledger:
             if point:
                 self._study.enqueue_trial(dict(point), skip_if_exists=True)
 
-    def _sampler(self, number: int) -> optuna.samplers.BaseSampler:
-        search = self._config.search
+    def _learn(self, prior: Sequence[PriorTrial]) -> None:
+        """Add what is known before; a driver that died amid it goes on where it was."""
+        known = {trial.user_attrs.get("prior") for trial in self._frozen()}
+        for trial in prior:
+            if trial.source not in known:
+                fixed = optuna.trial.FixedTrial(trial.params)
+                suggest(self._config.search.space, fixed)
+                self._study.add_trial(
+                    optuna.trial.create_trial(
+                        value=trial.objective,
+                        params=fixed.params,
+                        distributions=fixed.distributions,
+                        user_attrs={"prior": trial.source},
+                    )
+                )
+
+    def _sampler(self, number: int, prior: Sequence[FrozenTrial]) -> optuna.samplers.BaseSampler:
         sequence = np.random.SeedSequence(self._config.seed, spawn_key=(1, number))
         seed = int(sequence.generate_state(1)[0])
-        if search.sampler == "random":
-            return optuna.samplers.RandomSampler(seed=seed)
-        return optuna.samplers.TPESampler(
-            seed=seed, n_startup_trials=search.startup_trials, constant_liar=True
-        )
-
-    def _pruner(self) -> optuna.pruners.BasePruner:
-        search = self._config.search
-        if search.scheduler == "none":
-            return optuna.pruners.NopPruner()
-        return optuna.pruners.SuccessiveHalvingPruner(
-            min_resource=search.grace_epochs, reduction_factor=search.reduction_factor
-        )
+        return make_sampler(self._config.search, seed, prior)
 
     # Proposing
 
@@ -165,27 +193,46 @@ class Ledger:
         """A new trial, or None when the budget of trials or the space is used up."""
         for _ in range(_MAX_DUPLICATES):
             before = self._frozen()
-            started = [t for t in before if t.state != TrialState.WAITING and not _is_copy(t)]
-            if len(started) >= self._config.search.trials:
+            started = self._started(before)
+            if not self._n_left(len(started)):
                 return None
             n_asked = sum(t.state != TrialState.WAITING for t in before)
-            self._study.sampler = self._sampler(n_asked)
+            prior = [trial for trial in before if "prior" in trial.user_attrs]
+            self._study.sampler = self._sampler(n_asked, prior)
             trial = self._study.ask()
             params = suggest(self._config.search.space, trial)
             twin = next((t for t in started if t.params == params), None)
             if twin is None:
-                return self._assign(trial, params)
+                return self._assign(trial.number, params)
             trial.set_user_attr("duplicate_of", twin.number)
             self._study.tell(trial, state=TrialState.FAIL)
             logger.info("proposal %d repeats trial %d: not run", trial.number, twin.number)
         logger.warning("the search space holds nothing new: no further trials")
         return None
 
-    def _assign(self, trial: optuna.Trial, params: dict[str, Value]) -> Assignment:
-        seed = trial_seed(self._config.seed, trial.number)
-        trial.set_user_attr("seed", seed)
-        trial.set_user_attr("budget", self._config.training.epochs)
-        return Assignment(trial.number, params, seed)
+    @property
+    def has_work(self) -> bool:
+        """Whether a trial is to be run on, or a new one may be proposed."""
+        started = self._started(self._frozen())
+        running = any(trial.state == TrialState.RUNNING for trial in started)
+        return running or self._n_left(len(started)) > 0
+
+    def _n_left(self, n_started: int) -> float:
+        """Trials that may still be proposed: of the study's number and of the space."""
+        search = self._config.search
+        return max(0, min(search.trials, n_points(search.space)) - n_started)
+
+    @staticmethod
+    def _started(trials: list[FrozenTrial]) -> list[FrozenTrial]:
+        """The study's own trials: not waiting, no repetitions, and none of an earlier study."""
+        return [t for t in trials if t.state != TrialState.WAITING and not _is_foreign(t)]
+
+    def _assign(self, number: int, params: dict[str, Value]) -> Assignment:
+        seed = trial_seed(self._config.seed, number)
+        identifier = self._id(number)
+        self._storage.set_trial_user_attr(identifier, "seed", seed)
+        self._storage.set_trial_user_attr(identifier, "budget", self._config.training.epochs)
+        return Assignment(number, params, seed)
 
     def orphans(self) -> list[Assignment]:
         """Trials that were running when the last session ended, to be run on."""
@@ -193,9 +240,11 @@ class Ledger:
         for frozen in self._frozen():
             if frozen.state != TrialState.RUNNING:
                 continue
-            trial = optuna.Trial(self._study, frozen._trial_id)
-            # A crash while proposing leaves some parameters unset: they are drawn now.
-            fresh = self._assign(trial, suggest(self._config.search.space, trial))
+            space, params = self._config.search.space, dict(frozen.params)
+            if params.keys() != space.keys():
+                # A crash while proposing leaves some parameters unset: they are drawn now.
+                params = suggest(space, optuna.Trial(self._study, frozen._trial_id))
+            fresh = self._assign(frozen.number, params)
             kept = frozen.user_attrs.get("checkpoint")
             found.append(
                 Assignment(
@@ -226,8 +275,9 @@ class Ledger:
         self._storage.set_trial_user_attr(self._id(number), "checkpoint", kept)
 
     def should_prune(self, number: int) -> bool:
-        """Optuna's own successive halving, for the local loop."""
-        return optuna.Trial(self._study, self._id(number)).should_prune()
+        """Whether Optuna's pruner stops the trial now, for the local loop."""
+        # Not by way of optuna.Trial, which asks the sampler again.
+        return self._pruner.prune(self._study, self._storage.get_trial(self._id(number)))
 
     def finish(
         self,
@@ -251,19 +301,31 @@ class Ledger:
         self._study.tell(number, values, state=_ENDS[state])
         return state
 
+    def keep_seconds(self, seconds: float) -> None:
+        """Record how long the study's trials have run, over all sessions."""
+        self._study.set_user_attr("seconds", seconds)
+
     # Reading
+
+    @property
+    def seconds(self) -> float:
+        """How long the study's trials have run, as last recorded."""
+        return float(self._study.user_attrs.get("seconds", 0.0))
 
     def trials(self) -> list[TrialRecord]:
         """All trials that were started, by number."""
-        return [
-            _record(frozen)
-            for frozen in self._frozen()
-            if frozen.state != TrialState.WAITING and not _is_copy(frozen)
-        ]
+        return [_record(frozen) for frozen in self._started(self._frozen())]
 
     def trial(self, number: int) -> TrialRecord:
         """One trial."""
         return _record(self._storage.get_trial(self._id(number)))
+
+    def finished_study(self) -> optuna.Study:
+        """The study's own finished trials as an Optuna study in memory, for plots."""
+        study = optuna.create_study(direction="minimize")
+        own = self._started(self._frozen())
+        study.add_trials([trial for trial in own if trial.state == TrialState.COMPLETE])
+        return study
 
     def ranking(self) -> list[TrialRecord]:
         """Finished, finite trials of the study's own budget, best first; nothing else ranks."""
@@ -295,8 +357,8 @@ class Ledger:
         return self._ids[number]
 
 
-def _is_copy(trial: FrozenTrial) -> bool:
-    return "duplicate_of" in trial.user_attrs
+def _is_foreign(trial: FrozenTrial) -> bool:
+    return "duplicate_of" in trial.user_attrs or "prior" in trial.user_attrs
 
 
 def _finite(value: Any) -> float | None:

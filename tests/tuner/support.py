@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
@@ -11,9 +12,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from model.config import TrialConfig
 from tuner.command import execute
 from tuner.config import StudyConfig, load_study
 from tuner.run import app
+from tuner.study import Ledger
 from tuner.yamlfile import dump_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,6 +51,46 @@ TINY: dict[str, Any] = {
         },
     },
 }
+
+
+class FakeRun:
+    """A trial in no time: its objective follows from its parameters and falls with its epochs.
+
+    In the place of tuner.local.TrialRun, where a test is about the search alone.
+    """
+
+    def __init__(self, config: TrialConfig, device: str, checkpoint: Path | None) -> None:
+        self.config = config
+        self.epoch = int((checkpoint / "epoch").read_text()) if checkpoint else 0
+
+    def step(self) -> dict[str, Any]:
+        self.epoch += 1
+        lost = abs(math.log10(self.config.training.learning_rate) + 3) + self.config.blend.beta
+        finished = self.epoch >= self.config.training.epochs
+        objective = lost + 1 / self.epoch
+        return {"epoch": self.epoch, "objective": objective, "finished": finished, "failed": False}
+
+    def save(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "epoch").write_text(str(self.epoch))
+
+    def close(self) -> None:
+        pass
+
+
+class Clock:
+    """Time that passes with the epochs: a minute each."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        report = Ledger.report
+
+        def reported(ledger: Ledger, number: int, metrics: dict[str, Any]) -> None:
+            report(ledger, number, metrics)
+            self.now += 60.0
+
+        monkeypatch.setattr(Ledger, "report", reported)
+        monkeypatch.setattr("tuner.limits.monotonic", lambda: self.now)
 
 
 def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

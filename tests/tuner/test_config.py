@@ -36,7 +36,7 @@ def test_a_saved_configuration_reads_back_equal(tmp_path: Path) -> None:
         ("training.epochs=2.5", ["training.epochs: got 2.5", "integer"]),
         ("training.learning_rate=fast", ["training.learning_rate: got 'fast'", "number"]),
         ("training.learning_rate=.nan", ["training.learning_rate: got nan", "finite"]),
-        ("search.sampler=tree", ["search.sampler: got 'tree'", "'tpe' or 'random'"]),
+        ("search.sampler=tree", ["search.sampler: got 'tree'", "'tpe', 'random', 'gp'"]),
         ("resources.gpus_per_trial=2", ["resources.gpus_per_trial: got 2", "less than or equal"]),
         ("network.heads=3", ["network", "width 8 is not a multiple of heads 3"]),
         ("training=5", ["training: got 5"]),
@@ -64,6 +64,13 @@ def test_an_override_wins_over_the_file_and_reads_yaml(tmp_path: Path) -> None:
     assert study.training.learning_rate == 1e-4
     assert study.scene.snr_db == (0.0, 5.0)
     assert study.training.patience is None
+
+
+def test_a_time_budget_has_units_and_none_lifts_it(tmp_path: Path) -> None:
+    study = load_study(write_study(tmp_path), ["search.time_budget=1h30m"], search__target="0.5")
+    assert (study.search.time_budget, study.search.target) == (5400.0, 0.5)
+    lifted = study.replaced({"search.time_budget": "none", "search.target": "none"})
+    assert (lifted.search.time_budget, lifted.search.target) == (None, None)
 
 
 def test_an_override_reaches_into_the_search_space(tmp_path: Path) -> None:

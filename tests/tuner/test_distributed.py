@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 
 from tests.tuner.support import (
+    Clock,
     environment,
     kill,
     processes_with,
@@ -255,3 +256,73 @@ def test_ray_is_started_here_where_there_is_no_cluster(tmp_path: Path) -> None:
     assert finished.stderr == ""
     wait_for(lambda: not processes_with(mark, "raylet"))
     assert [trial.state for trial in trials_of(out)] == ["done", "done"]
+
+
+def test_a_time_budget_on_a_cluster_leaves_trials_that_go_on_and_the_study_can_grow(
+    tmp_path: Path,
+    head: Head,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("tuner.session._score_winner", lambda folder, progress: None)
+    clock = Clock(monkeypatch)
+    config = write_study(
+        tmp_path, training={"epochs": 6}, search={"trials": 2, "scheduler": "none"}
+    )
+    out = tmp_path / "run"
+    asked = ("--address", head.address, "--concurrent", 1)
+    assert run_here("--config", config, *asked, "--time-budget", "7m", "--out", out) == 0
+    assert "ended early: the time budget of 7m is used up" in capsys.readouterr().out
+    first, second = trials_of(out)
+    assert_whole(first, 6)
+    assert second.state == "running"
+    assert second.epoch < 6
+    clock.now = 1e6  # between sessions no time counts
+    assert run_here("--resume", out, *asked, "--time-budget", "2h", "--trials", 3) == 0
+    trials = trials_of(out)
+    assert trials[0] == first
+    for trial in trials:
+        assert_whole(trial, 6)
+    assert len({repr(trial.params) for trial in trials}) == 3
+    assert (trials[1].params, trials[1].seed) == (second.params, second.seed)
+    assert load_study(out / "config.yaml").search.trials == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheduler", ["median", "hyperband"])
+def test_another_scheduler_stops_what_is_worse_on_a_cluster(
+    tmp_path: Path, head: Head, monkeypatch: pytest.MonkeyPatch, scheduler: str
+) -> None:
+    monkeypatch.setattr("tuner.session._score_winner", lambda folder, progress: None)
+    rates = [1e-2, 2e-2, 3e-2, 1e-6, 2e-6, 3e-6, 4e-6]
+    config = write_study(
+        tmp_path,
+        training={"epochs": 6},
+        search={
+            "trials": len(rates),
+            "scheduler": scheduler,
+            "sampler": "cmaes",
+            "include_base": False,
+            "enqueue": [{"training.learning_rate": rate} for rate in rates],
+            "space": {
+                "training.learning_rate": {"type": "float", "low": 1e-6, "high": 1e-1, "log": True},
+                "training.weight_decay": {"type": "float", "low": 1e-5, "high": 1e-4, "log": True},
+            },
+        },
+    )
+    out = tmp_path / "run"
+    asked = ("--address", head.address, "--concurrent", 1)
+    assert run_here("--config", config, *asked, "--trials", 5, "--out", out) == 0
+    before = trials_of(out)
+    assert run_here("--resume", out, *asked, "--trials", 7) == 0
+    trials = trials_of(out)
+    assert trials[:5] == before
+    if scheduler == "median":  # in hyperband a trial's bracket decides
+        assert "pruned" in {trial.state for trial in trials[5:]}, "earlier trials were forgotten"
+    for trial in trials:
+        if trial.state == "pruned":
+            assert trial.epoch < 6
+        else:
+            assert_whole(trial, 6)
+    pruned = {trial.number for trial in trials if trial.state == "pruned"}
+    assert json.loads((out / "best.json").read_text())["trial"] not in pruned

@@ -12,6 +12,7 @@ import pytest
 from model import Localizer
 from tests.tuner.support import (
     ROOT,
+    FakeRun,
     environment,
     kill,
     read_until,
@@ -94,6 +95,34 @@ def test_optuna_prunes_in_the_local_mode(tmp_path: Path) -> None:
     states = [trial.state for trial in ledger_of(tmp_path / "run").trials()]
     assert "pruned" in states
     assert "done" in states
+
+
+@pytest.mark.parametrize("scheduler", ["hyperband", "median"])
+def test_other_pruners_stop_what_is_worse_and_never_what_wins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheduler: str
+) -> None:
+    monkeypatch.setattr("tuner.local.TrialRun", FakeRun)
+    monkeypatch.setattr("tuner.session._score_winner", lambda folder, progress: None)
+    betas = [0.0, 0.02, 0.04, 0.5, 0.55]  # the lower, the better
+    config = write_study(
+        tmp_path,
+        training={"epochs": 4},
+        search={
+            "trials": len(betas),
+            "reduction_factor": 2,
+            "scheduler": scheduler,
+            "include_base": False,
+            "enqueue": [{"blend.beta": beta} for beta in betas],
+            "space": {"blend.beta": {"type": "float", "low": 0.0, "high": 0.6}},
+        },
+    )
+    assert run_here("--config", config, "--local", "--out", tmp_path / "run") == 0
+    ledger = ledger_of(tmp_path / "run")
+    states = [trial.state for trial in ledger.trials()]
+    assert states[0] == "done"
+    assert "pruned" in states[3:]
+    assert {trial.state for trial in ledger.ranking()} == {"done"}
+    assert json.loads((tmp_path / "run" / "best.json").read_text())["trial"] == 0
 
 
 def test_a_killed_local_run_goes_on_and_ends_as_if_nothing_had_happened(tmp_path: Path) -> None:

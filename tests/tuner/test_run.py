@@ -25,9 +25,9 @@ def test_help_is_complete_and_imports_nothing_heavy() -> None:
     finished = run("--help")
     assert time.perf_counter() - begun < 5
     assert finished.returncode == 0
-    for flag in ("--config", "--set", "--trials", "--epochs", "--out", "--data", "--local",
-                 "--resume", "--address", "--gpus-per-trial", "--cpus-per-trial",
-                 "--concurrent", "--seed"):  # fmt: skip
+    for flag in ("--config", "--set", "--trials", "--time-budget", "--target", "--warm-start",
+                 "--epochs", "--out", "--data", "--local", "--resume", "--address",
+                 "--gpus-per-trial", "--cpus-per-trial", "--concurrent", "--seed"):  # fmt: skip
         assert flag in finished.stdout
     code = (
         "import sys, tuner.run, tuner.train, tuner.report\n"
@@ -48,6 +48,9 @@ def test_help_is_complete_and_imports_nothing_heavy() -> None:
         (["--set", "search.space.network.width={type: int, low: 9, high: 9}"], "network.width=9"),
         (["--trials", "0"], "search.trials: got 0"),
         (["--trials", "few"], "--trials"),
+        (["--time-budget", "90x"], "search.time_budget: got '90x'; expected seconds, or numbers"),
+        (["--time-budget", "0m"], "search.time_budget: got 0"),
+        (["--target", "low"], "search.target: got 'low'"),
         (["--gpus-per-trial", "1"], "resources.gpus_per_trial: 1 GPU a trial asked"),
         (["--data", "/nowhere/at/all"], "/nowhere/at/all"),
         (["--address", "auto"], "--local: uses no Ray"),

@@ -2,21 +2,16 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import pytest
-from ray.tune.schedulers import AsyncHyperBandScheduler
 from ray.tune.search import Searcher
 
 from tests.tuner.support import tiny_study
 from tuner.folder import RunFolder
-from tuner.search import LedgerASHA, LedgerSearch
+from tuner.search import LedgerSearch
 from tuner.study import Ledger
 from tuner.telemetry import Progress
 from tuner.trainable import CONFIG, NUMBER, RESUME, START
-
-ASHA = {"search": {"trials": 20, "reduction_factor": 2}, "training": {"epochs": 8}}
 
 
 def ledger_in(folder: Path, **changes: Any) -> Ledger:
@@ -97,66 +92,5 @@ def test_a_proposal_carries_the_trials_whole_configuration(tmp_path: Path) -> No
 
 
 def test_the_bridge_is_not_pickled_with_rays_snapshots(tmp_path: Path) -> None:
-    ledger = ledger_in(tmp_path)
-    for part in (search_over(ledger, tmp_path), LedgerASHA(ledger)):
-        assert isinstance(pickle.loads(pickle.dumps(part)), str)
-
-
-def play(scheduler: AsyncHyperBandScheduler, number: int, objectives: list[float]) -> list[str]:
-    """Ray's calls for one trial; the decision after each epoch."""
-    trial: Any = SimpleNamespace(trial_id=f"ray-{number}", config={NUMBER: number})
-    scheduler.on_trial_add(None, trial)  # type: ignore[arg-type]
-    decisions = []
-    for index, objective in enumerate(objectives, start=1):
-        decisions.append(scheduler.on_trial_result(None, trial, epoch(index, objective)))  # type: ignore[arg-type]
-        if decisions[-1] == "STOP":
-            break
-    return decisions
-
-
-def test_rungs_are_rebuilt_from_the_ledger(tmp_path: Path) -> None:
-    ledger = ledger_in(tmp_path, **ASHA)
-    alive = LedgerASHA(ledger)
-    curves = [[5.0, 4.0, 3.0, 2.0], [6.0], [4.0, 3.5, 3.2, 1.0], [4.5, 3.0]]
-    for curve in curves:
-        found = ledger.ask()
-        assert found is not None
-        decisions = play(alive, found.number, curve)
-        for index, objective in enumerate(curve[: len(decisions)], start=1):
-            ledger.report(found.number, {"epoch": index, "objective": objective})
-        ledger.finish(found.number, "pruned")
-    rebuilt = LedgerASHA(ledger)
-    assert {k: sorted(v.values()) for k, v in rebuilt.rungs.items()} == {
-        k: sorted(v.values()) for k, v in alive.rungs.items()
-    }
-    for objective in (4.2, 4.6, 7.0):
-        later = {"alive": alive, "rebuilt": rebuilt}
-        judged = {name: play(scheduler, 90, [objective]) for name, scheduler in later.items()}
-        assert judged["alive"] == judged["rebuilt"]
-
-
-def test_a_resumed_trial_keeps_its_rungs_and_is_judged_again_after_its_checkpoint(
-    tmp_path: Path,
-) -> None:
-    ledger = ledger_in(tmp_path, **ASHA)
-    found = ledger.ask()
-    assert found is not None
-    for index, objective in enumerate([5.0, 4.0, 3.0], start=1):
-        ledger.report(found.number, {"epoch": index, "objective": objective})
-    ledger.checkpointed(found.number, "/kept", 1)
-    rebuilt = LedgerASHA(ledger)
-    assert [len(recorded) for recorded in rebuilt.rungs.values()] == [0, 0, 0, 1]
-    trial: Any = SimpleNamespace(trial_id="ray-7", config={NUMBER: found.number})
-    rebuilt.on_trial_add(None, trial)
-    rebuilt.on_trial_result(None, trial, epoch(2, 4.0))
-    names = [set(recorded) for recorded in rebuilt.rungs.values()]
-    assert names == [set(), set(), {"ray-7"}, {"ray-7"}]
-
-
-@pytest.mark.parametrize("call", ["on_trial_result", "on_trial_complete"])
-def test_a_failed_result_enters_no_rung(tmp_path: Path, call: str) -> None:
-    scheduler = LedgerASHA(ledger_in(tmp_path, **ASHA))
-    trial: Any = SimpleNamespace(trial_id="ray-0", config={NUMBER: 0})
-    scheduler.on_trial_add(None, trial)
-    getattr(scheduler, call)(None, trial, epoch(1, float("nan"), failed=True))
-    assert not any(scheduler.rungs.values())
+    search = search_over(ledger_in(tmp_path), tmp_path)
+    assert isinstance(pickle.loads(pickle.dumps(search)), str)

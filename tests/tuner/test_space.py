@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,15 @@ from model.config import TrialConfig
 from tests.tuner.support import tiny_study
 from tuner.errors import ConfigError
 from tuner.explain import field_paths
-from tuner.space import CategoricalSpace, FloatSpace, IntSpace, SearchSpace, default_space, suggest
+from tuner.space import (
+    CategoricalSpace,
+    FloatSpace,
+    IntSpace,
+    SearchSpace,
+    default_space,
+    n_points,
+    suggest,
+)
 
 
 def with_space(folder: Path, **space: dict[str, Any]) -> None:
@@ -99,3 +108,20 @@ def test_containment_is_by_value_and_type() -> None:
     assert not CategoricalSpace(choices=(1, 2)).contains(1.0)
     assert FloatSpace(low=0, high=1).contains(1)
     assert not FloatSpace(low=0, high=1, step=0.5).contains(0.3)
+
+
+@pytest.mark.parametrize(
+    ("parameter", "size"),
+    [
+        (FloatSpace(low=0.0, high=0.6), math.inf),
+        (FloatSpace(low=0.1, high=0.7, step=0.1), 7),
+        (FloatSpace(low=0.3, high=0.3), 1),
+        (IntSpace(low=1, high=9, step=2), 5),
+        (CategoricalSpace(choices=(16, "a", None)), 3),
+    ],
+)
+def test_the_size_of_a_space_is_the_product_of_its_parameters(
+    parameter: FloatSpace | IntSpace | CategoricalSpace, size: float
+) -> None:
+    assert parameter.size == size
+    assert n_points({"a": parameter, "b": IntSpace(low=1, high=2)}) == 2 * size

@@ -170,3 +170,17 @@ def test_nothing_is_stopped_without_a_scheduler(tmp_path: Path) -> None:
     ledger = ledger_in(tmp_path, search={"scheduler": "none"})
     run(ledger, 1.0)
     assert not ledger.should_prune(run(ledger, 2.0))
+
+
+def test_judging_and_resuming_a_trial_ask_the_sampler_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger = ledger_in(tmp_path)
+    number = run(ledger, 1.0)
+
+    def asked_again(*arguments: Any) -> None:
+        raise AssertionError("the sampler was asked for a trial that has its parameters")
+
+    monkeypatch.setattr(ledger.optuna_study.sampler, "infer_relative_search_space", asked_again)
+    ledger.should_prune(number)
+    assert [orphan.number for orphan in ledger.orphans()] == [number]

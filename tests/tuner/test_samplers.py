@@ -1,0 +1,155 @@
+"""The samplers of a study: what each proposes, and that a resume changes nothing of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.tuner.support import FakeRun, run_here, tiny_study, write_study
+from tuner.config import load_study
+from tuner.errors import ConfigError
+from tuner.samplers import sampler_note
+from tuner.study import Ledger, PriorTrial
+
+NUMBERS: dict[str, Any] = {
+    "blend.beta": {"type": "float", "low": 0.0, "high": 0.6},
+    "blend.shrinkage": {"type": "float", "low": 0.0, "high": 0.6},
+}
+HEADS: dict[str, Any] = {"network.heads": {"type": "categorical", "choices": [1, 2, 4]}}
+STEPS: dict[str, Any] = {
+    "blend.beta": {"type": "float", "low": 0.1, "high": 0.4, "step": 0.1},
+    "network.depth": {"type": "int", "low": 1, "high": 3, "step": 2},
+}
+
+
+def ledger_in(folder: Path, *prior: PriorTrial, **search: Any) -> Ledger:
+    folder.mkdir(exist_ok=True)
+    study = tiny_study(folder, search=search)
+    return Ledger(folder / "study.db", study, lambda: prior)
+
+
+def propose(ledger: Ledger, count: int) -> list[dict[str, Any]]:
+    """Trials that finish at once."""
+    found = []
+    for _ in range(count):
+        trial = ledger.ask()
+        assert trial is not None
+        ledger.finish(trial.number, "done", objective=distance(trial.params))
+        found.append(trial.params)
+    return found
+
+
+def distance(params: dict[str, Any]) -> float:
+    """To the best, which is at 0.2, 0.2."""
+    return abs(params["blend.beta"] - 0.2) + abs(params.get("blend.shrinkage", 0.2) - 0.2)
+
+
+@pytest.mark.parametrize(("sampler", "sessions"), [("gp", (3, 2, 2)), ("cmaes", (3, 6, 3))])
+def test_a_resume_continues_what_the_sampler_would_have_proposed(
+    tmp_path: Path, sampler: str, sessions: tuple[int, ...]
+) -> None:
+    changes = {"sampler": sampler, "trials": 12, "startup_trials": 2, "space": NUMBERS | HEADS}
+    ledger = ledger_in(tmp_path / "whole", **changes)
+    whole = propose(ledger, sum(sessions))
+    if sampler == "cmaes":
+        generations = {t.system_attrs.get("cma:generation") for t in ledger.optuna_study.trials}
+        assert {0, 1} <= generations, "its distribution was never carried over"
+    cut = []
+    for count in sessions:  # each ends with a trial that the next one goes on with
+        ledger = ledger_in(tmp_path / "cut", **changes)
+        for trial in ledger.orphans():
+            ledger.report(trial.number, {"epoch": 1, "objective": distance(trial.params)})
+            ledger.should_prune(trial.number)
+            ledger.finish(trial.number, "done", objective=distance(trial.params))
+            cut.append(trial.params)
+        cut += propose(ledger, count - 1)
+        assert ledger.ask() is not None
+        ledger.close()
+    cut += [trial.params for trial in ledger.orphans()]
+    assert cut == whole
+    assert len({repr(params) for params in whole}) == len(whole)
+
+
+def test_a_gaussian_process_closes_in_on_the_best(tmp_path: Path) -> None:
+    changes = {"sampler": "gp", "trials": 12, "startup_trials": 4, "space": NUMBERS}
+    found = propose(ledger_in(tmp_path, **changes), 12)
+    assert min(distance(params) for params in found[-4:]) < 0.1, "chance alone is at 0.3 on average"
+
+
+def test_cma_es_begins_where_an_earlier_study_was_good(tmp_path: Path) -> None:
+    prior = [
+        PriorTrial(
+            f"x#{i}",
+            {"blend.beta": 0.5 + i / 200, "blend.shrinkage": 0.1 + i / 200, "network.heads": 2},
+            1.0 + i,
+        )
+        for i in range(10)
+    ]
+    changes = {"sampler": "cmaes", "trials": 5, "include_base": False, "space": NUMBERS | HEADS}
+    found = propose(ledger_in(tmp_path, *prior, **changes), 5)
+    assert sum(p["blend.beta"] for p in found) / 5 > 0.4, "from the middle it is 0.3"
+    assert sum(p["blend.shrinkage"] for p in found) / 5 < 0.2
+
+
+def test_a_grid_has_every_point_once_whatever_was_enqueued_and_however_often_cut(
+    tmp_path: Path,
+) -> None:
+    enqueued = [{"blend.beta": 0.1 + 2 * 0.1, "network.depth": 3}]  # 0.30000000000000004
+    changes = {"sampler": "grid", "trials": 99, "space": STEPS, "enqueue": enqueued}
+    found = propose(ledger_in(tmp_path, **changes), 3)
+    found += propose(ledger_in(tmp_path, **changes), 5)
+    ledger = ledger_in(tmp_path, **changes)
+    assert ledger.ask() is None
+    assert not ledger.has_work
+    points = sorted((round(p["blend.beta"], 9), p["network.depth"]) for p in found)
+    assert points == [(beta / 10, depth) for beta in (1, 2, 3, 4) for depth in (1, 3)]
+    assert len(ledger.trials()) == len(ledger.optuna_study.trials), "points were proposed twice"
+
+
+def test_a_grid_study_ends_when_every_point_has_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("tuner.local.TrialRun", FakeRun)
+    monkeypatch.setattr("tuner.session._score_winner", lambda folder, progress: None)
+    space = {"blend.beta": STEPS["blend.beta"]}
+    config = write_study(tmp_path, search={"sampler": "grid", "space": space, "scheduler": "none"})
+    out = tmp_path / "run"
+    asked = ("--config", config, "--local", "--out", out)
+    assert run_here(*asked, "--trials", 3) == 0
+    assert "sampler grid: 4 points, of which 3 will run" in capsys.readouterr().out
+    assert run_here("--resume", out, "--local", "--trials", 9) == 0
+    ledger = Ledger(out / "study.db", load_study(out / "config.yaml"))
+    assert sorted(t.params["blend.beta"] for t in ledger.trials()) == [0.1, 0.2, 0.3, 0.4]  # type: ignore[type-var]
+    assert run_here("--resume", out, "--address", "127.0.0.1:1") == 0
+    assert "nothing is left to run: every point of search.space has run" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("sampler", "space", "said"),
+    [
+        ("grid", NUMBERS, r"search.sampler: grid needs a finite space, and blend.beta is a float"),
+        (
+            "grid",
+            {"training.max_skipped_steps":
+             {"type": "int", "low": 1, "high": 200_000}},
+            r"grid has 200000 points in this space, more than 100000",
+        ),
+        ("cmaes", HEADS, r"search.sampler: cmaes needs two or more float or int .* which has 0"),
+    ],
+)  # fmt: skip
+def test_a_sampler_that_does_not_suit_the_space_is_refused(
+    tmp_path: Path, sampler: str, space: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(ConfigError, match=said):
+        tiny_study(tmp_path, search={"sampler": sampler, "space": space})
+
+
+def test_what_cma_es_leaves_to_chance_is_said(tmp_path: Path) -> None:
+    study = tiny_study(tmp_path, search={"sampler": "cmaes", "space": NUMBERS | HEADS})
+    note = str(sampler_note(study.search))
+    assert "sampler cmaes: moves blend.beta, blend.shrinkage" in note
+    assert "leaves categorical parameters to chance: network.heads" in note
+    assert "not from those that the scheduler stops" in note
+    assert sampler_note(tiny_study(tmp_path).search) is None

@@ -1,0 +1,125 @@
+"""What begins, extends and ends a session, whoever runs the trials."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.tuner.support import Clock, FakeRun, run_here, write_study
+from tuner.config import load_study
+from tuner.study import Ledger, TrialRecord
+
+NOWHERE = ("--address", "127.0.0.1:1")  # a cluster that is not there: exit 2 where it is asked for
+
+
+@pytest.fixture(autouse=True)
+def unscored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No winner is compared with NOMP: that takes longer than the trials here."""
+    monkeypatch.setattr("tuner.session._score_winner", lambda folder, progress: None)
+
+
+def trials_of(folder: Path) -> list[TrialRecord]:
+    ledger = Ledger(folder / "study.db", load_study(folder / "config.yaml"))
+    try:
+        return ledger.trials()
+    finally:
+        ledger.close()
+
+
+def outcomes(folder: Path) -> list[Any]:
+    return [(t.number, t.state, t.seed, t.params, t.curve) for t in trials_of(folder)]
+
+
+@pytest.fixture
+def fake_trials(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trials of no time."""
+    monkeypatch.setattr("tuner.local.TrialRun", FakeRun)
+
+
+def test_a_time_budget_ends_a_study_in_good_order_and_a_larger_one_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = Clock(monkeypatch)
+    config = write_study(tmp_path, training={"epochs": 3}, search={"scheduler": "none"})
+    out = tmp_path / "run"
+    assert run_here("--config", config, "--local", "--time-budget", "4m", "--out", out) == 0
+    said = capsys.readouterr().out
+    assert "trials: 1 to go on, 1 done" in said
+    assert "ended early: the time budget of 4m is used up (4m over all sessions)" in said
+    assert f"--resume {out} --time-budget none" in said
+    assert (out / "best.json").exists()
+    assert [(t.state, t.epoch) for t in trials_of(out)] == [("done", 3), ("running", 1)]
+    first = outcomes(out)[0]
+
+    assert run_here("--resume", out, *NOWHERE) == 0, "a cluster was asked for without need"
+    assert "nothing is left to run: the time budget of 4m" in capsys.readouterr().out
+    clock.now = 1e6  # between sessions no time counts
+    assert run_here("--resume", out, "--local", "--time-budget", "6m") == 0
+    assert "trial 0001 goes on after epoch 1" in capsys.readouterr().out
+    assert [(t.state, t.epoch) for t in trials_of(out)] == [("done", 3), ("done", 3)]
+    assert outcomes(out)[0] == first
+    assert load_study(out / "config.yaml").search.time_budget == 360.0
+
+
+@pytest.mark.usefixtures("fake_trials")
+def test_a_budget_without_a_finished_trial_ends_with_1_and_can_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Clock(monkeypatch)
+    config = write_study(tmp_path)
+    assert (
+        run_here("--config", config, "--local", "--time-budget", 60, "--out", tmp_path / "r") == 1
+    )
+    said = capsys.readouterr().out
+    assert "ended early: the time budget of 1m is used up" in said
+    assert "no trial finished" in said
+    assert [(t.state, t.epoch) for t in trials_of(tmp_path / "r")] == [("running", 1)]
+
+
+@pytest.mark.usefixtures("fake_trials")
+def test_a_target_ends_a_study_once_a_trial_finishes_with_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write_study(tmp_path, search={"scheduler": "none"})
+    out = tmp_path / "run"
+    assert run_here("--config", config, "--local", "--target", 1e9, "--out", out) == 0
+    said = capsys.readouterr().out
+    assert "ended early: the target 1e+09 is reached (trial 0000 has " in said
+    assert [(t.state, t.epoch) for t in trials_of(out)] == [("done", 2)]
+    assert run_here("--resume", out, *NOWHERE) == 0
+    assert "ended early" not in capsys.readouterr().out
+    assert run_here("--resume", out, "--local", "--target", "none", "--trials", 2) == 0
+    assert "ended early" not in capsys.readouterr().out
+    assert [trial.state for trial in trials_of(out)] == ["done", "done"]
+
+
+@pytest.mark.usefixtures("fake_trials")
+def test_a_study_that_was_extended_is_the_study_that_was_begun_so_large(tmp_path: Path) -> None:
+    config = write_study(tmp_path)
+    assert run_here("--config", config, "--local", "--trials", 3, "--out", tmp_path / "whole") == 0
+    assert run_here("--config", config, "--local", "--trials", 2, "--out", tmp_path / "grown") == 0
+    assert run_here("--resume", tmp_path / "grown", "--local", "--trials", 3) == 0
+    assert outcomes(tmp_path / "grown") == outcomes(tmp_path / "whole")
+    assert len({repr(trial.params) for trial in trials_of(tmp_path / "grown")}) == 3
+    assert load_study(tmp_path / "grown" / "config.yaml").search.trials == 3
+
+
+@pytest.mark.usefixtures("fake_trials")
+def test_a_study_with_nothing_left_connects_to_no_cluster(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    space = {"network.heads": {"type": "categorical", "choices": [1, 2]}}
+    config = write_study(tmp_path, search={"space": space})
+    out = tmp_path / "run"
+    assert run_here("--config", config, "--local", "--trials", 1, "--out", out) == 0
+    (out / "report.html").unlink()
+    capsys.readouterr()
+    assert run_here("--resume", out, *NOWHERE) == 0
+    assert "nothing is left to run" in capsys.readouterr().out
+    assert (out / "report.html").exists()
+    assert run_here("--resume", out, *NOWHERE, "--trials", 2) == 2, "work is left"
+    assert load_study(out / "config.yaml").search.trials == 1
+    assert run_here("--resume", out, "--local", "--trials", 9) == 0
+    assert run_here("--resume", out, *NOWHERE) == 0, "the space is used up"

@@ -1,0 +1,127 @@
+"""Optuna samplers by their configured names.
+
+The ledger makes one for every proposal, with a seed of its own, so that a proposal depends on the
+ledger alone. CMA-ES keeps its distribution in the trials' attributes, the others keep nothing.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from itertools import product
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.distributions import BaseDistribution
+from optuna.samplers import BaseSampler, CmaEsSampler, GPSampler, RandomSampler, TPESampler
+from optuna.trial import FrozenTrial, TrialState
+
+from tuner.config import SearchConfig
+from tuner.space import SearchSpace, Value, n_points, suggest
+
+
+def make_sampler(search: SearchConfig, seed: int, prior: Sequence[FrozenTrial]) -> BaseSampler:
+    """The study's sampler, seeded.
+
+    Args:
+        search: names it and sets its start.
+        seed: of this proposal.
+        prior: trials of an earlier study. CMA-ES alone asks for them: the other samplers that
+            learn take what the study holds.
+    """
+    n_startup = search.startup_trials
+    if search.sampler == "random":
+        return RandomSampler(seed=seed)
+    if search.sampler == "grid":
+        return GridSampler(search.space, seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        if search.sampler == "gp":
+            return GPSampler(seed=seed, n_startup_trials=n_startup, warn_independent_sampling=False)
+        if search.sampler == "cmaes":
+            moved = search.moved_by_cmaes()
+            return CmaEsSampler(
+                seed=seed,
+                n_startup_trials=n_startup,
+                warn_independent_sampling=False,
+                source_trials=[_restricted(trial, moved) for trial in prior] or None,
+            )
+        return TPESampler(seed=seed, n_startup_trials=n_startup, constant_liar=True)
+
+
+def sampler_note(search: SearchConfig) -> str | None:
+    """What a user should know before this sampler's first proposal, in one line."""
+    if search.sampler == "grid":
+        points = int(n_points(search.space))
+        return f"sampler grid: {points} points, of which {min(points, search.trials)} will run"
+    if search.sampler not in ("gp", "cmaes"):
+        return None
+    said = []
+    if search.sampler == "cmaes":
+        moved = search.moved_by_cmaes()
+        said.append(f"moves {', '.join(moved)}")
+        random = [path for path, p in search.space.items() if path not in moved and p.size > 1]
+        if random:
+            said.append(f"leaves categorical parameters to chance: {', '.join(random)}")
+    if search.scheduler != "none":
+        said.append("learns from finished trials alone, not from those that the scheduler stops")
+    return f"sampler {search.sampler}: {'; '.join(said)}" if said else None
+
+
+def _restricted(trial: FrozenTrial, paths: Sequence[str]) -> FrozenTrial:
+    """The trial with these parameters alone: CMA-ES wants no others in its start."""
+    return optuna.trial.create_trial(
+        value=trial.value,
+        params={path: trial.params[path] for path in paths},
+        distributions={path: trial.distributions[path] for path in paths},
+    )
+
+
+class GridSampler(BaseSampler):
+    """Points of a finite space that no trial has had yet, in random order.
+
+    Optuna's own ends the whole study from inside and repeats points that were enqueued.
+    """
+
+    def __init__(self, space: SearchSpace, seed: int) -> None:
+        self._space = space
+        self._values = {path: parameter.values() for path, parameter in space.items()}
+        self._random = np.random.default_rng(seed)
+
+    def infer_relative_search_space(
+        self, study: optuna.Study, trial: FrozenTrial
+    ) -> dict[str, BaseDistribution]:
+        """All parameters."""
+        anywhere = optuna.trial.FixedTrial({p: values[0] for p, values in self._values.items()})
+        suggest(self._space, anywhere)
+        return anywhere.distributions
+
+    def sample_relative(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        """A point that is new; nothing when all have been tried."""
+        others = study.get_trials(deepcopy=False)
+        tried = {
+            tuple(self._space[path].index(t.params[path]) for path in self._space)
+            for t in others
+            if t.state != TrialState.WAITING and self._space.keys() <= t.params.keys()
+        }
+        every = product(*(range(len(values)) for values in self._values.values()))
+        new = [point for point in every if point not in tried]
+        if not new:
+            return {}
+        chosen = new[self._random.integers(len(new))]
+        pairs = zip(self._values.items(), chosen, strict=True)
+        return {path: values[index] for (path, values), index in pairs}
+
+    def sample_independent(
+        self,
+        study: optuna.Study,
+        trial: FrozenTrial,
+        param_name: str,
+        param_distribution: BaseDistribution,
+    ) -> Value:
+        """Any value of the grid: when no point is new, the ledger sees the repetition."""
+        values = self._values[param_name]
+        return values[self._random.integers(len(values))]
