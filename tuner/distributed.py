@@ -18,6 +18,7 @@ from tuner.search import LedgerASHA, LedgerCallback, LedgerSearch
 from tuner.study import Ledger
 from tuner.telemetry import Progress
 from tuner.trainable import NUMBER, START, TrialActor
+from tuner.trial import trial_name
 
 logger = logging.getLogger(__name__)
 
@@ -114,7 +115,7 @@ def run_distributed(
 
 
 def _trial_name(trial: Trial) -> str:
-    return f"trial-{trial.config[NUMBER]:04d}"
+    return trial_name(trial.config[NUMBER])
 
 
 def _trial_folder(trial: Trial) -> str:
