@@ -16,9 +16,9 @@ from ray.tune.schedulers import FIFOScheduler
 from tuner.folder import RunFolder
 from tuner.search import LedgerASHA, LedgerCallback, LedgerSearch
 from tuner.study import Ledger
-from tuner.telemetry import Progress
 from tuner.trainable import NUMBER, START, TrialActor
 from tuner.trial import trial_name
+from tuner.watchers import Watcher
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ class StopWish(tune.Stopper):
 def run_distributed(
     ledger: Ledger,
     folder: RunFolder,
-    progress: Progress,
+    progress: Watcher,
     *,
     gpus: float,
     concurrent: int,
@@ -67,7 +67,7 @@ def run_distributed(
     Args:
         ledger: the study.
         folder: where checkpoints go, unless the study names another storage.
-        progress: who shows it.
+        progress: who is told what happens.
         gpus: GPUs a trial; 0 means the CPU.
         concurrent: trials side by side.
         stop: asked often; True ends the run and leaves running trials to a resume.

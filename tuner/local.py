@@ -16,8 +16,8 @@ import torch
 
 from tuner.folder import RunFolder
 from tuner.study import Assignment, End, Ledger
-from tuner.telemetry import Progress
 from tuner.trial import TrialRun
+from tuner.watchers import Watcher
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ def local_device(gpus_per_trial: float | None) -> str:
 
 
 def run_local(
-    ledger: Ledger, folder: RunFolder, progress: Progress, device: str, after: Callable[[], None]
+    ledger: Ledger, folder: RunFolder, progress: Watcher, device: str, after: Callable[[], None]
 ) -> None:
     """Run the study to its end in this process; `after` is called when a trial has ended."""
     for orphan in ledger.orphans():
@@ -41,7 +41,7 @@ def run_local(
 
 
 def _run_trial(
-    ledger: Ledger, folder: RunFolder, progress: Progress, device: str, trial: Assignment
+    ledger: Ledger, folder: RunFolder, progress: Watcher, device: str, trial: Assignment
 ) -> None:
     number = trial.number
     progress.started(trial)
@@ -85,7 +85,7 @@ def _run_trial(
         run.close()
 
 
-def _end(ledger: Ledger, progress: Progress, number: int, state: End, **details: Any) -> None:
+def _end(ledger: Ledger, progress: Watcher, number: int, state: End, **details: Any) -> None:
     ended = ledger.finish(number, state, **details)
     progress.finished(number, ended, ledger.trial(number).reason)
 

@@ -24,6 +24,8 @@ from tuner.report import write_report
 from tuner.results import drop_losers, export_winner, write_best, write_trials
 from tuner.study import Ledger
 from tuner.telemetry import Progress, logging_to
+from tuner.tensorboard import TensorBoardLog
+from tuner.watchers import Watchers
 
 if TYPE_CHECKING:
     from tuner.cluster import Cluster
@@ -91,6 +93,7 @@ def run_session(request: Request) -> int:
         ledger = Ledger(folder.database, study)
         stack.callback(ledger.close)
         progress = Progress(study, ledger.trials())
+        watchers = Watchers(progress, TensorBoardLog(ledger, folder.tensorboard))
         for note in [f"run folder: {folder.path}", *notes]:
             progress.say(note)
 
@@ -102,7 +105,7 @@ def run_session(request: Request) -> int:
         try:
             with progress.shown():
                 if cluster is None:
-                    run_local(ledger, folder, progress, device, after)
+                    run_local(ledger, folder, watchers, device, after)
                 else:
                     from tuner.distributed import run_distributed
 
@@ -110,7 +113,7 @@ def run_session(request: Request) -> int:
                         run_distributed(
                             ledger,
                             folder,
-                            progress,
+                            watchers,
                             gpus=gpus,
                             concurrent=concurrent,
                             stop=wished,

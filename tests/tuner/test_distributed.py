@@ -22,6 +22,7 @@ from urllib.request import urlopen
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests.tuner.events import assert_mirrors_the_ledger
 from tests.tuner.support import (
     environment,
     kill,
@@ -205,6 +206,7 @@ def test_a_killed_driver_loses_nothing_and_repeats_nothing(tmp_path: Path, head:
         if number in before and before[number].state == "done":
             assert f"trial {number:04d} goes on" not in resumed.stdout
             assert f"trial {number:04d} starts" not in resumed.stdout
+    assert_mirrors_the_ledger(out)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
