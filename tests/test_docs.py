@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
+import click
 import pytest
+import typer
 import yaml
+from ray.scripts.scripts import cli as ray_cli
 
 from tuner.config import StudyConfig
 from tuner.explain import field_paths
+from tuner.gauges import COUNTERS, GAUGES, PREFIX
+from tuner.run import app
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -37,6 +43,46 @@ def test_commands_name_modules_and_files_that_exist(path: Path) -> None:
         assert (ROOT / module.replace(".", "/")).with_suffix(".py").exists(), module
     for config in re.findall(r"configs/[\w-]+\.yaml", text):
         assert (ROOT / config).exists(), config
+
+
+def blocks(text: str) -> list[str]:
+    """The commands of a page, one a line."""
+    found = re.findall(r"(?ms)^```\w*\n(.*?)^```$", text.replace("\\\n", " "))
+    return [line for block in found for line in block.splitlines()]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda p: p.name)
+def test_the_tuners_commands_have_only_options_that_it_knows(path: Path) -> None:
+    for line in blocks(path.read_text(encoding="utf-8")):
+        for given in re.findall(r"python -m tuner\.run ([^#]*)", line):
+            if given.count("'") % 2:  # the end of a command within quotes
+                given = given.rstrip().removesuffix("'")
+            arguments = shlex.split(given)
+            typer.main.get_command(app).make_context("run", arguments)  # raises
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda p: p.name)
+def test_rays_commands_and_their_options_exist_in_this_ray(path: Path) -> None:
+    for line in blocks(path.read_text(encoding="utf-8")):
+        if not line.startswith("ray "):
+            continue
+        words = shlex.split(line.partition(" -- ")[0], comments=True)
+        command: click.Command = ray_cli
+        for word in words[1:]:
+            if isinstance(command, click.Group):
+                assert word in command.commands, line
+                command = command.commands[word]
+            elif word.startswith("--"):
+                assert any(word in p.opts + p.secondary_opts for p in command.params), line
+            elif word.endswith(".yaml"):
+                assert (ROOT / word).exists(), line
+
+
+def test_the_operations_page_names_every_metric_and_no_other() -> None:
+    text = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
+    exported = {f"ray_{PREFIX}{name}" for name in GAUGES}
+    exported |= {f"ray_{PREFIX}{name}_total" for name in COUNTERS}
+    assert set(re.findall(r"ray_ristune_\w+", text)) == exported
 
 
 def test_conventions_names_only_fields_that_exist() -> None:

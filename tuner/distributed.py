@@ -16,8 +16,9 @@ from tuner.folder import RunFolder
 from tuner.schedulers import make_scheduler
 from tuner.search import LedgerCallback, LedgerSearch
 from tuner.study import Ledger
-from tuner.telemetry import Progress
 from tuner.trainable import NUMBER, START, TrialActor
+from tuner.trial import trial_name
+from tuner.watchers import Watcher
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +55,7 @@ class StopWish(tune.Stopper):
 def run_distributed(
     ledger: Ledger,
     folder: RunFolder,
-    progress: Progress,
+    progress: Watcher,
     *,
     gpus: float,
     concurrent: int,
@@ -66,7 +67,7 @@ def run_distributed(
     Args:
         ledger: the study.
         folder: where checkpoints go, unless the study names another storage.
-        progress: who shows it.
+        progress: who is told what happens.
         gpus: GPUs a trial; 0 means the CPU.
         concurrent: trials side by side.
         stop: asked often; True ends the run and leaves running trials to a resume.
@@ -113,7 +114,7 @@ def run_distributed(
 
 
 def _trial_name(trial: Trial) -> str:
-    return f"trial-{trial.config[NUMBER]:04d}"
+    return trial_name(trial.config[NUMBER])
 
 
 def _trial_folder(trial: Trial) -> str:

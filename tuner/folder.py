@@ -54,6 +54,11 @@ class RunFolder:
         return self.path / "tuner.log"
 
     @property
+    def tensorboard(self) -> Path:
+        """Event files, a folder a trial."""
+        return self.path / "tensorboard"
+
+    @property
     def trials(self) -> Path:
         """Checkpoints and tracebacks, a folder a trial."""
         return self.path / "trials"

@@ -17,8 +17,8 @@ import torch
 
 from tuner.folder import RunFolder
 from tuner.study import Assignment, End, Ledger
-from tuner.telemetry import Progress
 from tuner.trial import TrialRun
+from tuner.watchers import Watcher
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ def local_device(gpus_per_trial: float | None) -> str:
 def run_local(
     ledger: Ledger,
     folder: RunFolder,
-    progress: Progress,
+    progress: Watcher,
     *,
     device: str,
     stop: Callable[[], bool],
@@ -61,7 +61,7 @@ def run_local(
 def _run_trial(
     ledger: Ledger,
     folder: RunFolder,
-    progress: Progress,
+    progress: Watcher,
     device: str,
     trial: Assignment,
     stop: Callable[[], bool],
@@ -110,7 +110,7 @@ def _run_trial(
         run.close()
 
 
-def _end(ledger: Ledger, progress: Progress, number: int, state: End, **details: Any) -> None:
+def _end(ledger: Ledger, progress: Watcher, number: int, state: End, **details: Any) -> None:
     ended = ledger.finish(number, state, **details)
     progress.finished(number, ended, ledger.trial(number).reason)
 

@@ -12,7 +12,7 @@ import re
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from ray.tune import Callback, Checkpoint
 from ray.tune.experiment import Trial
@@ -21,22 +21,11 @@ from ray.tune.search.optuna import OptunaSearch
 
 from model.files import write_text
 from tuner.folder import RunFolder
-from tuner.study import Assignment, End, Ledger, State
+from tuner.study import End, Ledger
 from tuner.trainable import CONFIG, DEVICE, NUMBER, RESUME, START, STUDY
+from tuner.watchers import Watcher
 
 logger = logging.getLogger(__name__)
-
-
-class Watcher(Protocol):
-    """Who is told what happens to the trials."""
-
-    def started(self, assignment: Assignment) -> None: ...
-
-    def reported(self, number: int, metrics: dict[str, Any]) -> None: ...
-
-    def lost(self, number: int, reason: str) -> None: ...
-
-    def finished(self, number: int, state: State, reason: str | None) -> None: ...
 
 
 class LedgerSearch(OptunaSearch):

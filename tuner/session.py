@@ -28,7 +28,9 @@ from tuner.samplers import sampler_note
 from tuner.space import n_points
 from tuner.study import Ledger, PriorTrial, State
 from tuner.telemetry import Progress, logging_to
+from tuner.tensorboard import TensorBoardLog
 from tuner.warmstart import read_prior
+from tuner.watchers import Watcher, Watchers
 
 if TYPE_CHECKING:
     from tuner.cluster import Cluster
@@ -129,12 +131,13 @@ def run_session(request: Request) -> int:
         ledger = ledger or _ledger(stack, folder, study, prior)
         limits = Limits(ledger)
         progress = Progress(study, ledger.trials())
+        watchers = Watchers(progress, TensorBoardLog(ledger, folder.tensorboard))
         for note in [f"run folder: {folder.path}", *notes]:
             progress.say(note)
         try:
             with progress.shown():
                 if place is not None:
-                    _run_trials(place, ledger, folder, progress, limits, interruption)
+                    _run_trials(place, ledger, folder, watchers, limits, interruption)
         except KeyboardInterrupt:
             interruption.wished = True
         except Exception:
@@ -215,7 +218,7 @@ def _run_trials(
     place: _Place,
     ledger: Ledger,
     folder: RunFolder,
-    progress: Progress,
+    watcher: Watcher,
     limits: Limits,
     interruption: Interruption,
 ) -> None:
@@ -232,7 +235,7 @@ def _run_trials(
 
     if place.cluster is None:
         with limits.counted():
-            run_local(ledger, folder, progress, device=place.device, stop=stop, after=after)
+            run_local(ledger, folder, watcher, device=place.device, stop=stop, after=after)
         return
     from tuner.distributed import run_distributed
 
@@ -240,7 +243,7 @@ def _run_trials(
         run_distributed(
             ledger,
             folder,
-            progress,
+            watcher,
             gpus=place.gpus,
             concurrent=place.concurrent,
             stop=stop,

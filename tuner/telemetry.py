@@ -20,6 +20,7 @@ from rich.text import Text
 from tuner.config import StudyConfig
 from tuner.space import Value
 from tuner.study import Assignment, State, TrialRecord
+from tuner.watchers import Watcher
 
 logger = logging.getLogger("tuner")
 
@@ -65,7 +66,7 @@ class _Row:
     since: float = field(default_factory=time.monotonic)
 
 
-class Progress:
+class Progress(Watcher):
     """Follows the trials of one session and shows them."""
 
     def __init__(

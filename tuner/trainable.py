@@ -11,6 +11,7 @@ from typing import Any
 from ray import tune
 
 from model.config import TrialConfig
+from tuner.gauges import trial_gauges
 from tuner.trial import TrialRun
 
 logger = logging.getLogger(__name__)
@@ -27,8 +28,9 @@ class TrialActor(tune.Trainable):
 
     def setup(self, config: dict[str, Any]) -> None:
         """Take a trial; it is built at its first step, or by its checkpoint."""
-        self._number = int(config[NUMBER])
         self._study = str(config[STUDY])
+        self._gauges = trial_gauges()
+        self._gauges.begin(self._study, int(config[NUMBER]))
         self._device = str(config[DEVICE])
         trial = TrialConfig.model_validate(config[CONFIG])
         self._run = TrialRun(trial, self._device)
@@ -39,18 +41,22 @@ class TrialActor(tune.Trainable):
                     self._run.load(Path(folder))
             except OSError as error:
                 logger.warning("starting from the beginning: %s", error)
+        self._gauges.show({"epoch": self._run.epoch})
 
     def step(self) -> dict[str, Any]:
         """One epoch, in the words of Ray Tune."""
         assert self._run is not None
+        skipped = self._run.skipped_steps
         result = self._run.step()
+        self._gauges.count("skipped_steps", self._run.skipped_steps - skipped)
+        self._gauges.count("solver_fallbacks", result.get("solver_fallbacks", 0))
         result["done"] = result["failed"] or result["finished"]
         result["should_checkpoint"] = not result["failed"]
         result["training_iteration"] = result["epoch"]
         result["device"] = self._device
         result["node"] = platform.node()
         if not result["failed"]:
-            _gauge(self._study, self._number, result)
+            self._gauges.show(result)
         return result
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
@@ -62,6 +68,7 @@ class TrialActor(tune.Trainable):
         """Go on where the checkpoint was taken."""
         assert self._run is not None
         self._run.load(Path(checkpoint))
+        self._gauges.show({"epoch": self._run.epoch})
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Take another trial and leave nothing of the last one behind."""
@@ -74,23 +81,9 @@ class TrialActor(tune.Trainable):
         if self._run is not None:
             self._run.close()
             self._run = None
+            self._gauges.end()
 
     def __repr__(self) -> str:
         # Ray reads this once, when the actor starts, and shows it in the dashboard ever
         # after. The actor outlives its trials: a trial's number here would soon be false.
         return f"TrialActor({self._study}, {self._device}, pid {os.getpid()})"
-
-
-_GAUGES: dict[str, Any] = {}
-
-
-def _gauge(study: str, number: int, result: dict[str, Any]) -> None:
-    """Publish epoch and objective as metrics of the cluster (ray_ristune_*)."""
-    from ray.util.metrics import Gauge
-
-    for name in ("objective", "epoch"):
-        if name not in _GAUGES:
-            _GAUGES[name] = Gauge(
-                f"ristune_{name}", description=f"{name} of a trial", tag_keys=("study", "trial")
-            )
-        _GAUGES[name].set(float(result[name]), tags={"study": study, "trial": f"{number:04d}"})

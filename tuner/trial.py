@@ -24,6 +24,11 @@ from model.training import Trainer, TrialDiverged
 logger = logging.getLogger(__name__)
 
 
+def trial_name(number: int) -> str:
+    """What a trial is called wherever it is listed: trial-0007."""
+    return f"trial-{number:04d}"
+
+
 class DeviceLost(RuntimeError):
     """The accelerator no longer answers; the trial is sound and should run elsewhere."""
 
@@ -45,11 +50,17 @@ class TrialRun:
         """Finished epochs."""
         return self._trainer.epoch if self._trainer else 0
 
+    @property
+    def skipped_steps(self) -> int:
+        """Optimiser steps skipped so far, those of earlier sessions too."""
+        return self._trainer.skipped_steps if self._trainer else 0
+
     def step(self) -> dict[str, Any]:
         """Train and score one epoch.
 
         Returns:
-            The trainer's metrics with ``finished`` and ``failed``; a failed one holds
+            The trainer's metrics, on a GPU ``gpu_memory_bytes`` (the largest allocated in the
+            epoch), ``finished`` and ``failed``; a failed one holds
             ``reason`` and ``traceback`` and an objective of NaN.
 
         Raises:
@@ -65,7 +76,12 @@ class TrialRun:
                     "finished": True,
                     "failed": False,
                 }
+            on_gpu = self._device.startswith("cuda")
+            if on_gpu:
+                torch.cuda.reset_peak_memory_stats(self._device)
             metrics = dict(trainer.run_epoch())
+            if on_gpu:
+                metrics["gpu_memory_bytes"] = torch.cuda.max_memory_allocated(self._device)
         except TrialDiverged as error:
             return self._failure(f"diverged: {error}", error)
         except DataError as error:

@@ -19,6 +19,7 @@ from tuner.command import execute
 from tuner.config import StudyConfig, load_study
 from tuner.run import app
 from tuner.study import Ledger
+from tuner.trainable import CONFIG, DEVICE, NUMBER, RESUME, START, STUDY
 from tuner.yamlfile import dump_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -114,6 +115,19 @@ def write_study(folder: Path, **changes: Any) -> Path:
 def tiny_study(folder: Path, **changes: Any) -> StudyConfig:
     """The tiny study, changed, as read from its file."""
     return load_study(write_study(folder, **changes))
+
+
+def order(folder: Path, number: int, **changes: Any) -> dict[str, Any]:
+    """What Ray hands to an actor: a trial of the tiny study, changed."""
+    config = tiny_study(folder, **changes).trial_config({}, seed=number)
+    return {
+        NUMBER: number,
+        STUDY: "tiny",
+        CONFIG: config.model_dump(mode="json"),
+        DEVICE: "cpu",
+        RESUME: None,
+        START: 0,
+    }
 
 
 def environment(**extra: str) -> dict[str, str]:

@@ -11,14 +11,18 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
+from tests.tuner.events import assert_mirrors_the_ledger
 from tests.tuner.support import (
     Clock,
     environment,
@@ -32,6 +36,7 @@ from tests.tuner.support import (
     write_study,
 )
 from tuner.config import load_study
+from tuner.gauges import GAUGES, PREFIX
 from tuner.study import Ledger, TrialRecord
 
 
@@ -41,6 +46,7 @@ class Head:
 
     address: str
     mark: str
+    metrics_port: int
 
 
 def free_port() -> int:
@@ -54,17 +60,18 @@ def head() -> Iterator[Head]:
     """`ray start --head` with its own ports and folder, ended by its own process."""
     mark = f"ristune-test-{uuid.uuid4().hex}"
     folder = tempfile.mkdtemp(prefix="rt", dir="/tmp")  # short: sockets lie in it
-    port = free_port()
+    port, metrics_port = free_port(), free_port()
     command = [
         *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"),
         *(f"--port={port}", f"--temp-dir={folder}", "--num-cpus=2", "--num-gpus=0"),
         *(f"--ray-client-server-port={free_port()}", "--include-dashboard=false"),
         *("--node-ip-address=127.0.0.1", "--disable-usage-stats"),
         f"--object-store-memory={100 * 2**20}",
+        f"--metrics-export-port={metrics_port}",
     ]
     process = subprocess.Popen(
         command,
-        env=environment(RISTUNE_MARK=mark),
+        env=environment(RISTUNE_MARK=mark, RAY_metrics_report_interval_ms="1000"),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -72,7 +79,7 @@ def head() -> Iterator[Head]:
     )
     try:
         read_until(process, "Ray runtime started")
-        yield Head(f"127.0.0.1:{port}", mark)
+        yield Head(f"127.0.0.1:{port}", mark, metrics_port)
     finally:
         process.terminate()
         try:
@@ -200,6 +207,7 @@ def test_a_killed_driver_loses_nothing_and_repeats_nothing(tmp_path: Path, head:
         if number in before and before[number].state == "done":
             assert f"trial {number:04d} goes on" not in resumed.stdout
             assert f"trial {number:04d} starts" not in resumed.stdout
+    assert_mirrors_the_ledger(out)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -226,6 +234,73 @@ def test_an_interrupted_run_ends_with_130_and_goes_on(
     assert "goes on after epoch" in capsys.readouterr().out
     for trial in trials_of(out):
         assert_whole(trial, 16)
+
+
+def scraped(head: Head, trial: str) -> dict[str, float]:
+    """What the head's metrics port says of a trial of the tiny study, by the metric's name."""
+    with urlopen(f"http://127.0.0.1:{head.metrics_port}/metrics", timeout=10) as answer:
+        families = text_string_to_metric_families(answer.read().decode())
+    labels = {"study": "tiny", "trial": trial}
+    return {
+        sample.name: sample.value
+        for family in families
+        for sample in family.samples
+        if labels.items() <= sample.labels.items()
+    }
+
+
+def test_what_a_trial_last_reported_is_found_on_the_metrics_port(
+    tmp_path: Path, head: Head
+) -> None:
+    # The configuration's own trial diverges, then its actor takes one with a better rate.
+    rate = {"type": "float", "low": 1e-4, "high": 1e30, "log": True}
+    config = write_study(
+        tmp_path,
+        training={
+            "epochs": 400,
+            "learning_rate": 1e30,
+            "gradient_clip": 1e30,
+            "max_skipped_steps": 1,
+        },
+        tikhonov={"solver": "gram", "regularization": 0.0},  # falls back: too few antennas
+        search={
+            "trials": 2,
+            "scheduler": "none",
+            "space": {"training.learning_rate": rate},
+            "enqueue": [{"training.learning_rate": 1e-3}],
+        },
+        resources={"concurrent": 1},
+    )
+    out = tmp_path / "run"
+    process = start("--config", config, "--address", head.address, "--out", out)
+    read_until(process, "trial 0001 epoch 3/400")
+    process.send_signal(signal.SIGSTOP)  # the actor ends its epoch and then waits for orders
+    seen: list[dict[str, float]] = [{}, {}]
+
+    def settled() -> bool:
+        time.sleep(1.2)  # a report interval
+        seen.append(scraped(head, "trial-0001"))
+        return "ray_ristune_objective" in seen[-1] and seen[-1] == seen[-2] == seen[-3]
+
+    try:
+        wait_for(settled)
+        failed = scraped(head, "trial-0000")
+    finally:
+        process.send_signal(signal.SIGCONT)
+        process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    shown = seen[-1]
+    trial = trials_of(out)[1]
+    epoch = int(shown["ray_ristune_epoch"])
+    metrics = trial.epochs[epoch]
+    gauges = {f"ray_{PREFIX}{name}": metrics[name] for name in GAUGES if name in metrics}
+    assert set(GAUGES) - set(metrics) == {"gpu_memory_bytes"}  # there is no GPU here
+    fallbacks = sum(m["solver_fallbacks"] for e, m in trial.epochs.items() if e <= epoch)
+    assert fallbacks > 0
+    assert shown == gauges | {"ray_ristune_solver_fallbacks_total": fallbacks}
+    assert failed["ray_ristune_skipped_steps_total"] == 1
+    assert not any(f"ray_{PREFIX}{name}" in failed for name in GAUGES)
 
 
 def test_a_gpu_that_can_never_be_given_is_refused_at_once(tmp_path: Path, head: Head) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from model import Localizer
+from tests.tuner.events import assert_mirrors_the_ledger, scalars
 from tests.tuner.support import (
     ROOT,
     FakeRun,
@@ -26,8 +27,8 @@ from tuner.config import load_study
 from tuner.study import Ledger
 
 FILES = ["best", "best.json", "config.yaml", "evaluation.csv", "evaluation.html",
-         "evaluation.json", "report.html", "study.db", "trials", "trials.csv",
-         "tuner.log"]  # fmt: skip
+         "evaluation.json", "report.html", "study.db", "tensorboard", "trials",
+         "trials.csv", "tuner.log"]  # fmt: skip
 
 
 def ledger_of(folder: Path) -> Ledger:
@@ -141,6 +142,9 @@ def test_a_killed_local_run_goes_on_and_ends_as_if_nothing_had_happened(tmp_path
         for n in ("whole", "cut")
     ]
     assert outcomes[0] == outcomes[1]
+    assert_mirrors_the_ledger(tmp_path / "cut")
+    first = scalars(tmp_path / "cut" / "tensorboard" / "trial-0000")
+    assert {"objective", "nmse_pred", "f1", "gospa", "loss", "learning_rate"} <= set(first)
 
 
 def test_ctrl_c_ends_with_130_and_prints_how_to_go_on(tmp_path: Path) -> None:

@@ -1,29 +1,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.tuner.support import tiny_study
-from tuner.trainable import CONFIG, DEVICE, NUMBER, RESUME, START, STUDY, TrialActor
+from tests.tuner.support import order
+from tuner.trainable import RESUME, START, TrialActor
 
 
 @pytest.fixture(autouse=True)
 def _results_in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ray.tune.trainable.trainable.DEFAULT_STORAGE_PATH", str(tmp_path / "ray"))
-
-
-def order(folder: Path, number: int, **changes: Any) -> dict[str, Any]:
-    config = tiny_study(folder, **changes).trial_config({}, seed=number)
-    return {
-        NUMBER: number,
-        STUDY: "tiny",
-        CONFIG: config.model_dump(mode="json"),
-        DEVICE: "cpu",
-        RESUME: None,
-        START: 0,
-    }
 
 
 def test_an_actor_saves_and_restores_between_epochs(tmp_path: Path) -> None:

@@ -1,0 +1,46 @@
+"""Who is told what happens to the trials, whoever runs them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tuner.study import Assignment, State
+
+
+class Watcher:
+    """Is told of trials, and does nothing; who derives from it does what concerns them."""
+
+    def started(self, assignment: Assignment) -> None:
+        """A trial begins, or goes on."""
+
+    def reported(self, number: int, metrics: dict[str, Any]) -> None:
+        """A trial finished an epoch, which is in the ledger."""
+
+    def lost(self, number: int, reason: str) -> None:
+        """A machine died under a trial, which will be run on."""
+
+    def finished(self, number: int, state: State, reason: str | None) -> None:
+        """A trial ended."""
+
+
+class Watchers(Watcher):
+    """Several as one, told in order."""
+
+    def __init__(self, *watchers: Watcher) -> None:
+        self._watchers = watchers
+
+    def started(self, assignment: Assignment) -> None:
+        for watcher in self._watchers:
+            watcher.started(assignment)
+
+    def reported(self, number: int, metrics: dict[str, Any]) -> None:
+        for watcher in self._watchers:
+            watcher.reported(number, metrics)
+
+    def lost(self, number: int, reason: str) -> None:
+        for watcher in self._watchers:
+            watcher.lost(number, reason)
+
+    def finished(self, number: int, state: State, reason: str | None) -> None:
+        for watcher in self._watchers:
+            watcher.finished(number, state, reason)
