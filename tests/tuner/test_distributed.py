@@ -190,8 +190,8 @@ def test_a_killed_driver_loses_nothing_and_repeats_nothing(tmp_path: Path, head:
     out = tmp_path / "run"
     process = start("--config", config, "--address", head.address, "--out", out)
     read_until(process, "trial 0002 epoch 2/12")
+    kill(process)  # at once: the trials are short
     before = {trial.number: trial for trial in trials_of(out)}
-    kill(process)
     wait_for(lambda: not actors(head))
     resumed = run("--resume", out, "--address", head.address)
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
@@ -237,10 +237,10 @@ def test_an_interrupted_run_ends_with_130_and_goes_on(
 
 
 def scraped(head: Head, trial: str) -> dict[str, float]:
-    """What the head's metrics port says of a trial of the tiny study, by the metric's name."""
+    """What the head's metrics port says of a trial of the study "measured", by metric."""
     with urlopen(f"http://127.0.0.1:{head.metrics_port}/metrics", timeout=10) as answer:
         families = text_string_to_metric_families(answer.read().decode())
-    labels = {"study": "tiny", "trial": trial}
+    labels = {"study": "measured", "trial": trial}  # counters of others' trials stay
     return {
         sample.name: sample.value
         for family in families
@@ -256,6 +256,7 @@ def test_what_a_trial_last_reported_is_found_on_the_metrics_port(
     rate = {"type": "float", "low": 1e-4, "high": 1e30, "log": True}
     config = write_study(
         tmp_path,
+        name="measured",
         training={
             "epochs": 400,
             "learning_rate": 1e30,

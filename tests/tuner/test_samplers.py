@@ -46,7 +46,10 @@ def distance(params: dict[str, Any]) -> float:
     return abs(params["blend.beta"] - 0.2) + abs(params.get("blend.shrinkage", 0.2) - 0.2)
 
 
-@pytest.mark.parametrize(("sampler", "sessions"), [("gp", (3, 2, 2)), ("cmaes", (3, 6, 3))])
+@pytest.mark.parametrize(
+    ("sampler", "sessions"),
+    [pytest.param("gp", (3, 2, 2), marks=pytest.mark.slow), ("cmaes", (3, 6, 3))],
+)
 def test_a_resume_continues_what_the_sampler_would_have_proposed(
     tmp_path: Path, sampler: str, sessions: tuple[int, ...]
 ) -> None:
