@@ -19,7 +19,9 @@ NAMES = sorted(shipped())
 def test_the_default_network_is_there() -> None:
     assert "fluctuating" in NAMES
     assert Localizer.shipped().config == Localizer.shipped("fluctuating").config
-    with pytest.raises(CheckpointError, match=r"no shipped network 'other'; there are constant, fluctuating"):
+    with pytest.raises(
+        CheckpointError, match=r"no shipped network 'other'; there are constant, fluctuating"
+    ):
         Localizer.shipped("other")
 
 
