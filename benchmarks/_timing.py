@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import platform
 import statistics
 import time
 import weakref
@@ -93,10 +95,29 @@ def parser(description: str) -> argparse.ArgumentParser:
     return p
 
 
+def machine_name(device: torch.device) -> str:
+    """The GPU's name, or the processor's and its cores."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    name = names[0] if names else platform.processor() or platform.machine()
+    return f"{name}, {os.cpu_count()} cores"
+
+
 def save(figures: dict[str, Any], path: Path | None) -> None:
     """Write the figures, with what they were measured on."""
     if path is not None:
-        machine = {"torch": torch.__version__, "threads": torch.get_num_threads()}
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        machine = {
+            "name": machine_name(device),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+        }
         path.write_text(json.dumps({**figures, "machine": machine}, indent=2) + "\n")
 
 

@@ -22,6 +22,7 @@ from model.decision import Decision, Judged, choose, judge
 from model.decode import detect
 from model.features import Features, compute_features
 from model.loss import ScenesLoss
+from model.memory import keep_freed_memory
 from model.network import build_network
 from model.optimizer import (
     WeightAverage,
@@ -71,6 +72,7 @@ class Trainer:
         self.device = torch.device(device)
         if self.device.type == "cpu":
             torch.set_num_threads(config.training.threads)
+            keep_freed_memory()
         self.array = config.array.build()
         self.grid = pursuit_grid(config.scene, self.array)
         self.source = open_source(config, self.device)

@@ -1,0 +1,237 @@
+"""How close a call comes to what its operations must take on this machine.
+
+Every operation that PyTorch dispatches must at least be launched, move its operands and results
+through memory, and do its arithmetic. With the machine's rates measured in the same process, the
+largest of the three is the operation's bound, and their sum is the call's: a roofline taken
+operation by operation (Williams, Waterman and Patterson, "Roofline: an insightful visual
+performance model", CACM 2009), with the launch as a third ceiling.
+
+The bound is that of the operations as they are written. Fusing them could go below it.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from bisect import bisect_left
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+_COPY_BYTES = [2**k for k in range(16, 29, 2)]  # 64 KiB to 256 MiB: from the caches to memory
+_MATRIX = 768  # of the product that measures arithmetic
+_LAUNCHES = 2000
+_COMPLEX_MULTIPLY_ADD = 4  # real ones in a complex one
+_ELEMENTS = 2**16  # of the vectors that measure functions: they stay in the cache
+# fmt: off
+_FUNCTIONS = {
+    "atan2", "cos", "erf", "exp", "expm1", "gelu", "gelu_backward", "log", "log1p",
+    "log_sigmoid_forward", "logsumexp", "pow", "polar", "reciprocal", "rsqrt", "sigmoid",
+    "sigmoid_backward", "sin", "softplus", "softplus_backward", "sqrt", "tanh", "_log_softmax",
+    "_softmax",
+}
+_DRAWS = {"bernoulli_", "exponential_", "multinomial", "normal_", "rand", "randn", "uniform_"}
+# fmt: on
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What this machine reaches at best, measured."""
+
+    launch: float  # [s] of the smallest operation
+    copy_bytes: list[int]  # sizes of operands and results together
+    copy_rates: list[float]  # [byte/s] at these sizes
+    flops: float  # [1/s] real operations in a product of complex64 matrices
+    functions: float  # [1/s] cosines of float32
+    draws: float  # [1/s] normal numbers of float32
+
+    @classmethod
+    def measured(cls, device: torch.device) -> Machine:
+        """Measure with the threads that are set now."""
+        launch = _launch(device)
+        rates = [_copy_rate(size, launch, device) for size in _COPY_BYTES]
+        flops = _flops(device)
+        generator = torch.Generator(device).manual_seed(0)
+        functions = _element_rate(lambda x: x.cos(), launch, device)
+        draws = _element_rate(lambda x: x.normal_(generator=generator), launch, device)
+        return cls(launch, _COPY_BYTES, rates, flops, functions, draws)
+
+    def rate(self, n_bytes: int) -> float:
+        """Bytes a second of an operation that touches so many."""
+        index = min(bisect_left(self.copy_bytes, n_bytes), len(self.copy_bytes) - 1)
+        return self.copy_rates[index]
+
+
+@dataclass
+class Work:
+    """What a call's operations need."""
+
+    n_operations: int = 0
+    n_bytes: int = 0
+    flops: float = 0.0
+    seconds: dict[str, float] = field(
+        default_factory=lambda: {"launch latency": 0.0, "memory bandwidth": 0.0, "arithmetic": 0.0}
+    )
+
+    @property
+    def bound(self) -> str:
+        """What most of the time has to be spent on."""
+        return max(self.seconds, key=lambda name: self.seconds[name])
+
+    @property
+    def least(self) -> float:
+        """Seconds below which these operations cannot go."""
+        return sum(self.seconds.values())
+
+
+class _Tally(TorchDispatchMode):
+    """Adds up the work of every operation; views cost nothing."""
+
+    def __init__(self, machine: Machine) -> None:
+        super().__init__()
+        self.machine, self.work = machine, Work()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        kwargs = kwargs or {}
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        result = func(*args, **kwargs)
+        made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        if not func.is_view:
+            self._count(func.overloadpacket.__name__, args, given, made)
+        return result
+
+    def _count(self, name: str, args: Any, given: list[Tensor], made: list[Tensor]) -> None:
+        n_bytes = sum(t.numel() * t.element_size() for t in (*given, *made))
+        flops = flops_of(name, args, made)
+        needs = {
+            "launch latency": self.machine.launch,
+            "memory bandwidth": n_bytes / self.machine.rate(n_bytes),
+            "arithmetic": flops / self.machine.flops + self._element_seconds(name, made),
+        }
+        largest = max(needs, key=lambda need: needs[need])
+        work = self.work
+        work.n_operations += 1
+        work.n_bytes += n_bytes
+        work.flops += flops
+        work.seconds[largest] += needs[largest]
+
+    def _element_seconds(self, name: str, made: list[Tensor]) -> float:
+        """Of functions and random numbers, which take many cycles an element."""
+        n_elements = sum(t.numel() * (2 if t.is_complex() else 1) for t in made)
+        if name in _DRAWS:
+            return n_elements / self.machine.draws
+        return n_elements / self.machine.functions if name.removesuffix("_") in _FUNCTIONS else 0.0
+
+
+def work_of(call: Callable[[], object], machine: Machine) -> Work:
+    """Operations, traffic and arithmetic of one call, and the least time that they take."""
+    with _Tally(machine) as tally:
+        call()
+    return tally.work
+
+
+def flops_of(name: str, args: Any, made: list[Tensor]) -> float:
+    """Real operations of one dispatched operation: those of matrices by their textbook counts.
+
+    Everything else counts one a real number made. Source of the counts: Golub and Van Loan,
+    "Matrix computations", 4th ed. 2013.
+    """
+    tensors = [a for a in args if isinstance(a, Tensor)]
+    if not made or not tensors:
+        return 0.0
+    out = made[0]
+    factor = _COMPLEX_MULTIPLY_ADD if any(t.is_complex() for t in tensors) else 1
+    if name in ("mm", "bmm"):
+        return 2.0 * factor * out.numel() * tensors[0].shape[-1]
+    if name in ("addmm", "baddbmm"):
+        return 2.0 * factor * out.numel() * tensors[1].shape[-1]
+    if name == "convolution":
+        weight = tensors[1]
+        return 2.0 * factor * out.numel() * math.prod(weight.shape[1:])
+    n = tensors[0].shape[-1] if tensors[0].ndim else 1
+    n_matrices = tensors[0].numel() / max(1, n * n)
+    if name in ("linalg_cholesky_ex", "cholesky"):
+        return factor * n_matrices * n**3 / 3
+    if name == "_linalg_eigh":
+        return factor * n_matrices * 9 * n**3
+    if name in ("linalg_solve_triangular", "triangular_solve"):
+        return factor * out.numel() * n
+    if name == "_linalg_svd":
+        rows, columns = sorted(tensors[0].shape[-2:], reverse=True)
+        n_matrices = tensors[0].numel() / max(1, rows * columns)
+        return factor * n_matrices * (14 * rows * columns**2 + 8 * columns**3)
+    return float(sum(t.numel() * (2 if t.is_complex() else 1) for t in made))
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was told."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _median_seconds(call: Callable[[], object], device: torch.device, rounds: int) -> float:
+    call()
+    synchronize(device)
+    found = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        call()
+        synchronize(device)
+        found.append(time.perf_counter() - start)
+    return statistics.median(found)
+
+
+def _launch(device: torch.device) -> float:
+    small = torch.ones(1, device=device)
+
+    def many() -> None:
+        for _ in range(_LAUNCHES):
+            small.add_(1.0)
+
+    return _median_seconds(many, device, 9) / _LAUNCHES
+
+
+def _copy_rate(n_bytes: int, launch: float, device: torch.device) -> float:
+    """Of an operation whose operand and result hold so many bytes, its launch apart."""
+    source = torch.ones(n_bytes // 8, device=device)
+    target = torch.empty_like(source)
+    repeats = max(1, 2**24 // n_bytes)
+
+    def many() -> None:
+        for _ in range(repeats):
+            target.copy_(source)
+
+    each = _median_seconds(many, device, 7) / repeats
+    # A copy no longer than a launch hides behind it; then half of it is the least that is known.
+    return n_bytes / max(each - launch, 0.5 * each)
+
+
+def _element_rate(
+    function: Callable[[Tensor], Tensor], launch: float, device: torch.device
+) -> float:
+    """Elements a second of a function of each."""
+    x = torch.linspace(0.1, 6.0, _ELEMENTS, device=device)
+
+    def many() -> None:
+        for _ in range(64):
+            function(x)
+
+    each = _median_seconds(many, device, 7) / 64
+    return _ELEMENTS / max(each - launch, 0.5 * each)
+
+
+def _flops(device: torch.device) -> float:
+    generator = torch.Generator(device).manual_seed(0)
+    shape = (_MATRIX, _MATRIX)
+    a, b = (
+        torch.randn(shape, dtype=torch.complex64, device=device, generator=generator)
+        for _ in range(2)
+    )
+    seconds = _median_seconds(lambda: a @ b, device, 7)
+    return 2.0 * _COMPLEX_MULTIPLY_ADD * _MATRIX**3 / seconds
