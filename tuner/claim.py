@@ -110,7 +110,10 @@ class ServerClaim:
             for setting in ("idle = 30", "interval = 10", "count = 3"):
                 self._connection.exec_driver_sql(f"SET tcp_keepalives_{setting}")
         query = text("SELECT pg_try_advisory_lock(:key)")
-        return bool(self._connection.execute(query, {"key": self._key}).scalar())
+        got = bool(self._connection.execute(query, {"key": self._key}).scalar())
+        if not got:
+            self._drop()  # a connection that is kept is one that has the lock
+        return got
 
     def _drop(self) -> None:
         connection, self._connection = self._connection, None

@@ -21,6 +21,8 @@ from typing import Any
 import psycopg
 import pytest
 
+from tests.tuner.support import wait_for
+
 USER, PASSWORD = "ristune", "so secret"
 REQUIRED = os.environ.get("RISTUNE_REQUIRE_POSTGRESQL") == "1"
 
@@ -107,12 +109,10 @@ class Server:
     def kill(self) -> None:
         """kill -9, and wait until the processes that it had are gone too."""
         assert self._process is not None
+        children = _children(self._process.pid)
         self._process.send_signal(signal.SIGKILL)
         self._process.wait()
-        deadline = time.monotonic() + 30
-        while _members(self._process.pid):
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        wait_for(lambda: not any(Path(f"/proc/{child}").exists() for child in children))
 
     def stop(self) -> None:
         """End it for good and remove what it kept."""
@@ -146,16 +146,16 @@ class Server:
             )
 
 
-def _members(session: int) -> list[int]:
-    """The live processes of a server: its session's, in which it is the leader."""
+def _children(parent: int) -> list[int]:
+    """Its processes, each of which leads a session of its own."""
     found = []
     for folder in Path("/proc").iterdir():
         try:
-            # After the name in brackets: state, parent, group, session.
-            state, _, _, group = (folder / "stat").read_text().rpartition(")")[2].split()[:4]
-        except (OSError, ValueError):
+            # After the name in brackets: state, parent.
+            fields = (folder / "stat").read_text().rpartition(")")[2].split()
+        except OSError:
             continue
-        if int(group) == session and state != "Z":
+        if int(fields[1]) == parent:
             found.append(int(folder.name))
     return found
 
