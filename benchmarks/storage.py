@@ -16,6 +16,7 @@ import json
 import logging
 import multiprocessing
 import os
+import shutil
 import signal
 import sqlite3
 import statistics
@@ -39,7 +40,7 @@ from tuner.study import Ledger
 
 EPOCHS = 16
 READERS = 4
-_PAUSE = 0.5  # seconds between two readings of a reader
+_PAUSE = 2.0  # seconds between two readings of a reader
 _METRICS = ("loss", "nmse_pred", "nmse_blend", "f1", "gospa", "count_accuracy", "grad_norm",
             "grad_norm_max", "learning_rate", "epoch_seconds", "gpu_seconds", "scenes_per_second",
             "loss_cov_pred", "loss_existence", "loss_position", "untrained_objective")  # fmt: skip
@@ -261,12 +262,16 @@ def main() -> None:
     print(f"{EPOCHS} epochs a trial; milliseconds, medians")
     print(f"{'storage':<14}{'trials':>7}{'readers':>8}" + "".join(f"{h:>16}" for h in heads)
           + f"{'locked':>8}{'reader errors':>15}")  # fmt: skip
-    for name in STORAGES:
-        for trials in arguments.trials:
-            with tempfile.TemporaryDirectory() as home:
-                ledger = opened(name, Path(home))
-                fill(ledger, trials)
-                ledger.close()
+    for trials in arguments.trials:
+        with tempfile.TemporaryDirectory() as plain, tempfile.TemporaryDirectory() as other:
+            for name in STORAGES:
+                home = other if name.endswith("WAL") else plain
+                if home == other:
+                    shutil.copy(Path(plain) / "study.db", other)
+                else:
+                    ledger = opened(name, Path(home))
+                    fill(ledger, trials)
+                    ledger.close()
                 for readers in (0, READERS):
                     row = speed(name, Path(home), readers, arguments.rounds)
                     figures[f"{name}, {trials} trials, {readers} readers"] = row

@@ -93,7 +93,7 @@ def run(
 
     Results go to the run folder: config.yaml, trials.csv, best.json, best/, report.html and
     tuner.log. Exit codes: 0 done; 1 no trial finished; 2 bad configuration or data, said in one
-    line; 130 interrupted, go on with --resume.
+    line; 130 interrupted, by a signal or by a database that stayed away, go on with --resume.
     """
     from tuner.session import Request, run_session
 
