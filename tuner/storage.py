@@ -239,7 +239,8 @@ class PatientStorage(BaseStorage):
         """What `work` returns; after an outage what `again` does, or `work` once more.
 
         Raises:
-            LedgerLost: the database has been out for PATIENCE; from then on at once.
+            LedgerLost: the database has been out for PATIENCE, or the user interrupted the
+                waiting; from then on at once.
         """
         if self.lost is not None:
             raise self.lost
@@ -257,12 +258,13 @@ class PatientStorage(BaseStorage):
                 begun = now if begun is None else begun
                 spent = now - begun
                 logger.info("%s is out since %.1f s: %s", self.place, spent, error)
+                lost = LedgerLost(
+                    f"the ledger at {self.place} was out for {format_duration(spent)}: "
+                    f"{error}{self._way_on}"
+                )
                 if spent >= PATIENCE:
-                    self.lost = LedgerLost(
-                        f"the ledger at {self.place} was out for {format_duration(spent)}: "
-                        f"{error}{self._way_on}"
-                    )
-                    raise self.lost from error
+                    self.lost = lost
+                    raise lost from error
                 if spent >= _SILENCE and not told:
                     told = True
                     self.say(
@@ -270,7 +272,11 @@ class PatientStorage(BaseStorage):
                         f"{format_duration(PATIENCE)}, and nothing is lost meanwhile",
                         logging.WARNING,
                     )
-                time.sleep(min(pause, max(0.0, PATIENCE - spent)))
+                try:
+                    time.sleep(min(pause, max(0.0, PATIENCE - spent)))
+                except KeyboardInterrupt:  # the user has lost patience: nothing waits again
+                    self.lost = lost
+                    raise
                 pause = min(2 * pause, _LONGEST_PAUSE)
             else:
                 if told:

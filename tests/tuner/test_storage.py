@@ -376,6 +376,21 @@ def test_a_locked_sqlite_file_is_waited_for(
     ledger.close()
 
 
+def test_ctrl_c_ends_the_waiting_for_good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(storage_module._SQLITE, "timeout", 0.05)
+    ledger = driver(tmp_path, None)
+    locker = sqlite3.connect(tmp_path / "study.db", isolation_level=None)
+    locker.execute("BEGIN EXCLUSIVE")
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        ledger.ask()
+    begun = time.monotonic()
+    with pytest.raises(LedgerLost, match="database is locked"):
+        ledger.trials()
+    assert time.monotonic() - begun < 0.2
+    locker.close()
+
+
 def test_an_error_that_will_not_pass_is_not_waited_for(tmp_path: Path) -> None:
     ledger = driver(tmp_path, None)
     trial = ledger.ask()
