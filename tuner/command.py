@@ -31,7 +31,7 @@ def execute(app: typer.Typer, arguments: list[str] | None = None) -> int:
         return leaving.exit_code
     except StudyError as error:
         complain(str(error))
-        return BAD_INPUT
+        return error.code
     except (KeyboardInterrupt, typer.Abort):
         complain("interrupted before the work began")
         return INTERRUPTED

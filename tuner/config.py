@@ -58,6 +58,11 @@ class SearchConfig(FrozenModel):
     )
     include_base: bool = Field(True, description="try the configuration's own values first")
     enqueue: tuple[dict[str, Value], ...] = Field((), description="points that are tried first")
+    storage: str | None = Field(
+        None,
+        description="database of the ledger, postgresql://USER@HOST/NAME, without the password; "
+        "null: study.db in the run folder",
+    )
     space: SearchSpace = Field(default_factory=default_space)
 
     @field_validator("time_budget", mode="before")
@@ -96,6 +101,22 @@ class StudyConfig(TrialConfig):
     name: str = Field("study", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     search: SearchConfig = Field(default_factory=SearchConfig)
     resources: ResourcesConfig = Field(default_factory=ResourcesConfig)
+
+    # Not at the field: an error there shows what it held, and that may be a password.
+    @model_validator(mode="before")
+    @classmethod
+    def _storage_is_a_database(cls, data: Any) -> Any:
+        search = data.get("search") if isinstance(data, Mapping) else None
+        storage = search.get("storage") if isinstance(search, Mapping) else None
+        if not isinstance(search, Mapping) or not isinstance(storage, str):
+            return data
+        from tuner.storage import parse_url
+
+        try:
+            url = parse_url(storage)
+        except ValueError as error:
+            raise ValueError(f"search.storage: {error}") from None
+        return {**data, "search": {**search, "storage": url.render_as_string()}}
 
     @model_validator(mode="after")
     def _sampler_suits(self) -> Self:

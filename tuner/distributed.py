@@ -111,6 +111,8 @@ def run_distributed(
     finally:
         search.closed = True
         _sweep(folder.trials)
+        if ledger.lost is not None:  # which Ray Tune has taken for a trial's fault, or wrapped
+            raise ledger.lost
 
 
 def _trial_name(trial: Trial) -> str:

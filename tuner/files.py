@@ -1,7 +1,10 @@
-"""Folders that are replaced as a whole; single files are :mod:`model.files`."""
+"""Folders that are replaced as a whole, and locks; single files are :mod:`model.files`."""
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -22,3 +25,36 @@ def replace_folder(path: Path, fill: Callable[[Path], None]) -> None:
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+class Locked(Exception):
+    """A lock that another process holds; its text says which, if that is known."""
+
+
+class FileLock:
+    """A lock that its process holds as long as it lives, with the process's number in the file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._handle: int | None = None
+
+    def acquire(self) -> None:
+        """Take it, or raise Locked at once; OSError where the file cannot be written."""
+        handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = os.read(handle, 100).decode(errors="replace").strip()
+            os.close(handle)
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                raise
+            raise Locked(f" (process {holder})" if holder else "") from None
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, str(os.getpid()).encode(), 0)
+        self._handle = handle
+
+    def release(self) -> None:
+        """Let another process have it."""
+        if self._handle is not None:
+            os.close(self._handle)
+            self._handle = None

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
-import os
 import time
 from pathlib import Path
 
 from tuner.errors import StudyError
+from tuner.files import FileLock, Locked
 
 
 class RunFolder:
@@ -16,7 +14,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path.expanduser().resolve()
-        self._lock: int | None = None
+        self._lock = FileLock(self.path / ".lock")
 
     @property
     def config(self) -> Path:
@@ -25,8 +23,13 @@ class RunFolder:
 
     @property
     def database(self) -> Path:
-        """The ledger: an Optuna study in SQLite."""
+        """The ledger: an Optuna study in SQLite, unless the study names another database."""
         return self.path / "study.db"
+
+    @property
+    def study_name(self) -> Path:
+        """What the study is called in a database that it shares with others."""
+        return self.path / "study.name"
 
     @property
     def trials_csv(self) -> Path:
@@ -118,22 +121,11 @@ class RunFolder:
         return path
 
     def _acquire(self) -> None:
-        handle = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            holder = os.read(handle, 100).decode(errors="replace").strip()
-            os.close(handle)
-            if error.errno not in (errno.EAGAIN, errno.EACCES):
-                raise
-            by = f" (process {holder})" if holder else ""
-            raise StudyError(f"{self.path}: another run{by} is at work on this study") from None
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, str(os.getpid()).encode(), 0)
-        self._lock = handle
+            self._lock.acquire()
+        except Locked as error:
+            raise StudyError(f"{self.path}: another run{error} is at work on this study") from None
 
     def release(self) -> None:
         """Let another driver in."""
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        self._lock.release()

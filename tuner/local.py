@@ -7,7 +7,6 @@ that either mode goes on where the other stopped.
 from __future__ import annotations
 
 import logging
-import platform
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch
 
 from tuner.folder import RunFolder
 from tuner.study import Assignment, End, Ledger
-from tuner.trial import TrialRun
+from tuner.trial import TrialRun, place_of
 from tuner.watchers import Watcher
 
 logger = logging.getLogger(__name__)
@@ -92,7 +91,7 @@ def _run_trial(
                 return
             finished = result.pop("finished")
             if not result.pop("repeated", False):
-                metrics = {**result, "node": platform.node(), "device": device}
+                metrics = {**result, **place_of(result, device, float(device != "cpu"))}
                 ledger.report(number, metrics)  # first: a checkpoint never knows more
                 progress.reported(number, metrics)
                 run.save(home / "checkpoint")

@@ -49,12 +49,10 @@ def report(
     from tuner.config import load_study
     from tuner.errors import StudyError
     from tuner.folder import RunFolder
-    from tuner.study import Ledger
+    from tuner.ledger import read_ledger
 
     folder = RunFolder.existing(run_dir, lock=False)
-    if not folder.database.exists():
-        raise StudyError(f"{run_dir}: no study.db there; the study has not begun")
-    ledger = Ledger(folder.database, load_study(folder.config))
+    ledger = read_ledger(folder, load_study(folder.config))
     try:
         write_report(folder, ledger)
     except OSError as error:
@@ -253,7 +251,7 @@ def _trial_table(ledger: Ledger, trials: list[TrialRecord], best: TrialRecord | 
             str(trial.epoch),
             "" if trial.seconds is None else f"{trial.seconds:.0f}",
             str(metrics.get("skipped_steps", "")),
-            str(metrics.get("solver_fallbacks", "")),
+            "" if trial.fallbacks is None else f"{trial.fallbacks:.0f}",
             *(html.escape(_short(trial.params.get(path, ""))) for path in paths),
         ]
         row = "".join(f"<td>{cell}</td>" for cell in cells)

@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 _SCORES = ("nmse_blend", "f1", "gospa", "count_accuracy")  # of the last epoch
 _COLUMNS = (
-    "trial", "state", "objective", "epochs", "seed", "seconds", "node", "device",
+    "trial", "state", "objective", "epochs", "seed", "seconds", "gpu_seconds", "node", "device",
     "skipped_steps", "solver_fallbacks", *_SCORES, "reason",
 )  # fmt: skip
 
@@ -41,10 +41,11 @@ def write_trials(folder: RunFolder, ledger: Ledger) -> None:
                 trial.epoch,
                 trial.seed,
                 "" if trial.seconds is None else f"{trial.seconds:.1f}",
+                "" if trial.gpu_seconds is None else f"{trial.gpu_seconds:.1f}",
                 metrics.get("node", ""),
                 metrics.get("device", ""),
                 metrics.get("skipped_steps", ""),
-                metrics.get("solver_fallbacks", ""),
+                "" if trial.fallbacks is None else f"{trial.fallbacks:.0f}",
                 *(_cell(metrics.get(name, "")) for name in _SCORES),
                 trial.reason or "",
                 *(_cell(trial.params.get(path, "")) for path in paths),

@@ -50,6 +50,14 @@ def run(
             help="Earlier study of the same objective, whose finished trials the sampler knows.",
         ),
     ] = None,
+    storage: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="Database of the ledger, as postgresql://USER@HOST/NAME; the password belongs in "
+            "~/.pgpass or PGPASSWORD. Default: study.db in the run folder.",
+        ),
+    ] = None,
     epochs: Annotated[int | None, typer.Option(help="Largest number of epochs a trial.")] = None,
     out: Annotated[
         Path | None, typer.Option(help="Run folder. Default: runs/<name>-<timestamp>.")
@@ -85,7 +93,7 @@ def run(
 
     Results go to the run folder: config.yaml, trials.csv, best.json, best/, report.html and
     tuner.log. Exit codes: 0 done; 1 no trial finished; 2 bad configuration or data, said in one
-    line; 130 interrupted, go on with --resume.
+    line; 130 interrupted, by a signal or by a database that stayed away, go on with --resume.
     """
     from tuner.session import Request, run_session
 
@@ -98,6 +106,7 @@ def run(
                 "search__time_budget": time_budget,
                 "search__target": target,
                 "search__warm_start": warm_start,
+                "search__storage": storage,
                 "training__epochs": epochs,
                 "data__shards": data,
                 "resources__gpus_per_trial": gpus_per_trial,

@@ -20,6 +20,7 @@ from tuner.command import DONE, INTERRUPTED, NOTHING_FINISHED, Interruption
 from tuner.config import StudyConfig, load_study
 from tuner.errors import ConfigError, StudyError
 from tuner.folder import RunFolder
+from tuner.ledger import ledger_note, open_ledger
 from tuner.limits import Ended, Limits
 from tuner.local import local_device, run_local
 from tuner.report import write_report
@@ -45,6 +46,7 @@ _RESUMABLE = {
     "search__trials",
     "search__time_budget",
     "search__target",
+    "search__storage",
     "resources__concurrent",
     "resources__gpus_per_trial",
 }
@@ -107,6 +109,7 @@ def run_session(request: Request) -> int:
         prior = _prior(study, notes, fresh=folder is None)
         _check_precision(study, request.local)
         notes.append("data: " + check_data(study))
+        notes += ledger_note(study)
         if folder is not None:
             ledger = _ledger(stack, folder, study, prior)
         place: _Place | None = None
@@ -131,6 +134,7 @@ def run_session(request: Request) -> int:
         ledger = ledger or _ledger(stack, folder, study, prior)
         limits = Limits(ledger)
         progress = Progress(study, ledger.trials())
+        ledger.announce(progress.say)
         watchers = Watchers(progress, TensorBoardLog(ledger, folder.tensorboard))
         for note in [f"run folder: {folder.path}", *notes]:
             progress.say(note)
@@ -175,7 +179,7 @@ def _ledger(
     study: StudyConfig,
     prior: Callable[[], Sequence[PriorTrial]],
 ) -> Ledger:
-    ledger = Ledger(folder.database, study, prior)
+    ledger = open_ledger(folder, study, prior)
     stack.callback(ledger.close)
     return ledger
 
@@ -204,8 +208,8 @@ def _reopen(
     if refused:
         raise StudyError(
             f"{refused[0]}: cannot change with --resume; a study goes on as it was begun "
-            "(--trials, --time-budget, --target, --concurrent, --gpus-per-trial, --address and "
-            "--local may change)"
+            "(--trials, --time-budget, --target, --storage, --concurrent, --gpus-per-trial, "
+            "--address and --local may change)"
         )
     folder = RunFolder.existing(path)
     stack.callback(folder.release)

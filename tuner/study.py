@@ -1,6 +1,6 @@
 """The ledger: what was tried, how far it came and how it ended.
 
-One Optuna study in SQLite is the only record of a search. Ray Tune and the local
+One Optuna study in a database is the only record of a search. Ray Tune and the local
 loop both write to it and both go on from it, so that a crash costs little: the
 epoch under way, and one whose checkpoint was not on disk yet. Numbers:
 
@@ -25,9 +25,11 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from tuner.config import StudyConfig
+from tuner.errors import LedgerLost
 from tuner.pruners import make_pruner
 from tuner.samplers import make_sampler
 from tuner.space import Value, n_points, suggest
+from tuner.storage import PatientStorage, open_storage, sqlite_url
 
 logger = logging.getLogger(__name__)
 
@@ -100,8 +102,22 @@ class TrialRecord:
     @property
     def seconds(self) -> float | None:
         """Time spent in its epochs; waiting and interruptions do not count."""
-        spent = [_finite(metrics.get("epoch_seconds")) for metrics in self.epochs.values()]
-        return sum(value for value in spent if value is not None) if spent else None
+        return self._summed("epoch_seconds")
+
+    @property
+    def gpu_seconds(self) -> float | None:
+        """GPUs times the time spent in its epochs."""
+        return self._summed("gpu_seconds")
+
+    @property
+    def fallbacks(self) -> float | None:
+        """Scenes that the solver's SVD fallback served, over all epochs."""
+        return self._summed("solver_fallbacks")
+
+    def _summed(self, name: str) -> float | None:
+        found = [_finite(metrics.get(name)) for metrics in self.epochs.values()]
+        values = [value for value in found if value is not None]
+        return sum(values) if values else None
 
 
 def trial_seed(study_seed: int, number: int) -> int:
@@ -114,29 +130,28 @@ class Ledger:
     """The study's record, and the only way to propose, report and end trials.
 
     Args:
-        database: SQLite file, made where there is none.
+        storage: SQLite file, made where there is none, or a storage that is open.
         study: the configuration.
         prior: asked, until the first trial has started, for what the sampler knows before it.
+        name: what the study is called in the storage; the configuration's name by default.
     """
 
     def __init__(
         self,
-        database: Path,
+        storage: Path | PatientStorage,
         study: StudyConfig,
         prior: Callable[[], Sequence[PriorTrial]] = tuple,
+        name: str | None = None,
     ) -> None:
         self._config = study
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             optuna.logging.set_verbosity(optuna.logging.ERROR)
-            self._storage = optuna.storages.get_storage(
-                optuna.storages.RDBStorage(
-                    f"sqlite:///{database}", engine_kwargs={"connect_args": {"timeout": 60}}
-                )
-            )
+            opened = open_storage(sqlite_url(storage)) if isinstance(storage, Path) else storage
+        self._storage = opened
         self._study = optuna.create_study(
             storage=self._storage,
-            study_name=study.name,
+            study_name=name or study.name,
             direction="minimize",
             load_if_exists=True,
             sampler=self._sampler(0, ()),
@@ -345,6 +360,15 @@ class Ledger:
     def close(self) -> None:
         """Let go of the database."""
         self._storage.remove_session()
+
+    def announce(self, say: Callable[[str, int], None]) -> None:
+        """Tell the user by `say(text, level)` when the database is out, and when it is back."""
+        self._storage.say = say
+
+    @property
+    def lost(self) -> LedgerLost | None:
+        """That the database stayed out for too long, if it did: nothing is recorded any more."""
+        return self._storage.lost
 
     def _frozen(self) -> list[FrozenTrial]:
         return self._study.get_trials(deepcopy=False)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import platform
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from ray import tune
 
 from model.config import TrialConfig
 from tuner.gauges import trial_gauges
-from tuner.trial import TrialRun
+from tuner.trial import TrialRun, place_of
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +31,8 @@ class TrialActor(tune.Trainable):
         self._gauges = trial_gauges()
         self._gauges.begin(self._study, int(config[NUMBER]))
         self._device = str(config[DEVICE])
+        given = self.trial_resources
+        self._gpus = float(given.required_resources.get("GPU", 0.0)) if given else 0.0
         trial = TrialConfig.model_validate(config[CONFIG])
         self._run = TrialRun(trial, self._device)
         if config.get(RESUME):
@@ -53,8 +54,7 @@ class TrialActor(tune.Trainable):
         result["done"] = result["failed"] or result["finished"]
         result["should_checkpoint"] = not result["failed"]
         result["training_iteration"] = result["epoch"]
-        result["device"] = self._device
-        result["node"] = platform.node()
+        result |= place_of(result, self._device, self._gpus)
         if not result["failed"]:
             self._gauges.show(result)
         return result

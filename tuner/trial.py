@@ -10,7 +10,9 @@ from __future__ import annotations
 import gc
 import logging
 import math
+import platform
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,21 @@ logger = logging.getLogger(__name__)
 def trial_name(number: int) -> str:
     """What a trial is called wherever it is listed: trial-0007."""
     return f"trial-{number:04d}"
+
+
+def place_of(metrics: Mapping[str, Any], device: str, gpus: float) -> dict[str, Any]:
+    """Where an epoch ran, for the ledger, and what it took of the GPUs.
+
+    Args:
+        metrics: what :meth:`TrialRun.step` returned; one that failed has no ``epoch_seconds``.
+        device: the torch device.
+        gpus: GPUs that the trial is given, or a share of one.
+
+    Returns:
+        ``node``, ``device`` and ``gpu_seconds``: GPUs times seconds, whether they were busy or not.
+    """
+    seconds = metrics.get("epoch_seconds", 0.0)
+    return {"node": platform.node(), "device": device, "gpu_seconds": gpus * seconds}
 
 
 class DeviceLost(RuntimeError):

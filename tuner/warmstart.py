@@ -9,8 +9,9 @@ from pathlib import Path
 from tuner.config import StudyConfig, held_value, load_study
 from tuner.errors import StudyError
 from tuner.folder import RunFolder
+from tuner.ledger import read_ledger
 from tuner.space import Value
-from tuner.study import Ledger, PriorTrial, TrialRecord
+from tuner.study import PriorTrial, TrialRecord
 
 
 @dataclass(frozen=True)
@@ -64,11 +65,9 @@ def _read(path: Path) -> tuple[StudyConfig, list[TrialRecord]]:
     try:
         folder = RunFolder.existing(path, lock=False)
         earlier = load_study(folder.config)
+        ledger = read_ledger(folder, earlier)
     except StudyError as error:
         raise StudyError(f"search.warm_start: {error}") from error
-    if not folder.database.exists():
-        raise StudyError(f"search.warm_start: {path}: no study.db there; that study has not begun")
-    ledger = Ledger(folder.database, earlier)
     try:
         return earlier, ledger.trials()
     finally:

@@ -1,0 +1,134 @@
+"""The ledger of a run folder, wherever it lies: opened for the driver, or to be read."""
+
+from __future__ import annotations
+
+import platform
+import re
+import shlex
+import uuid
+from collections.abc import Callable, Sequence
+
+from model.files import write_text
+from tuner.claim import claim_of
+from tuner.config import StudyConfig
+from tuner.errors import StudyError
+from tuner.folder import RunFolder
+from tuner.storage import PatientStorage, open_storage, parse_url, shown
+from tuner.study import Ledger, PriorTrial
+
+
+def ledger_note(study: StudyConfig) -> list[str]:
+    """One line on the database that a study names, which is tried; none where it names none.
+
+    Raises:
+        StudyError: the database cannot be opened.
+    """
+    if study.search.storage is None:
+        return []
+    url = parse_url(study.search.storage)
+    open_storage(url).remove_session()
+    return [f"ledger: {shown(url)}"]
+
+
+def open_ledger(
+    folder: RunFolder, study: StudyConfig, prior: Callable[[], Sequence[PriorTrial]] = tuple
+) -> Ledger:
+    """The driver's ledger: made where there is none, and closed to other drivers.
+
+    Args:
+        folder: the run folder, locked.
+        study: its configuration.
+        prior: asked, until the first trial has started, for what the sampler knows before it.
+
+    Raises:
+        StudyError: it cannot be opened, is not where it was, or another driver is at work on it.
+    """
+    ledger = _shared(folder, study, prior) or Ledger(folder.database, study, prior)
+    attrs = {
+        "config": study.model_dump(mode="json"),
+        "folder": f"{platform.node()}:{folder.path}",
+    }
+    held = ledger.optuna_study.user_attrs
+    for key, value in attrs.items():
+        if held.get(key) != value:
+            ledger.optuna_study.set_user_attr(key, value)
+    return ledger
+
+
+def read_ledger(folder: RunFolder, study: StudyConfig) -> Ledger:
+    """The ledger of a study that has begun, to be read while another process may write it.
+
+    Raises:
+        StudyError: the study has not begun, or its ledger cannot be opened.
+    """
+    if study.search.storage is None:
+        _refuse_elsewhere(folder)
+        if not folder.database.exists():
+            raise StudyError(f"{folder.path}: no study.db there; the study has not begun")
+        return Ledger(folder.database, study)
+    name = _kept_name(folder)
+    if name is None:
+        raise StudyError(f"{folder.path}: no study.name there; the study has not begun")
+    return Ledger(_holding(study.search.storage, name), study, name=name)
+
+
+def _shared(
+    folder: RunFolder, study: StudyConfig, prior: Callable[[], Sequence[PriorTrial]]
+) -> Ledger | None:
+    """The ledger in the database that the study names, if it names one."""
+    if study.search.storage is None:
+        _refuse_elsewhere(folder)
+        return None
+    if folder.database.exists():
+        raise StudyError(
+            f"search.storage: {folder.path} has its ledger in study.db, which stays there; "
+            "leave --storage out"
+        )
+    kept = _kept_name(folder)
+    name = kept or f"{re.sub(r'[^A-Za-z0-9._-]+', '-', folder.path.name)}-{uuid.uuid4().hex[:12]}"
+    url = parse_url(study.search.storage)
+    storage = _holding(study.search.storage, kept) if kept else open_storage(url)
+    try:
+        way_on = f"go on with: python -m tuner.run --resume {shlex.quote(str(folder.path))}"
+        storage.hold(claim_of(url, name), way_on)
+        ledger = Ledger(storage, study, prior, name)
+        if kept is None:  # only now: a name in the folder is that of a study in the database
+            write_text(folder.study_name, name + "\n")
+    except BaseException:
+        storage.remove_session()
+        raise
+    return ledger
+
+
+def _holding(url: str, name: str) -> PatientStorage:
+    """The database, in which a study of that name must be."""
+    storage = open_storage(parse_url(url))
+    try:
+        storage.get_study_id_from_name(name)
+    except KeyError:
+        storage.remove_session()
+        raise StudyError(
+            f"search.storage: the database at {storage.place} holds no study {name}; name the one "
+            "in which the study was begun"
+        ) from None
+    return storage
+
+
+def _kept_name(folder: RunFolder) -> str | None:
+    try:
+        name = folder.study_name.read_text(encoding="utf-8").strip()
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise StudyError(f"{folder.study_name}: cannot be read: {error}") from error
+    if not name:
+        raise StudyError(f"{folder.study_name}: is empty; the study's name is expected there")
+    return name
+
+
+def _refuse_elsewhere(folder: RunFolder) -> None:
+    if folder.study_name.exists():
+        raise StudyError(
+            f"search.storage: the ledger of {folder.path} lies in a database, which must be named "
+            "(--storage)"
+        )

@@ -1,0 +1,310 @@
+"""Where the ledger lies: a relational database, opened with care and waited for when it is out.
+
+A server that restarts, a network that fails, a disk that is full or a lock that is held are no
+reason to lose a study. Whatever Optuna asks of the database is asked again until it answers, for
+PATIENCE at most; here and nowhere else. An answer may be all that was lost: what cannot simply be
+done twice first looks whether it has been done.
+"""
+
+from __future__ import annotations
+
+import abc
+import inspect
+import logging
+import sqlite3
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import optuna
+from optuna.storages import BaseStorage, RDBStorage
+from optuna.trial import FrozenTrial, TrialState
+
+from tuner.duration import format_duration
+from tuner.errors import LedgerLost, StudyError
+
+if TYPE_CHECKING:
+    from sqlalchemy.engine import URL, ExceptionContext
+
+    from tuner.claim import Claim
+
+logger = logging.getLogger(__name__)
+
+PATIENCE = 300.0  # seconds that an outage may last
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0  # seconds between two attempts: doubled each time
+_SILENCE = 1.0  # seconds of an outage that nobody needs to be told of
+_OPENINGS = 3  # of a database whose tables another study may be making at the same time
+
+_DRIVERS = {"postgresql": "postgresql+psycopg", "postgres": "postgresql+psycopg"}
+_DIALECTS = ("postgresql", "sqlite")
+_SECRETS = ("password", "passwd", "pwd", "passcode")
+# A connection of which nothing is heard is given up in a minute; the system's own limit is hours.
+_LIBPQ: dict[str, Any] = {
+    "connect_timeout": 10,
+    "keepalives_idle": 30,
+    "keepalives_interval": 10,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 60_000,
+}
+_SQLITE = {"timeout": 60}
+_SQLITE_PASSING = frozenset(
+    {
+        sqlite3.SQLITE_BUSY,
+        sqlite3.SQLITE_LOCKED,
+        sqlite3.SQLITE_IOERR,
+        sqlite3.SQLITE_FULL,
+        sqlite3.SQLITE_CANTOPEN,
+    }
+)
+
+_T = TypeVar("_T")
+
+
+class Outage(Exception):
+    """The database does not answer, or cannot write, just now."""
+
+
+def parse_url(text: str) -> URL:
+    """The URL of a database, with the driver that is installed with ristune.
+
+    Raises:
+        ValueError: no URL, another kind of database, a password, or a database in memory.
+    """
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    try:
+        url = make_url(text)
+    except (ArgumentError, ValueError):
+        raise ValueError("is no URL of a database; expected postgresql://USER@HOST/NAME") from None
+    # SQLAlchemy takes what follows a bracket for a part of the host's name.
+    secrets = [key for key in url.query if any(word in key.lower() for word in _SECRETS)]
+    if url.password is not None or secrets:
+        raise ValueError(
+            "the URL holds a password, which would end up in files and logs; leave it out and put "
+            "it into ~/.pgpass or PGPASSWORD"
+        )
+    url = url.set(drivername=_DRIVERS.get(url.drivername, url.drivername))
+    if url.get_backend_name() not in _DIALECTS:
+        raise ValueError(
+            f"the ledger cannot lie in {url.get_backend_name()}; expected "
+            "postgresql://USER@HOST/NAME or sqlite:////PATH"
+        )
+    if url.get_backend_name() == "sqlite":
+        if url.database in (None, "", ":memory:") or "mode" in url.query:
+            raise ValueError("a ledger in memory is no record; name a file: sqlite:////PATH")
+        return url.set(database=str(Path(str(url.database)).expanduser().absolute()))
+    return url
+
+
+def sqlite_url(database: Path) -> URL:
+    """The URL of a SQLite file, whatever its path is made of."""
+    from sqlalchemy.engine import URL
+
+    return URL.create("sqlite", database=str(database))
+
+
+def connect_args(url: URL) -> dict[str, Any]:
+    """What bounds the waiting for this database, except what the URL itself says."""
+    if url.get_backend_name() == "sqlite":
+        return dict(_SQLITE)
+    if url.get_driver_name() in ("psycopg", "psycopg2"):
+        return {key: value for key, value in _LIBPQ.items() if key not in url.query}
+    return {}
+
+
+def open_storage(url: URL) -> PatientStorage:
+    """Connect to a database and make its tables if there are none.
+
+    Raises:
+        StudyError: in one line, after some ten seconds at most for a server that does not answer.
+    """
+    from sqlalchemy import event
+    from sqlalchemy.exc import IntegrityError, ProgrammingError, SQLAlchemyError
+
+    place = shown(url)
+    attempt = 1
+    while True:
+        try:
+            # Braces are a template's to Optuna.
+            text = url.render_as_string(hide_password=False).replace("{", "{{").replace("}", "}}")
+            rdb = RDBStorage(text, engine_kwargs={"connect_args": connect_args(url)})
+            break
+        except ImportError as error:
+            raise StudyError(
+                f"the ledger at {place}: its driver is not installed ({_first_line(error)}); "
+                "pip install 'ristune[postgresql]'"
+            ) from error
+        except (SQLAlchemyError, optuna.exceptions.OptunaError, RuntimeError) as error:
+            # Two studies that begin at the same time in an empty database make the same tables.
+            met = isinstance(error, IntegrityError | ProgrammingError) and attempt < _OPENINGS
+            if not met:
+                raise StudyError(
+                    f"the ledger at {place} cannot be opened: {_first_line(error)}"
+                ) from error
+            attempt += 1
+            time.sleep(_FIRST_PAUSE)
+    event.listen(rdb.engine, "handle_error", as_outage)
+    cached = optuna.storages.get_storage(rdb)
+    # The rest of its methods is put in below the class, where mypy does not look.
+    return PatientStorage(cached, place, rdb.engine.dispose)  # type: ignore[abstract]
+
+
+def shown(url: URL) -> str:
+    """A database as users know it."""
+    if url.get_backend_name() == "sqlite":
+        return str(url.database)
+    return url.render_as_string()
+
+
+def as_outage(context: ExceptionContext) -> Exception | None:
+    """What SQLAlchemy raises in place of an error that will pass; None leaves the error as it is.
+
+    It is no error of SQLAlchemy's: Optuna would wrap that, or try by itself to make a trial again.
+    """
+    error = context.original_exception
+    if isinstance(error, sqlite3.Error):
+        # The low byte is the kind, the rest its shade.
+        passing = getattr(error, "sqlite_errorcode", 0) & 0xFF in _SQLITE_PASSING
+    else:
+        kinds = [kind.__name__ for kind in type(error).__mro__]
+        passing = context.is_disconnect or bool({"OperationalError", "InterfaceError"} & {*kinds})
+    return Outage(_first_line(error)) if passing else None
+
+
+class PatientStorage(BaseStorage):
+    """An Optuna storage that waits while its database is out.
+
+    Args:
+        backend: the storage, whose database raises :class:`Outage`.
+        place: what the database is called before the user.
+        release: lets go of the database.
+
+    One driver at a time writes a study: a trial that has appeared since an attempt to make one
+    failed is the one that was to be made.
+    """
+
+    def __init__(
+        self, backend: BaseStorage, place: str, release: Callable[[], None] = lambda: None
+    ) -> None:
+        self.place = place
+        self.say: Callable[[str, int], None] = lambda text, level: logger.log(level, text)
+        self.lost: LedgerLost | None = None
+        self._backend = backend
+        self._release = release
+        self._claim: Claim | None = None
+        self._way_on = ""
+
+    def hold(self, claim: Claim, way_on: str) -> None:
+        """Keep other drivers out until the end; `way_on` is said where the database is lost."""
+        claim.take()
+        self._claim = claim
+        self._way_on = f"; {way_on}"
+
+    def create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> int:
+        """Make a trial, once."""
+        known = self.get_n_trials(study_id)
+
+        def make() -> int:
+            return self._backend.create_new_trial(study_id, template_trial)
+
+        def look() -> int:
+            trials = self._backend.get_all_trials(study_id, deepcopy=False)
+            return trials[known]._trial_id if len(trials) > known else make()
+
+        return self._patiently(make, look)
+
+    def set_trial_state_values(
+        self, trial_id: int, state: TrialState, values: Sequence[float] | None = None
+    ) -> bool:
+        """Begin or end a trial, once."""
+
+        def write() -> bool:
+            return self._backend.set_trial_state_values(trial_id, state, values)
+
+        def look() -> bool:
+            return self._backend.get_trial(trial_id).state == state or write()
+
+        return self._patiently(write, look)
+
+    def remove_session(self) -> None:
+        """Let go of the database, which needs no answer."""
+        self._backend.remove_session()
+        self._release()
+        if self._claim is not None:
+            self._claim.release()
+
+    def _patiently(self, work: Callable[[], _T], again: Callable[[], _T] | None = None) -> _T:
+        """What `work` returns; after an outage what `again` does, or `work` once more.
+
+        Raises:
+            LedgerLost: the database has been out for PATIENCE, or the user interrupted the
+                waiting; from then on at once.
+        """
+        if self.lost is not None:
+            raise self.lost
+        begun: float | None = None
+        told, pause = False, _FIRST_PAUSE
+        while True:
+            try:
+                if begun is None:
+                    return work()
+                if self._claim is not None:
+                    self._claim.renew()
+                found = (again or work)()
+            except Outage as error:
+                now = time.monotonic()
+                begun = now if begun is None else begun
+                spent = now - begun
+                logger.info("%s is out since %.1f s: %s", self.place, spent, error)
+                lost = LedgerLost(
+                    f"the ledger at {self.place} was out for {format_duration(spent)}: "
+                    f"{error}{self._way_on}"
+                )
+                if spent >= PATIENCE:
+                    self.lost = lost
+                    raise lost from error
+                if spent >= _SILENCE and not told:
+                    told = True
+                    self.say(
+                        f"the ledger at {self.place} is out ({error}); trying again for "
+                        f"{format_duration(PATIENCE)}, and nothing is lost meanwhile",
+                        logging.WARNING,
+                    )
+                try:
+                    time.sleep(min(pause, max(0.0, PATIENCE - spent)))
+                except KeyboardInterrupt:  # the user has lost patience: nothing waits again
+                    self.lost = lost
+                    raise
+                pause = min(2 * pause, _LONGEST_PAUSE)
+            else:
+                if told:
+                    out = format_duration(time.monotonic() - begun)
+                    self.say(f"the ledger answers again, after {out}", logging.INFO)
+                return found
+
+
+def _patient(name: str) -> Callable[..., Any]:
+    """A method of Optuna's interface that may simply be done twice."""
+
+    def method(self: PatientStorage, *args: Any, **kwargs: Any) -> Any:
+        call = getattr(self._backend, name)
+        return self._patiently(lambda: call(*args, **kwargs))
+
+    return method
+
+
+# Attributes, values and parameters are written over, or into the place that they already have.
+# Every method of the interface is taken, so that none is without patience.
+for _name, _function in inspect.getmembers(BaseStorage, inspect.isfunction):
+    if not _name.startswith("_") and _name not in vars(PatientStorage):
+        setattr(PatientStorage, _name, _patient(_name))
+abc.update_abstractmethods(PatientStorage)  # type: ignore[type-abstract]
+
+
+def _first_line(error: BaseException) -> str:
+    """What a driver says, without the statement and the links that SQLAlchemy adds."""
+    cause = getattr(error, "orig", None) or error.__cause__ or error
+    cause = getattr(cause, "orig", None) or cause
+    return " ".join(str(cause).split()) or type(cause).__name__
