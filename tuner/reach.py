@@ -11,7 +11,7 @@ import uuid
 from pathlib import PurePosixPath
 
 import ray
-from ray.exceptions import GetTimeoutError, RayError
+from ray.exceptions import RayError, RayTaskError
 
 from tuner.autoscaling import on_node
 from tuner.capacity import Machine
@@ -65,22 +65,25 @@ def sees(location: str) -> bool:
 
 def _blind(location: str, cpus: int, gpus: float) -> list[str]:
     """Names of the nodes that do not see the file; of one that does not answer nothing is said."""
-    asked = {
-        node["NodeManagerHostname"] + f" ({node['NodeManagerAddress']})": on_node(
-            node["NodeID"], sees, location
+    asked = [
+        (
+            f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})",
+            on_node(node["NodeID"], sees, location),
         )
         for node in ray.nodes()
         if node["Alive"] and Machine.of(node["Resources"]).places(cpus, gpus)
-    }
-    ray.wait(list(asked.values()), num_returns=len(asked), timeout=_ANSWER_TIMEOUT)
+    ]
+    answers = [answer for _, answer in asked]
+    if answers:
+        ray.wait(answers, num_returns=len(answers), timeout=_ANSWER_TIMEOUT)
     blind = []
-    for name, answer in asked.items():
+    for name, answer in asked:
         try:
             if not ray.get(answer, timeout=0):
                 blind.append(name)
-        except ray.exceptions.RayTaskError as error:
+        except RayTaskError as error:
             logger.warning("%s cannot open the storage: %s", name, error.cause)
             blind.append(name)
-        except (GetTimeoutError, RayError) as error:
+        except RayError as error:
             logger.warning("%s was not asked: %s", name, str(error)[:200])
     return blind
