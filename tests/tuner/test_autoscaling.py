@@ -28,7 +28,11 @@ def fake_machines(address: str) -> dict[str, Any]:
         "max_workers": 2,
         "idle_timeout_minutes": 0.1,
         "upscaling_speed": 1.0,
-        "provider": {"type": "fake_multinode", "gcs_address": address},
+        "provider": {
+            "type": "fake_multinode",
+            "gcs_address": address,
+            "launch_multiple": True,
+        },
         "auth": {},
         "head_node_type": "ray.head.default",
         "available_node_types": {
@@ -68,7 +72,8 @@ def test_gpu_nodes_come_for_a_studys_trials_and_go_after_them(
 ) -> None:
     config = write_study(
         tmp_path,
-        training={"epochs": 6},
+        training={"epochs": 60},  # so that the second node comes before the first is done
+        data={"train_scenes": 128},
         search={"trials": 4, "scheduler": "none"},
         resources={"device": "cpu"},
     )
