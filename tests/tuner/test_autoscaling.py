@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import json
+import ssl
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from ipaddress import ip_address
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
 import ray
+import yaml
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from tests.tuner.clusters import STORE, Head, free_port, ray_head
 from tests.tuner.support import read_until, start, wait_for, write_study
@@ -17,6 +26,8 @@ from tuner.cluster import connected
 from tuner.config import load_study
 from tuner.study import Ledger
 
+ROOT = Path(__file__).resolve().parents[2]
+LOOPBACK = ip_address("127.0.0.1")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
@@ -32,6 +43,8 @@ def fake_machines(address: str) -> dict[str, Any]:
             "type": "fake_multinode",
             "gcs_address": address,
             "launch_multiple": True,
+            "disable_node_updaters": True,
+            "disable_launch_config_check": True,
         },
         "auth": {},
         "head_node_type": "ray.head.default",
@@ -49,6 +62,74 @@ def fake_machines(address: str) -> dict[str, Any]:
         "head_start_ray_commands": [],
         "worker_start_ray_commands": [],
     }
+
+
+@pytest.fixture
+def kubernetes(tmp_path: Path) -> Iterator[dict[str, str]]:
+    """An API server that knows the RayCluster of deploy/kuberay.yaml; what a pod sees of it."""
+    text = (ROOT / "deploy" / "kuberay.yaml").read_text(encoding="utf-8")
+    (manifest,) = [m for m in yaml.safe_load_all(text) if m["kind"] == "RayCluster"]
+    manifest["metadata"]["namespace"] = "research"
+    path = "/apis/ray.io/v1/namespaces/research/rayclusters/ristune"
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200 if self.path == path else 404)
+            self.end_headers()
+            self.wfile.write(json.dumps(manifest).encode() if self.path == path else b"{}")
+
+        def log_message(self, *arguments: Any) -> None:
+            pass
+
+    key, certificate = write_certificate(tmp_path)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    Thread(target=server.serve_forever, daemon=True).start()
+    yield {
+        "KUBERNETES_SERVICE_HOST": "127.0.0.1",
+        "KUBERNETES_SERVICE_PORT_HTTPS": str(server.server_port),
+        # In the place of a service account's token, whose path is fixed.
+        "RAY_KUBERAY_CLIENT_CERT_PATH": str(certificate),
+        "RAY_KUBERAY_CLIENT_KEY_PATH": str(key),
+        "RAY_KUBERAY_CA_CERT_PATH": str(certificate),
+        "RAY_CLUSTER_NAMESPACE": "research",
+    }
+    server.shutdown()
+    server.server_close()
+
+
+def write_certificate(folder: Path) -> tuple[Path, Path]:
+    """A key, and a certificate for 127.0.0.1 that it signs itself."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "kubernetes")])
+    now = datetime.now(tz=UTC)
+    certificate = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - timedelta(hours=1))
+        .not_valid_after(now + timedelta(hours=1))
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(LOOPBACK)]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    paths = folder / "tls.key", folder / "tls.crt"
+    form, none = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    paths[0].write_bytes(key.private_bytes(serialization.Encoding.PEM, form, none))
+    paths[1].write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    return paths
+
+
+@pytest.mark.parametrize(("name", "gpus"), [("ristune", 8), ("another", 0)])
+def test_the_limits_of_a_cluster_on_kubernetes_are_those_of_its_resource(
+    kubernetes: dict[str, str], name: str, gpus: int
+) -> None:
+    # KubeRay starts the head in this way and lets a container beside it scale.
+    head = ray_head("--num-cpus=0", "--no-monitor", **kubernetes, RAY_CLUSTER_NAME=name)
+    with head as started, connected(started.address) as cluster:
+        assert cluster.capacity.growth is not None
+        assert cluster.capacity.known == (name == "ristune")
+        assert (cluster.n_cpus, cluster.n_gpus, cluster.n_gpus_possible) == (0, 0, gpus)
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from tuner.study import Ledger, TrialRecord
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 EPOCHS = 16
-WORKER = {"num_cpus": 1, "num_gpus": 1, "node_ip_address": "127.0.0.1"}
+WORKER = {"num_cpus": 1, "num_gpus": 1}
 # Proposals at random depend on nothing that happens, so that studies can be compared.
 STUDY: dict[str, Any] = {
     "training": {"epochs": EPOCHS},
@@ -43,7 +43,6 @@ def nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     monkeypatch.setenv("RAY_health_check_period_ms", "1000")
     head = {
         "num_cpus": 1,
-        "node_ip_address": "127.0.0.1",
         "gcs_server_port": free_port(),
         "include_dashboard": False,
         "temp_dir": f"{folder}/ray",
