@@ -42,9 +42,8 @@ def find_growth(nodes: Sequence[Mapping[str, Any]]) -> Growth | None:
     head = next((node["NodeID"] for node in nodes if HEAD in node["Resources"]), None)
     if head is None:
         return None
-    address = ray.get_runtime_context().gcs_address
     try:
-        config = ray.get(on_node(head, autoscaling_config, address), timeout=_ANSWER_TIMEOUT)
+        config = ray.get(on_node(head, _config_here), timeout=_ANSWER_TIMEOUT)
     except RayError as error:
         # Whatever keeps the head from reading it: that there is an autoscaler is likely.
         logger.warning("what the autoscaler may add is not known: %s", _line(error))
@@ -57,6 +56,11 @@ def on_node(node: str, function: Callable[..., Any], *arguments: Any) -> Any:
     bound = NodeAffinitySchedulingStrategy(node, soft=False)
     task: Any = ray.remote(num_cpus=0, max_retries=0)(function)
     return task.options(scheduling_strategy=bound).remote(*arguments)
+
+
+def _config_here() -> dict[str, Any] | None:
+    # The head's own name for the cluster: a driver elsewhere may know it by another.
+    return autoscaling_config(ray.get_runtime_context().gcs_address)
 
 
 def autoscaling_config(gcs_address: str) -> dict[str, Any] | None:
