@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import socket
 import threading
@@ -11,10 +10,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import ray
 
+from tuner.autoscaling import HEAD, find_growth
+from tuner.capacity import Capacity, Machine
 from tuner.config import ResourcesConfig
 from tuner.errors import StudyError
 
@@ -27,17 +28,46 @@ _HERE = "local"
 
 @dataclass(frozen=True)
 class Cluster:
-    """What is connected: present and possible resources, and the dashboard."""
+    """What is connected: what it holds and may hold, and the dashboard."""
 
     description: str
-    n_cpus: float
-    n_gpus: float
-    n_cpus_possible: float
-    n_gpus_possible: float
-    largest_node_cpus: float
-    n_nodes_possible: float
+    capacity: Capacity
     dashboard: str | None
     token_file: Path | None
+
+    @property
+    def n_cpus(self) -> float:
+        """CPUs that are there."""
+        return self.capacity.now(lambda machine: machine.cpus)
+
+    @property
+    def n_gpus(self) -> float:
+        """GPUs that are there."""
+        return self.capacity.now(lambda machine: machine.gpus)
+
+    @property
+    def n_gpus_possible(self) -> float:
+        """GPUs that may be there, as far as is known."""
+        return self.capacity.possible(lambda machine: machine.gpus)
+
+    @property
+    def has_several_nodes(self) -> bool:
+        """Whether trials may run on more than one machine."""
+        one_each = self.capacity.possible(lambda machine: 1.0)
+        return one_each > 1 or not self.capacity.known
+
+    @property
+    def words(self) -> str:
+        """What there is and may be, for people."""
+        there = f"{self.n_cpus:g} CPUs, {self.n_gpus:g} GPUs"
+        growth = self.capacity.growth
+        if growth is None:
+            return there
+        cpus = self.capacity.possible(lambda machine: machine.cpus)
+        may = f"up to {cpus:g} CPUs, {self.n_gpus_possible:g} GPUs"
+        if growth.known:
+            return f"{there} now, {may} with its autoscaler"
+        return f"{there} now; what its autoscaler may add is not known"
 
 
 @contextmanager
@@ -67,7 +97,7 @@ def connected(address: str | None) -> Iterator[Cluster]:
         where = f"connect to Ray at {target}" if target else "start Ray here"
         raise StudyError(f"--address: cannot {where}: {line}") from error
     try:
-        yield _look(description, context.dashboard_url)
+        yield _look(description, context.dashboard_url, may_grow=target is not None)
     finally:
         ray.shutdown()
 
@@ -75,28 +105,34 @@ def connected(address: str | None) -> Iterator[Cluster]:
 def trial_resources(cluster: Cluster, wanted: ResourcesConfig, trials: int) -> tuple[float, int]:
     """GPUs a trial and trials side by side.
 
+    Where an autoscaler may add what nobody knows, a wish is taken at its word, and the number
+    side by side is what there is room for now unless it is named.
+
     Raises:
         StudyError: what is asked for can never be given.
     """
     gpus = wanted.gpus_per_trial
     if gpus is None:
         gpus = 1.0 if cluster.n_gpus_possible else 0.0
-    if gpus > cluster.n_gpus_possible:
+    cpus = wanted.cpus_per_trial or 1
+    places = cluster.capacity.possible(lambda machine: machine.places(cpus, gpus))
+    if not places and cluster.capacity.known:
+        _refuse(cluster, cpus, gpus)
+    return gpus, wanted.concurrent or max(1, int(min(places, trials)))
+
+
+def _refuse(cluster: Cluster, cpus: int, gpus: float) -> NoReturn:
+    if gpus and not cluster.n_gpus_possible:
         raise StudyError(
             f"resources.gpus_per_trial: {gpus:g} GPU a trial asked, but {cluster.description} has "
-            f"{cluster.n_gpus_possible:g}; ask for 0 to run the trials on the CPU"
+            "0; ask for 0 to run the trials on the CPU"
         )
-    cpus = wanted.cpus_per_trial or 1
-    if cpus > cluster.largest_node_cpus:
-        raise StudyError(
-            f"resources.cpus_per_trial: {cpus} CPUs a trial asked, but the largest node of "
-            f"{cluster.description} has {cluster.largest_node_cpus:g}"
-        )
-    places = cluster.n_cpus_possible / cpus
-    if gpus:
-        places = min(places, cluster.n_gpus_possible / gpus)
-    concurrent = wanted.concurrent or max(1, int(min(places, trials)))
-    return gpus, concurrent
+    largest = cluster.capacity.largest(lambda m: m.cpus if m.gpus or not gpus else 0.0)
+    kind = "node with a GPU" if gpus else "node"
+    raise StudyError(
+        f"resources.cpus_per_trial: {cpus} CPUs a trial asked, but the largest {kind} of "
+        f"{cluster.description} has {largest:g}"
+    )
 
 
 def _choose(address: str | None) -> tuple[str | None, str]:
@@ -166,20 +202,17 @@ def _problem(address: str) -> str | None:
     return None
 
 
-def _look(description: str, dashboard: str | None) -> Cluster:
-    present = ray.cluster_resources()
-    possible = _possible_resources()
+def _look(description: str, dashboard: str | None, *, may_grow: bool) -> Cluster:
     alive = [node for node in ray.nodes() if node["Alive"]]
-    largest = max((node["Resources"].get("CPU", 0.0) for node in alive), default=0.0)
+    machines = {node["NodeID"]: Machine.of(node["Resources"]) for node in alive}
+    heads = [machines.pop(node["NodeID"]) for node in alive if HEAD in node["Resources"]]
     return Cluster(
         description=description,
-        n_cpus=present.get("CPU", 0.0),
-        n_gpus=present.get("GPU", 0.0),
-        n_cpus_possible=max(present.get("CPU", 0.0), possible.get("CPU", 0.0)),
-        n_gpus_possible=max(present.get("GPU", 0.0), possible.get("GPU", 0.0)),
-        # What an autoscaler may add is not known node by node: nothing is ruled out.
-        largest_node_cpus=math.inf if possible else largest,
-        n_nodes_possible=math.inf if possible else len(alive),
+        capacity=Capacity(
+            head=heads[0] if heads else None,
+            workers=tuple(machines.values()),
+            growth=find_growth(alive) if may_grow else None,
+        ),
         dashboard=f"http://{dashboard}" if dashboard else None,
         token_file=_token_file(),
     )
@@ -191,18 +224,6 @@ def _token_file() -> Path | None:
         return None
     path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
     return path if path.exists() else None
-
-
-def _possible_resources() -> dict[str, float]:
-    """What an autoscaler may add up to; empty where there is none."""
-    from ray._private.state import state
-
-    try:
-        found = state.get_max_resources_from_cluster_config()
-    except Exception as error:  # noqa: BLE001 - a private door of Ray; what is present counts
-        logger.debug("autoscaler limits are not known: %s", error)
-        return {}
-    return {key: float(value) for key, value in (found or {}).items()}
 
 
 def _own_packages() -> list[str]:

@@ -93,6 +93,11 @@ class ResourcesConfig(FrozenModel):
     storage: str | None = Field(
         None, description="folder or URI that all machines reach; null: the run folder"
     )
+    device: Literal["auto", "cpu"] = Field(
+        "auto",
+        description="auto: a trial's GPU, or the CPU where it is given none; cpu: the CPU, beside "
+        "an idle GPU too (to try out a cluster)",
+    )
 
 
 class StudyConfig(TrialConfig):
@@ -312,6 +317,9 @@ def _resolve(study: StudyConfig) -> StudyConfig:
         changes["training.threads"] = cpus
     if study.data.shards is not None:
         changes["data.shards"] = study.data.shards.expanduser().resolve()
+    storage = study.resources.storage
+    if storage is not None and "://" not in storage:
+        changes["resources.storage"] = str(Path(storage).expanduser().resolve())
     if study.search.warm_start is not None:
         changes["search.warm_start"] = study.search.warm_start.expanduser().resolve()
     return study.replaced(changes) if changes else study

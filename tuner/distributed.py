@@ -58,6 +58,7 @@ def run_distributed(
     progress: Watcher,
     *,
     gpus: float,
+    device: str,
     concurrent: int,
     stop: Callable[[], bool],
     after: Callable[[], None],
@@ -68,7 +69,8 @@ def run_distributed(
         ledger: the study.
         folder: where checkpoints go, unless the study names another storage.
         progress: who is told what happens.
-        gpus: GPUs a trial; 0 means the CPU.
+        gpus: GPUs a trial.
+        device: where trials compute.
         concurrent: trials side by side.
         stop: asked often; True ends the run and leaves running trials to a resume.
         after: called when a trial has ended.
@@ -77,12 +79,7 @@ def run_distributed(
         os.environ.setdefault(key, value)
     study = ledger.config
     resources = study.resources
-    search = LedgerSearch(
-        ledger, progress, folder, device="cuda" if gpus else "cpu", stop=stop, after=after
-    )
-    storage, name = str(folder.path), folder.trials.name
-    if resources.storage:
-        storage, name = resources.storage, f"{folder.path.name}-{folder.trials.name}"
+    search = LedgerSearch(ledger, progress, folder, device=device, stop=stop, after=after)
     tuner = tune.Tuner(
         tune.with_resources(TrialActor, {"cpu": resources.cpus_per_trial or 1, "gpu": gpus}),
         tune_config=TuneConfig(
@@ -95,8 +92,8 @@ def run_distributed(
             trial_dirname_creator=_trial_folder,
         ),
         run_config=RunConfig(
-            name=name,
-            storage_path=storage,
+            name=search.storage.name,
+            storage_path=search.storage.root,
             failure_config=FailureConfig(max_failures=resources.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=1),
             callbacks=[LedgerCallback(search)],

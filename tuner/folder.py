@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+import uuid
 from pathlib import Path
 
+from model.files import write_text
 from tuner.errors import StudyError
 from tuner.files import FileLock, Locked
 
@@ -65,6 +67,14 @@ class RunFolder:
     def trials(self) -> Path:
         """Checkpoints and tracebacks, a folder a trial."""
         return self.path / "trials"
+
+    @property
+    def identity(self) -> str:
+        """What tells this run from others of its name, made at the first question."""
+        path = self.path / ".identity"
+        if not path.exists():
+            write_text(path, uuid.uuid4().hex[:8])
+        return path.read_text(encoding="utf-8")
 
     def trial(self, number: int) -> Path:
         """The folder of one trial."""

@@ -6,20 +6,18 @@ that either mode goes on where the other stopped.
 
 from __future__ import annotations
 
-import logging
 from collections import deque
 from collections.abc import Callable
-from pathlib import Path
+from contextlib import closing
 from typing import Any
 
 import torch
 
+from tuner.checkpoints import reachable
 from tuner.folder import RunFolder
 from tuner.study import Assignment, End, Ledger
 from tuner.trial import TrialRun, place_of
 from tuner.watchers import Watcher
-
-logger = logging.getLogger(__name__)
 
 
 def local_device(gpus_per_trial: float | None) -> str:
@@ -74,8 +72,10 @@ def _run_trial(
         return
     home = folder.trial(number)
     home.mkdir(parents=True, exist_ok=True)
-    run = TrialRun(config, device, _reachable(trial.checkpoint))
-    try:
+    with (
+        reachable(trial.checkpoint) as checkpoint,
+        closing(TrialRun(config, device, checkpoint)) as run,
+    ):
         while True:
             result = run.step()
             if result.pop("failed"):
@@ -105,20 +105,8 @@ def _run_trial(
                 return
             if stop():
                 return
-    finally:
-        run.close()
 
 
 def _end(ledger: Ledger, progress: Watcher, number: int, state: End, **details: Any) -> None:
     ended = ledger.finish(number, state, **details)
     progress.finished(number, ended, ledger.trial(number).reason)
-
-
-def _reachable(checkpoint: str | None) -> Path | None:
-    if checkpoint is None:
-        return None
-    path = Path(checkpoint)
-    if "://" in checkpoint or not path.is_dir():
-        logger.warning("checkpoint %s is out of reach: starting from the beginning", checkpoint)
-        return None
-    return path

@@ -7,11 +7,11 @@ import io
 import json
 import logging
 import math
-import shutil
-from pathlib import Path
 from typing import Any
 
 from model.files import write_text
+from tuner.checkpoints import Storage, drop, fetched
+from tuner.config import ResourcesConfig
 from tuner.files import replace_folder
 from tuner.folder import RunFolder
 from tuner.study import Ledger, TrialRecord
@@ -86,13 +86,7 @@ def export_winner(folder: RunFolder, best: TrialRecord) -> bool:
         logger.warning("trial %04d has no checkpoint: best/ is not written", best.number)
         return False
     try:
-        if "://" in best.checkpoint:
-            from ray.tune import Checkpoint
-
-            with Checkpoint(best.checkpoint).as_directory() as local:
-                replace_folder(folder.best, lambda out: export_best(Path(local), out))
-        else:
-            source = Path(best.checkpoint)
+        with fetched(best.checkpoint) as source:
             replace_folder(folder.best, lambda out: export_best(source, out))
     except (CheckpointError, OSError) as error:
         logger.warning("trial %04d: checkpoint cannot be exported: %s", best.number, error)
@@ -103,13 +97,19 @@ def export_winner(folder: RunFolder, best: TrialRecord) -> bool:
 def drop_losers(folder: RunFolder, ledger: Ledger) -> None:
     """Delete checkpoints that nobody will go on from: all but the winner's and the running."""
     best = ledger.best()
-    for trial in ledger.trials():
-        if trial.state == "running":
+    kept = best.checkpoint if best is not None else None
+    ended = {trial.number for trial in ledger.trials() if trial.state != "running"}
+    # `--local` writes to the run folder whatever storage the study names.
+    storages = {Storage.of(folder, ResourcesConfig()), Storage.of(folder, ledger.config.resources)}
+    for storage in storages:
+        try:
+            found = list(storage.checkpoints())
+        except OSError as error:
+            logger.warning("checkpoints of ended trials stay in %s: %s", storage.root, error)
             continue
-        kept = trial.checkpoint if best is not None and trial.number == best.number else None
-        for path in folder.trials.glob(f"{trial.number:04d}*/checkpoint*"):
-            if str(path) != kept:
-                shutil.rmtree(path, ignore_errors=True)
+        for number, location in found:
+            if number in ended and location != kept:
+                drop(location)
 
 
 def _plain(value: Any) -> Any:

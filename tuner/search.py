@@ -20,6 +20,7 @@ from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
 from model.files import write_text
+from tuner.checkpoints import Storage
 from tuner.folder import RunFolder
 from tuner.study import End, Ledger
 from tuner.trainable import CONFIG, DEVICE, NUMBER, RESUME, START, STUDY
@@ -45,6 +46,7 @@ class LedgerSearch(OptunaSearch):
         self._ledger = ledger
         self._watcher = watcher
         self._folder = folder
+        self.storage = Storage.of(folder, ledger.config.resources)
         self._device = device
         self._stop = stop
         self._after = after
@@ -170,7 +172,8 @@ class LedgerCallback(Callback):
         """A checkpoint lies in the storage."""
         epoch = (trial.last_result or {}).get("epoch")
         if epoch is not None:
-            self._search.checkpointed(trial.trial_id, location_of(checkpoint), int(epoch))
+            location = self._search.storage.location(checkpoint.filesystem, checkpoint.path)
+            self._search.checkpointed(trial.trial_id, location, int(epoch))
 
     def on_trial_recover(
         self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
@@ -193,12 +196,6 @@ def _what_happened(trial: Trial) -> str:
     errors = [line for line in lines if re.match(r"[\w.]+(Error|Exception|Lost)\b.*: ", line)]
     chosen = errors[-1] if errors else " ".join(lines[:1])
     return chosen[:200] or f"failure {trial.num_failures}"
-
-
-def location_of(checkpoint: Checkpoint) -> str:
-    """A path on this machine's file system, or a URI."""
-    kind = checkpoint.filesystem.type_name if checkpoint.filesystem else "local"
-    return checkpoint.path if kind == "local" else f"{kind}://{checkpoint.path}"
 
 
 _RAY_KEYS = frozenset(

@@ -125,6 +125,8 @@ def run_session(request: Request) -> int:
         if folder is None:
             folder = RunFolder.fresh(request.out or RunFolder.default_path(study.name))
             stack.callback(folder.release)
+        if place is not None and place.cluster is not None:
+            _check_reach(study, folder, place)
         stack.enter_context(logging_to(folder.log))
         if cluster is not None:
             from tuner.cluster import quiet_ray
@@ -190,7 +192,8 @@ def _load(request: Request, cluster: Cluster | None, notes: list[str]) -> StudyC
         gpus = cluster.n_gpus_possible if cluster else float(torch.cuda.is_available())
         where = cluster.description if cluster else "this machine"
         path = _CONFIGS / ("full.yaml" if gpus else "quickstart.yaml")
-        why = f"{where} has {gpus:g} GPUs" if gpus else f"{where} has no GPU"
+        has = "has" if cluster is None or cluster.n_gpus == gpus else "may grow to"
+        why = f"{where} {has} {gpus:g} GPUs" if gpus else f"{where} has no GPU"
         notes.append(f"study: {path.name}, as {why} (choose another with --config)")
     else:
         notes.append(f"study: {path}")
@@ -249,6 +252,7 @@ def _run_trials(
             folder,
             watcher,
             gpus=place.gpus,
+            device=place.device,
             concurrent=place.concurrent,
             stop=stop,
             after=after,
@@ -256,8 +260,9 @@ def _run_trials(
 
 
 def _check_precision(study: StudyConfig, local: bool) -> None:
-    on_cpu = study.resources.gpus_per_trial == 0 or (local and not torch.cuda.is_available())
-    if on_cpu:
+    resources = study.resources
+    asked = resources.gpus_per_trial == 0 or resources.device == "cpu"
+    if asked or (local and not torch.cuda.is_available()):
         try:
             AmpPolicy(study.precision, torch.device("cpu"))
         except ValueError as error:
@@ -278,7 +283,7 @@ def _place(study: StudyConfig, cluster: Cluster | None, notes: list[str]) -> _Pl
     """GPUs a trial, trials side by side, and the device's name; says what was chosen."""
     cpus = study.resources.cpus_per_trial
     if cluster is None:
-        wanted = study.resources.gpus_per_trial
+        wanted = 0 if study.resources.device == "cpu" else study.resources.gpus_per_trial
         device = local_device(wanted)
         if wanted and device == "cpu":
             raise StudyError(
@@ -294,21 +299,34 @@ def _place(study: StudyConfig, cluster: Cluster | None, notes: list[str]) -> _Pl
 
     gpus, concurrent = trial_resources(cluster, study.resources, study.search.trials)
     notes.append(
-        f"{cluster.description}: {cluster.n_cpus:g} CPUs, {cluster.n_gpus:g} GPUs; "
+        f"{cluster.description}: {cluster.words}; "
         f"{concurrent} trials side by side, {gpus:g} GPU and {cpus} CPU each"
     )
     if not gpus:
         reason = "by request" if cluster.n_gpus_possible else "there is none"
+        if study.resources.gpus_per_trial is None and not cluster.capacity.known:
+            reason = "none is known of; if its autoscaler may add some: --gpus-per-trial 1"
         notes.append(f"no GPU is used ({reason}): trials run on the CPU")
-    if cluster.n_nodes_possible > 1 and not study.resources.storage:
+    elif study.resources.device == "cpu":
+        notes.append("GPUs are held and stay idle (resources.device): trials compute on the CPU")
+    if cluster.has_several_nodes and not study.resources.storage:
         notes.append(
-            "the cluster has several nodes: the run folder must lie on storage that all of them "
-            "share (NFS), or resources.storage must name it (s3://...)"
+            "the cluster has several nodes, or may have: those that come later must share the run "
+            "folder too (NFS), or resources.storage must name what they share (s3://...)"
         )
     if cluster.dashboard:
         token = f" (token: {cluster.token_file})" if cluster.token_file else ""
         notes.append(f"Ray dashboard: {cluster.dashboard}{token}")
-    return _Place(cluster, gpus, concurrent, "cuda" if gpus else "cpu")
+    device = "cuda" if gpus and study.resources.device == "auto" else "cpu"
+    return _Place(cluster, gpus, concurrent, device)
+
+
+def _check_reach(study: StudyConfig, folder: RunFolder, place: _Place) -> None:
+    from tuner.checkpoints import Storage
+    from tuner.reach import check_reach
+
+    cpus = study.resources.cpus_per_trial or 1
+    check_reach(Storage.of(folder, study.resources), cpus, place.gpus)
 
 
 def _conclude(

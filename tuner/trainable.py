@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from pathlib import Path
 from typing import Any
 
+import ray
 from ray import tune
 
 from model.config import TrialConfig
+from tuner.checkpoints import reachable
 from tuner.gauges import trial_gauges
 from tuner.trial import TrialRun, place_of
-
-logger = logging.getLogger(__name__)
 
 # Keys of the configuration that Ray hands to an actor.
 NUMBER, CONFIG, DEVICE, STUDY = "number", "config", "device", "study"
@@ -35,13 +34,9 @@ class TrialActor(tune.Trainable):
         self._gpus = float(given.required_resources.get("GPU", 0.0)) if given else 0.0
         trial = TrialConfig.model_validate(config[CONFIG])
         self._run = TrialRun(trial, self._device)
-        if config.get(RESUME):
-            checkpoint = tune.Checkpoint(config[RESUME])
-            try:
-                with checkpoint.as_directory() as folder:
-                    self._run.load(Path(folder))
-            except OSError as error:
-                logger.warning("starting from the beginning: %s", error)
+        with reachable(config.get(RESUME)) as folder:
+            if folder is not None:
+                self._run.load(folder)
         self._gauges.show({"epoch": self._run.epoch})
 
     def step(self) -> dict[str, Any]:
@@ -55,6 +50,9 @@ class TrialActor(tune.Trainable):
         result["should_checkpoint"] = not result["failed"]
         result["training_iteration"] = result["epoch"]
         result |= place_of(result, self._device, self._gpus)
+        if ray.is_initialized():
+            # Tells nodes apart that share a host; `ray list nodes` knows it.
+            result["node_id"] = ray.get_runtime_context().get_node_id()
         if not result["failed"]:
             self._gauges.show(result)
         return result

@@ -169,5 +169,5 @@ def _device_answers(device: str) -> bool:
         return bool(torch.ones(1, device=device).item() == 1.0)
     except torch.OutOfMemoryError:
         return True
-    except RuntimeError:
+    except (RuntimeError, AssertionError):  # the latter: a torch without CUDA
         return False

@@ -1,0 +1,177 @@
+"""Checkpoints on paths, URIs and an S3 store: found again from anywhere, dropped when lost."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from pyarrow.fs import FileSelector, FileSystem
+
+from tests.tuner.clusters import ray_head
+from tests.tuner.support import kill, read_until, run, start, write_study
+from tuner.checkpoints import Storage, drop, fetched, open_location, reachable
+from tuner.config import ResourcesConfig, load_study
+from tuner.folder import RunFolder
+from tuner.study import Ledger, TrialRecord
+
+
+@dataclass(frozen=True)
+class Store:
+    """An S3 store on loopback, and the environment in which its bucket can be opened."""
+
+    uri: str
+    keys: dict[str, str]
+
+    def listed(self) -> list[str]:
+        filesystem, path = FileSystem.from_uri(self.uri)
+        return [info.path for info in filesystem.get_file_info(FileSelector(path, recursive=True))]
+
+
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    keys = {"AWS_ACCESS_KEY_ID": "anyone", "AWS_SECRET_ACCESS_KEY": "anything"}
+    for key, value in keys.items():
+        monkeypatch.setenv(key, value)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        options = f"endpoint_override=http://{host}:{port}&region=us-east-1"
+        made, _ = FileSystem.from_uri(f"s3://bucket/?{options}&allow_bucket_creation=true")
+        made.create_dir("bucket")
+        yield Store(f"s3://bucket/runs?{options}", keys)
+    finally:
+        server.stop()
+
+
+def trials_of(folder: Path) -> list[TrialRecord]:
+    ledger = Ledger(folder / "study.db", load_study(folder / "config.yaml"))
+    try:
+        return ledger.trials()
+    finally:
+        ledger.close()
+
+
+def checkpoint_at(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "checkpoint.safetensors").write_bytes(b"weights")
+    return folder
+
+
+def test_a_path_and_its_uri_are_the_same_checkpoint(tmp_path: Path) -> None:
+    made = checkpoint_at(tmp_path / "a b" / "0003" / "checkpoint_000001")
+    for location in (str(made), f"file://{tmp_path}/a%20b/0003/checkpoint_000001"):
+        with fetched(location) as folder:
+            assert folder == made
+    assert made.exists(), "what lies here is not copied and not deleted"
+
+
+@pytest.mark.parametrize(
+    ("location", "why"),
+    [
+        ("/nowhere/checkpoint", "no such checkpoint"),
+        ("gopher://there/checkpoint", "Unrecognized filesystem type"),
+        ("checkpoint", "URI has empty scheme"),
+    ],
+)
+def test_a_checkpoint_out_of_reach_means_a_start_from_the_beginning(
+    caplog: pytest.LogCaptureFixture, location: str, why: str
+) -> None:
+    with reachable(location) as folder:
+        assert folder is None
+    assert "starting from the beginning" in caplog.text
+    assert why in caplog.text
+    with reachable(None) as folder:
+        assert folder is None
+    assert len(caplog.records) == 1
+
+
+def test_an_error_of_the_trial_itself_is_not_taken_for_one_of_reach(tmp_path: Path) -> None:
+    made = checkpoint_at(tmp_path / "checkpoint")
+    with pytest.raises(OSError, match="disk is full"), reachable(str(made)):
+        raise OSError("disk is full")
+
+
+def test_two_runs_of_one_name_keep_apart_in_one_storage(tmp_path: Path) -> None:
+    resources = ResourcesConfig(storage=f"file://{tmp_path}/shared")
+    folders = [RunFolder.fresh(tmp_path / place / "run") for place in "ab"]
+    first, second = (Storage.of(folder, resources) for folder in folders)
+    assert first.name != second.name
+    assert Storage.of(RunFolder(tmp_path / "a" / "run"), resources) == first
+    mine = checkpoint_at(tmp_path / "shared" / first.name / "0003" / "checkpoint_000001")
+    again = checkpoint_at(tmp_path / "shared" / first.name / "12345-after-epoch-2" / "checkpoint_0")
+    checkpoint_at(tmp_path / "shared" / second.name / "0003" / "checkpoint_000001")
+    assert sorted(first.checkpoints()) == [(3, str(mine)), (12345, str(again))]
+    drop(str(mine))
+    assert [number for number, _ in first.checkpoints()] == [12345]
+    assert [number for number, _ in second.checkpoints()] == [3]
+    drop(str(mine))  # gone already: a line in the log
+    for folder in folders:
+        folder.release()
+
+
+@pytest.mark.slow
+def test_a_location_in_a_store_keeps_what_opens_it(store: Store) -> None:
+    storage = Storage(store.uri, "run-12345678")
+    filesystem, root = open_location(store.uri)
+    path = f"{root}/run-12345678/0007/checkpoint_000002"
+    filesystem.create_dir(path, recursive=True)
+    with filesystem.open_output_stream(f"{path}/checkpoint.safetensors") as stream:
+        stream.write(b"weights")
+    ((number, location),) = storage.checkpoints()
+    assert number == 7
+    assert location == store.uri.replace("?", "/run-12345678/0007/checkpoint_000002?")
+    with fetched(location) as folder:
+        assert (folder / "checkpoint.safetensors").read_bytes() == b"weights"
+    assert not folder.exists(), "a copy goes when it was used"
+    drop(location)
+    assert list(storage.checkpoints()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_study_keeps_its_checkpoints_in_an_s3_store(tmp_path: Path, store: Store) -> None:
+    config = write_study(
+        tmp_path,
+        training={"epochs": 12},
+        data={"train_scenes": 128},
+        search={"trials": 3, "scheduler": "none", "sampler": "random"},
+        resources={"storage": store.uri},
+    )
+    out = tmp_path / "run"
+    with ray_head("--num-cpus=2", **store.keys) as head:
+        asked = ("--address", head.address)
+        process = start("--config", config, *asked, "--out", out, **store.keys)
+        read_until(process, "trial 0001 epoch 3/", timeout=300)
+        kill(process)
+        before = {trial.number: trial for trial in trials_of(out)}
+        options = store.uri.partition("?")[2]
+        assert all(str(t.checkpoint).startswith("s3://bucket/runs/run-") for t in before.values())
+        assert all(str(t.checkpoint).endswith(options) for t in before.values())
+        # One epoch on Ray, where an actor fetches the checkpoint; the rest in a plain process.
+        process = start("--resume", out, *asked, "--concurrent", 1, **store.keys)
+        said = read_until(process, "trial 0000 epoch", timeout=300)
+        kill(process)
+    assert any("trial 0000 goes on after epoch" in line for line in said)
+    resumed = run("--resume", out, "--local", timeout=300, **store.keys)
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    assert "from the beginning" not in (out / "tuner.log").read_text()
+    assert "trial 0001 goes on after epoch" in resumed.stdout
+    assert (out / "best" / "model.safetensors").exists()
+    trials = trials_of(out)
+    assert [(trial.number, trial.state, trial.epoch) for trial in trials] == [
+        (number, "done", 12) for number in range(3)
+    ]
+    best = min(trials, key=lambda trial: trial.objective or 1e9)
+    kept = [path for path in store.listed() if "checkpoint" in Path(path).name]
+    assert all(f"/{best.number:04d}" in path for path in kept), "checkpoints of losers stay"
+    calm = run("--config", config, "--local", "--out", tmp_path / "calm", timeout=300, **store.keys)
+    assert calm.returncode == 0, calm.stderr
+    wanted = [(t.params, t.curve) for t in trials_of(tmp_path / "calm")]
+    assert [(t.params, t.curve) for t in trials] == wanted, "not bit for bit"

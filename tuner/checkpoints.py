@@ -1,0 +1,123 @@
+"""Where the trials' checkpoints lie: the run folder, a shared folder, or a URI.
+
+A URI is one that pyarrow opens (file, s3, gs, abfs, hdfs), with its options: an S3 store of
+one's own is `s3://bucket/runs?endpoint_override=http://10.0.0.5:9000`. The ledger names a
+checkpoint by a location that stands alone, so that any machine finds it again: a path, or a
+URI that keeps those options.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from pyarrow.fs import FileSelector, FileSystem, FileType, copy_files
+
+from tuner.config import ResourcesConfig
+from tuner.folder import RunFolder
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Storage:
+    """The folder of a study's checkpoints.
+
+    Attributes:
+        root: a folder or a URI, to which others may write too.
+        name: the study's part of it.
+    """
+
+    root: str
+    name: str
+
+    @classmethod
+    def of(cls, folder: RunFolder, resources: ResourcesConfig) -> Storage:
+        """What the study names, or the run folder."""
+        if resources.storage is None:
+            return cls(str(folder.path), folder.trials.name)
+        # Others may keep a run of this name there.
+        return cls(resources.storage, f"{folder.path.name}-{folder.identity}")
+
+    def location(self, filesystem: FileSystem, path: str) -> str:
+        """A path below the root, as a location that stands alone.
+
+        Args:
+            filesystem: of the root.
+            path: as that file system names it.
+        """
+        if filesystem.type_name == "local":
+            return path
+        base, mark, options = self.root.partition("?")
+        inside = PurePosixPath(path).relative_to(open_location(self.root)[1])
+        return f"{base.rstrip('/')}/{inside}{mark}{options}"
+
+    def checkpoints(self) -> Iterator[tuple[int, str]]:
+        """Trial and location of every checkpoint there is.
+
+        Raises:
+            OSError: the storage does not answer.
+        """
+        filesystem, root = open_location(self.root)
+        found = FileSelector(f"{root}/{self.name}", recursive=True, allow_not_found=True)
+        for info in filesystem.get_file_info(found):
+            parts = re.search(r"/(\d{4,})[^/]*/checkpoint[^/]*$", info.path)
+            if parts and info.type == FileType.Directory:
+                yield int(parts[1]), self.location(filesystem, info.path)
+
+
+def open_location(location: str) -> tuple[Any, str]:
+    """The file system of a path or URI, and the path on it.
+
+    Raises:
+        OSError: it is none that can be opened.
+    """
+    try:
+        return FileSystem.from_uri(location)
+    except ValueError as error:  # pyarrow's for unknown schemes and options
+        raise OSError(f"{location}: {error}") from error
+
+
+@contextmanager
+def fetched(location: str) -> Iterator[Path]:
+    """A checkpoint's folder on this machine: itself, or a copy for as long as the block lasts.
+
+    Raises:
+        OSError: it is not there, or out of reach.
+    """
+    filesystem, path = open_location(location)
+    if filesystem.get_file_info(path).type != FileType.Directory:
+        raise FileNotFoundError(f"{location}: no such checkpoint")
+    if filesystem.type_name == "local":
+        yield Path(path)
+        return
+    with TemporaryDirectory(prefix="ristune-checkpoint-") as copy:
+        copy_files(path, copy, source_filesystem=filesystem)
+        yield Path(copy)
+
+
+@contextmanager
+def reachable(location: str | None) -> Iterator[Path | None]:
+    """The checkpoint to go on from; None, said in the log, where it cannot be had."""
+    with ExitStack() as stack:
+        folder = None
+        try:
+            folder = stack.enter_context(fetched(location)) if location else None
+        except OSError as error:
+            logger.warning("starting from the beginning: %s", error)
+        yield folder
+
+
+def drop(location: str) -> None:
+    """Delete a checkpoint; one that cannot be deleted costs room and no more."""
+    try:
+        filesystem, path = open_location(location)
+        filesystem.delete_dir(path)
+    except OSError as error:
+        logger.warning("checkpoint %s was not deleted: %s", location, error)

@@ -1,0 +1,89 @@
+"""Whether all machines see the storage of the checkpoints, asked before a trial starts.
+
+A run folder that only the driver's machine has is the commonest fault of a first cluster:
+trials seem to run, and what they saved lies on disks that nobody will look at.
+"""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from pathlib import PurePosixPath
+
+import ray
+from ray.exceptions import RayError, RayTaskError
+
+from tuner.autoscaling import on_node
+from tuner.capacity import Machine
+from tuner.checkpoints import Storage, open_location
+from tuner.errors import StudyError
+
+logger = logging.getLogger(__name__)
+
+_ANSWER_TIMEOUT = 60.0  # seconds for a node to set up this code and look
+
+
+def check_reach(storage: Storage, cpus: int, gpus: float) -> None:
+    """Have every node that can hold a trial look for a file that is written here.
+
+    Args:
+        storage: of the study's checkpoints.
+        cpus: CPUs a trial.
+        gpus: GPUs a trial.
+
+    Raises:
+        StudyError: the storage cannot be written, or nodes do not see it.
+    """
+    name = f".seen-{uuid.uuid4().hex}"
+    try:
+        filesystem, root = open_location(storage.root)
+        folder = str(PurePosixPath(root) / storage.name)
+        filesystem.create_dir(folder, recursive=True)
+        marker = f"{folder}/{name}"
+        with filesystem.open_output_stream(marker) as stream:
+            stream.write(b"seen")
+    except OSError as error:
+        line = " ".join(str(error).split())[:300]
+        raise StudyError(f"resources.storage: cannot write to {storage.root}: {line}") from error
+    try:
+        blind = _blind(storage.location(filesystem, marker), cpus, gpus)
+    finally:
+        filesystem.delete_file(marker)
+    if blind:
+        names = ", ".join(blind[:5]) + (f" and {len(blind) - 5} more" if len(blind) > 5 else "")
+        raise StudyError(
+            f"resources.storage: {storage.root} is not seen by {names}; put the run folder (--out) "
+            "on storage that all machines share, or name such a folder or URI here"
+        )
+
+
+def sees(location: str) -> bool:
+    """On a node: whether the file is there."""
+    filesystem, path = open_location(location)
+    return bool(filesystem.get_file_info(path).is_file)
+
+
+def _blind(location: str, cpus: int, gpus: float) -> list[str]:
+    """Names of the nodes that do not see the file; of one that does not answer nothing is said."""
+    asked = [
+        (
+            f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})",
+            on_node(node["NodeID"], sees, location),
+        )
+        for node in ray.nodes()
+        if node["Alive"] and Machine.of(node["Resources"]).places(cpus, gpus)
+    ]
+    answers = [answer for _, answer in asked]
+    if answers:
+        ray.wait(answers, num_returns=len(answers), timeout=_ANSWER_TIMEOUT)
+    blind = []
+    for name, answer in asked:
+        try:
+            if not ray.get(answer, timeout=0):
+                blind.append(name)
+        except RayTaskError as error:
+            logger.warning("%s cannot open the storage: %s", name, error.cause)
+            blind.append(name)
+        except RayError as error:
+            logger.warning("%s was not asked: %s", name, str(error)[:200])
+    return blind
