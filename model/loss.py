@@ -171,14 +171,14 @@ class ScenesLoss:
             seen = signal.mT @ projected  # (B, K, K)
             subspace = blended.combined(signal)  # (B, K, N)
             terms["subspace_align"] = self._subspace(
-                seen, *self._orthonormal(truth, present), whole and whole.occupied
+                seen, *self._orthonormal(truth, present), None if whole is None else whole.occupied
             )
             terms["peak_contrast"] = self._contrast(
                 column_energy(seen),
                 column_energy(_inner_products(decoys, subspace)),
                 power(_inner_products(decoys, steering)),
                 present,
-                whole and whole.sources,
+                None if whole is None else whole.sources,
             )
         if weights["existence"] or weights["position"]:
             pointing = self._pointing(prediction, scenes, steering)
@@ -190,7 +190,7 @@ class ScenesLoss:
                     self.directions,
                     scenes.position,
                     present,
-                    whole and whole.sources,
+                    None if whole is None else whole.sources,
                 )
             matched = slot.sum() if whole is None else whole.matched
             terms["position"] = _mean_of(pointing.loss(source), slot, matched)

@@ -97,7 +97,7 @@ def run_distributed(
         run_config=RunConfig(
             name=name,
             storage_path=storage,
-            failure_config=FailureConfig(max_failures=resources.max_failures),
+            failure_config=FailureConfig(max_failures=-1),  # LedgerSearch.lost gives up
             checkpoint_config=CheckpointConfig(num_to_keep=1),
             callbacks=[LedgerCallback(search)],
             stop=StopWish(stop),

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 
 from tuner.folder import RunFolder
+from tuner.retries import exhausted_reason
 from tuner.study import Assignment, End, Ledger
-from tuner.trial import TrialRun
+from tuner.trial import MemoryExhausted, TrialRun
 from tuner.watchers import Watcher
 
 logger = logging.getLogger(__name__)
@@ -54,7 +55,9 @@ def run_local(
         trial = orphans.popleft() if orphans else ledger.ask()
         if trial is None:
             return
-        _run_trial(ledger, folder, progress, device, trial, stop)
+        again = _run_trial(ledger, folder, progress, device, trial, stop)
+        if again is not None:
+            orphans.appendleft(again)
         after()
 
 
@@ -65,14 +68,15 @@ def _run_trial(
     device: str,
     trial: Assignment,
     stop: Callable[[], bool],
-) -> None:
+) -> Assignment | None:
+    """Run a trial to its end, or until `stop` says so; what is to be run on, if memory ended it."""
     number = trial.number
     progress.started(trial)
     try:
-        config = ledger.config.trial_config(trial.params, trial.seed)
+        config = ledger.trial_config(trial)
     except ValueError as error:
         _end(ledger, progress, number, "failed", reason=f"configuration: {error}")
-        return
+        return None
     home = folder.trial(number)
     home.mkdir(parents=True, exist_ok=True)
     run = TrialRun(config, device, _reachable(trial.checkpoint))
@@ -89,7 +93,7 @@ def _run_trial(
                     reason=result["reason"],
                     traceback=result["traceback"],
                 )
-                return
+                return None
             finished = result.pop("finished")
             if not result.pop("repeated", False):
                 metrics = {**result, "node": platform.node(), "device": device}
@@ -99,13 +103,20 @@ def _run_trial(
                 ledger.checkpointed(number, str(home / "checkpoint"), result["epoch"])
             if finished:
                 _end(ledger, progress, number, "done", objective=result["objective"])
-                return
+                return None
             if ledger.should_prune(number):
                 reason = f"stopped after epoch {result['epoch']}"
                 _end(ledger, progress, number, "pruned", reason=reason)
-                return
+                return None
             if stop():
-                return
+                return None
+    except MemoryExhausted as error:
+        parts = ledger.out_of_memory(number, str(error))
+        if parts is None:
+            _end(ledger, progress, number, "failed", reason=exhausted_reason(str(error)))
+            return None
+        progress.halved(number, parts, str(error))
+        return ledger.going_on(number)
     finally:
         run.close()
 

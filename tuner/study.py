@@ -24,6 +24,8 @@ import numpy as np
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
+from model.config import TrialConfig
+from tuner import retries
 from tuner.config import StudyConfig
 from tuner.pruners import make_pruner
 from tuner.samplers import make_sampler
@@ -53,6 +55,7 @@ class Assignment:
     seed: int
     checkpoint: str | None = None
     epoch: int = 0
+    accumulation: int | None = None  # where memory was not enough for the configuration's own
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,8 @@ class TrialRecord:
     checkpoint: str | None = None
     started: datetime | None = None
     finished: datetime | None = None
+    accumulation: int | None = None  # where memory was not enough for the configuration's own
+    note: str = ""  # what it survived
 
     @property
     def epoch(self) -> int:
@@ -244,18 +249,34 @@ class Ledger:
             if params.keys() != space.keys():
                 # A crash while proposing leaves some parameters unset: they are drawn now.
                 params = suggest(space, optuna.Trial(self._study, frozen._trial_id))
-            fresh = self._assign(frozen.number, params)
-            kept = frozen.user_attrs.get("checkpoint")
-            found.append(
-                Assignment(
-                    fresh.number,
-                    fresh.params,
-                    fresh.seed,
-                    kept and kept["location"],
-                    kept["epoch"] if kept else 0,
-                )
-            )
+            self._assign(frozen.number, params)
+            found.append(self.going_on(frozen.number))
         return found
+
+    def going_on(self, number: int) -> Assignment:
+        """A trial that runs, to be run on from its last checkpoint."""
+        frozen = self._storage.get_trial(self._id(number))
+        attrs = frozen.user_attrs
+        kept = attrs.get("checkpoint") or {"location": None, "epoch": 0}
+        return Assignment(
+            number,
+            dict(frozen.params),
+            attrs["seed"],
+            kept["location"],
+            kept["epoch"],
+            retries.accumulation(attrs),
+        )
+
+    def trial_config(self, trial: Assignment | TrialRecord) -> TrialConfig:
+        """The configuration that a trial runs with.
+
+        Raises:
+            ConfigError: its parameters cannot be built.
+        """
+        params = dict(trial.params)
+        if trial.accumulation is not None:
+            params["training.accumulation"] = trial.accumulation
+        return self._config.trial_config(params, trial.seed)
 
     # Reporting
 
@@ -273,6 +294,29 @@ class Ledger:
         """Record the checkpoint from which the trial can go on."""
         kept = {"location": location, "epoch": epoch}
         self._storage.set_trial_user_attr(self._id(number), "checkpoint", kept)
+
+    def lost(self, number: int, reason: str) -> None:
+        """Record that a machine died under the trial."""
+        identifier = self._id(number)
+        attrs = self._storage.get_trial(identifier).user_attrs
+        self._storage.set_trial_user_attr(identifier, *retries.one_more_loss(attrs, reason))
+
+    def out_of_memory(self, number: int, message: str) -> int | None:
+        """Record that memory was not enough for the trial.
+
+        Returns:
+            The number of parts in which its batches are tried once more; None where that has been
+            tried before, or the parts are single scenes.
+        """
+        training = self.trial_config(self.going_on(number)).training
+        identifier = self._id(number)
+        attrs = self._storage.get_trial(identifier).user_attrs
+        if retries.accumulation(attrs) is not None or training.accumulation >= training.batch_size:
+            return None
+        parts = 2 * training.accumulation
+        record = retries.halved(self.trial(number).epoch + 1, parts, message)
+        self._storage.set_trial_user_attr(identifier, *record)
+        return parts
 
     def should_prune(self, number: int) -> bool:
         """Whether Optuna's pruner stops the trial now, for the local loop."""
@@ -391,4 +435,6 @@ def _record(frozen: FrozenTrial) -> TrialRecord:
         checkpoint=checkpoint["location"] if checkpoint else None,
         started=frozen.datetime_start,
         finished=frozen.datetime_complete,
+        accumulation=retries.accumulation(attrs),
+        note=retries.note(attrs),
     )
