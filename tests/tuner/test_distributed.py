@@ -5,16 +5,11 @@ from __future__ import annotations
 import csv
 import json
 import os
-import shutil
 import signal
-import socket
-import subprocess
-import sys
 import tempfile
 import time
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
@@ -23,9 +18,9 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.tuner.events import assert_mirrors_the_ledger
+from tests.tuner.heads import Head, actors, started_head
 from tests.tuner.support import (
     Clock,
-    environment,
     kill,
     processes_with,
     read_until,
@@ -40,56 +35,11 @@ from tuner.gauges import GAUGES, PREFIX
 from tuner.study import Ledger, TrialRecord
 
 
-@dataclass(frozen=True)
-class Head:
-    """A cluster of our own: its address, and the mark that all its processes carry."""
-
-    address: str
-    mark: str
-    metrics_port: int
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @pytest.fixture(scope="module")
 def head() -> Iterator[Head]:
-    """`ray start --head` with its own ports and folder, ended by its own process."""
-    mark = f"ristune-test-{uuid.uuid4().hex}"
-    folder = tempfile.mkdtemp(prefix="rt", dir="/tmp")  # short: sockets lie in it
-    port, metrics_port = free_port(), free_port()
-    command = [
-        *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"),
-        *(f"--port={port}", f"--temp-dir={folder}", "--num-cpus=2", "--num-gpus=0"),
-        *(f"--ray-client-server-port={free_port()}", "--include-dashboard=false"),
-        *("--node-ip-address=127.0.0.1", "--disable-usage-stats"),
-        f"--object-store-memory={100 * 2**20}",
-        f"--metrics-export-port={metrics_port}",
-    ]
-    process = subprocess.Popen(
-        command,
-        env=environment(RISTUNE_MARK=mark, RAY_metrics_report_interval_ms="1000"),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        read_until(process, "Ray runtime started")
-        yield Head(f"127.0.0.1:{port}", mark, metrics_port)
-    finally:
-        process.terminate()
-        try:
-            process.communicate(timeout=20)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.communicate()
-        for left in processes_with(mark, ""):
-            os.kill(left, signal.SIGKILL)
-        shutil.rmtree(folder, ignore_errors=True)
+    """One for all tests here."""
+    with started_head() as found:
+        yield found
 
 
 def trials_of(folder: Path) -> list[TrialRecord]:
@@ -98,12 +48,6 @@ def trials_of(folder: Path) -> list[TrialRecord]:
         return ledger.trials()
     finally:
         ledger.close()
-
-
-def actors(head: Head) -> list[int]:
-    # Idle, the process bears the actor's repr; at work, the class that Ray Tune wrapped it in.
-    titles = ("ray::TrialActor", "ray::ResourceTrainable")
-    return [pid for title in titles for pid in processes_with(head.mark, title)]
 
 
 def assert_whole(trial: TrialRecord, epochs: int) -> None:
