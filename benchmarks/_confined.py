@@ -33,13 +33,18 @@ def main() -> int:
     asked = parser.parse_args()
     arguments = [argument for argument in asked.arguments if argument != "--"]
     if asked.memory_mb is not None:
-        _warm_up()
-        limit = _address_space() + asked.memory_mb * 2**20
-        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        confine_memory(asked.memory_mb)
     if asked.file_kb is not None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # the write fails, the process lives
         resource.setrlimit(resource.RLIMIT_FSIZE, (asked.file_kb * 1024,) * 2)
     return execute(app, arguments)
+
+
+def confine_memory(megabytes: int) -> None:
+    """Let this process have so much more memory than a small training has needed."""
+    _warm_up()
+    limit = _address_space() + megabytes * 2**20
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
 def _warm_up() -> None:

@@ -12,6 +12,7 @@ from ray import tune
 from ray.tune import CheckpointConfig, FailureConfig, RunConfig, TuneConfig
 from ray.tune.experiment import Trial
 
+from tuner.disk import disk_error
 from tuner.folder import RunFolder
 from tuner.schedulers import make_scheduler
 from tuner.search import LedgerCallback, LedgerSearch
@@ -72,6 +73,9 @@ def run_distributed(
         concurrent: trials side by side.
         stop: asked often; True ends the run and leaves running trials to a resume.
         after: called when a trial has ended.
+
+    Raises:
+        StudyError: a trial could not be saved, since a disk is full.
     """
     for key, value in _QUIET.items():
         os.environ.setdefault(key, value)
@@ -100,7 +104,7 @@ def run_distributed(
             failure_config=FailureConfig(max_failures=-1),  # LedgerSearch.lost gives up
             checkpoint_config=CheckpointConfig(num_to_keep=1),
             callbacks=[LedgerCallback(search)],
-            stop=StopWish(stop),
+            stop=StopWish(lambda: stop() or search.full_disk is not None),
             verbose=0,
         ),
     )
@@ -111,6 +115,8 @@ def run_distributed(
     finally:
         search.closed = True
         _sweep(folder.trials)
+    if search.full_disk is not None:
+        raise disk_error(folder.path, search.full_disk)
 
 
 def _trial_name(trial: Trial) -> str:

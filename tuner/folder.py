@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 from tuner.errors import StudyError
+from tuner.files import sweep
 
 
 class RunFolder:
@@ -104,6 +105,7 @@ class RunFolder:
                 folder._acquire()
             except OSError as error:
                 raise StudyError(f"{path}: cannot be written: {error.strerror}") from error
+            sweep(folder.path)
         return folder
 
     @classmethod

@@ -19,7 +19,8 @@ from ray.tune.experiment import Trial
 from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
-from model.files import write_text
+from model.files import sync, write_text
+from tuner.disk import speaks_of_full_disk
 from tuner.folder import RunFolder
 from tuner.retries import exhausted_reason
 from tuner.study import End, Ledger
@@ -58,6 +59,7 @@ class LedgerSearch(OptunaSearch):
         self._in_a_row: dict[str, int] = {}  # losses without a finished epoch between them
         self._given_up: dict[str, str] = {}
         self.closed = False
+        self.full_disk: str | None = None  # what a trial met that could not be saved
         # What the base class keeps; the study is the ledger's own.
         self._space = dict(ledger.config.search.space)
         self._ot_study: Any = ledger.optuna_study
@@ -66,7 +68,7 @@ class LedgerSearch(OptunaSearch):
 
     def suggest(self, trial_id: str) -> Any:
         """The next trial: first those that were cut, then new ones, then none."""
-        if self.closed or self._stop():
+        if self.closed or self.full_disk or self._stop():
             return Searcher.FINISHED
         while True:
             found = self._orphans.popleft() if self._orphans else self._ledger.ask()
@@ -119,6 +121,9 @@ class LedgerSearch(OptunaSearch):
             its next actor.
         """
         number = self._numbers[trial_id]
+        if speaks_of_full_disk(reason):
+            self.full_disk = reason  # which is no trial's fault: the session ends
+            return {}
         if _OUT_OF_MEMORY.search(reason):
             parts = self._ledger.out_of_memory(number, reason)
             if parts is None:
@@ -202,7 +207,10 @@ class LedgerCallback(Callback):
         """A checkpoint lies in the storage."""
         epoch = (trial.last_result or {}).get("epoch")
         if epoch is not None:
-            self._search.checkpointed(trial.trial_id, location_of(checkpoint), int(epoch))
+            location = location_of(checkpoint)
+            if "://" not in location:
+                _settle(Path(location))
+            self._search.checkpointed(trial.trial_id, location, int(epoch))
 
     def on_trial_recover(
         self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
@@ -230,6 +238,12 @@ def _what_happened(trial: Trial) -> str:
     ]
     chosen = errors[-1] if errors else " ".join(lines[:1])
     return chosen[:200] or f"failure {trial.num_failures}"
+
+
+def _settle(folder: Path) -> None:
+    """Have what Ray copied on disk before the ledger names it: a power cut may follow."""
+    for path in [*folder.rglob("*"), folder, folder.parent]:
+        sync(path)
 
 
 def location_of(checkpoint: Checkpoint) -> str:

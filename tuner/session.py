@@ -18,6 +18,7 @@ from model.files import write_text
 from model.precision import AmpPolicy
 from tuner.command import DONE, INTERRUPTED, NOTHING_FINISHED, Interruption
 from tuner.config import StudyConfig, load_study
+from tuner.disk import full_disk_said
 from tuner.errors import ConfigError, StudyError
 from tuner.folder import RunFolder
 from tuner.limits import Ended, Limits
@@ -122,6 +123,7 @@ def run_session(request: Request) -> int:
         if folder is None:
             folder = RunFolder.fresh(request.out or RunFolder.default_path(study.name))
             stack.callback(folder.release)
+        stack.enter_context(full_disk_said(folder.path))
         stack.enter_context(logging_to(folder.log))
         if cluster is not None:
             from tuner.cluster import quiet_ray

@@ -31,10 +31,18 @@ _PARAMS_SHOWN = 5
 _FIXED_WIDTH, _PARAM_WIDTH, _PLACE_WIDTH = 70, 14, 24  # characters
 
 
+class _LogFile(logging.FileHandler):
+    """A log that a full disk interrupts; what cannot be written is not worth a traceback a line."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exception(), OSError):
+            super().handleError(record)
+
+
 @contextmanager
 def logging_to(path: Path) -> Iterator[None]:
     """Append the tuner's own log to a file."""
-    handler = logging.FileHandler(path, encoding="utf-8")
+    handler = _LogFile(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     roots = [logging.getLogger(name) for name in ("tuner", "model", "physics", "ray")]
     before = [(root.level, root.propagate) for root in roots]

@@ -141,9 +141,9 @@ def test_an_actor_without_memory_is_followed_by_one_with_half_the_batch(
     process = start("--config", config, "--address", head.address, "--out", out)
     for wanted in ("epoch 1/6", "epoch 4/6")[:times]:
         read_until(process, wanted)
-        (victim,) = actors(head)
-        confine(victim, 2**20)
-    output, _ = process.communicate(timeout=180)
+        for victim in actors(head):
+            confine(victim, 2**20)
+    output, _ = process.communicate(timeout=240)
     (trial,) = trials_of(out)
     assert trial.accumulation == 2, output
     assert "out of memory in epoch " in trial.note
