@@ -154,9 +154,11 @@ def losses(before: list[TrialRecord], after: list[TrialRecord], calm: Outcome) -
     if len({repr(trial.params) for trial in after}) < len(after):
         found.append("a configuration was tried twice")
     ends = {trial.number: (trial.state, trial.finished) for trial in after}
-    for trial in before:
-        if trial.state != "running" and ends.get(trial.number) != (trial.state, trial.finished):
-            found.append(f"finished trial {trial.number} was lost or run again")
+    found += [
+        f"finished trial {trial.number} was lost or run again"
+        for trial in before
+        if trial.state != "running" and ends.get(trial.number) != (trial.state, trial.finished)
+    ]
     found += [f"trial {a[0]} differs" for a, b in zip(outcome(after), calm, strict=False) if a != b]
     if len(after) != len(calm):
         found.append(f"{len(after)} trials instead of {len(calm)}")

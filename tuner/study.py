@@ -201,19 +201,48 @@ class Ledger:
             started = self._started(before)
             if not self._n_left(len(started)):
                 return None
-            n_asked = sum(t.state != TrialState.WAITING for t in before)
-            prior = [trial for trial in before if "prior" in trial.user_attrs]
-            self._study.sampler = self._sampler(n_asked, prior)
+            self._take_sampler(before)
             trial = self._study.ask()
             params = suggest(self._config.search.space, trial)
-            twin = next((t for t in started if t.params == params), None)
-            if twin is None:
+            if self._is_new(trial, params, started):
                 return self._assign(trial.number, params)
-            trial.set_user_attr("duplicate_of", twin.number)
-            self._study.tell(trial, state=TrialState.FAIL)
-            logger.info("proposal %d repeats trial %d: not run", trial.number, twin.number)
         logger.warning("the search space holds nothing new: no further trials")
         return None
+
+    def _take_sampler(self, before: list[FrozenTrial]) -> None:
+        """Let the proposal after these trials be made by its own sampler."""
+        n_asked = sum(trial.state != TrialState.WAITING for trial in before)
+        prior = [trial for trial in before if "prior" in trial.user_attrs]
+        self._study.sampler = self._sampler(n_asked, prior)
+
+    def _is_new(
+        self, trial: optuna.Trial, params: dict[str, Value], started: list[FrozenTrial]
+    ) -> bool:
+        """Whether no trial has these parameters; a repetition is ended."""
+        twin = next((t for t in started if t.params == params), None)
+        if twin is None:
+            return True
+        trial.set_user_attr("duplicate_of", twin.number)
+        self._study.tell(trial, state=TrialState.FAIL)
+        logger.info("proposal %d repeats trial %d: not run", trial.number, twin.number)
+        return False
+
+    def _propose_on(self, frozen: FrozenTrial) -> bool:
+        """Propose the rest of a trial amid whose proposal the driver died; False: a repetition.
+
+        It gets what it would have been given: the sampler's draws for what is known already are
+        made again, and thrown away.
+        """
+        others = [trial for trial in self._frozen() if trial.number != frozen.number]
+        self._take_sampler(others)
+        trial = optuna.Trial(self._study, frozen._trial_id)
+        space = self._config.search.space
+        for path in (path for path in space if path in frozen.distributions):
+            known = frozen.distributions[path]
+            fixed = trial._is_fixed_param(path, known) or known.single()
+            if not fixed and not trial._is_relative_param(path, known):
+                self._study.sampler.sample_independent(self._study, frozen, path, known)
+        return self._is_new(trial, suggest(space, trial), self._started(others))
 
     @property
     def has_work(self) -> bool:
@@ -245,11 +274,10 @@ class Ledger:
         for frozen in self._frozen():
             if frozen.state != TrialState.RUNNING:
                 continue
-            space, params = self._config.search.space, dict(frozen.params)
-            if params.keys() != space.keys():
-                # A crash while proposing leaves some parameters unset: they are drawn now.
-                params = suggest(space, optuna.Trial(self._study, frozen._trial_id))
-            self._assign(frozen.number, params)
+            if "budget" not in frozen.user_attrs:  # the last of what is known before it runs
+                if not self._propose_on(frozen):
+                    continue
+                self._assign(frozen.number, {})
             found.append(self.going_on(frozen.number))
         return found
 
