@@ -44,8 +44,8 @@ from tuner.study import Ledger, TrialRecord
 _FORKS = multiprocessing.get_context("forkserver")
 _PRELOADED = ["tuner.run", "tuner.session", "tuner.distributed", "tuner.cluster", "model.training"]
 STUDY: dict[str, Any] = {
-    "training": {"epochs": 6},
-    "data": {"train_scenes": 64},
+    "training": {"epochs": 3},
+    "data": {"train_scenes": 32},
     "search": {"trials": 3, "scheduler": "none"},
     "resources": {"concurrent": 1},
 }
