@@ -10,25 +10,32 @@ from model.prediction import Prediction
 from physics.covariance import BlendConfig, LowRankCovariance, blend
 
 
+def jittered_beta(n_scenes: int, config: BlendConfig, generator: torch.Generator) -> Tensor | None:
+    """A beta (B,) for each scene of a training step, uniform within beta +- jitter and in [0, 1].
+
+    Args:
+        n_scenes: B, of the whole step.
+        config: beta and jitter; None is returned where there is no jitter.
+        generator: CPU generator of the training.
+    """
+    if not config.jitter:
+        return None
+    unit = torch.rand(n_scenes, generator=generator)
+    return (config.beta + config.jitter * (2.0 * unit - 1.0)).clamp(0.0, 1.0)
+
+
 def blended_covariance(
-    prediction: Prediction,
-    features: Features,
-    config: BlendConfig,
-    generator: torch.Generator | None = None,
+    prediction: Prediction, features: Features, config: BlendConfig, beta: Tensor | None = None
 ) -> LowRankCovariance:
     """``R_blend = (1 - beta) R_pred + beta R_samp`` of a batch, trace N.
 
     Args:
         prediction: the network's.
         features: of the same scenes; R_samp comes from their ridge solutions.
-        config: beta, jitter and shrinkage.
-        generator: CPU generator of a training; each scene's beta is then drawn uniformly within
-            beta +- jitter and clamped to [0, 1]. Without it beta is exact, as in inference.
+        config: beta and shrinkage.
+        beta: (B,) of a training, see :func:`jittered_beta`; None takes beta as it is, as
+            inference does.
     """
-    beta: float | Tensor = config.beta
-    if generator is not None and config.jitter:
-        unit = torch.rand(features.y.shape[0], generator=generator)
-        drawn = config.beta + config.jitter * (2.0 * unit - 1.0)
-        beta = drawn.clamp(0.0, 1.0).to(features.y.device)
     measured = features.measured_covariance(config.shrinkage)
-    return blend(prediction.covariance, measured, beta)
+    chosen = config.beta if beta is None else beta.to(features.y.device)
+    return blend(prediction.covariance, measured, chosen)

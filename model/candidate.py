@@ -61,6 +61,8 @@ class CandidateNetwork(SourceNetwork):
         array: the surface.
     """
 
+    gated = True
+
     def __init__(
         self, config: CandidateNetworkConfig, scene: SceneConfig, array: PlanarArray
     ) -> None:

@@ -60,6 +60,8 @@ class ImageNetwork(SourceNetwork):
     Source: peaks of a map as objects follow Zhou, Wang and Krahenbuhl, "Objects as points", 2019.
     """
 
+    gated = True
+
     bins: Tensor  # (S,) [m]
 
     def __init__(self, config: ImageConfig, scene: SceneConfig, array: PlanarArray) -> None:

@@ -68,6 +68,24 @@ class LossValue:
     terms: dict[str, Tensor]
 
 
+@dataclass(frozen=True)
+class Counts:
+    """What the terms of a batch are means over."""
+
+    scenes: int
+    occupied: Tensor  # scalar: scenes that hold a source
+    sources: Tensor  # scalar
+    matched: Tensor  # scalar: slots that stand for a source
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(
+            self.scenes + other.scenes,
+            self.occupied + other.occupied,
+            self.sources + other.sources,
+            self.matched + other.matched,
+        )
+
+
 class ScenesLoss:
     """Loss of a batch: covariance terms on R_blend and set-prediction terms on the slots.
 
@@ -84,6 +102,10 @@ class ScenesLoss:
       directions where there is one;
     - ``position``: cross-entropy of a matched slot's pointer to the cells around its source; with
       shared cells, plus the Huber distance of its position in cells (:mod:`model.pointing`).
+
+    Every term is a sum over scenes, sources or slots divided by their number. Given the numbers of
+    a larger batch, the loss of a part of it is the part's share: the shares of all parts add up to
+    the loss of the whole.
 
     Args:
         config: weights.
@@ -116,7 +138,8 @@ class ScenesLoss:
         blended: LowRankCovariance,
         scenes: Scenes,
         phase: Phase = "main",
-        generator: torch.Generator | None = None,
+        decoys: Tensor | None = None,
+        whole: Counts | None = None,
     ) -> LossValue:
         """Loss of the prediction and of ``blended``, the R_blend that inference would use.
 
@@ -125,8 +148,8 @@ class ScenesLoss:
             blended: their R_blend.
             scenes: their truth.
             phase: of the training.
-            generator: CPU generator of a training, which draws the decoys of the step; without
-                it every cell is one.
+            decoys: (G', N) of a training step, see :meth:`draw_decoys`; None takes every cell.
+            whole: counts of the batch that these scenes are a part of; None: they are all.
         """
         steering = steering_vector(scenes.position, self.array, self.wavefront)  # (B, K, N)
         truth = source_covariance(steering, scenes.power)
@@ -136,33 +159,78 @@ class ScenesLoss:
         blended = blended.normalized()
         predicted = prediction.covariance
         projected = blended.project(steering)  # (B, r, K)
+        # Of the terms that are means over scenes.
+        share = 1.0 if whole is None else len(scenes) / whole.scenes
         terms = {
-            "nmse": nmse(blended, truth, projected).mean(),
-            "cov_pred": nmse(predicted, truth, predicted.project(steering)).mean(),
+            "nmse": nmse(blended, truth, projected).mean() * share,
+            "cov_pred": nmse(predicted, truth, predicted.project(steering)).mean() * share,
         }
         if weights["subspace_align"] or weights["peak_contrast"]:
-            decoys = self._decoys(generator)
+            decoys = self.dictionary if decoys is None else decoys
             signal = blended.dominant_weights(scenes.n_sources, steering.shape[-2])
             seen = signal.mT @ projected  # (B, K, K)
             subspace = blended.combined(signal)  # (B, K, N)
-            terms["subspace_align"] = self._subspace(seen, *self._orthonormal(truth, present))
+            terms["subspace_align"] = self._subspace(
+                seen, *self._orthonormal(truth, present), None if whole is None else whole.occupied
+            )
             terms["peak_contrast"] = self._contrast(
                 column_energy(seen),
                 column_energy(_inner_products(decoys, subspace)),
                 power(_inner_products(decoys, steering)),
                 present,
+                None if whole is None else whole.sources,
             )
         if weights["existence"] or weights["position"]:
             pointing = self._pointing(prediction, scenes, steering)
             slot, source = match_slots(prediction, pointing.score(), present)
-            terms["existence"] = self._existence(prediction, slot)
+            terms["existence"] = self._existence(prediction, slot) * share
             if prediction.heat is not None and self.directions is not None:
                 terms["existence"] = terms["existence"] + heat_loss(
-                    prediction.heat, self.directions, scenes.position, present
+                    prediction.heat,
+                    self.directions,
+                    scenes.position,
+                    present,
+                    None if whole is None else whole.sources,
                 )
-            terms["position"] = _mean_of(pointing.loss(source), slot)
+            matched = slot.sum() if whole is None else whole.matched
+            terms["position"] = _mean_of(pointing.loss(source), slot, matched)
         total = torch.stack([weights[name] * value for name, value in terms.items()]).sum()
         return LossValue(total, {name: value.detach() for name, value in terms.items()})
+
+    @in_full_precision
+    @torch.no_grad()
+    def counts(self, scenes: Scenes, prediction: Prediction | None = None) -> Counts:
+        """What the terms of these scenes are means over.
+
+        Args:
+            scenes: of the batch.
+            prediction: of a network whose slots may not stand for every source
+                (:attr:`SourceNetwork.gated`); those of the others stand for all.
+        """
+        present = scenes.present
+        sources = present.sum()
+        matched = sources
+        if prediction is not None:
+            steering = steering_vector(scenes.position, self.array, self.wavefront)
+            score = self._pointing(prediction, scenes, steering).score()
+            matched = match_slots(prediction, score, present)[0].sum()
+        return Counts(len(scenes), present.any(-1).sum(), sources, matched)
+
+    def draw_decoys(self, phase: Phase, generator: torch.Generator) -> Tensor | None:
+        """Steering vectors (G', N) of the decoys of a training step.
+
+        Args:
+            phase: of the training; None is returned where its weights want no decoys.
+            generator: CPU generator of the training.
+        """
+        weights = self.config.weights(phase)
+        n_cells = self.dictionary.shape[0]
+        if not (weights["subspace_align"] or weights["peak_contrast"]):
+            return None
+        if self.config.decoys >= n_cells:
+            return self.dictionary
+        drawn = torch.randperm(n_cells, generator=generator)[: self.config.decoys]
+        return self.dictionary[drawn.to(self.dictionary.device)]
 
     def _orthonormal(self, truth: LowRankCovariance, present: Tensor) -> tuple[Tensor, Tensor]:
         """T (B, K, K) of a basis A T of the sources' span, zero beyond its dimension (B,).
@@ -181,10 +249,12 @@ class ScenesLoss:
         seen: Tensor,  # (B, K, K) conj(U^H A) of the signal subspace and the steering vectors
         basis: Tensor,  # (B, K, K) T of an orthonormal basis A T of their span
         n_bases: Tensor,  # (B,)
+        n_occupied: Tensor | None,
     ) -> Tensor:
         occupied = (n_bases > 0).to(basis.real.dtype)
         loss = occupied - energy(seen @ basis.conj()) / n_bases.clamp_min(1)
-        return loss.sum() / occupied.sum().clamp_min(1)
+        n_occupied = occupied.sum() if n_occupied is None else n_occupied
+        return loss.sum() / n_occupied.clamp_min(1)
 
     def _contrast(
         self,
@@ -192,6 +262,7 @@ class ScenesLoss:
         at_decoy: Tensor,  # (B, G')
         overlap: Tensor,  # (B, K, G')
         present: Tensor,  # (B, K) bool
+        n_sources: Tensor | None,
     ) -> Tensor:
         near = ((overlap > 0.5) & present.unsqueeze(-1)).any(-2)
         level = torch.logsumexp(
@@ -201,15 +272,8 @@ class ScenesLoss:
         level = level + math.log(self.dictionary.shape[0] / at_decoy.shape[-1])
         loss = functional.softplus(level - at_source / self.temperature)
         loss = torch.where(present, loss, 0.0)
-        return loss.sum() / present.sum().clamp_min(1)
-
-    def _decoys(self, generator: torch.Generator | None) -> Tensor:
-        """Steering vectors (G', N) of the decoys."""
-        n_cells = self.dictionary.shape[0]
-        if generator is None or self.config.decoys >= n_cells:
-            return self.dictionary
-        drawn = torch.randperm(n_cells, generator=generator)[: self.config.decoys]
-        return self.dictionary[drawn.to(self.dictionary.device)]
+        n_sources = present.sum() if n_sources is None else n_sources
+        return loss.sum() / n_sources.clamp_min(1)
 
     def _existence(self, prediction: Prediction, slot: Tensor) -> Tensor:
         return functional.binary_cross_entropy_with_logits(
@@ -226,9 +290,9 @@ class ScenesLoss:
         return SharedCells(prediction, overlap, scenes.position, self.cell_size)
 
 
-def _mean_of(value: Tensor, slot: Tensor) -> Tensor:
-    """Mean of values (B, r) over the slots (B, r) bool that hold a source."""
-    return torch.where(slot, value, torch.zeros_like(value)).sum() / slot.sum().clamp_min(1)
+def _mean_of(value: Tensor, slot: Tensor, count: Tensor) -> Tensor:
+    """Mean of values (B, r) of the slots (B, r) bool that hold a source, ``count`` in all."""
+    return torch.where(slot, value, torch.zeros_like(value)).sum() / count.clamp_min(1)
 
 
 def overlap_of(cells: Tensor, steering: Tensor) -> Tensor:

@@ -111,7 +111,13 @@ class OwnCells:
         return torch.maximum(_LEVEL * excess, (_LEVEL - 1.0) * excess)
 
 
-def heat_loss(heat: Tensor, directions: Tensor, position: Tensor, present: Tensor) -> Tensor:
+def heat_loss(
+    heat: Tensor,
+    directions: Tensor,
+    position: Tensor,
+    present: Tensor,
+    n_sources: Tensor | None = None,
+) -> Tensor:
     """Cross-entropy of a map over directions, per source.
 
     The cell nearest to a source holds it; the cells beside that one are left out, since either
@@ -122,6 +128,7 @@ def heat_loss(heat: Tensor, directions: Tensor, position: Tensor, present: Tenso
         directions: (A, E, 2) azimuth, elevation [rad].
         position: (B, K, 3) of the sources.
         present: (B, K) bool.
+        n_sources: that it is a mean over; None: those that are present.
     """
     apart = directions[:, :, None] - position[:, None, None, :, :2]  # (B, A, E, K, 2)
     distance = torch.linalg.vector_norm(apart, dim=-1).flatten(1, 2)  # (B, A E, K)
@@ -132,7 +139,8 @@ def heat_loss(heat: Tensor, directions: Tensor, position: Tensor, present: Tenso
     around = functional.max_pool2d(hit.unsqueeze(1), 3, stride=1, padding=1).squeeze(1)
     counts = (hit > 0) | (around == 0)
     loss = functional.binary_cross_entropy_with_logits(heat, hit, reduction="none")
-    return (loss * counts).sum() / present.sum().clamp_min(1)
+    n_sources = present.sum() if n_sources is None else n_sources
+    return (loss * counts).sum() / n_sources.clamp_min(1)
 
 
 @torch.no_grad()

@@ -98,7 +98,10 @@ class SourceNetwork(nn.Module, ABC):
         cells: (G, 3) their azimuth, elevation [rad] and inverse range [1/m].
         cell_size: (3,) [rad, rad, 1/m].
         directions: (A, E, 2) azimuth and elevation [rad] of the grid.
+        gated: whether a source may be too far from all slots to be any slot's.
     """
+
+    gated: ClassVar[bool] = False
 
     dictionary: Tensor
     cells: Tensor

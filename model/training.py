@@ -7,6 +7,8 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import reduce
+from operator import add
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.blending import blended_covariance
+from model.blending import blended_covariance, jittered_beta
 from model.checkpoint import Checkpoint, CheckpointError, has_checkpoint
 from model.config import TrialConfig
 from model.data import Batch, open_source
 from model.decision import Decision, Judged, choose, judge
 from model.decode import detect
 from model.features import Features, compute_features
-from model.loss import ScenesLoss
+from model.loss import Counts, ScenesLoss
 from model.memory import keep_freed_memory
 from model.network import build_network
 from model.optimizer import (
@@ -251,19 +253,31 @@ class Trainer:
         norm is not finite.
         """
         training = self.config.training
-        features = self._features(batch)
-        with self.amp.autocast():
-            prediction = self.network(features)
-        blended = blended_covariance(prediction, features, self.config.blend, self._jitter)
+        size = -(-len(batch) // training.accumulation)
+        parts = [batch[slice(start, start + size)] for start in range(0, len(batch), size)]
         warmup = training.warmup_steps(self.total_steps)
         phase = self.config.loss.phase(self.step, self.total_steps, warmup)
-        value = self.loss(prediction, blended, batch.scenes, phase, self._jitter)
+        # Drawn for the whole batch, so that the parts add up to the step that it would make.
+        beta = jittered_beta(len(batch), self.config.blend, self._jitter)
+        betas = beta.split(size) if beta is not None else [None] * len(parts)
+        decoys = self.loss.draw_decoys(phase, self._jitter)
+        whole = self._counts(parts) if len(parts) > 1 else None
         self.optimizer.zero_grad(set_to_none=True)
-        self.amp.backward(value.total)
+        terms: dict[str, Tensor] = {}
+        n_fallbacks = 0
+        for part, drawn in zip(parts, betas, strict=True):
+            features = self._features(part)
+            with self.amp.autocast():
+                prediction = self.network(features)
+            blended = blended_covariance(prediction, features, self.config.blend, drawn)
+            value = self.loss(prediction, blended, part.scenes, phase, decoys, whole)
+            self.amp.backward(value.total)
+            n_fallbacks += features.n_fallbacks
+            for name, term in ({"total": value.total.detach()} | value.terms).items():
+                terms[name] = terms[name] + term if name in terms else term
         self.amp.unscale(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), training.gradient_clip)
         # One transfer from the device for all that is looked at.
-        terms = {"total": value.total.detach()} | value.terms
         *values, norm_value = torch.stack([*terms.values(), norm.detach()]).tolist()
         finite_loss = math.isfinite(values[0])
         finite = finite_loss and math.isfinite(norm_value)
@@ -272,8 +286,22 @@ class Trainer:
         if finite:
             self.average.update(self.network)
         if not finite_loss:
-            return None, norm_value, features.n_fallbacks
-        return dict(zip(terms, values, strict=True)), norm_value, features.n_fallbacks
+            return None, norm_value, n_fallbacks
+        return dict(zip(terms, values, strict=True)), norm_value, n_fallbacks
+
+    def _counts(self, parts: list[Batch]) -> Counts:
+        """What the loss of all parts together is a mean over."""
+        if not self.network.gated:
+            return reduce(add, (self.loss.counts(part.scenes) for part in parts))
+        # Which sources have a slot is known after a prediction only, with the dropout to come.
+        devices = [self.device] if self.device.type == "cuda" else []
+        counts = []
+        with torch.no_grad(), torch.random.fork_rng(devices):
+            for part in parts:
+                with self.amp.autocast():
+                    prediction = self.network(self._features(part))
+                counts.append(self.loss.counts(part.scenes, prediction))
+        return reduce(add, counts)
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
@@ -293,8 +321,9 @@ class Trainer:
         try:
             wavefront = self.config.scene.wavefront
             pred, blended_error, found, judged = [], [], [], []
-            for start in range(0, len(scenes), _VALIDATION_BATCH):
-                index = slice(start, start + _VALIDATION_BATCH)
+            size = -(-_VALIDATION_BATCH // self.config.training.accumulation)
+            for start in range(0, len(scenes), size):
+                index = slice(start, start + size)
                 features, batch = self._features(validation[index]), scenes[index]
                 with self.amp.autocast():
                     prediction = self.network(features)
@@ -368,10 +397,11 @@ class Trainer:
             CheckpointError: missing, damaged, of another format, or of another configuration.
         """
         checkpoint = Checkpoint.load(folder, self.device)
-        if checkpoint.config != self.config:
+        saved, wanted = _undivided(checkpoint.config), _undivided(self.config)
+        if saved != wanted:
             raise CheckpointError(
                 f"{folder}: the checkpoint is of another configuration: "
-                f"{first_difference(checkpoint.config, self.config)}"
+                f"{first_difference(saved, wanted)}"
             )
         state: dict[str, Any] = checkpoint.state
         self._set_weights(checkpoint.tensors["network"])
@@ -395,6 +425,12 @@ class Trainer:
             entries.setdefault(int(index), {})[name] = value
         state["state"] = entries
         self.optimizer.load_state_dict(state)
+
+
+def _undivided(config: TrialConfig) -> TrialConfig:
+    """The configuration with steps in one part: the parts are a matter of memory."""
+    training = config.training.model_copy(update={"accumulation": 1})
+    return config.model_copy(update={"training": training})
 
 
 def first_difference(saved: TrialConfig, wanted: TrialConfig) -> str:

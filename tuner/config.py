@@ -89,7 +89,12 @@ class ResourcesConfig(FrozenModel):
     )
     cpus_per_trial: int | None = Field(None, ge=1, description="null: training.threads")
     concurrent: int | None = Field(None, ge=1, description="null: as many as the cluster holds")
-    max_failures: int = Field(3, ge=0, description="lost machines that a trial survives")
+    max_failures: int = Field(
+        5,
+        ge=0,
+        description="machines that a trial may lose in a row, without an epoch finished between; "
+        "counted anew in every session",
+    )
     storage: str | None = Field(
         None, description="folder or URI that all machines reach; null: the run folder"
     )

@@ -12,6 +12,7 @@ from ray import tune
 from ray.tune import CheckpointConfig, FailureConfig, RunConfig, TuneConfig
 from ray.tune.experiment import Trial
 
+from tuner.disk import disk_error
 from tuner.folder import RunFolder
 from tuner.schedulers import make_scheduler
 from tuner.search import LedgerCallback, LedgerSearch
@@ -74,6 +75,9 @@ def run_distributed(
         concurrent: trials side by side.
         stop: asked often; True ends the run and leaves running trials to a resume.
         after: called when a trial has ended.
+
+    Raises:
+        StudyError: a trial could not be saved, since a disk is full.
     """
     for key, value in _QUIET.items():
         os.environ.setdefault(key, value)
@@ -94,10 +98,10 @@ def run_distributed(
         run_config=RunConfig(
             name=search.storage.name,
             storage_path=search.storage.root,
-            failure_config=FailureConfig(max_failures=resources.max_failures),
+            failure_config=FailureConfig(max_failures=-1),  # LedgerSearch.lost gives up
             checkpoint_config=CheckpointConfig(num_to_keep=1),
             callbacks=[LedgerCallback(search)],
-            stop=StopWish(stop),
+            stop=StopWish(lambda: stop() or search.full_disk is not None),
             verbose=0,
         ),
     )
@@ -108,8 +112,12 @@ def run_distributed(
     finally:
         search.closed = True
         _sweep(folder.trials)
-        if ledger.lost is not None:  # which Ray Tune has taken for a trial's fault, or wrapped
-            raise ledger.lost
+        if (
+            ledger.database_lost is not None
+        ):  # which Ray Tune has taken for a trial's fault, or wrapped
+            raise ledger.database_lost
+    if search.full_disk is not None:
+        raise disk_error(folder.path, search.full_disk)
 
 
 def _trial_name(trial: Trial) -> str:

@@ -10,12 +10,23 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from model.files import PART
+
+
+def sweep(folder: Path) -> None:
+    """Remove what writers left that were killed; only who alone writes there may ask for it."""
+    for left in sorted(folder.rglob(f".*{PART}"), reverse=True):
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
+
 
 def replace_folder(path: Path, fill: Callable[[Path], None]) -> None:
     """Fill a fresh folder, then put it in the place of the old one; never a mixture."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-    old = fresh.with_name(fresh.name + ".old")
+    fresh = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=PART))
+    old = fresh.with_name(f"{fresh.stem}.old{PART}")
     try:
         fresh.chmod(0o755)
         fill(fresh)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from model.files import write_text
 from tuner.errors import StudyError
-from tuner.files import FileLock, Locked
+from tuner.files import FileLock, Locked, sweep
 
 
 class RunFolder:
@@ -117,6 +117,7 @@ class RunFolder:
                 folder._acquire()
             except OSError as error:
                 raise StudyError(f"{path}: cannot be written: {error.strerror}") from error
+            sweep(folder.path)
         return folder
 
     @classmethod

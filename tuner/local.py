@@ -9,14 +9,16 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from tuner.checkpoints import reachable
 from tuner.folder import RunFolder
+from tuner.retries import exhausted_reason
 from tuner.study import Assignment, End, Ledger
-from tuner.trial import TrialRun, place_of
+from tuner.trial import MemoryExhausted, TrialRun, place_of
 from tuner.watchers import Watcher
 
 
@@ -51,7 +53,9 @@ def run_local(
         trial = orphans.popleft() if orphans else ledger.ask()
         if trial is None:
             return
-        _run_trial(ledger, folder, progress, device, trial, stop)
+        again = _run_trial(ledger, folder, progress, device, trial, stop)
+        if again is not None:
+            orphans.appendleft(again)
         after()
 
 
@@ -62,49 +66,66 @@ def _run_trial(
     device: str,
     trial: Assignment,
     stop: Callable[[], bool],
-) -> None:
+) -> Assignment | None:
+    """Run a trial to its end, or until `stop` says so; what is to be run on, if memory ended it."""
     number = trial.number
     progress.started(trial)
     try:
-        config = ledger.config.trial_config(trial.params, trial.seed)
+        config = ledger.trial_config(trial)
     except ValueError as error:
         _end(ledger, progress, number, "failed", reason=f"configuration: {error}")
-        return
+        return None
     home = folder.trial(number)
     home.mkdir(parents=True, exist_ok=True)
-    with (
-        reachable(trial.checkpoint) as checkpoint,
-        closing(TrialRun(config, device, checkpoint)) as run,
-    ):
-        while True:
-            result = run.step()
-            if result.pop("failed"):
-                (home / "error.txt").write_text(result["traceback"], encoding="utf-8")
-                _end(
-                    ledger,
-                    progress,
-                    number,
-                    "failed",
-                    reason=result["reason"],
-                    traceback=result["traceback"],
-                )
-                return
-            finished = result.pop("finished")
-            if not result.pop("repeated", False):
-                metrics = {**result, **place_of(result, device, float(device != "cpu"))}
-                ledger.report(number, metrics)  # first: a checkpoint never knows more
-                progress.reported(number, metrics)
-                run.save(home / "checkpoint")
-                ledger.checkpointed(number, str(home / "checkpoint"), result["epoch"])
-            if finished:
-                _end(ledger, progress, number, "done", objective=result["objective"])
-                return
-            if ledger.should_prune(number):
-                reason = f"stopped after epoch {result['epoch']}"
-                _end(ledger, progress, number, "pruned", reason=reason)
-                return
-            if stop():
-                return
+    try:
+        with (
+            reachable(trial.checkpoint) as checkpoint,
+            closing(TrialRun(config, device, checkpoint)) as run,
+        ):
+            _run_epochs(ledger, home, progress, device, number, run, stop)
+    except MemoryExhausted as error:
+        parts = ledger.out_of_memory(number, str(error))
+        if parts is None:
+            _end(ledger, progress, number, "failed", reason=exhausted_reason(str(error)))
+            return None
+        progress.halved(number, parts, str(error))
+        return ledger.going_on(number)
+    return None
+
+
+def _run_epochs(
+    ledger: Ledger,
+    home: Path,
+    progress: Watcher,
+    device: str,
+    number: int,
+    run: TrialRun,
+    stop: Callable[[], bool],
+) -> None:
+    """Step a trial until it has ended or `stop` says so."""
+    while True:
+        result = run.step()
+        if result.pop("failed"):
+            (home / "error.txt").write_text(result["traceback"], encoding="utf-8")
+            details = {name: result[name] for name in ("reason", "traceback")}
+            _end(ledger, progress, number, "failed", **details)
+            return
+        finished = result.pop("finished")
+        if not result.pop("repeated", False):
+            metrics = {**result, **place_of(result, device, float(device != "cpu"))}
+            ledger.report(number, metrics)  # first: a checkpoint never knows more
+            progress.reported(number, metrics)
+            run.save(home / "checkpoint")
+            ledger.checkpointed(number, str(home / "checkpoint"), result["epoch"])
+        if finished:
+            _end(ledger, progress, number, "done", objective=result["objective"])
+            return
+        if ledger.should_prune(number):
+            reason = f"stopped after epoch {result['epoch']}"
+            _end(ledger, progress, number, "pruned", reason=reason)
+            return
+        if stop():
+            return
 
 
 def _end(ledger: Ledger, progress: Watcher, number: int, state: End, **details: Any) -> None:

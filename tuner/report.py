@@ -255,7 +255,8 @@ def _trial_table(ledger: Ledger, trials: list[TrialRecord], best: TrialRecord | 
             *(html.escape(_short(trial.params.get(path, ""))) for path in paths),
         ]
         row = "".join(f"<td>{cell}</td>" for cell in cells)
-        reason = f"<td class='text'>{html.escape(trial.reason or '')}</td>"
+        said = "; ".join(text for text in (trial.reason, trial.note) if text)
+        reason = f"<td class='text'>{html.escape(said)}</td>"
         lines.append(f"<tr{marked}>{row}{reason}</tr>")
     lines.append("</table></div>")
     return "\n".join(lines)

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 _SCORES = ("nmse_blend", "f1", "gospa", "count_accuracy")  # of the last epoch
 _COLUMNS = (
     "trial", "state", "objective", "epochs", "seed", "seconds", "gpu_seconds", "node", "device",
-    "skipped_steps", "solver_fallbacks", *_SCORES, "reason",
+    "skipped_steps", "solver_fallbacks", *_SCORES, "reason", "note",
 )  # fmt: skip
 
 
@@ -48,6 +48,7 @@ def write_trials(folder: RunFolder, ledger: Ledger) -> None:
                 "" if trial.fallbacks is None else f"{trial.fallbacks:.0f}",
                 *(_cell(metrics.get(name, "")) for name in _SCORES),
                 trial.reason or "",
+                trial.note,
                 *(_cell(trial.params.get(path, "")) for path in paths),
             ]
         )
@@ -60,7 +61,7 @@ def write_best(folder: RunFolder, ledger: Ledger) -> TrialRecord | None:
     if best is None:
         return None
     study = ledger.config
-    config = study.trial_config(best.params, best.seed)
+    config = ledger.trial_config(best)
     device = best.metrics.get("device", "cpu")
     content = {
         "study": study.name,

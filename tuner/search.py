@@ -19,14 +19,19 @@ from ray.tune.experiment import Trial
 from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
-from model.files import write_text
+from model.files import sync, write_text
 from tuner.checkpoints import Storage
+from tuner.disk import speaks_of_full_disk
 from tuner.folder import RunFolder
+from tuner.retries import exhausted_reason
 from tuner.study import End, Ledger
-from tuner.trainable import CONFIG, DEVICE, NUMBER, RESUME, START, STUDY
+from tuner.trainable import CONFIG, DEVICE, GIVE_UP, NUMBER, RESUME, START, STUDY
 from tuner.watchers import Watcher
 
 logger = logging.getLogger(__name__)
+
+# Of the trial itself, and of Ray's memory monitor, which kills what fills a machine's memory.
+_OUT_OF_MEMORY = re.compile(r"MemoryExhausted|memory usage threshold")
 
 
 class LedgerSearch(OptunaSearch):
@@ -53,8 +58,10 @@ class LedgerSearch(OptunaSearch):
         self._orphans = deque(ledger.orphans())
         self._numbers: dict[str, int] = {}
         self._ended: set[str] = set()
-        self._losses: dict[str, str] = {}
+        self._in_a_row: dict[str, int] = {}  # losses without a finished epoch between them
+        self._given_up: dict[str, str] = {}
         self.closed = False
+        self.full_disk: str | None = None  # what a trial met that could not be saved
         # What the base class keeps; the study is the ledger's own.
         self._space = dict(ledger.config.search.space)
         self._ot_study: Any = ledger.optuna_study
@@ -63,7 +70,7 @@ class LedgerSearch(OptunaSearch):
 
     def suggest(self, trial_id: str) -> Any:
         """The next trial: first those that were cut, then new ones, then none."""
-        if self.closed or self._stop():
+        if self.closed or self.full_disk or self._stop():
             return Searcher.FINISHED
         while True:
             found = self._orphans.popleft() if self._orphans else self._ledger.ask()
@@ -72,7 +79,7 @@ class LedgerSearch(OptunaSearch):
             self._numbers[trial_id] = found.number
             self._watcher.started(found)
             try:
-                config = self._ledger.config.trial_config(found.params, found.seed)
+                config = self._ledger.trial_config(found)
             except ValueError as error:
                 self._end(trial_id, "failed", reason=f"configuration: {error}")
                 self._ended.discard(trial_id)
@@ -95,9 +102,10 @@ class LedgerSearch(OptunaSearch):
         """End a trial as what it is: done, pruned, failed or lost."""
         if trial_id not in self._numbers or trial_id in self._ended or self.closed:
             return
-        if error or result is None:
-            reason = self._losses.get(trial_id, "its machine was lost")
-            self._end(trial_id, "failed", reason=f"lost: {reason}; no retries left")
+        if error or result is None:  # not even an actor to give it up on could be started
+            self._end(
+                trial_id, "failed", reason=self._given_up.get(trial_id, "its machine was lost")
+            )
         elif result.get("failed"):
             self._end(
                 trial_id, "failed", reason=result.get("reason"), traceback=result.get("traceback")
@@ -107,10 +115,38 @@ class LedgerSearch(OptunaSearch):
             stopped = None if state == "done" else f"stopped after epoch {result['epoch']}"
             self._end(trial_id, state, objective=result.get("objective"), reason=stopped)
 
-    def lost(self, trial_id: str, reason: str) -> None:
-        """A machine died under the trial and Ray runs it again."""
-        self._losses[trial_id] = reason
-        self._watcher.lost(self._numbers[trial_id], reason)
+    def lost(self, trial_id: str, reason: str) -> dict[str, Any]:
+        """The trial's process has ended without a word and Ray starts another.
+
+        Returns:
+            What is to change in what Ray hands to the actor. A trial that is given up ends on
+            its next actor.
+        """
+        number = self._numbers[trial_id]
+        if speaks_of_full_disk(reason):
+            self.full_disk = reason  # which is no trial's fault: the session ends
+            return {}
+        if _OUT_OF_MEMORY.search(reason):
+            parts = self._ledger.out_of_memory(number, reason)
+            if parts is None:
+                return self._give_up(trial_id, exhausted_reason(reason))
+            self._watcher.halved(number, parts, reason)
+            config = self._ledger.trial_config(self._ledger.going_on(number))
+            return {CONFIG: config.model_dump(mode="json")}
+        self._in_a_row[trial_id] = times = self._in_a_row.get(trial_id, 0) + 1
+        self._ledger.lost(number, reason)
+        if times > self._ledger.config.resources.max_failures:
+            return self._give_up(
+                trial_id,
+                f"lost: its process ended {times} times in a row before it had finished an epoch "
+                f"({reason}); a crash of the trial's own looks like a lost machine",
+            )
+        self._watcher.lost(number, reason)
+        return {}
+
+    def _give_up(self, trial_id: str, reason: str) -> dict[str, Any]:
+        self._given_up[trial_id] = reason
+        return {GIVE_UP: reason}
 
     def reported(self, trial_id: str, result: dict[str, Any]) -> None:
         """Record an epoch, before its checkpoint is: a checkpoint never knows more."""
@@ -118,6 +154,7 @@ class LedgerSearch(OptunaSearch):
         if number is None or trial_id in self._ended or self.closed:
             return
         if not result.get("failed") and not result.get("repeated"):
+            self._in_a_row.pop(trial_id, None)
             metrics = own_metrics(result)
             self._ledger.report(number, metrics)
             self._watcher.reported(number, metrics)
@@ -173,13 +210,18 @@ class LedgerCallback(Callback):
         epoch = (trial.last_result or {}).get("epoch")
         if epoch is not None:
             location = self._search.storage.location(checkpoint.filesystem, checkpoint.path)
+            if "://" not in location:
+                _settle(Path(location))
             self._search.checkpointed(trial.trial_id, location, int(epoch))
 
     def on_trial_recover(
         self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
     ) -> None:
         """A machine was lost and the trial waits for another."""
-        self._search.lost(trial.trial_id, _what_happened(trial))
+        changes = self._search.lost(trial.trial_id, _what_happened(trial))
+        trial.config.update(changes)
+        if GIVE_UP in changes:
+            trial.max_failures = trial.num_failures  # the next one ends it
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (str, (type(self).__name__,))
@@ -193,9 +235,17 @@ def _what_happened(trial: Trial) -> str:
         return f"failure {trial.num_failures}"
     last = text.rpartition("Failure #")[2].splitlines()[1:]
     lines = [line.strip() for line in last if line.strip()]
-    errors = [line for line in lines if re.match(r"[\w.]+(Error|Exception|Lost)\b.*: ", line)]
+    errors = [
+        line for line in lines if re.match(r"[\w.]+(Error|Exception|Lost|Exhausted)\b.*: ", line)
+    ]
     chosen = errors[-1] if errors else " ".join(lines[:1])
     return chosen[:200] or f"failure {trial.num_failures}"
+
+
+def _settle(folder: Path) -> None:
+    """Have what Ray copied on disk before the ledger names it: a power cut may follow."""
+    for path in [*folder.rglob("*"), folder, folder.parent]:
+        sync(path)
 
 
 _RAY_KEYS = frozenset(

@@ -18,6 +18,7 @@ from model.files import write_text
 from model.precision import AmpPolicy
 from tuner.command import DONE, INTERRUPTED, NOTHING_FINISHED, Interruption
 from tuner.config import StudyConfig, load_study
+from tuner.disk import full_disk_said
 from tuner.errors import ConfigError, StudyError
 from tuner.folder import RunFolder
 from tuner.ledger import ledger_note, open_ledger
@@ -125,6 +126,7 @@ def run_session(request: Request) -> int:
         if folder is None:
             folder = RunFolder.fresh(request.out or RunFolder.default_path(study.name))
             stack.callback(folder.release)
+        stack.enter_context(full_disk_said(folder.path))
         if place is not None and place.cluster is not None:
             _check_reach(study, folder, place)
         stack.enter_context(logging_to(folder.log))

@@ -29,6 +29,7 @@ UNSEARCHABLE = (
     "training.epochs",
     "training.patience",
     "training.threads",
+    "training.accumulation",
 )
 _MAX_LISTED = 64  # values of an integer range that are tried one by one
 

@@ -24,6 +24,8 @@ import numpy as np
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
+from model.config import TrialConfig
+from tuner import retries
 from tuner.config import StudyConfig
 from tuner.errors import LedgerLost
 from tuner.pruners import make_pruner
@@ -55,6 +57,7 @@ class Assignment:
     seed: int
     checkpoint: str | None = None
     epoch: int = 0
+    accumulation: int | None = None  # where memory was not enough for the configuration's own
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,8 @@ class TrialRecord:
     checkpoint: str | None = None
     started: datetime | None = None
     finished: datetime | None = None
+    accumulation: int | None = None  # where memory was not enough for the configuration's own
+    note: str = ""  # what it survived
 
     @property
     def epoch(self) -> int:
@@ -211,19 +216,48 @@ class Ledger:
             started = self._started(before)
             if not self._n_left(len(started)):
                 return None
-            n_asked = sum(t.state != TrialState.WAITING for t in before)
-            prior = [trial for trial in before if "prior" in trial.user_attrs]
-            self._study.sampler = self._sampler(n_asked, prior)
+            self._take_sampler(before)
             trial = self._study.ask()
             params = suggest(self._config.search.space, trial)
-            twin = next((t for t in started if t.params == params), None)
-            if twin is None:
+            if self._is_new(trial, params, started):
                 return self._assign(trial.number, params)
-            trial.set_user_attr("duplicate_of", twin.number)
-            self._study.tell(trial, state=TrialState.FAIL)
-            logger.info("proposal %d repeats trial %d: not run", trial.number, twin.number)
         logger.warning("the search space holds nothing new: no further trials")
         return None
+
+    def _take_sampler(self, before: list[FrozenTrial]) -> None:
+        """Let the proposal after these trials be made by its own sampler."""
+        n_asked = sum(trial.state != TrialState.WAITING for trial in before)
+        prior = [trial for trial in before if "prior" in trial.user_attrs]
+        self._study.sampler = self._sampler(n_asked, prior)
+
+    def _is_new(
+        self, trial: optuna.Trial, params: dict[str, Value], started: list[FrozenTrial]
+    ) -> bool:
+        """Whether no trial has these parameters; a repetition is ended."""
+        twin = next((t for t in started if t.params == params), None)
+        if twin is None:
+            return True
+        trial.set_user_attr("duplicate_of", twin.number)
+        self._study.tell(trial, state=TrialState.FAIL)
+        logger.info("proposal %d repeats trial %d: not run", trial.number, twin.number)
+        return False
+
+    def _propose_on(self, frozen: FrozenTrial) -> bool:
+        """Propose the rest of a trial amid whose proposal the driver died; False: a repetition.
+
+        It gets what it would have been given: the sampler's draws for what is known already are
+        made again, and thrown away.
+        """
+        others = [trial for trial in self._frozen() if trial.number != frozen.number]
+        self._take_sampler(others)
+        trial = optuna.Trial(self._study, frozen._trial_id)
+        space = self._config.search.space
+        for path in (path for path in space if path in frozen.distributions):
+            known = frozen.distributions[path]
+            fixed = trial._is_fixed_param(path, known) or known.single()
+            if not fixed and not trial._is_relative_param(path, known):
+                self._study.sampler.sample_independent(self._study, frozen, path, known)
+        return self._is_new(trial, suggest(space, trial), self._started(others))
 
     @property
     def has_work(self) -> bool:
@@ -255,22 +289,37 @@ class Ledger:
         for frozen in self._frozen():
             if frozen.state != TrialState.RUNNING:
                 continue
-            space, params = self._config.search.space, dict(frozen.params)
-            if params.keys() != space.keys():
-                # A crash while proposing leaves some parameters unset: they are drawn now.
-                params = suggest(space, optuna.Trial(self._study, frozen._trial_id))
-            fresh = self._assign(frozen.number, params)
-            kept = frozen.user_attrs.get("checkpoint")
-            found.append(
-                Assignment(
-                    fresh.number,
-                    fresh.params,
-                    fresh.seed,
-                    kept and kept["location"],
-                    kept["epoch"] if kept else 0,
-                )
-            )
+            if "budget" not in frozen.user_attrs:  # the last of what is known before it runs
+                if not self._propose_on(frozen):
+                    continue
+                self._assign(frozen.number, {})
+            found.append(self.going_on(frozen.number))
         return found
+
+    def going_on(self, number: int) -> Assignment:
+        """A trial that runs, to be run on from its last checkpoint."""
+        frozen = self._storage.get_trial(self._id(number))
+        attrs = frozen.user_attrs
+        kept = attrs.get("checkpoint") or {"location": None, "epoch": 0}
+        return Assignment(
+            number,
+            dict(frozen.params),
+            attrs["seed"],
+            kept["location"],
+            kept["epoch"],
+            retries.accumulation(attrs),
+        )
+
+    def trial_config(self, trial: Assignment | TrialRecord) -> TrialConfig:
+        """The configuration that a trial runs with.
+
+        Raises:
+            ConfigError: its parameters cannot be built.
+        """
+        params = dict(trial.params)
+        if trial.accumulation is not None:
+            params["training.accumulation"] = trial.accumulation
+        return self._config.trial_config(params, trial.seed)
 
     # Reporting
 
@@ -288,6 +337,29 @@ class Ledger:
         """Record the checkpoint from which the trial can go on."""
         kept = {"location": location, "epoch": epoch}
         self._storage.set_trial_user_attr(self._id(number), "checkpoint", kept)
+
+    def lost(self, number: int, reason: str) -> None:
+        """Record that a machine died under the trial."""
+        identifier = self._id(number)
+        attrs = self._storage.get_trial(identifier).user_attrs
+        self._storage.set_trial_user_attr(identifier, *retries.one_more_loss(attrs, reason))
+
+    def out_of_memory(self, number: int, message: str) -> int | None:
+        """Record that memory was not enough for the trial.
+
+        Returns:
+            The number of parts in which its batches are tried once more; None where that has been
+            tried before, or the parts are single scenes.
+        """
+        training = self.trial_config(self.going_on(number)).training
+        identifier = self._id(number)
+        attrs = self._storage.get_trial(identifier).user_attrs
+        if retries.accumulation(attrs) is not None or training.accumulation >= training.batch_size:
+            return None
+        parts = 2 * training.accumulation
+        record = retries.halved(self.trial(number).epoch + 1, parts, message)
+        self._storage.set_trial_user_attr(identifier, *record)
+        return parts
 
     def should_prune(self, number: int) -> bool:
         """Whether Optuna's pruner stops the trial now, for the local loop."""
@@ -366,7 +438,7 @@ class Ledger:
         self._storage.say = say
 
     @property
-    def lost(self) -> LedgerLost | None:
+    def database_lost(self) -> LedgerLost | None:
         """That the database stayed out for too long, if it did: nothing is recorded any more."""
         return self._storage.lost
 
@@ -415,4 +487,6 @@ def _record(frozen: FrozenTrial) -> TrialRecord:
         checkpoint=checkpoint["location"] if checkpoint else None,
         started=frozen.datetime_start,
         finished=frozen.datetime_complete,
+        accumulation=retries.accumulation(attrs),
+        note=retries.note(attrs),
     )

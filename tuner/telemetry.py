@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tuner.config import StudyConfig
+from tuner.retries import halved_note
 from tuner.space import Value
 from tuner.study import Assignment, State, TrialRecord
 from tuner.watchers import Watcher
@@ -30,10 +31,18 @@ _PARAMS_SHOWN = 5
 _FIXED_WIDTH, _PARAM_WIDTH, _PLACE_WIDTH = 70, 14, 24  # characters
 
 
+class _LogFile(logging.FileHandler):
+    """A log that a full disk interrupts; what cannot be written is not worth a traceback a line."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exception(), OSError):
+            super().handleError(record)
+
+
 @contextmanager
 def logging_to(path: Path) -> Iterator[None]:
     """Append the tuner's own log to a file."""
-    handler = logging.FileHandler(path, encoding="utf-8")
+    handler = _LogFile(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     roots = [logging.getLogger(name) for name in ("tuner", "model", "physics", "ray")]
     before = [(root.level, root.propagate) for root in roots]
@@ -63,6 +72,7 @@ class _Row:
     seconds: float | None = None
     place: str = ""
     note: str = ""
+    survived: str = ""  # stays in the note while the trial runs on
     since: float = field(default_factory=time.monotonic)
 
 
@@ -79,7 +89,7 @@ class Progress(Watcher):
         self._best: tuple[int, float] | None = None
         for trial in history:
             row = _Row(trial.number, trial.params, trial.state, trial.epoch, trial.objective)
-            row.note = _note(trial.state, trial.reason)
+            row.note = _note(trial.state, trial.reason) or trial.note
             row.skipped = int(trial.metrics.get("skipped_steps", 0))
             row.fallbacks = int(trial.metrics.get("solver_fallbacks", 0))
             if trial.state != "running":
@@ -117,6 +127,8 @@ class Progress(Watcher):
     def started(self, assignment: Assignment) -> None:
         """A trial begins, or goes on."""
         row = _Row(assignment.number, assignment.params, epoch=assignment.epoch)
+        if assignment.accumulation is not None:
+            row.note = row.survived = f"batches in {assignment.accumulation} parts"
         self._rows[assignment.number] = row
         params = ", ".join(f"{path}={_short(v)}" for path, v in assignment.params.items())
         again = f" goes on after epoch {assignment.epoch}" if assignment.epoch else " starts"
@@ -132,7 +144,7 @@ class Progress(Watcher):
         seconds = metrics.get("epoch_seconds")
         row.seconds = float(seconds) if seconds is not None else None
         row.place = " ".join(str(metrics[k]) for k in ("node", "device") if metrics.get(k))
-        row.note = ""
+        row.note = row.survived
         extra = f", {row.skipped} steps skipped" if row.skipped else ""
         extra += f", {row.fallbacks} solver fallbacks" if row.fallbacks else ""
         pace = f", {row.seconds:.1f} s" if row.seconds is not None else ""
@@ -144,10 +156,16 @@ class Progress(Watcher):
         self._rows[number].note = f"lost: {reason}"
         self._event(number, f"lost its machine ({reason}); goes on from its last checkpoint")
 
+    def halved(self, number: int, parts: int, message: str) -> None:
+        """Memory was not enough for a trial, which will be run on with its batches in parts."""
+        row = self._rows[number]
+        row.note = row.survived = halved_note(row.epoch + 1, parts)
+        self._event(number, f"{row.note} ({message})", logging.WARNING)
+
     def finished(self, number: int, state: State, reason: str | None) -> None:
         """A trial ended."""
         row = self._rows[number]
-        row.state, row.note = state, _note(state, reason)
+        row.state, row.note = state, _note(state, reason) or row.survived
         self._note_best(row)
         text = f"{state} after epoch {row.epoch}"
         if state == "done":

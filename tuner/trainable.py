@@ -17,6 +17,7 @@ from tuner.trial import TrialRun, place_of
 # Keys of the configuration that Ray hands to an actor.
 NUMBER, CONFIG, DEVICE, STUDY = "number", "config", "device", "study"
 RESUME, START = "resume", "start"  # a checkpoint to go on from, and its epoch
+GIVE_UP = "give_up"  # why the trial is to end as failed, if it is
 
 
 class TrialActor(tune.Trainable):
@@ -34,7 +35,8 @@ class TrialActor(tune.Trainable):
         self._gpus = float(given.required_resources.get("GPU", 0.0)) if given else 0.0
         trial = TrialConfig.model_validate(config[CONFIG])
         self._run = TrialRun(trial, self._device)
-        with reachable(config.get(RESUME)) as folder:
+        self._give_up: str | None = config.get(GIVE_UP)
+        with reachable(None if self._give_up else config.get(RESUME)) as folder:
             if folder is not None:
                 self._run.load(folder)
         self._gauges.show({"epoch": self._run.epoch})
@@ -43,7 +45,7 @@ class TrialActor(tune.Trainable):
         """One epoch, in the words of Ray Tune."""
         assert self._run is not None
         skipped = self._run.skipped_steps
-        result = self._run.step()
+        result = self._run.failure(self._give_up) if self._give_up else self._run.step()
         self._gauges.count("skipped_steps", self._run.skipped_steps - skipped)
         self._gauges.count("solver_fallbacks", result.get("solver_fallbacks", 0))
         result["done"] = result["failed"] or result["finished"]
@@ -65,6 +67,8 @@ class TrialActor(tune.Trainable):
     def load_checkpoint(self, checkpoint: str) -> None:  # type: ignore[override]
         """Go on where the checkpoint was taken."""
         assert self._run is not None
+        if self._give_up:
+            return  # what killed the last actor may lie here
         self._run.load(Path(checkpoint))
         self._gauges.show({"epoch": self._run.epoch})
 

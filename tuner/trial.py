@@ -1,8 +1,9 @@
 """One trial, whoever runs it: build, go on from a checkpoint, step, and fail in words.
 
 An exception of the user's own code, a divergence or bad data ends the trial as failed,
-with its reason; it is never a score and never a reason to try again. A device that no
-longer answers is a lost machine: that alone is raised, so that retries are spent there.
+with its reason; it is never a score and never a reason to try again. Two things are raised,
+since the trial itself is sound: a device that no longer answers, which is a lost machine, and
+memory that was not enough, which may be for batches in smaller parts.
 """
 
 from __future__ import annotations
@@ -50,6 +51,10 @@ class DeviceLost(RuntimeError):
     """The accelerator no longer answers; the trial is sound and should run elsewhere."""
 
 
+class MemoryExhausted(RuntimeError):
+    """Memory was not enough; it may be for the same batches in smaller parts."""
+
+
 class TrialRun:
     """A trainer with its failures turned into results."""
 
@@ -82,6 +87,7 @@ class TrialRun:
 
         Raises:
             DeviceLost: the device itself has failed.
+            MemoryExhausted: there was not enough; nothing of the trial is kept in memory.
         """
         try:
             trainer = self._build()
@@ -104,6 +110,8 @@ class TrialRun:
         except DataError as error:
             return self._failure(f"data: {error}", error)
         except Exception as error:  # the trial's own fault, reported with its traceback
+            if is_out_of_memory(error):
+                raise self._exhausted(error) from None
             if not _device_answers(self._device):
                 raise DeviceLost(f"{self._device} no longer answers: {error}") from error
             return self._failure(f"{type(error).__name__}: {error}", error)
@@ -116,7 +124,12 @@ class TrialRun:
         """Write the whole state; nothing to save before the first epoch or after a failure."""
         if self._trainer is None or self._failed:
             return False
-        self._trainer.save(folder)
+        try:
+            self._trainer.save(folder)
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise self._exhausted(error) from None
+            raise
         return True
 
     def load(self, folder: Path) -> None:
@@ -147,6 +160,17 @@ class TrialRun:
             self._trainer = trainer
         return self._trainer
 
+    def failure(self, reason: str) -> dict[str, Any]:
+        """What :meth:`step` returns of a trial that is given up."""
+        return self._failure(reason, None)
+
+    def _exhausted(self, error: Exception) -> MemoryExhausted:
+        """The error in a line; the tensors that its frames hold are let go."""
+        message = f"epoch {self.epoch + 1}: {' '.join(str(error).split())[:300]}"
+        traceback.clear_frames(error.__traceback__)
+        self.close()
+        return MemoryExhausted(message)
+
     def _failure(self, reason: str, error: Exception | None) -> dict[str, Any]:
         self._failed = True
         text = "".join(traceback.format_exception(error)) if error else ""
@@ -158,6 +182,17 @@ class TrialRun:
             "reason": " ".join(reason.split())[:500],
             "traceback": text,
         }
+
+
+# What allocators say that have no exception of their own: PyTorch's of the CPU, CUDA's libraries.
+_NO_MEMORY = ("DefaultCPUAllocator", "not enough memory", "_ALLOC_FAILED", "CUDA error: out of")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory could not be had."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
 
 
 def _device_answers(device: str) -> bool:

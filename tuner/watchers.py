@@ -19,6 +19,9 @@ class Watcher:
     def lost(self, number: int, reason: str) -> None:
         """A machine died under a trial, which will be run on."""
 
+    def halved(self, number: int, parts: int, message: str) -> None:
+        """Memory was not enough for a trial, which will be run on with its batches in parts."""
+
     def finished(self, number: int, state: State, reason: str | None) -> None:
         """A trial ended."""
 
@@ -40,6 +43,10 @@ class Watchers(Watcher):
     def lost(self, number: int, reason: str) -> None:
         for watcher in self._watchers:
             watcher.lost(number, reason)
+
+    def halved(self, number: int, parts: int, message: str) -> None:
+        for watcher in self._watchers:
+            watcher.halved(number, parts, message)
 
     def finished(self, number: int, state: State, reason: str | None) -> None:
         for watcher in self._watchers:

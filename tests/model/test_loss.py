@@ -276,7 +276,10 @@ def test_a_drawn_share_of_the_decoys_stands_for_all_of_them() -> None:
     drawn = [
         float(
             loss(
-                prediction, blended, scenes, "main", torch.Generator().manual_seed(i)
+                prediction,
+                blended,
+                scenes,
+                decoys=loss.draw_decoys("main", torch.Generator().manual_seed(i)),
             ).terms["peak_contrast"]
         )
         for i in range(100)

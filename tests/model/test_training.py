@@ -332,7 +332,7 @@ def test_lesson_2_training_and_inference_build_the_same_r_blend(tmp_path: Path) 
 
 
 def test_lesson_8_beta_is_jittered_in_training_only() -> None:
-    from model.blending import blended_covariance
+    from model.blending import blended_covariance, jittered_beta
 
     trainer = Trainer(tiny_config())
     features = trainer._features(trainer.source.validation())
@@ -343,7 +343,9 @@ def test_lesson_8_beta_is_jittered_in_training_only() -> None:
 
     def betas(generator: torch.Generator | None, **blend: float) -> Tensor:
         config = trainer.config.blend.model_copy(update=blend)
-        blended = blended_covariance(prediction, features, config, generator)
+        n_scenes = len(features.y)
+        beta = jittered_beta(n_scenes, config, generator) if generator is not None else None
+        blended = blended_covariance(prediction, features, config, beta)
         # R_blend - R_pred = beta (R_samp - R_pred), solved for beta by least squares
         change = measured.dense() - predicted.dense()
         moved = blended.dense() - predicted.dense()

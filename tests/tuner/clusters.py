@@ -91,6 +91,20 @@ def ray_head(*arguments: str, port: int | None = None, **extra: str) -> Iterator
         shutil.rmtree(folder, ignore_errors=True)
 
 
+@contextmanager
+def started_head(**extra: str) -> Iterator[Head]:
+    """A cluster of one node with two CPUs, which measures every second."""
+    with ray_head("--num-cpus=2", RAY_metrics_report_interval_ms="1000", **extra) as head:
+        yield head
+
+
+def actors(head: Head) -> list[int]:
+    """The processes of its trials."""
+    # Idle, the process bears the actor's repr; at work, the class that Ray Tune wrapped it in.
+    titles = ("ray::TrialActor", "ray::ResourceTrainable")
+    return [pid for title in titles for pid in processes_with(head.mark, title)]
+
+
 def kill_all(mark: str) -> None:
     """kill -9 to what a cluster left behind."""
     for left in processes_with(mark, ""):

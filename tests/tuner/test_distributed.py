@@ -17,7 +17,7 @@ from urllib.request import urlopen
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.tuner.clusters import Head, ray_head
+from tests.tuner.clusters import Head, actors, started_head
 from tests.tuner.events import assert_mirrors_the_ledger
 from tests.tuner.support import (
     Clock,
@@ -38,8 +38,8 @@ from tuner.study import Ledger, TrialRecord
 @pytest.fixture(scope="module")
 def head() -> Iterator[Head]:
     """A cluster of one node with two CPUs."""
-    with ray_head("--num-cpus=2", RAY_metrics_report_interval_ms="1000") as started:
-        yield started
+    with started_head() as found:
+        yield found
 
 
 def trials_of(folder: Path) -> list[TrialRecord]:
@@ -48,12 +48,6 @@ def trials_of(folder: Path) -> list[TrialRecord]:
         return ledger.trials()
     finally:
         ledger.close()
-
-
-def actors(head: Head) -> list[int]:
-    # Idle, the process bears the actor's repr; at work, the class that Ray Tune wrapped it in.
-    titles = ("ray::TrialActor", "ray::ResourceTrainable")
-    return [pid for title in titles for pid in processes_with(head.mark, title)]
 
 
 def assert_whole(trial: TrialRecord, epochs: int) -> None:

@@ -1,0 +1,91 @@
+"""A disk that is full: the kernel really refuses to write."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sqlite3
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from model.files import PART, write_text
+from tests.tuner.support import run, run_here, tiny_study, write_study
+from tuner.config import load_study
+from tuner.disk import full_disk, full_disk_said
+from tuner.errors import StudyError
+from tuner.files import replace_folder, sweep
+from tuner.folder import RunFolder
+from tuner.study import Ledger
+
+
+def outcomes(folder: Path) -> list[tuple[Any, ...]]:
+    ledger = Ledger(folder / "study.db", load_study(folder / "config.yaml"))
+    try:
+        return [(t.number, t.state, t.seed, t.params, t.curve) for t in ledger.trials()]
+    finally:
+        ledger.close()
+
+
+# What is refused depends on the limit: a checkpoint at 16 kB, the ledger at 150 kB.
+@pytest.mark.slow
+@pytest.mark.parametrize("file_kb", [16, 150])
+def test_a_study_on_a_full_disk_ends_with_a_line_and_goes_on_bit_for_bit(
+    tmp_path: Path, file_kb: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tuner.session._score_winner", lambda folder, progress: None)
+    config = write_study(tmp_path, training={"epochs": 6}, search={"scheduler": "none"})
+    assert run_here("--config", config, "--local", "--out", tmp_path / "calm") == 0
+    out = tmp_path / "run"
+    command = ("--file-kb", file_kb, "--", "--config", config, "--local", "--out", out)
+    full = run(*command, module="benchmarks._confined", timeout=280)
+    assert full.returncode == 2, full.stdout + full.stderr
+    assert full.stderr.startswith("error: the disk is full (")
+    assert f"go on with: python -m tuner.run --resume {out}" in full.stderr
+    assert len(full.stderr.splitlines()) == 1, full.stderr
+    assert run_here("--resume", out, "--local") == 0
+    assert outcomes(out) == outcomes(tmp_path / "calm")
+
+
+def test_a_full_disk_is_found_behind_other_errors() -> None:
+    behind = RuntimeError("storage")
+    behind.__cause__ = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "study.db")
+    assert full_disk(behind) == "No space left on device: study.db"
+    assert full_disk(sqlite3.OperationalError("database or disk is full"))
+    assert full_disk(OSError(errno.EACCES, "Permission denied")) is None
+    assert full_disk(ValueError("no space")) is None
+
+
+def test_another_error_is_left_as_it_is(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), full_disk_said(tmp_path):
+        _ = 1 / 0
+    with pytest.raises(StudyError, match="--resume"), full_disk_said(tmp_path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_what_a_killed_writer_left_is_removed_when_the_study_goes_on(tmp_path: Path) -> None:
+    folder = RunFolder.fresh(tmp_path / "run")
+    folder.config.write_text(tiny_study(tmp_path).to_yaml())
+    folder.release()
+    kept = folder.trial(0) / "checkpoint" / "checkpoint.safetensors"
+    write_text(kept, "whole")
+    (kept.parent / f".checkpoint.safetensors.abc{PART}").write_text("half")
+    (folder.path / f".best.abc{PART}").mkdir()
+    (folder.path / f".best.abc{PART}" / "model.safetensors").write_text("half")
+    RunFolder.existing(folder.path, lock=False)
+    assert list(folder.path.rglob(f".*{PART}")), "who only looks removes nothing"
+    RunFolder.existing(folder.path).release()
+    assert not list(folder.path.rglob(f".*{PART}"))
+    assert kept.read_text() == "whole"
+
+
+def test_writers_leave_the_names_that_are_swept(tmp_path: Path) -> None:
+    def fill(folder: Path) -> None:
+        (folder / "file").write_text("whole")
+        assert [p.name for p in tmp_path.iterdir() if p.name.endswith(PART)] == [folder.name]
+        sweep(tmp_path)
+        folder.mkdir()
+
+    replace_folder(tmp_path / "best", fill)
+    assert [p.name for p in tmp_path.iterdir()] == ["best"]

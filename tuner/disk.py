@@ -1,0 +1,61 @@
+"""A disk that is full: nothing is lost by it, and one line says how to go on."""
+
+from __future__ import annotations
+
+import errno
+import re
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tuner.errors import StudyError
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+# What safetensors, SQLite and Ray say, who keep the number to themselves.
+_WORDS = re.compile(
+    r"No space left on device|Disk quota exceeded|File too large|database or disk is full"
+    r"|StorageFull|FileTooLarge|QuotaExceeded"
+)
+
+
+def speaks_of_full_disk(text: str) -> bool:
+    """Whether a message says that a disk is full."""
+    return _WORDS.search(text) is not None
+
+
+def full_disk(error: BaseException) -> str | None:
+    """What an exception, or one that it came from, says of a full disk; None if it does not."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.errno in _FULL:
+            where = f": {seen.filename}" if seen.filename else ""
+            return f"{seen.strerror}{where}"
+        if speaks_of_full_disk(str(seen)):
+            return str(seen).splitlines()[0]
+        seen = seen.__cause__ or seen.__context__
+    return None
+
+
+@contextmanager
+def full_disk_said(folder: Path) -> Iterator[None]:
+    """Turn a full disk within the block into one line.
+
+    Raises:
+        StudyError: what the disk said, and how the study in ``folder`` goes on.
+    """
+    try:
+        yield
+    except Exception as error:
+        said = full_disk(error)
+        if said is None:
+            raise
+        raise disk_error(folder, said) from error
+
+
+def disk_error(folder: Path, said: str) -> StudyError:
+    """The line that ends a session on a full disk."""
+    return StudyError(
+        f"the disk is full ({said}); nothing that was finished is lost: make room and go on with: "
+        f"python -m tuner.run --resume {shlex.quote(str(folder))}"
+    )
