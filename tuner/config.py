@@ -56,6 +56,12 @@ class SearchConfig(FrozenModel):
     full_epochs: int | None = Field(
         None, ge=1, description="epochs of the final training; null: the search's"
     )
+    promote: int = Field(
+        0,
+        ge=0,
+        description="so many of the best are trained again at full budget after the search",
+    )
+    promote_seeds: int = Field(3, ge=1, description="seeds that each of them is trained with")
     include_base: bool = Field(True, description="try the configuration's own values first")
     enqueue: tuple[dict[str, Value], ...] = Field((), description="points that are tried first")
     space: SearchSpace = Field(default_factory=default_space)

@@ -1,4 +1,4 @@
-"""The study's results as files: trials.csv, best.json and the winner's network."""
+"""The study's results as files: trials.csv, promoted.csv, best.json and the winner's network."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any
 from model.files import write_text
 from tuner.files import replace_folder
 from tuner.folder import RunFolder
+from tuner.promotion import Promoted, Promotion
 from tuner.study import Ledger, TrialRecord
 
 logger = logging.getLogger(__name__)
@@ -22,6 +23,10 @@ _SCORES = ("nmse_blend", "f1", "gospa", "count_accuracy")  # of the last epoch
 _COLUMNS = (
     "trial", "state", "objective", "epochs", "seed", "seconds", "node", "device",
     "skipped_steps", "solver_fallbacks", *_SCORES, "reason",
+)  # fmt: skip
+_PROMOTED_COLUMNS = (
+    "rank", "trial", "mean", "std", "search_objective", "run", "seed", "state", "objective",
+    "epochs", "seconds", "node", "device", *_SCORES, "reason",
 )  # fmt: skip
 
 
@@ -53,28 +58,82 @@ def write_trials(folder: RunFolder, ledger: Ledger) -> None:
     write_text(folder.trials_csv, stream.getvalue())
 
 
-def write_best(folder: RunFolder, ledger: Ledger) -> TrialRecord | None:
-    """best.json: the winner with all that is needed to train it again."""
-    best = ledger.best()
+def write_promoted(folder: RunFolder, promotion: Promotion) -> None:
+    """One line a promoted run, the best configuration's first."""
+    paths = list(promotion.config.search.space)
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow([*_PROMOTED_COLUMNS, *paths])
+    for rank, promoted in enumerate(promotion.configurations(), start=1):
+        trial = promoted.trial
+        for run in promoted.runs:
+            metrics = run.metrics
+            row = [
+                *(rank, trial.number, promoted.mean, promoted.std, trial.objective),
+                *(run.number, run.seed, run.state, run.objective, run.epoch),
+                "" if run.seconds is None else f"{run.seconds:.1f}",
+                *(metrics.get(name) for name in ("node", "device", *_SCORES)),
+                run.reason,
+                *(trial.params[path] for path in paths),
+            ]
+            writer.writerow(["" if value is None else _cell(value) for value in row])
+    write_text(folder.promoted_csv, stream.getvalue())
+
+
+def write_best(
+    folder: RunFolder, ledger: Ledger, promotion: Promotion | None = None
+) -> TrialRecord | None:
+    """best.json: the winner with all that is needed to train it again.
+
+    Args:
+        folder: where it goes.
+        ledger: the search's.
+        promotion: of the search. Once it has ended with a winner, best.json describes that
+            one's best run, with mean and spread over all its seeds.
+
+    Returns:
+        The trial or run whose network is the study's result.
+    """
+    winner = promotion.winner() if promotion is not None else None
+    best = winner.best if winner is not None else ledger.best()
     if best is None:
         return None
     study = ledger.config
-    config = study.trial_config(best.params, best.seed)
+    trained = promotion.config if promotion is not None and winner is not None else study
+    config = trained.trial_config(best.params, best.seed)
     device = best.metrics.get("device", "cpu")
     content = {
         "study": study.name,
-        "trial": best.number,
+        "trial": best.number if winner is None else winner.trial.number,
         "objective": best.objective,
         "metrics": {k: _plain(v) for k, v in best.metrics.items()},
         "params": best.params,
         "seed": best.seed,
-        "epochs": study.training.epochs,
+        "epochs": trained.training.epochs,
         "full_epochs": study.search.full_epochs,
         "device": device,
         "config": config.model_dump(mode="json"),
     }
+    if winner is not None:
+        content["promoted"] = _promoted(winner)
     write_text(folder.best_json, json.dumps(content, indent=2) + "\n")
     return best
+
+
+def _promoted(winner: Promoted) -> dict[str, Any]:
+    """What the promotion found of the winner."""
+    return {
+        "mean": winner.mean,
+        "std": winner.std,
+        "seeds": winner.seeds,
+        "failed": len(winner.failed),
+        "search_objective": winner.trial.objective,
+        "runs": [
+            {"run": run.number, "seed": run.seed, "state": run.state, "reason": run.reason,
+             "objective": run.objective if run.state == "done" else None}
+            for run in winner.runs
+        ],
+    }  # fmt: skip
 
 
 def export_winner(folder: RunFolder, best: TrialRecord) -> bool:
@@ -99,13 +158,13 @@ def export_winner(folder: RunFolder, best: TrialRecord) -> bool:
     return True
 
 
-def drop_losers(folder: RunFolder, ledger: Ledger) -> None:
-    """Delete checkpoints that nobody will go on from: all but the winner's and the running."""
-    best = ledger.best()
+def drop_losers(folder: RunFolder, ledger: Ledger, *winners: TrialRecord | None) -> None:
+    """Delete checkpoints that nobody will go on from: all but the winners' and the running."""
+    numbers = {winner.number for winner in winners if winner is not None}
     for trial in ledger.trials():
         if trial.state == "running":
             continue
-        kept = trial.checkpoint if best is not None and trial.number == best.number else None
+        kept = trial.checkpoint if trial.number in numbers else None
         for path in folder.trials.glob(f"{trial.number:04d}*/checkpoint*"):
             if str(path) != kept:
                 shutil.rmtree(path, ignore_errors=True)

@@ -15,7 +15,7 @@ import logging
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -53,6 +53,7 @@ class Assignment:
     seed: int
     checkpoint: str | None = None
     epoch: int = 0
+    origin: str | None = None  # whose parameters and which seed, where they were not proposed
 
 
 @dataclass(frozen=True)
@@ -244,17 +245,10 @@ class Ledger:
             if params.keys() != space.keys():
                 # A crash while proposing leaves some parameters unset: they are drawn now.
                 params = suggest(space, optuna.Trial(self._study, frozen._trial_id))
-            fresh = self._assign(frozen.number, params)
-            kept = frozen.user_attrs.get("checkpoint")
-            found.append(
-                Assignment(
-                    fresh.number,
-                    fresh.params,
-                    fresh.seed,
-                    kept and kept["location"],
-                    kept["epoch"] if kept else 0,
-                )
-            )
+            orphan = self._assign(frozen.number, params)
+            if (kept := frozen.user_attrs.get("checkpoint")) is not None:
+                orphan = replace(orphan, checkpoint=kept["location"], epoch=kept["epoch"])
+            found.append(orphan)
         return found
 
     # Reporting
