@@ -386,7 +386,10 @@ def _conclude(
     if (first := ledger.best()) is not None:
         untrained = first.metrics.get("untrained_objective")
         beside = f" (untrained network: {untrained:.5f})" if untrained is not None else ""
-        progress.say(f"best: trial {first.number:04d}, objective {first.objective:.5f}{beside}")
+        where_best = "best" if promotion is None else "best in the search"
+        progress.say(
+            f"{where_best}: trial {first.number:04d}, objective {first.objective:.5f}{beside}"
+        )
     for line in promotion.summary() if promotion is not None else []:
         progress.say(line)
     if interrupted:
