@@ -37,6 +37,11 @@ class SearchConfig(FrozenModel):
     target: float | None = Field(
         None, description="the study ends when a finished trial's objective is this or lower"
     )
+    cost: Literal["flops"] | None = Field(
+        None,
+        description="a second objective: operations of the network for a scene; the study then "
+        "has a Pareto front",
+    )
     sampler: Literal["tpe", "random", "gp", "cmaes", "grid"] = Field(
         "tpe",
         description="gp: a Gaussian process; cmaes: moves numbers, leaves choices to chance; "
@@ -127,6 +132,33 @@ class StudyConfig(TrialConfig):
             raise ValueError(
                 f"search.sampler: grid has {n_points(search.space):.0f} points in this space, more "
                 f"than {_MAX_GRID}; take wider steps or another sampler"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _cost_suits(self) -> Self:
+        search = self.search
+        if search.cost is None:
+            return self
+        if search.scheduler != "none":
+            raise ValueError(
+                f"search.cost: the scheduler {search.scheduler} judges by the objective alone, and "
+                "would stop cheap networks that belong to the front; take search.scheduler=none"
+            )
+        if search.sampler == "cmaes":
+            raise ValueError(
+                "search.cost: the sampler cmaes has one objective; take tpe, gp, random or grid"
+            )
+        if search.warm_start is not None:
+            raise ValueError(
+                "search.cost: search.warm_start tells the sampler one objective a trial; "
+                "one of the two must go"
+            )
+        front_end = [path for path in search.space if path.startswith("network.candidates.")]
+        if front_end:
+            raise ValueError(
+                f"search.cost: counts the network alone, and {front_end[0]} changes what precedes "
+                "it; take it out of search.space"
             )
         return self
 

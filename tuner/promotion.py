@@ -46,6 +46,7 @@ def promotion_study(study: StudyConfig) -> StudyConfig:
             "search.time_budget": None,
             "search.target": None,
             "search.warm_start": None,
+            "search.cost": None,
             "search.include_base": False,
             "search.enqueue": (),
         }

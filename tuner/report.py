@@ -138,12 +138,16 @@ def _best_section(best: TrialRecord | None) -> str:
 def _figure_sections(ledger: Ledger, trials: list[TrialRecord]) -> Iterable[str]:
     from optuna import visualization
 
+    from tuner.pareto import pareto_plot
+
     sections: list[tuple[str, Callable[[], Any]]] = [
         ("Objective by trial", lambda: _history(trials)),
         ("Learning curves", lambda: _curves(trials)),
     ]
     n_done = sum(t.state == "done" for t in trials)
     names = _varied(trials)
+    if study_cost := ledger.config.search.cost:
+        sections.append((f"Pareto front: objective and {study_cost}", lambda: pareto_plot(ledger)))
     if n_done >= _FEWEST and names:
         study = ledger.finished_study()
         sections += [

@@ -14,6 +14,7 @@ from typing import Any
 from model.files import write_text
 from tuner.files import replace_folder
 from tuner.folder import RunFolder
+from tuner.pareto import pareto_front
 from tuner.promotion import Promoted, Promotion
 from tuner.study import Ledger, TrialRecord
 
@@ -22,7 +23,7 @@ logger = logging.getLogger(__name__)
 _SCORES = ("nmse_blend", "f1", "gospa", "count_accuracy")  # of the last epoch
 _COLUMNS = (
     "trial", "state", "objective", "epochs", "seed", "seconds", "node", "device",
-    "skipped_steps", "solver_fallbacks", *_SCORES, "reason",
+    "skipped_steps", "solver_fallbacks", "flops", *_SCORES, "reason",
 )  # fmt: skip
 _PROMOTED_COLUMNS = (
     "rank", "trial", "mean", "std", "search_objective", "run", "seed", "state", "objective",
@@ -50,6 +51,7 @@ def write_trials(folder: RunFolder, ledger: Ledger) -> None:
                 metrics.get("device", ""),
                 metrics.get("skipped_steps", ""),
                 metrics.get("solver_fallbacks", ""),
+                metrics.get("flops", ""),
                 *(_cell(metrics.get(name, "")) for name in _SCORES),
                 trial.reason or "",
                 *(_cell(trial.params.get(path, "")) for path in paths),
@@ -116,6 +118,11 @@ def write_best(
     }
     if winner is not None:
         content["promoted"] = _promoted(winner)
+    if (cost := study.search.cost) is not None:
+        content["pareto"] = [
+            {"trial": t.number, "objective": t.objective, cost: t.metrics[cost], "params": t.params}
+            for t in pareto_front(ledger)
+        ]
     write_text(folder.best_json, json.dumps(content, indent=2) + "\n")
     return best
 

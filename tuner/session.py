@@ -22,6 +22,7 @@ from tuner.errors import ConfigError, StudyError
 from tuner.folder import RunFolder
 from tuner.limits import Ended, Limits
 from tuner.local import local_device, run_local
+from tuner.pareto import pareto_front
 from tuner.promotion import Promotion, open_promotion
 from tuner.report import write_report
 from tuner.results import drop_losers, export_winner, write_best, write_promoted, write_trials
@@ -390,6 +391,9 @@ def _conclude(
         progress.say(
             f"{where_best}: trial {first.number:04d}, objective {first.objective:.5f}{beside}"
         )
+    if study_cost := ledger.config.search.cost:
+        front = ", ".join(f"{t.number:04d}" for t in pareto_front(ledger))
+        progress.say(f"Pareto front, cheapest in {study_cost} first: {front or 'no trial'}")
     for line in promotion.summary() if promotion is not None else []:
         progress.say(line)
     if interrupted:
