@@ -106,7 +106,8 @@ class Promoted:
             spread = "" if self.std is None else f" ± {self.std:.5f}"
             scored = f"{self.mean:.5f}{spread}"
         count = f"{len(self.finished)} of {self.seeds}" if self.unequal else str(self.seeds)
-        text = f"{scored} ({count} seeds); {self.trial.objective:.5f} in the search"
+        seeds = "seed" if self.seeds == 1 else "seeds"
+        text = f"{scored} ({count} {seeds}); {self.trial.objective:.5f} in the search"
         for run in self.failed:
             text += f"; seed {run.seed} failed: {run.reason}"
         return text

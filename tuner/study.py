@@ -336,7 +336,11 @@ class Ledger:
         return study
 
     def ranking(self) -> list[TrialRecord]:
-        """Finished, finite trials of the study's own budget, best first; nothing else ranks."""
+        """Finished, finite trials of the study's own budget, best first; nothing else ranks.
+
+        Of equal objectives the cheaper comes first where the study has a cost, then the earlier.
+        """
+        cost = self._config.search.cost
         ranked = [
             trial
             for trial in self.trials()
@@ -344,7 +348,7 @@ class Ledger:
             and _finite(trial.objective) is not None
             and trial.budget == self._config.training.epochs
         ]
-        return sorted(ranked, key=lambda trial: (trial.objective, trial.number))
+        return sorted(ranked, key=lambda t: (t.objective, t.metrics[cost] if cost else 0, t.number))
 
     def best(self) -> TrialRecord | None:
         """The winner, if any trial finished."""

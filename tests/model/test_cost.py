@@ -17,6 +17,8 @@ def trainer(seed: int = 0, **network: Any) -> Trainer:
     data = merged({name: TINY[name] for name in sections}, {"network": network, "seed": seed})
     if "family" in network:
         data["network"] = network
+    if network.get("family") == "candidate":
+        data["network"]["candidates"] = {"count": 2}
     return Trainer(TrialConfig.model_validate(data))
 
 

@@ -177,7 +177,7 @@ def test_mean_and_spread_are_those_of_the_seeds() -> None:
 
 def test_one_seed_has_no_spread_and_a_failed_one_is_told() -> None:
     assert promoted(0.3).std is None
-    assert promoted(0.3).words == "0.30000 (1 seeds); 0.50000 in the search"
+    assert promoted(0.3).words == "0.30000 (1 seed); 0.50000 in the search"
     found = promoted(0.3, None, 0.5)
     assert found.mean == pytest.approx(0.4)
     assert found.words.startswith("0.40000 ± 0.14142 (2 of 3 seeds)")
