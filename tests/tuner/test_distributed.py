@@ -411,6 +411,31 @@ def test_a_promotion_on_a_cluster_survives_a_killed_driver_and_a_killed_actor(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_two_objectives_have_the_same_front_on_a_cluster_as_locally(
+    tmp_path: Path, head: Head, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tuner.session._score_winner", lambda folder, progress: None)
+    config = write_study(
+        tmp_path,
+        search={
+            "trials": 4,
+            "cost": "flops",
+            "scheduler": "none",
+            "sampler": "random",  # learns nothing from the order in which trials end
+            "space": {"network.width": {"type": "categorical", "choices": [8, 16, 24, 32]}},
+        },
+    )
+    fronts = []
+    for name, where in (("ray", ("--address", head.address)), ("here", ("--local",))):
+        assert run_here("--config", config, *where, "--out", tmp_path / name) == 0
+        assert [trial.state for trial in trials_of(tmp_path / name)] == ["done"] * 4
+        fronts.append(json.loads((tmp_path / name / "best.json").read_text())["pareto"])
+    assert fronts[0] == fronts[1]
+    assert fronts[0][0]["params"] == {"network.width": 8}, "the cheapest is always on the front"
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("scheduler", ["median", "hyperband"])
 def test_another_scheduler_stops_what_is_worse_on_a_cluster(
     tmp_path: Path, head: Head, monkeypatch: pytest.MonkeyPatch, scheduler: str
