@@ -19,6 +19,7 @@ from torch import Tensor
 from model.blending import blended_covariance, jittered_beta
 from model.checkpoint import Checkpoint, CheckpointError, has_checkpoint
 from model.config import TrialConfig
+from model.cost import forward_flops
 from model.data import Batch, open_source
 from model.decision import Decision, Judged, choose, judge
 from model.decode import detect
@@ -103,6 +104,7 @@ class Trainer:
         self._skipped_in_a_row = 0
         self._jitter = torch.Generator()
         self._untrained: float | None = None
+        self._flops: int | None = None
 
     @property
     def early_stopped(self) -> bool:
@@ -136,6 +138,10 @@ class Trainer:
             )
         if self._untrained is None:
             self._untrained = self._objective(self.validate())
+        if self._flops is None:
+            self._flops = forward_flops(
+                self.network, self._features(self.source.validation()[slice(0, 1)])
+            )
         started = time.perf_counter()
         self._seed_epoch(self.epoch + 1)
         train = self._train_epoch()
@@ -159,6 +165,7 @@ class Trainer:
             **{k: v for k, v in train.items() if k != "n_scenes"},
             "untrained_objective": self._untrained,
             "skipped_steps": self.skipped_steps,
+            "flops": self._flops,
             "scenes_per_second": train["n_scenes"] / elapsed,
             "epoch_seconds": time.perf_counter() - started,
             "early_stopped": self.early_stopped,

@@ -43,7 +43,8 @@ class Storage:
         if resources.storage is None:
             return cls(str(folder.path), folder.trials.name)
         # Others may keep a run of this name there.
-        return cls(resources.storage, f"{folder.path.name}-{folder.identity}")
+        name = f"{folder.path.name}-{folder.identity}-{folder.trials.name}"
+        return cls(resources.storage, name)
 
     def location(self, filesystem: FileSystem, path: str) -> str:
         """A path below the root, as a location that stands alone.

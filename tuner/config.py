@@ -37,6 +37,11 @@ class SearchConfig(FrozenModel):
     target: float | None = Field(
         None, description="the study ends when a finished trial's objective is this or lower"
     )
+    cost: Literal["flops"] | None = Field(
+        None,
+        description="a second objective: operations of the network for a scene; the study then "
+        "has a Pareto front",
+    )
     sampler: Literal["tpe", "random", "gp", "cmaes", "grid"] = Field(
         "tpe",
         description="gp: a Gaussian process; cmaes: moves numbers, leaves choices to chance; "
@@ -56,6 +61,12 @@ class SearchConfig(FrozenModel):
     full_epochs: int | None = Field(
         None, ge=1, description="epochs of the final training; null: the search's"
     )
+    promote: int = Field(
+        0,
+        ge=0,
+        description="so many of the best are trained again at full budget after the search",
+    )
+    promote_seeds: int = Field(3, ge=1, description="seeds that each of them is trained with")
     include_base: bool = Field(True, description="try the configuration's own values first")
     enqueue: tuple[dict[str, Value], ...] = Field((), description="points that are tried first")
     storage: str | None = Field(
@@ -152,6 +163,33 @@ class StudyConfig(TrialConfig):
             raise ValueError(
                 f"search.sampler: grid has {n_points(search.space):.0f} points in this space, more "
                 f"than {_MAX_GRID}; take wider steps or another sampler"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _cost_suits(self) -> Self:
+        search = self.search
+        if search.cost is None:
+            return self
+        if search.scheduler != "none":
+            raise ValueError(
+                f"search.cost: the scheduler {search.scheduler} judges by the objective alone, and "
+                "would stop cheap networks that belong to the front; take search.scheduler=none"
+            )
+        if search.sampler == "cmaes":
+            raise ValueError(
+                "search.cost: the sampler cmaes has one objective; take tpe, gp, random or grid"
+            )
+        if search.warm_start is not None:
+            raise ValueError(
+                "search.cost: search.warm_start tells the sampler one objective a trial; "
+                "one of the two must go"
+            )
+        front_end = [path for path in search.space if path.startswith("network.candidates.")]
+        if front_end:
+            raise ValueError(
+                f"search.cost: counts the network alone, and {front_end[0]} changes what precedes "
+                "it; take it out of search.space"
             )
         return self
 

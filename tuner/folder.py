@@ -17,6 +17,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path.expanduser().resolve()
         self._lock = FileLock(self.path / ".lock")
+        self._stage = ""
 
     @property
     def config(self) -> Path:
@@ -61,12 +62,23 @@ class RunFolder:
     @property
     def tensorboard(self) -> Path:
         """Event files, a folder a trial."""
-        return self.path / "tensorboard"
+        return self.path / "tensorboard" / self._stage
 
     @property
     def trials(self) -> Path:
         """Checkpoints and tracebacks, a folder a trial."""
-        return self.path / "trials"
+        return self.path / (self._stage or "trials")
+
+    @property
+    def promoted_csv(self) -> Path:
+        """One line a promoted run."""
+        return self.path / "promoted.csv"
+
+    def promotion(self) -> RunFolder:
+        """The same folder with other places for runs: those of the search's best, promoted."""
+        other = RunFolder(self.path)
+        other._stage = "promoted"
+        return other
 
     @property
     def identity(self) -> str:

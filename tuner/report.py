@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
     from tuner.folder import RunFolder
+    from tuner.promotion import Promotion
     from tuner.study import Ledger, TrialRecord
 
 logger = logging.getLogger(__name__)
@@ -66,13 +67,16 @@ def report(
 def write_report(folder: RunFolder, ledger: Ledger) -> None:
     """Write the page; it holds all that it needs and opens without a network."""
     from model.files import write_text
+    from tuner.promotion import open_promotion
 
-    write_text(folder.report, page(ledger))
+    write_text(folder.report, page(ledger, open_promotion(ledger)))
 
 
-def page(ledger: Ledger) -> str:
+def page(ledger: Ledger, promotion: Promotion | None = None) -> str:
     """The page as text."""
     from plotly.offline import get_plotlyjs
+
+    from tuner.promotion_page import promoted_section
 
     study = ledger.config
     trials = ledger.trials()
@@ -84,6 +88,7 @@ def page(ledger: Ledger) -> str:
         f"<script>{get_plotlyjs()}</script></head><body><h1>{title}</h1>",
         _facts(ledger, trials),
         _best_section(best),
+        promoted_section(promotion),
     ]
     parts += _figure_sections(ledger, trials)
     parts += ["<h2>All trials</h2>", _trial_table(ledger, trials, best), "</body></html>\n"]
@@ -131,12 +136,16 @@ def _best_section(best: TrialRecord | None) -> str:
 def _figure_sections(ledger: Ledger, trials: list[TrialRecord]) -> Iterable[str]:
     from optuna import visualization
 
+    from tuner.pareto import pareto_plot
+
     sections: list[tuple[str, Callable[[], Any]]] = [
         ("Objective by trial", lambda: _history(trials)),
         ("Learning curves", lambda: _curves(trials)),
     ]
     n_done = sum(t.state == "done" for t in trials)
     names = _varied(trials)
+    if study_cost := ledger.config.search.cost:
+        sections.append((f"Pareto front: objective and {study_cost}", lambda: pareto_plot(ledger)))
     if n_done >= _FEWEST and names:
         study = ledger.finished_study()
         sections += [

@@ -1,4 +1,4 @@
-"""The study's results as files: trials.csv, best.json and the winner's network."""
+"""The study's results as files: trials.csv, promoted.csv, best.json and the winner's network."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from tuner.checkpoints import Storage, drop, fetched
 from tuner.config import ResourcesConfig
 from tuner.files import replace_folder
 from tuner.folder import RunFolder
+from tuner.pareto import pareto_front
+from tuner.promotion import Promoted, Promotion
 from tuner.study import Ledger, TrialRecord
 
 logger = logging.getLogger(__name__)
@@ -21,7 +23,11 @@ logger = logging.getLogger(__name__)
 _SCORES = ("nmse_blend", "f1", "gospa", "count_accuracy")  # of the last epoch
 _COLUMNS = (
     "trial", "state", "objective", "epochs", "seed", "seconds", "gpu_seconds", "node", "device",
-    "skipped_steps", "solver_fallbacks", *_SCORES, "reason", "note",
+    "skipped_steps", "solver_fallbacks", "flops", *_SCORES, "reason", "note",
+)  # fmt: skip
+_PROMOTED_COLUMNS = (
+    "rank", "trial", "mean", "std", "search_objective", "run", "seed", "state", "objective",
+    "epochs", "seconds", "gpu_seconds", "node", "device", *_SCORES, "reason", "note",
 )  # fmt: skip
 
 
@@ -46,6 +52,7 @@ def write_trials(folder: RunFolder, ledger: Ledger) -> None:
                 metrics.get("device", ""),
                 metrics.get("skipped_steps", ""),
                 "" if trial.fallbacks is None else f"{trial.fallbacks:.0f}",
+                metrics.get("flops", ""),
                 *(_cell(metrics.get(name, "")) for name in _SCORES),
                 trial.reason or "",
                 trial.note,
@@ -55,28 +62,87 @@ def write_trials(folder: RunFolder, ledger: Ledger) -> None:
     write_text(folder.trials_csv, stream.getvalue())
 
 
-def write_best(folder: RunFolder, ledger: Ledger) -> TrialRecord | None:
-    """best.json: the winner with all that is needed to train it again."""
-    best = ledger.best()
+def write_promoted(folder: RunFolder, promotion: Promotion) -> None:
+    """One line a promoted run, the best configuration's first."""
+    paths = list(promotion.config.search.space)
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow([*_PROMOTED_COLUMNS, *paths])
+    for rank, promoted in enumerate(promotion.configurations(), start=1):
+        trial = promoted.trial
+        for run in promoted.runs:
+            metrics = run.metrics
+            row = [
+                *(rank, trial.number, promoted.mean, promoted.std, trial.objective),
+                *(run.number, run.seed, run.state, run.objective, run.epoch),
+                *("" if s is None else f"{s:.1f}" for s in (run.seconds, run.gpu_seconds)),
+                *(metrics.get(name) for name in ("node", "device", *_SCORES)),
+                *(run.reason, run.note),
+                *(trial.params[path] for path in paths),
+            ]
+            writer.writerow(["" if value is None else _cell(value) for value in row])
+    write_text(folder.promoted_csv, stream.getvalue())
+
+
+def write_best(
+    folder: RunFolder, ledger: Ledger, promotion: Promotion | None = None
+) -> TrialRecord | None:
+    """best.json: the winner with all that is needed to train it again.
+
+    Args:
+        folder: where it goes.
+        ledger: the search's.
+        promotion: of the search. Once it has ended with a winner, best.json describes that
+            one's best run, with mean and spread over all its seeds.
+
+    Returns:
+        The trial or run whose network is the study's result.
+    """
+    winner = promotion.winner() if promotion is not None else None
+    best = winner.best if winner is not None else ledger.best()
     if best is None:
         return None
     study = ledger.config
-    config = ledger.trial_config(best)
+    source = ledger if promotion is None or winner is None else promotion
+    trained, config = source.config, source.trial_config(best)
     device = best.metrics.get("device", "cpu")
     content = {
         "study": study.name,
-        "trial": best.number,
+        "trial": best.number if winner is None else winner.trial.number,
         "objective": best.objective,
         "metrics": {k: _plain(v) for k, v in best.metrics.items()},
         "params": best.params,
         "seed": best.seed,
-        "epochs": study.training.epochs,
+        "epochs": trained.training.epochs,
         "full_epochs": study.search.full_epochs,
         "device": device,
         "config": config.model_dump(mode="json"),
     }
+    if winner is not None:
+        content["promoted"] = _promoted(winner)
+    if (cost := study.search.cost) is not None:
+        content["pareto"] = [
+            {"trial": t.number, "objective": t.objective, cost: t.metrics[cost], "params": t.params}
+            for t in pareto_front(ledger)
+        ]
     write_text(folder.best_json, json.dumps(content, indent=2) + "\n")
     return best
+
+
+def _promoted(winner: Promoted) -> dict[str, Any]:
+    """What the promotion found of the winner."""
+    return {
+        "mean": winner.mean,
+        "std": winner.std,
+        "seeds": winner.seeds,
+        "failed": len(winner.failed),
+        "search_objective": winner.trial.objective,
+        "runs": [
+            {"run": run.number, "seed": run.seed, "state": run.state, "reason": run.reason,
+             "objective": run.objective if run.state == "done" else None}
+            for run in winner.runs
+        ],
+    }  # fmt: skip
 
 
 def export_winner(folder: RunFolder, best: TrialRecord) -> bool:
@@ -95,10 +161,9 @@ def export_winner(folder: RunFolder, best: TrialRecord) -> bool:
     return True
 
 
-def drop_losers(folder: RunFolder, ledger: Ledger) -> None:
-    """Delete checkpoints that nobody will go on from: all but the winner's and the running."""
-    best = ledger.best()
-    kept = best.checkpoint if best is not None else None
+def drop_losers(folder: RunFolder, ledger: Ledger, *winners: TrialRecord | None) -> None:
+    """Delete checkpoints that nobody will go on from: all but the winners' and the running."""
+    kept = {winner.checkpoint for winner in winners if winner is not None}
     ended = {trial.number for trial in ledger.trials() if trial.state != "running"}
     # `--local` writes to the run folder whatever storage the study names.
     storages = {Storage.of(folder, ResourcesConfig()), Storage.of(folder, ledger.config.resources)}
@@ -109,7 +174,7 @@ def drop_losers(folder: RunFolder, ledger: Ledger) -> None:
             logger.warning("checkpoints of ended trials stay in %s: %s", storage.root, error)
             continue
         for number, location in found:
-            if number in ended and location != kept:
+            if number in ended and location not in kept:
                 drop(location)
 
 

@@ -58,6 +58,14 @@ def run(
             "~/.pgpass or PGPASSWORD. Default: study.db in the run folder.",
         ),
     ] = None,
+    promote: Annotated[
+        int | None,
+        typer.Option(
+            metavar="K",
+            help="After the search, train the best K again at full budget with several seeds, and "
+            "rank them by their mean. 0: the search alone decides.",
+        ),
+    ] = None,
     epochs: Annotated[int | None, typer.Option(help="Largest number of epochs a trial.")] = None,
     out: Annotated[
         Path | None, typer.Option(help="Run folder. Default: runs/<name>-<timestamp>.")
@@ -107,6 +115,7 @@ def run(
                 "search__target": target,
                 "search__warm_start": warm_start,
                 "search__storage": storage,
+                "search__promote": promote,
                 "training__epochs": epochs,
                 "data__shards": data,
                 "resources__gpus_per_trial": gpus_per_trial,

@@ -24,8 +24,10 @@ from tuner.folder import RunFolder
 from tuner.ledger import ledger_note, open_ledger
 from tuner.limits import Ended, Limits
 from tuner.local import local_device, run_local
+from tuner.pareto import pareto_front
+from tuner.promotion import Promotion, open_promotion
 from tuner.report import write_report
-from tuner.results import drop_losers, export_winner, write_best, write_trials
+from tuner.results import drop_losers, export_winner, write_best, write_promoted, write_trials
 from tuner.samplers import sampler_note
 from tuner.space import n_points
 from tuner.study import Ledger, PriorTrial, State
@@ -48,6 +50,7 @@ _RESUMABLE = {
     "search__time_budget",
     "search__target",
     "search__storage",
+    "search__promote",
     "resources__concurrent",
     "resources__gpus_per_trial",
 }
@@ -111,11 +114,12 @@ def run_session(request: Request) -> int:
         _check_precision(study, request.local)
         notes.append("data: " + check_data(study))
         notes += ledger_note(study)
+        promotion: Promotion | None = None
         if folder is not None:
-            ledger = _ledger(stack, folder, study, prior)
+            ledger, promotion = _ledgers(stack, folder, study, prior)
         place: _Place | None = None
         ended = _ended(ledger, Limits(ledger)) if ledger is not None else None
-        if ended is None:
+        if ended is None or (promotion is not None and promotion.has_work):
             if cluster is None and not request.local:
                 cluster = _connect(stack, request.address)
             interruption.take()
@@ -135,7 +139,8 @@ def run_session(request: Request) -> int:
 
             quiet_ray()
         write_text(folder.config, study.to_yaml())
-        ledger = ledger or _ledger(stack, folder, study, prior)
+        if ledger is None:
+            ledger, promotion = _ledgers(stack, folder, study, prior)
         limits = Limits(ledger)
         progress = Progress(study, ledger.trials())
         ledger.announce(progress.say)
@@ -143,9 +148,11 @@ def run_session(request: Request) -> int:
         for note in [f"run folder: {folder.path}", *notes]:
             progress.say(note)
         try:
-            with progress.shown():
-                if place is not None:
+            if ended is None and place is not None:
+                with progress.shown():
                     _run_trials(place, ledger, folder, watchers, limits, interruption)
+            if promotion is not None and place is not None and not interruption.wished:
+                _promote(place.cluster, promotion, folder, progress, interruption)
         except KeyboardInterrupt:
             interruption.wished = True
         except Exception:
@@ -154,7 +161,9 @@ def run_session(request: Request) -> int:
             progress.say(f"cut short by an error; go on with: python -m tuner.run --resume {where}")
             raise
         early = limits.reached() if place is not None and ledger.has_work else None
-        return _conclude(folder, ledger, progress, early, interrupted=interruption.wished)
+        return _conclude(
+            folder, ledger, promotion, progress, early, interrupted=interruption.wished
+        )
 
 
 def _connect(stack: ExitStack, address: str | None) -> Cluster:
@@ -177,15 +186,15 @@ def _prior(
     return lambda: found.trials
 
 
-def _ledger(
+def _ledgers(
     stack: ExitStack,
     folder: RunFolder,
     study: StudyConfig,
     prior: Callable[[], Sequence[PriorTrial]],
-) -> Ledger:
+) -> tuple[Ledger, Promotion | None]:
     ledger = open_ledger(folder, study, prior)
     stack.callback(ledger.close)
-    return ledger
+    return ledger, open_promotion(ledger)
 
 
 def _load(request: Request, cluster: Cluster | None, notes: list[str]) -> StudyConfig:
@@ -213,8 +222,8 @@ def _reopen(
     if refused:
         raise StudyError(
             f"{refused[0]}: cannot change with --resume; a study goes on as it was begun "
-            "(--trials, --time-budget, --target, --storage, --concurrent, --gpus-per-trial, "
-            "--address and --local may change)"
+            "(--trials, --time-budget, --target, --promote, --storage, --concurrent, "
+            "--gpus-per-trial, --address and --local may change)"
         )
     folder = RunFolder.existing(path)
     stack.callback(folder.release)
@@ -231,16 +240,58 @@ def _run_trials(
     limits: Limits,
     interruption: Interruption,
 ) -> None:
-    """Let Ray or this process run what is left of the study."""
-
-    def stop() -> bool:
-        return interruption.wished or limits.reached() is not None
+    """Let Ray or this process run what is left of the search."""
 
     def after() -> None:
         limits.look()
         write_trials(folder, ledger)
         write_best(folder, ledger)
-        drop_losers(folder, ledger)
+        drop_losers(folder, ledger, ledger.best())
+
+    _run(place, ledger, folder, watcher, limits, interruption, after)
+
+
+def _promote(
+    cluster: Cluster | None,
+    promotion: Promotion,
+    folder: RunFolder,
+    progress: Progress,
+    interruption: Interruption,
+) -> None:
+    """Let Ray or this process run what is left of the promotion; no limit of the search ends it."""
+    if not promotion.has_work:
+        return
+    search, study = promotion.search.config.search, promotion.config
+    count = min(search.promote, len(promotion.search.ranking()))
+    progress.say(
+        f"promotion: the search's best {count}, with {search.promote_seeds} seeds each and "
+        f"{study.training.epochs} epochs"
+        + (f" (--promote {search.promote}: no more have finished)" * (count < search.promote))
+    )
+    runs = folder.promotion()
+    shown = Progress(study, promotion.trials(), noun="run")
+    watchers = Watchers(shown, TensorBoardLog(promotion, runs.tensorboard))
+
+    def after() -> None:
+        write_promoted(folder, promotion)
+        drop_losers(runs, promotion, *(found.best for found in promotion.configurations()))
+
+    with shown.shown():
+        place, limits = _place(study, cluster, []), Limits(promotion)
+        _run(place, promotion, runs, watchers, limits, interruption, after)
+
+
+def _run(
+    place: _Place,
+    ledger: Ledger,
+    folder: RunFolder,
+    watcher: Watcher,
+    limits: Limits,
+    interruption: Interruption,
+    after: Callable[[], None],
+) -> None:
+    def stop() -> bool:
+        return interruption.wished or limits.reached() is not None
 
     if place.cluster is None:
         with limits.counted():
@@ -332,11 +383,19 @@ def _check_reach(study: StudyConfig, folder: RunFolder, place: _Place) -> None:
 
 
 def _conclude(
-    folder: RunFolder, ledger: Ledger, progress: Progress, early: Ended | None, *, interrupted: bool
+    folder: RunFolder,
+    ledger: Ledger,
+    promotion: Promotion | None,
+    progress: Progress,
+    early: Ended | None,
+    *,
+    interrupted: bool,
 ) -> int:
     """Write the results and say how it ended."""
     write_trials(folder, ledger)
-    best = write_best(folder, ledger)
+    best = write_best(folder, ledger, promotion)
+    if promotion is not None:
+        write_promoted(folder, promotion)
     if best is not None:
         export_winner(folder, best)
     _attempt(lambda: write_report(folder, ledger), progress, "report.html")
@@ -346,10 +405,18 @@ def _conclude(
     summary = ", ".join(f"{counts[s]} {words.get(s, s)}" for s in states if counts[s])
     progress.say(f"trials: {summary or 'none'}")
     where = shlex.quote(str(folder.path))
-    if best is not None:
-        untrained = best.metrics.get("untrained_objective")
+    if (first := ledger.best()) is not None:
+        untrained = first.metrics.get("untrained_objective")
         beside = f" (untrained network: {untrained:.5f})" if untrained is not None else ""
-        progress.say(f"best: trial {best.number:04d}, objective {best.objective:.5f}{beside}")
+        where_best = "best" if promotion is None else "best in the search"
+        progress.say(
+            f"{where_best}: trial {first.number:04d}, objective {first.objective:.5f}{beside}"
+        )
+    if study_cost := ledger.config.search.cost:
+        front = ", ".join(f"{t.number:04d}" for t in pareto_front(ledger))
+        progress.say(f"Pareto front, cheapest in {study_cost} first: {front or 'no trial'}")
+    for line in promotion.summary() if promotion is not None else []:
+        progress.say(line)
     if interrupted:
         progress.say(f"interrupted; go on with: python -m tuner.run --resume {where}")
         return INTERRUPTED
@@ -366,7 +433,8 @@ def _conclude(
     except KeyboardInterrupt:
         progress.say("the winner's scoring was interrupted; tuner.evaluate does it at any time")
     progress.say(f"report: {folder.report}")
-    progress.say(f"train the winner at full budget: python -m tuner.train --from {where}")
+    if promotion is None or promotion.winner() is None:
+        progress.say(f"train the winner at full budget: python -m tuner.train --from {where}")
     return DONE
 
 

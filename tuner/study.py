@@ -11,6 +11,7 @@ epoch under way, and one whose checkpoint was not on disk yet. Numbers:
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import warnings
@@ -58,6 +59,7 @@ class Assignment:
     checkpoint: str | None = None
     epoch: int = 0
     accumulation: int | None = None  # where memory was not enough for the configuration's own
+    origin: str | None = None  # whose parameters and which seed, where they were not proposed
 
 
 @dataclass(frozen=True)
@@ -157,7 +159,7 @@ class Ledger:
         self._study = optuna.create_study(
             storage=self._storage,
             study_name=name or study.name,
-            direction="minimize",
+            directions=["minimize"] * (1 if study.search.cost is None else 2),
             load_if_exists=True,
             sampler=self._sampler(0, ()),
             # Samplers must not see a pruner: they would keep to the trial's own bracket.
@@ -308,7 +310,12 @@ class Ledger:
             kept["location"],
             kept["epoch"],
             retries.accumulation(attrs),
+            self._origin(attrs),
         )
+
+    def _origin(self, attrs: Mapping[str, Any]) -> str | None:
+        """Whose parameters a trial has, by its attributes: those of nobody else."""
+        return None
 
     def trial_config(self, trial: Assignment | TrialRecord) -> TrialConfig:
         """The configuration that a trial runs with.
@@ -376,17 +383,26 @@ class Ledger:
         traceback: str | None = None,
     ) -> End:
         """End a trial; a non-finite objective is a failure whatever the caller says."""
-        if state == "done" and _finite(objective) is None:
-            state, reason = "failed", reason or f"objective is {objective}"
+        scores = self._scores(number, objective) if state == "done" else {}
+        for name, score in scores.items():
+            if _finite(score) is None:
+                state, reason = "failed", reason or f"{name} is {score}"
         identifier = self._id(number)
         if reason:
             self._storage.set_trial_user_attr(identifier, "reason", reason)
         if traceback:
             text = traceback[-_MAX_TRACEBACK:]
             self._storage.set_trial_user_attr(identifier, "traceback", text)
-        values = objective if state == "done" else None
+        values = list(scores.values()) if state == "done" else None
         self._study.tell(number, values, state=_ENDS[state])
         return state
+
+    def _scores(self, number: int, objective: float | None) -> dict[str, Any]:
+        """What is minimised, by name: the objective, and the cost where that is one too."""
+        scores: dict[str, Any] = {"objective": objective}
+        if (cost := self._config.search.cost) is not None:
+            scores[cost] = self.trial(number).metrics.get(cost)
+        return scores
 
     def keep_seconds(self, seconds: float) -> None:
         """Record how long the study's trials have run, over all sessions."""
@@ -411,11 +427,19 @@ class Ledger:
         """The study's own finished trials as an Optuna study in memory, for plots."""
         study = optuna.create_study(direction="minimize")
         own = self._started(self._frozen())
-        study.add_trials([trial for trial in own if trial.state == TrialState.COMPLETE])
+        for trial in own:
+            if trial.state == TrialState.COMPLETE:
+                alone = copy.copy(trial)  # without its cost
+                alone.values = trial.values[:1]
+                study.add_trial(alone)
         return study
 
     def ranking(self) -> list[TrialRecord]:
-        """Finished, finite trials of the study's own budget, best first; nothing else ranks."""
+        """Finished, finite trials of the study's own budget, best first; nothing else ranks.
+
+        Of equal objectives the cheaper comes first where the study has a cost, then the earlier.
+        """
+        cost = self._config.search.cost
         ranked = [
             trial
             for trial in self.trials()
@@ -423,7 +447,7 @@ class Ledger:
             and _finite(trial.objective) is not None
             and trial.budget == self._config.training.epochs
         ]
-        return sorted(ranked, key=lambda trial: (trial.objective, trial.number))
+        return sorted(ranked, key=lambda t: (t.objective, t.metrics[cost] if cost else 0, t.number))
 
     def best(self) -> TrialRecord | None:
         """The winner, if any trial finished."""
@@ -472,7 +496,7 @@ def _record(frozen: FrozenTrial) -> TrialRecord:
     }
     state = _STATES[frozen.state]
     values = frozen.intermediate_values
-    reached = frozen.value if state == "done" else values[max(values)] if values else None
+    reached = frozen.values[0] if state == "done" else values[max(values)] if values else None
     checkpoint = attrs.get("checkpoint")
     return TrialRecord(
         number=frozen.number,

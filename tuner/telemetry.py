@@ -80,9 +80,15 @@ class Progress(Watcher):
     """Follows the trials of one session and shows them."""
 
     def __init__(
-        self, study: StudyConfig, history: list[TrialRecord], stream: IO[str] | None = None
+        self,
+        study: StudyConfig,
+        history: list[TrialRecord],
+        stream: IO[str] | None = None,
+        *,
+        noun: str = "trial",
     ) -> None:
         self._study = study
+        self._noun = noun
         self._console = Console(file=stream or sys.stdout, highlight=False, soft_wrap=True)
         self._rows: dict[int, _Row] = {}
         self._live: Live | None = None
@@ -132,7 +138,8 @@ class Progress(Watcher):
         self._rows[assignment.number] = row
         params = ", ".join(f"{path}={_short(v)}" for path, v in assignment.params.items())
         again = f" goes on after epoch {assignment.epoch}" if assignment.epoch else " starts"
-        self._event(assignment.number, f"{again.strip()}: {params}")
+        origin = f" ({assignment.origin})" if assignment.origin else ""
+        self._event(assignment.number, f"{again.strip()}{origin}: {params}")
 
     def reported(self, number: int, metrics: dict[str, Any]) -> None:
         """A trial finished an epoch."""
@@ -186,9 +193,9 @@ class Progress(Watcher):
     # Drawing
 
     def _event(self, number: int, text: str, level: int = logging.INFO) -> None:
-        logger.log(level, "trial %04d %s", number, text)
+        logger.log(level, "%s %04d %s", self._noun, number, text)
         if not self.is_live:
-            self._console.print(f"trial {number:04d} {text}", markup=False)
+            self._console.print(f"{self._noun} {number:04d} {text}", markup=False)
             self._console.file.flush()
 
     def _note_best(self, row: _Row) -> None:
@@ -203,7 +210,7 @@ class Progress(Watcher):
         keys = self._keys[: max(0, min(_PARAMS_SHOWN, spare // _PARAM_WIDTH))]
         spare -= len(keys) * _PARAM_WIDTH
         table = Table(expand=False, pad_edge=False, box=SIMPLE_HEAD)
-        table.add_column("trial", no_wrap=True, justify="right", min_width=5)
+        table.add_column(self._noun, no_wrap=True, justify="right", min_width=5)
         table.add_column("state", no_wrap=True, min_width=9)
         for name in ("epoch", "objective", "s/epoch"):
             table.add_column(name, no_wrap=True, justify="right", min_width=len(name))
@@ -234,7 +241,7 @@ class Progress(Watcher):
         parts = [f"{count} {state}" for state, count in counts.items()]
         head = f"{self._study.name}: {', '.join(parts)} of {self._study.search.trials}"
         if self._best:
-            head += f"; best {self._best[1]:.5f} (trial {self._best[0]:04d})"
+            head += f"; best {self._best[1]:.5f} ({self._noun} {self._best[0]:04d})"
         return Group(table, Text(head, style="bold"))
 
     def _chosen_rows(self) -> list[_Row]:

@@ -126,8 +126,9 @@ def _train(
         side = "better" if score < searched else "worse"
         verdict = f"{abs(searched - score) / abs(searched):.2%} {side}" if searched else side
         if total != winner["epochs"]:
-            verdict += f" ({total} epochs; the search had {winner['epochs']})"
-    typer.echo(f"objective {score!r}; in the search {searched!r}: {verdict}")
+            verdict += f" ({total} epochs, not {winner['epochs']})"
+    then = "when promoted" if "promoted" in winner else "in the search"
+    typer.echo(f"objective {score!r}; {then} {searched!r}: {verdict}")
     typer.echo(f"network: {folder / 'best'}")
     return DONE
 

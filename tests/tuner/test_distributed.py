@@ -32,6 +32,7 @@ from tests.tuner.support import (
 )
 from tuner.config import load_study
 from tuner.gauges import GAUGES, PREFIX
+from tuner.promotion import Promotion
 from tuner.study import Ledger, TrialRecord
 
 
@@ -306,6 +307,76 @@ def test_a_time_budget_on_a_cluster_leaves_trials_that_go_on_and_the_study_can_g
     assert len({repr(trial.params) for trial in trials}) == 3
     assert (trials[1].params, trials[1].seed) == (second.params, second.seed)
     assert load_study(out / "config.yaml").search.trials == 3
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_promotion_on_a_cluster_survives_a_killed_driver_and_a_killed_actor(
+    tmp_path: Path, head: Head
+) -> None:
+    config = write_study(
+        tmp_path,
+        search={"trials": 3, "scheduler": "none", "full_epochs": 12, "promote_seeds": 2},
+        data={"train_scenes": 128},
+    )
+    asked = ("--config", config, "--promote", 2)
+    out, calm = tmp_path / "run", tmp_path / "calm"
+    process = start(*asked, "--address", head.address, "--out", out)
+    read_until(process, "run 0001 epoch 3/12", timeout=300)
+    kill(process)
+    wait_for(lambda: not actors(head))
+    process = start("--resume", out, "--address", head.address)
+    read_until(process, "run 0002 epoch 2/12", timeout=300)
+    for victim in actors(head):
+        os.kill(victim, signal.SIGKILL)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert "lost its machine" in output
+    assert "trial 0000 starts" not in output
+    assert run_here(*asked, "--local", "--out", calm) == 0
+    results = []
+    for folder in (out, calm):
+        search = Ledger(folder / "study.db", load_study(folder / "config.yaml"))
+        promotion = Promotion(search)
+        for promoted in promotion.configurations():
+            for trial in promoted.runs:
+                assert_whole(trial, 12)
+        results.append(
+            [(p.trial.number, p.mean, p.std, [run.seed for run in p.runs])
+             for p in promotion.configurations()]
+        )  # fmt: skip
+        promotion.close()
+        search.close()
+    assert results[0] == results[1], "not bit for bit"
+    best = [json.loads((folder / "best.json").read_text()) for folder in (out, calm)]
+    assert best[0]["seed"] == best[1]["seed"]
+    weights = [folder / "best" / "model.safetensors" for folder in (out, calm)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_two_objectives_have_the_same_front_on_a_cluster_as_locally(
+    tmp_path: Path, head: Head, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tuner.session._score_winner", lambda folder, progress: None)
+    config = write_study(
+        tmp_path,
+        search={
+            "trials": 4,
+            "cost": "flops",
+            "scheduler": "none",
+            "sampler": "random",  # learns nothing from the order in which trials end
+            "space": {"network.width": {"type": "categorical", "choices": [8, 16, 24, 32]}},
+        },
+    )
+    fronts = []
+    for name, where in (("ray", ("--address", head.address)), ("here", ("--local",))):
+        assert run_here("--config", config, *where, "--out", tmp_path / name) == 0
+        assert [trial.state for trial in trials_of(tmp_path / name)] == ["done"] * 4
+        fronts.append(json.loads((tmp_path / name / "best.json").read_text())["pareto"])
+    assert fronts[0] == fronts[1]
+    assert fronts[0][0]["params"] == {"network.width": 8}, "the cheapest is always on the front"
 
 
 @pytest.mark.slow

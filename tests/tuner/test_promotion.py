@@ -1,0 +1,464 @@
+"""The best of a search trained again: who, with which seeds, how they rank; all of it durable."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from model import Localizer
+from tests.tuner.support import (
+    Clock,
+    FakeRun,
+    kill,
+    read_until,
+    run,
+    run_here,
+    start,
+    tiny_study,
+    write_study,
+)
+from tuner.command import execute
+from tuner.config import load_study
+from tuner.promotion import Promoted, Promotion, open_promotion, promoted_seed
+from tuner.report import page
+from tuner.study import Assignment, Ledger, TrialRecord, trial_seed
+from tuner.train import app as train_app
+
+NOWHERE = ("--address", "127.0.0.1:1")  # a cluster that is not there: exit 2 where it is asked for
+
+
+def search_in(folder: Path, *objectives: float, **search: Any) -> Ledger:
+    """A study whose trials have finished with these objectives."""
+    changes = {"trials": len(objectives) or 1, "promote": 2, "full_epochs": 5} | search
+    ledger = Ledger(folder / "study.db", tiny_study(folder, search=changes))
+    for objective in objectives:
+        trial = ledger.ask()
+        assert trial is not None
+        ledger.report(trial.number, {"epoch": 2, "objective": objective})
+        ledger.finish(trial.number, "done", objective=objective)
+    return ledger
+
+
+def promotion_of(folder: Path, *objectives: float, **search: Any) -> Promotion:
+    return Promotion(search_in(folder, *objectives, **search))
+
+
+def asked(promotion: Promotion) -> list[Assignment]:
+    found = []
+    while (assignment := promotion.ask()) is not None:
+        found.append(assignment)
+    return found
+
+
+def end(promotion: Promotion, number: int, objective: float | None) -> None:
+    """Finish a run, or let it fail."""
+    if objective is None:
+        promotion.finish(number, "failed", reason="diverged: no <b>luck</b>")
+        return
+    promotion.report(number, {"epoch": 5, "objective": objective})
+    promotion.finish(number, "done", objective=objective)
+
+
+def record(objective: float | None, number: int = 0) -> TrialRecord:
+    state = "failed" if objective is None else "done"
+    return TrialRecord(number, state, {}, number, objective, {}, reason="diverged")  # type: ignore[arg-type]
+
+
+def promoted(*objectives: float | None, trial: int = 0, seeds: int | None = None) -> Promoted:
+    runs = tuple(record(value, number) for number, value in enumerate(objectives))
+    return Promoted(record(0.5, trial), runs, seeds or len(objectives))
+
+
+def test_the_best_are_trained_with_seeds_that_the_search_never_used(tmp_path: Path) -> None:
+    promotion = promotion_of(tmp_path, 3.0, 1.0, 2.0)
+    runs = asked(promotion)
+    assert [found.origin for found in runs] == [
+        f"trial {number:04d}, seed {index} of 3" for number in (1, 2) for index in (1, 2, 3)
+    ]
+    best = promotion.search.trial(1)
+    assert [found.params for found in runs[:3]] == [best.params] * 3
+    seeds = [found.seed for found in runs]
+    assert seeds == [promoted_seed(3, number, index) for number in (1, 2) for index in range(3)]
+    assert len({*seeds, *(trial.seed for trial in promotion.search.trials())}) == 9
+
+
+def test_no_seed_of_a_promotion_is_one_of_a_search() -> None:
+    seeds = [trial_seed(0, number) for number in range(300)]
+    seeds += [promoted_seed(0, number, index) for number in range(100) for index in range(10)]
+    assert len(set(seeds)) == len(seeds)
+
+
+def test_runs_have_the_full_budget_and_nobody_stops_them(tmp_path: Path) -> None:
+    promotion = promotion_of(tmp_path, 2.0, 1.0, reduction_factor=2)
+    good, bad, *_ = asked(promotion)
+    assert promotion.config.trial_config(good.params, good.seed).training.epochs == 5
+    for number, objective in ((good.number, 1.0), (bad.number, 9.0)):
+        for epoch in (1, 2, 3, 4):
+            promotion.report(number, {"epoch": epoch, "objective": objective})
+            assert not promotion.should_prune(number)
+    assert promotion.trial(good.number).budget == 5
+
+
+def test_without_full_epochs_runs_have_the_searchs_budget(tmp_path: Path) -> None:
+    promotion = promotion_of(tmp_path, 1.0, full_epochs=None)
+    assert promotion.config.training.epochs == promotion.search.config.training.epochs == 2
+
+
+def test_more_than_have_finished_cannot_be_promoted(tmp_path: Path) -> None:
+    promotion = promotion_of(tmp_path, 2.0, 1.0, promote=7, promote_seeds=1)
+    assert [found.params for found in asked(promotion)] == [
+        trial.params for trial in promotion.search.ranking()
+    ]
+    assert not promotion_of(tmp_path / "none", promote=7).has_work
+
+
+def test_nothing_is_promoted_unasked(tmp_path: Path) -> None:
+    assert open_promotion(search_in(tmp_path, 1.0, promote=0)) is None
+
+
+def test_the_search_knows_nothing_of_the_promotion(tmp_path: Path) -> None:
+    promotion = promotion_of(tmp_path, 2.0, 1.0)
+    before = promotion.search.trials()
+    for found in asked(promotion):
+        end(promotion, found.number, 0.1)
+    assert promotion.search.trials() == before
+    again = Ledger(tmp_path / "study.db", promotion.search.config)
+    assert again.trials() == before
+    assert not again.has_work
+
+
+def test_a_run_that_was_cut_comes_back_as_it_was(tmp_path: Path) -> None:
+    promotion = promotion_of(tmp_path, 2.0, 1.0, promote_seeds=2)
+    first, second = promotion.ask(), promotion.ask()
+    assert first is not None
+    assert second is not None
+    end(promotion, first.number, 1.0)
+    promotion.report(second.number, {"epoch": 1, "objective": 2.0})
+    promotion.checkpointed(second.number, "/kept/checkpoint", 1)
+    promotion.close()
+    again = Promotion(promotion.search)
+    (orphan,) = again.orphans()
+    cut = (orphan.number, orphan.params, orphan.seed, orphan.origin)
+    assert cut == (second.number, second.params, second.seed, second.origin)
+    assert (orphan.checkpoint, orphan.epoch) == ("/kept/checkpoint", 1)
+    assert [found.origin for found in asked(again)] == [
+        f"trial 0000, seed {index} of 2" for index in (1, 2)
+    ]
+
+
+def test_a_larger_promotion_keeps_what_has_run(tmp_path: Path) -> None:
+    promotion = promotion_of(tmp_path, 2.0, 1.0, 3.0, promote=1, promote_seeds=2)
+    for found in asked(promotion):
+        end(promotion, found.number, 1.0)
+    assert not promotion.has_work
+    promotion.close()
+    wider = tiny_study(tmp_path, search={"trials": 3, "promote": 2, "promote_seeds": 2})
+    more = Promotion(Ledger(tmp_path / "study.db", wider))
+    assert more.has_work
+    assert [found.origin for found in asked(more)] == [
+        f"trial 0000, seed {index} of 2" for index in (1, 2)
+    ]
+
+
+def test_mean_and_spread_are_those_of_the_seeds() -> None:
+    values = [0.31, 0.29, 0.4, 0.35]
+    found = promoted(*values)
+    assert found.mean == pytest.approx(np.mean(values), rel=1e-15)
+    assert found.std == pytest.approx(np.std(values, ddof=1), rel=1e-14)
+    assert found.best is not None
+    assert found.best.objective == 0.29
+    assert found.words == "0.33750 ± 0.04856 (4 seeds); 0.50000 in the search"
+
+
+def test_one_seed_has_no_spread_and_a_failed_one_is_told() -> None:
+    assert promoted(0.3).std is None
+    assert promoted(0.3).words == "0.30000 (1 seed); 0.50000 in the search"
+    found = promoted(0.3, None, 0.5)
+    assert found.mean == pytest.approx(0.4)
+    assert found.words.startswith("0.40000 ± 0.14142 (2 of 3 seeds)")
+    assert found.words.endswith("seed 1 failed: diverged")
+    assert promoted(None).mean is None
+    assert promoted(None).best is None
+
+
+def test_a_failed_seed_ranks_below_all_without(tmp_path: Path) -> None:
+    promotion = promotion_of(tmp_path, 1.0, 2.0, 3.0, 4.0, promote=4, promote_seeds=2)
+    outcomes = [(0.1, None), (0.6, 0.4), (None, None), (0.2, 0.7)]
+    flat = [value for pair in outcomes for value in pair]
+    for found, objective in zip(asked(promotion), flat, strict=True):
+        assert promotion.winner() is None, "a run is left"
+        end(promotion, found.number, objective)
+    ranked = promotion.configurations()
+    assert [found.trial.number for found in ranked] == [3, 1, 0, 2]
+    assert [found.mean for found in ranked] == pytest.approx([0.45, 0.5, 0.1, None])
+    winner = promotion.winner()
+    assert winner is not None
+    assert winner.trial.number == 3
+    assert winner.best is not None
+    assert winner.best.objective == 0.2
+
+
+def test_a_promotion_without_any_score_has_no_winner(tmp_path: Path) -> None:
+    promotion = promotion_of(tmp_path, 1.0, promote_seeds=2)
+    for found in asked(promotion):
+        end(promotion, found.number, None)
+    assert promotion.winner() is None
+    assert promotion.summary()[-1] == "no promoted run has a score: best/ is the search's winner"
+
+
+def test_the_report_tells_of_the_promotion(tmp_path: Path) -> None:
+    promotion = promotion_of(tmp_path, 1.0, 2.0, promote_seeds=2)
+    assert "Promoted configurations" not in page(promotion.search, promotion)
+    for found, objective in zip(asked(promotion), (0.5, None, 0.75), strict=False):
+        end(promotion, found.number, objective)
+    text = page(promotion.search, promotion)
+    assert "Not all runs have ended" in text
+    assert "diverged: no &lt;b&gt;luck&lt;/b&gt;" in text
+    end(promotion, 3, 0.25)
+    text = page(promotion.search, promotion)
+    assert "Not all runs have ended" not in text
+    row = "<tr class='best'><td>1</td><td>0001</td><td>0.50000</td><td>0.35355</td><td>2 of 2</td>"
+    assert row in text
+    assert "Promoted configurations" not in page(promotion.search)
+
+
+# Whole sessions, with trials of no time
+
+
+class Fickle(FakeRun):
+    """A trial whose objective also depends on its seed; set `doomed` and `cut` to let some fail."""
+
+    doomed: frozenset[int] = frozenset()
+    cut: int | None = None  # the seed at whose second epoch somebody presses Ctrl-C
+
+    def step(self) -> dict[str, Any]:
+        found = super().step()
+        seed = self.config.seed
+        if seed in self.doomed:
+            ends = {"failed": True, "reason": "diverged: unlucky", "traceback": "Traceback"}
+            return {**found, "objective": float("nan"), **ends}
+        if seed == self.cut and self.epoch == 2:
+            raise KeyboardInterrupt
+        return {**found, "objective": found["objective"] + seed % 1000 / 1000}
+
+
+@pytest.fixture
+def fickle(monkeypatch: pytest.MonkeyPatch) -> type[Fickle]:
+    monkeypatch.setattr("tuner.local.TrialRun", Fickle)
+    monkeypatch.setattr("tuner.session._score_winner", lambda folder, progress: None)
+    monkeypatch.setattr("tuner.session.export_winner", lambda folder, best: True)
+    monkeypatch.setattr("tuner.session.write_report", lambda folder, ledger: None)
+    monkeypatch.setattr(Fickle, "doomed", frozenset())
+    monkeypatch.setattr(Fickle, "cut", None)
+    return Fickle
+
+
+def study_file(folder: Path, **search: Any) -> Path:
+    return write_study(
+        folder,
+        training={"epochs": 2},
+        search={"trials": 3, "scheduler": "none", "full_epochs": 3, "promote_seeds": 2} | search,
+    )
+
+
+def rows_of(folder: Path) -> list[dict[str, str]]:
+    with (folder / "promoted.csv").open() as stream:
+        return list(csv.DictReader(stream))
+
+
+def best_of(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "best.json").read_text())
+    return found
+
+
+def runs_of(folder: Path) -> list[Any]:
+    search = Ledger(folder / "study.db", load_study(folder / "config.yaml"))
+    promotion = Promotion(search)
+    try:
+        return [(t.number, t.state, t.seed, t.params, t.curve) for t in promotion.trials()]
+    finally:
+        promotion.close()
+        search.close()
+
+
+def test_a_promotion_decides_who_has_won(
+    tmp_path: Path, fickle: type[Fickle], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    config = study_file(tmp_path)
+    assert run_here("--config", config, "--local", "--promote", 3, "--out", out) == 0
+    said = capsys.readouterr().out
+    assert "promotion: the search's best 3, with 2 seeds each and 3 epochs" in said
+    rows = rows_of(out)
+    by_trial: dict[int, list[float]] = {}
+    for row in rows:
+        by_trial.setdefault(int(row["trial"]), []).append(float(row["objective"]))
+        assert row["state"] == "done"
+        assert row["epochs"] == "3"
+    means = {number: float(np.mean(values)) for number, values in by_trial.items()}
+    assert [len(values) for values in by_trial.values()] == [2, 2, 2]
+    assert list(means) == sorted(means, key=means.__getitem__)
+    best, first = best_of(out), next(iter(means))
+    assert best["trial"] == first
+    assert best["promoted"]["mean"] == pytest.approx(means[first])
+    assert best["promoted"]["std"] == pytest.approx(np.std(by_trial[first], ddof=1))
+    assert best["objective"] == min(by_trial[first])
+    assert best["epochs"] == best["config"]["training"]["epochs"] == 3
+    assert best["seed"] == best["config"]["seed"]
+    assert {run["seed"]: run["objective"] for run in best["promoted"]["runs"]}[
+        best["seed"]
+    ] == best["objective"]
+    assert f"1. trial {first:04d}: {means[first]:.5f} ± " in said
+    assert f"winner: trial {first:04d}; best/ is its network of seed {best['seed']}" in said
+    kept = {path.parent.name for path in (out / "promoted").glob("*/checkpoint")}
+    assert kept == {
+        f"{int(row['run']):04d}"
+        for row in rows
+        if float(row["objective"]) == min(by_trial[int(row["trial"])])
+    }
+
+
+def test_a_finished_study_is_promoted_later_and_the_search_decides_again_without(
+    tmp_path: Path, fickle: type[Fickle], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert run_here("--config", study_file(tmp_path), "--local", "--out", out) == 0
+    assert not (out / "promoted.csv").exists()
+    assert not (out / "promoted").exists()
+    searched = best_of(out)
+    assert "promoted" not in searched
+    assert run_here("--resume", out, *NOWHERE, "--promote", 1) == 2, "there is work for a cluster"
+    assert best_of(out) == searched
+    assert run_here("--resume", out, "--local", "--promote", 9) == 0
+    said = capsys.readouterr().out
+    assert "the search's best 3, with 2 seeds each and 3 epochs (--promote 9: no more" in said
+    assert "trial 0000 starts" not in said.partition("promotion:")[2]
+    assert len(rows_of(out)) == 6
+    assert best_of(out)["promoted"]["seeds"] == 2
+    assert run_here("--resume", out, *NOWHERE) == 0, "nothing is left to run"
+    assert run_here("--resume", out, *NOWHERE, "--promote", 0) == 0
+    assert best_of(out) == searched
+
+
+def test_a_seed_that_fails_is_told_and_costs_the_first_place(
+    tmp_path: Path,
+    fickle: type[Fickle],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = study_file(tmp_path)
+    assert run_here("--config", config, "--local", "--promote", 2, "--out", tmp_path / "calm") == 0
+    leader = best_of(tmp_path / "calm")
+    unlucky = next(r["seed"] for r in leader["promoted"]["runs"] if r["seed"] != leader["seed"])
+    monkeypatch.setattr(fickle, "doomed", frozenset({unlucky}))
+    out = tmp_path / "run"
+    capsys.readouterr()
+    assert run_here("--config", config, "--local", "--promote", 2, "--out", out) == 0
+    said = capsys.readouterr().out
+    assert f"2. trial {leader['trial']:04d}: {leader['objective']:.5f} (1 of 2 seeds)" in said
+    assert f"seed {unlucky} failed: diverged: unlucky" in said
+    assert best_of(out)["trial"] != leader["trial"]
+    (failed,) = [row for row in rows_of(out) if row["state"] == "failed"]
+    assert (failed["rank"], failed["objective"]) == ("2", "")
+    assert failed["reason"] == "diverged: unlucky"
+
+
+def test_where_every_run_fails_the_searchs_winner_stays(
+    tmp_path: Path,
+    fickle: type[Fickle],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "run"
+    assert run_here("--config", study_file(tmp_path), "--local", "--out", out) == 0
+    searched = best_of(out)
+    seeds = {promoted_seed(3, searched["trial"], repeat) for repeat in range(2)}
+    monkeypatch.setattr(fickle, "doomed", frozenset(seeds))
+    assert run_here("--resume", out, "--local", "--promote", 1) == 0
+    assert "no promoted run has a score: best/ is the search's winner" in capsys.readouterr().out
+    assert best_of(out) == searched
+
+
+def test_ctrl_c_in_a_promotion_keeps_the_searchs_winner_until_it_has_gone_on(
+    tmp_path: Path,
+    fickle: type[Fickle],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = study_file(tmp_path, promote=2)
+    assert run_here("--config", config, "--local", "--out", tmp_path / "whole") == 0
+    whole = runs_of(tmp_path / "whole")
+    out = tmp_path / "cut"
+    monkeypatch.setattr(fickle, "cut", whole[1][2])
+    capsys.readouterr()
+    assert run_here("--config", config, "--local", "--out", out) == 130
+    said = capsys.readouterr().out
+    assert "runs are left: until they have ended best/ is the search's winner" in said
+    assert "promoted" not in best_of(out)
+    assert [row["state"] for row in rows_of(out)] == ["done", "running"]
+    monkeypatch.setattr(fickle, "cut", None)
+    assert run_here("--resume", out, "--local") == 0
+    said = capsys.readouterr().out
+    assert "run 0001 goes on after epoch 1" in said
+    assert "run 0000 starts" not in said
+    assert runs_of(out) == whole
+    assert best_of(out) == best_of(tmp_path / "whole")
+
+
+def test_a_time_budget_ends_the_search_and_not_the_promotion(
+    tmp_path: Path,
+    fickle: type[Fickle],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    Clock(monkeypatch)  # a minute an epoch
+    out = tmp_path / "run"
+    config = study_file(tmp_path, promote=1, time_budget="3m")
+    assert run_here("--config", config, "--local", "--out", out) == 0
+    assert "ended early: the time budget of 3m is used up" in capsys.readouterr().out
+    assert [row["epochs"] for row in rows_of(out)] == ["3", "3"]
+    search = Ledger(out / "study.db", load_study(out / "config.yaml"))
+    promotion = Promotion(search)
+    assert (search.seconds, promotion.seconds) == (180.0, 360.0)
+
+
+# And for real
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_promotion_killed_halfway_ends_as_if_nothing_had_happened(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write_study(
+        tmp_path,
+        training={"epochs": 2},
+        search={"trials": 2, "scheduler": "none", "full_epochs": 6, "promote_seeds": 2},
+    )
+    asked = ("--config", config, "--local", "--promote", 2)
+    whole = run(*asked, "--out", tmp_path / "whole", timeout=300)
+    assert whole.returncode == 0, whole.stdout + whole.stderr
+    process = start(*asked, "--out", tmp_path / "cut")
+    read_until(process, "run 0002 epoch 3/6", timeout=300)
+    kill(process)
+    resumed = run("--resume", tmp_path / "cut", "--local", timeout=300)
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    assert "run 0002 goes on after epoch" in resumed.stdout
+    assert "run 0001 starts" not in resumed.stdout
+    assert runs_of(tmp_path / "cut") == runs_of(tmp_path / "whole")
+    best = best_of(tmp_path / "whole")
+    again = best_of(tmp_path / "cut")
+    for key in ("trial", "objective", "seed", "params", "config", "promoted"):
+        assert again[key] == best[key], key
+    weights = [tmp_path / name / "best" / "model.safetensors" for name in ("whole", "cut")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    assert Localizer.load(tmp_path / "cut" / "best").config.seed == best["seed"]
+    # What best.json tells trains to the score of best/.
+    assert execute(train_app, ["--from", str(tmp_path / "cut")]) == 0
+    said = capsys.readouterr().out
+    assert f"when promoted {best['objective']!r}: the same, bit for bit" in said

@@ -1,0 +1,231 @@
+"""Promotion: the best of a search trained again, at full budget and with several seeds.
+
+A search's winner is the best of many, each trained once: part of its lead is luck, of its seed
+and of having been chosen. So the best few are trained again from the beginning, each with seeds
+that the search never used, and ranked by the mean over them.
+
+The runs lie in an Optuna study of their own beside the search's. It is a ledger like the search's,
+whose trials are not proposed but follow from the ranking, so that whatever runs, resumes and
+records trials does so with promoted runs. The seed of one is
+`SeedSequence(study seed, spawn_key=(2, number of the trial, index of the seed))`, one word of it.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from tuner.config import StudyConfig
+from tuner.study import Assignment, Ledger, TrialRecord
+
+_PARENT, _REPEAT = "parent", "repeat"  # attributes of a run: the search's trial, and which seed
+
+
+def promoted_seed(study_seed: int, number: int, repeat: int) -> int:
+    """The seed of a promoted run: independent between runs and of every trial's of the search."""
+    sequence = np.random.SeedSequence(study_seed, spawn_key=(2, number, repeat))
+    return int(sequence.generate_state(1)[0])
+
+
+def promotion_study(study: StudyConfig) -> StudyConfig:
+    """The study of the promoted runs: the search's at full budget, and nothing stops a run."""
+    search = study.search
+    return study.replaced(
+        {
+            "name": f"{study.name}-promoted",
+            "training.epochs": search.full_epochs or study.training.epochs,
+            "search.trials": max(1, search.promote * search.promote_seeds),
+            "search.scheduler": "none",
+            "search.time_budget": None,
+            "search.target": None,
+            "search.warm_start": None,
+            "search.cost": None,
+            "search.include_base": False,
+            "search.enqueue": (),
+        }
+    )
+
+
+@dataclass(frozen=True)
+class Promoted:
+    """A configuration that was promoted.
+
+    Args:
+        trial: of the search, where it was tried first.
+        runs: by their seeds' order, as far as they have begun.
+        seeds: how many there will be.
+    """
+
+    trial: TrialRecord
+    runs: tuple[TrialRecord, ...] = field(repr=False)
+    seeds: int
+
+    @property
+    def finished(self) -> list[TrialRecord]:
+        """Runs of the full budget with a finite objective."""
+        return [run for run in self.runs if run.state == "done"]
+
+    @property
+    def failed(self) -> list[TrialRecord]:
+        """Runs that ended without a score."""
+        return [run for run in self.runs if run.state == "failed"]
+
+    @property
+    def objectives(self) -> list[float]:
+        """Of the finished runs."""
+        return [run.objective for run in self.finished if run.objective is not None]
+
+    @property
+    def mean(self) -> float | None:
+        """Over the finished runs."""
+        return statistics.fmean(self.objectives) if self.objectives else None
+
+    @property
+    def std(self) -> float | None:
+        """Sample standard deviation over the finished runs, n - 1 in its denominator."""
+        return statistics.stdev(self.objectives) if len(self.objectives) > 1 else None
+
+    @property
+    def best(self) -> TrialRecord | None:
+        """The run whose network is the best on the validation scenes."""
+        return min(self.finished, key=lambda run: (run.objective, run.number), default=None)
+
+    @property
+    def words(self) -> str:
+        """Mean, spread and failures in one line."""
+        if self.mean is None:
+            scored = "no score"
+        else:
+            spread = "" if self.std is None else f" ± {self.std:.5f}"
+            scored = f"{self.mean:.5f}{spread}"
+        count = f"{len(self.finished)} of {self.seeds}" if self.unequal else str(self.seeds)
+        seeds = "seed" if self.seeds == 1 else "seeds"
+        text = f"{scored} ({count} {seeds}); {self.trial.objective:.5f} in the search"
+        for run in self.failed:
+            text += f"; seed {run.seed} failed: {run.reason}"
+        return text
+
+    @property
+    def unequal(self) -> bool:
+        """Whether its mean is over fewer seeds than it should be."""
+        return len(self.finished) != self.seeds
+
+    @property
+    def _order(self) -> tuple[int, int, float, int]:
+        # A mean over the seeds that went well says too little of one that also goes badly.
+        left = self.seeds - len(self.finished) - len(self.failed)
+        mean = float("inf") if self.mean is None else self.mean
+        return len(self.failed), left, mean, self.trial.number
+
+
+class Promotion(Ledger):
+    """The ledger of the promoted runs.
+
+    Args:
+        search: its ledger, in whose database the runs lie; who is promoted follows from its
+            ranking and its configuration.
+    """
+
+    def __init__(self, search: Ledger) -> None:
+        name = f"{search.optuna_study.study_name}-promoted"
+        super().__init__(search._storage, promotion_study(search.config), name=name)
+        self._search = search
+
+    @property
+    def search(self) -> Ledger:
+        """The ledger of the search whose best are promoted."""
+        return self._search
+
+    def ask(self) -> Assignment | None:
+        """The next run of a configuration's next seed, the search's best first; None after all."""
+        parent, repeat = next(self._left(), (None, 0))
+        if parent is None:
+            return None
+        study = self._search.config
+        frozen = optuna.trial.create_trial(
+            state=TrialState.RUNNING,
+            params=parent.params,
+            distributions=self._search.optuna_study.trials[parent.number].distributions,
+            user_attrs={
+                _PARENT: parent.number,
+                _REPEAT: repeat,
+                "seed": promoted_seed(study.seed, parent.number, repeat),
+                "budget": self.config.training.epochs,
+            },
+        )
+        identifier = self._storage.create_new_trial(self._study._study_id, frozen)
+        return self.going_on(self._storage.get_trial_number_from_id(identifier))
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a run is to go on, or another one to begin."""
+        return any(run.state == "running" for run in self.trials()) or any(self._left())
+
+    def configurations(self) -> list[Promoted]:
+        """Those that were promoted, best first: by mean, and below all others who failed once."""
+        trials = {trial.number: trial for trial in self._search.ranking()}
+        runs: dict[int, list[TrialRecord]] = {}
+        for frozen in self._by_repeat():
+            runs.setdefault(frozen.user_attrs[_PARENT], []).append(self.trial(frozen.number))
+        seeds = self._search.config.search.promote_seeds
+        found = [Promoted(trials[parent], tuple(those), seeds) for parent, those in runs.items()]
+        return sorted(found, key=lambda promoted: promoted._order)
+
+    def winner(self) -> Promoted | None:
+        """The best configuration, once all runs have ended; None if none of them has a score."""
+        if self.has_work:
+            return None
+        return next((found for found in self.configurations() if found.best is not None), None)
+
+    def summary(self) -> list[str]:
+        """The outcome in lines for a terminal, best first."""
+        found = self.configurations()
+        if not found:
+            return []
+        epochs, winner = self.config.training.epochs, self.winner()
+        lines = [f"promoted, {epochs} epochs; mean ± standard deviation over seeds:"]
+        lines += [
+            f"{rank}. trial {promoted.trial.number:04d}: {promoted.words}"
+            for rank, promoted in enumerate(found, start=1)
+        ]
+        if winner is not None and winner.best is not None:
+            best = winner.best
+            lines.append(
+                f"winner: trial {winner.trial.number:04d}; best/ is its network of seed "
+                f"{best.seed}, objective {best.objective:.5f}, the best of its seeds"
+            )
+        elif self.has_work:
+            lines.append("runs are left: until they have ended best/ is the search's winner")
+        else:
+            lines.append("no promoted run has a score: best/ is the search's winner")
+        return lines
+
+    def _left(self) -> Iterator[tuple[TrialRecord, int]]:
+        """Trials of the search and seeds that have not begun.
+
+        No two trials of a search have the same parameters: the ranking is one of configurations.
+        """
+        search = self._search.config.search
+        begun = {(t.user_attrs[_PARENT], t.user_attrs[_REPEAT]) for t in self._frozen()}
+        for trial in self._search.ranking()[: search.promote]:
+            for repeat in range(search.promote_seeds):
+                if (trial.number, repeat) not in begun:
+                    yield trial, repeat
+
+    def _by_repeat(self) -> list[FrozenTrial]:
+        return sorted(self._frozen(), key=lambda frozen: frozen.user_attrs[_REPEAT])
+
+    def _origin(self, attrs: Mapping[str, Any]) -> str:
+        seeds = self._search.config.search.promote_seeds
+        return f"trial {attrs[_PARENT]:04d}, seed {attrs[_REPEAT] + 1} of {seeds}"
+
+
+def open_promotion(search: Ledger) -> Promotion | None:
+    """The promotion of a search, closed with its ledger; None where none is asked for."""
+    return Promotion(search) if search.config.search.promote else None
