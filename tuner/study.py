@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -41,6 +42,7 @@ _STATES: dict[TrialState, State] = {
 }
 _ENDS = {"done": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}
 _MAX_DUPLICATES = 50  # proposals in a row that were tried before: the space is exhausted
+_REPORTED = "reported_at"  # beside an epoch's metrics: when they came
 _MAX_TRACEBACK = 8000  # characters of a traceback in the ledger; the file has the whole
 
 
@@ -80,6 +82,7 @@ class TrialRecord:
     checkpoint: str | None = None
     started: datetime | None = None
     finished: datetime | None = None
+    reported: dict[int, float] = field(default_factory=dict, repr=False)  # Unix time by epoch
 
     @property
     def epoch(self) -> int:
@@ -117,6 +120,7 @@ class Ledger:
         database: SQLite file, made where there is none.
         study: the configuration.
         prior: asked, until the first trial has started, for what the sampler knows before it.
+        reading: whether it is only looked at, maybe while another process runs the study.
     """
 
     def __init__(
@@ -124,6 +128,8 @@ class Ledger:
         database: Path,
         study: StudyConfig,
         prior: Callable[[], Sequence[PriorTrial]] = tuple,
+        *,
+        reading: bool = False,
     ) -> None:
         self._config = study
         with warnings.catch_warnings():
@@ -145,7 +151,7 @@ class Ledger:
         )
         self._pruner = make_pruner(study.search, study.training.epochs)
         self._ids: dict[int, int] = {}
-        if not self._started(self._frozen()):
+        if not reading and not self._started(self._frozen()):
             self._enqueue()
             self._learn(prior())
 
@@ -267,6 +273,7 @@ class Ledger:
         if objective is not None:
             self._storage.set_trial_intermediate_value(identifier, epoch, objective)
         kept = {k: v for k, v in metrics.items() if isinstance(v, bool | int | float | str)}
+        kept[_REPORTED] = time.time()
         self._storage.set_trial_user_attr(identifier, f"epoch/{epoch:05d}", kept)
 
     def checkpointed(self, number: int, location: str, epoch: int) -> None:
@@ -329,9 +336,13 @@ class Ledger:
 
     def ranking(self) -> list[TrialRecord]:
         """Finished, finite trials of the study's own budget, best first; nothing else ranks."""
+        return self.ranked(self.trials())
+
+    def ranked(self, trials: Sequence[TrialRecord]) -> list[TrialRecord]:
+        """Those of the given trials that rank, best first."""
         ranked = [
             trial
-            for trial in self.trials()
+            for trial in trials
             if trial.state == "done"
             and _finite(trial.objective) is not None
             and trial.budget == self._config.training.epochs
@@ -369,10 +380,14 @@ def _finite(value: Any) -> float | None:
 
 def _record(frozen: FrozenTrial) -> TrialRecord:
     attrs = frozen.user_attrs
-    epochs = {
+    kept = {
         int(key.partition("/")[2]): value
         for key, value in attrs.items()
         if key.startswith("epoch/")
+    }
+    epochs = {
+        epoch: {name: value for name, value in metrics.items() if name != _REPORTED}
+        for epoch, metrics in kept.items()
     }
     state = _STATES[frozen.state]
     values = frozen.intermediate_values
@@ -391,4 +406,5 @@ def _record(frozen: FrozenTrial) -> TrialRecord:
         checkpoint=checkpoint["location"] if checkpoint else None,
         started=frozen.datetime_start,
         finished=frozen.datetime_complete,
+        reported={epoch: m[_REPORTED] for epoch, m in kept.items() if _REPORTED in m},
     )

@@ -8,6 +8,7 @@ import platform
 from pathlib import Path
 from typing import Any
 
+import ray
 from ray import tune
 
 from model.config import TrialConfig
@@ -19,6 +20,13 @@ logger = logging.getLogger(__name__)
 # Keys of the configuration that Ray hands to an actor.
 NUMBER, CONFIG, DEVICE, STUDY = "number", "config", "device", "study"
 RESUME, START = "resume", "start"  # a checkpoint to go on from, and its epoch
+
+
+def allocated_gpus() -> str:
+    """Numbers of the node's GPUs that Ray gave to this process, as in 0 or 0,1; else nothing."""
+    if not ray.is_initialized():
+        return ""
+    return ",".join(ray.get_runtime_context().get_accelerator_ids().get("GPU", []))
 
 
 class TrialActor(tune.Trainable):
@@ -55,6 +63,8 @@ class TrialActor(tune.Trainable):
         result["training_iteration"] = result["epoch"]
         result["device"] = self._device
         result["node"] = platform.node()
+        if gpus := allocated_gpus():
+            result["gpu"] = gpus
         if not result["failed"]:
             self._gauges.show(result)
         return result
