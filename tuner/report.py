@@ -93,17 +93,17 @@ def sections() -> list[tuple[str, Callable[[Material], Markup]]]:
 
     return [
         ("Overview", overview),
-        ("Winner's configuration", winner),
+        ("Winner", winner),
         ("Scoreboard", scoreboard),
         ("Scenes", scenes),
-        ("Optimisation history", history),
+        ("History", history),
         ("Learning curves", learning_curves),
-        ("Parameter importances", importances),
+        ("Importances", importances),
         ("Parallel coordinates", parallel),
         ("Timeline", timeline),
         ("Failures", failures),
         ("Numerics", numerics),
-        ("All trials", trials),
+        ("Trials", trials),
     ]
 
 

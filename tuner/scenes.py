@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 _LOOKED_AT = 64  # held-out scenes among which the first of each number of sources is drawn
 _MOST = 6
-_AZIMUTHS, _ELEVATIONS, _RANGES = 73, 37, 64
-DEPTH_DB = 20.0  # below its peak a spectrum is drawn as flat
+_AZIMUTHS, _ELEVATIONS, _RANGES = 73, 37, 80
+DEPTH_DB = 40.0  # below its peak a spectrum is drawn as flat
 _LEVELS = 250
 
 
@@ -65,7 +65,7 @@ def _fingerprint(folder: RunFolder) -> str:
 def drawn_scenes(localizer: Localizer) -> dict[str, Any]:
     """The first held-out scene of each number of sources, as plain numbers.
 
-    Spectra are MVDR of R_blend, each in steps below its own peak: over azimuth and elevation the
+    Spectra are MVDR of R_blend, in steps below the scene's peak: over azimuth and elevation the
     highest of the planes through the ranges that were found (of all ranges where none was), and
     along the range in the direction of each source.
 
@@ -86,30 +86,35 @@ def drawn_scenes(localizer: Localizer) -> dict[str, Any]:
     chosen = scenes[index].to(localizer.device)
     found, _, blended = localizer.detect(chosen.y, chosen.H, chosen.codes, chosen.known_snr_db)
     matching = match(found, chosen.position, chosen.present)
-    grid = PolarGrid.covering(config.scene, _AZIMUTHS, _ELEVATIONS, _RANGES)
+    covering = PolarGrid.covering(config.scene, _AZIMUTHS, _ELEVATIONS, 1)
+    ranges = torch.linspace(*config.scene.range_m, _RANGES, dtype=torch.float64)
+    grid = replace(covering, inverse_range=tuple((1.0 / ranges).tolist()))
     views = []
     for item in range(len(chosen)):
         sources = _sources(chosen, found, matching.detection[item].tolist(), item)
         covariance = LowRankCovariance(blended.factor[item], blended.loading[item])
         planes = [1.0 / s["found"][2] for s in sources if s["found"]] or grid.inverse_range[::8]
         directions = replace(grid, inverse_range=tuple(planes))
-        spectrum = mvdr_spectrum(covariance, directions, array, config.scene.wavefront)
-        along = []
+        # A row an elevation, then one a source along the range.
+        heights = [
+            mvdr_spectrum(covariance, directions, array, config.scene.wavefront).amax(-1).mT
+        ]
         for source in sources:
             azimuth, elevation, _ = source["true"] or source["found"]
             ray = PolarGrid(
                 (math.radians(azimuth),), (math.radians(elevation),), grid.inverse_range
             )
             height = mvdr_spectrum(covariance, ray, array, config.scene.wavefront)
-            along.append(_steps(height.flatten()))
+            heights.append(height.flatten())
+        peak = torch.stack([height.amax() for height in heights]).amax()
         level = float(chosen.known_snr_db[item])
         views.append(
             {
                 "scene": int(index[item]),
                 "snr_db": round(level, 1) if math.isfinite(level) else None,
                 "sources": sources,
-                "spectrum": _steps(spectrum.amax(-1).mT),  # a row an elevation
-                "along_range": along,
+                "spectrum": _steps(heights[0], peak),
+                "along_range": [_steps(height, peak) for height in heights[1:]],
             }
         )
     return {
@@ -159,7 +164,7 @@ def _degrees(position: list[float]) -> list[float]:
     return [round(math.degrees(azimuth), 3), round(math.degrees(elevation), 3), round(distance, 4)]
 
 
-def _steps(spectrum: Tensor) -> Any:
+def _steps(spectrum: Tensor, peak: Tensor) -> Any:
     """Steps below the peak, at most ``_LEVELS``, as integers."""
-    below = 10.0 * torch.log10(spectrum.amax() / spectrum.double())
+    below = 10.0 * torch.log10(peak / spectrum.double())
     return (below * (_LEVELS / DEPTH_DB)).round().clamp(0, _LEVELS).int().tolist()

@@ -31,7 +31,8 @@ STATE_COLOURS = {
 STATE_SYMBOLS = {"running": "circle-open", "done": "circle", "pruned": "x", "failed": "cross"}
 STATE_WORDS = {"running": "unfinished", "done": "done", "pruned": "stopped early", "failed": "failed"}
 HEIGHT = 380  # pixels
-_WIDE_RANGE = 30.0  # ratio of the largest value to the least from which an axis is logarithmic
+_WIDE = 30.0  # ratio of the largest value to the least from which an axis is logarithmic
+_DECADES = 100.0  # ratio from which only powers of ten are labelled
 
 
 def chart(
@@ -82,12 +83,14 @@ def grid(charts: list[Markup], least: int = 420) -> Markup:
     return Markup(f"<div class='grid' style='--least:{least}px'>{inside}</div>")
 
 
-def axis_type(values: list[float]) -> str:
-    """Logarithmic where the values are positive and spread widely."""
-    finite = [value for value in values if math.isfinite(value)]
-    if finite and min(finite) > 0 and max(finite) / min(finite) > _WIDE_RANGE:
-        return "log"
-    return "linear"
+def axis_for(values: list[float], title: str = "", *, log: bool = False) -> dict[str, Any]:
+    """An axis: logarithmic if asked, or where the values are positive and spread widely."""
+    finite = [value for value in values if math.isfinite(value) and value > 0]
+    ratio = max(finite) / min(finite) if finite else 1.0
+    if not log and (ratio < _WIDE or len(finite) < len(values)):
+        return {"title": {"text": title}}
+    ticks = "D2" if ratio < _DECADES else 1  # 1, 2 and 5, or powers of ten alone
+    return {"title": {"text": title}, "type": "log", "dtick": ticks}
 
 
 def joined(curves: list[tuple[list[Any], list[Any]]]) -> tuple[list[Any], list[Any]]:

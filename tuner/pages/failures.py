@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from tuner.pages.chart import STATE_COLOURS, STATE_WORDS, chart, grid, joined, thinned
+from tuner.pages.chart import STATE_COLOURS, STATE_WORDS, axis_for, chart, grid, joined, thinned
 from tuner.pages.markup import Markup, counted, details, escape, note, short, table
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ def _norms(material: Material, trials: list[TrialRecord], name: str, title: str)
             )
     if not values:
         return note(f"{title}: not reported.")
-    figure.update_layout(xaxis_title="epoch", yaxis={"title": "norm", "type": "log"})
+    figure.update_layout(xaxis_title="epoch", yaxis=axis_for(values, "norm", log=True))
     middle = sorted(values)[len(values) // 2]
     clip = material.study.training.gradient_clip
     figure.add_hline(y=clip, line={"dash": "dot", "color": "var(--muted)", "width": 1})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tuner.pages.chart import STATE_COLOURS, STATE_SYMBOLS, STATE_WORDS, axis_type, chart, joined, thinned
+from tuner.pages.chart import STATE_COLOURS, STATE_SYMBOLS, STATE_WORDS, axis_for, chart, joined, thinned
 from tuner.pages.markup import Markup, counted, note, short, table
 from tuner.rungs import cut_off, rungs_of
 
@@ -54,11 +54,8 @@ def _by_trial(material: Material, scored: list[TrialRecord]) -> Markup:
         ys.append(lowest)
         line = {"color": "var(--ink)", "shape": "hv", "width": 1.5}
         figure.add_scatter(x=xs, y=ys, mode="lines", name="best so far", line=line)
-    figure.update_layout(
-        xaxis_title="trial",
-        yaxis_title="objective",
-        yaxis_type=axis_type([t.objective for t in scored if t.objective is not None]),
-    )
+    reached = [t.objective for t in scored if t.objective is not None]
+    figure.update_layout(xaxis_title="trial", yaxis=axis_for(reached, "objective"))
     found = (
         f"the best, {short(lowest)}, came with trial {xs[-2]}" if xs else "none has finished yet"
     )
@@ -152,7 +149,7 @@ def _drawn_rungs(
             "showgrid": False,
             "zeroline": False,
         },
-        yaxis={"title": "objective", "type": axis_type([p[1] for f in fates.values() for p in f])},
+        yaxis=axis_for([p[1] for points in fates.values() for p in points], "objective"),
     )
     factor = material.study.search.reduction_factor
     if material.study.search.scheduler == "asha":
@@ -201,11 +198,8 @@ def learning_curves(material: Material) -> Markup:
             marker={"size": 5},
             hovertemplate="winner, epoch %{x}: %{y:.5g}<extra></extra>",
         )
-    figure.update_layout(
-        xaxis_title="epoch",
-        yaxis_title="objective",
-        yaxis_type=axis_type([value for t in shown for _, value in t.curve]),
-    )
+    reached = [value for t in shown for _, value in t.curve]
+    figure.update_layout(xaxis_title="epoch", yaxis=axis_for(reached, "objective"))
     left_out = len(trials) - len(shown)
     remark = "A curve ends with × where the scheduler stopped its trial, with + where it failed."
     if left_out:

@@ -17,6 +17,12 @@ class Markup(str):
     __slots__ = ()
 
 
+class Number(Markup):
+    """A number as it is to be shown, to the right in a table."""
+
+    __slots__ = ()
+
+
 def escape(value: object) -> Markup:
     """A value as text of a page; markup stays what it is."""
     return value if isinstance(value, Markup) else Markup(html.escape(str(value)))
@@ -44,7 +50,12 @@ def table(
     """
     every = list(rows)
     lines = ["<div class='scroll'><table><thead><tr>"]
-    lines += [f"<th>{escape(head)}" for head in heads]
+    words = [_is_text(value) for value in every[0]] if every else []
+    lines += [
+        f"<th class='text'>{escape(head)}" if index < len(words) and words[index]
+        else f"<th>{escape(head)}"
+        for index, head in enumerate(heads)
+    ]
     lines.append("<tbody>")
     for index, row in enumerate(every[:most]):
         lines.append("<tr class='best'>" if index == marked else "<tr>")
@@ -85,11 +96,15 @@ def listed(words: Sequence[str]) -> str:
     return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else list(words))
 
 
+def _is_text(value: object) -> bool:
+    return isinstance(value, bool | str) and not isinstance(value, Number)
+
+
 def _cell(value: object) -> str:
     if isinstance(value, Markup):
-        return f"<td class='text'>{value}"
-    if isinstance(value, bool) or value is None or isinstance(value, str):
-        text = "" if value is None else str(value)
+        return f"<td>{value}" if isinstance(value, Number) else f"<td class='text'>{value}"
+    if _is_text(value):
+        text = str(value)
         if len(text) > _LONGEST:
             text = text[: _LONGEST - 1] + "…"
         return f"<td class='text'>{escape(text)}"

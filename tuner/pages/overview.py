@@ -193,9 +193,11 @@ def winner(material: Material) -> Markup:
 
 
 def defaults_of(config: TrialConfig) -> TrialConfig:
-    """What the same family of networks has by default."""
+    """The defaults, with sizes of the network's own family."""
     usual = TrialConfig()
-    return usual.model_copy(update={"network": type(config.network)()})
+    # The sizes of the default family say nothing of another's.
+    network = type(config.network)().model_copy(update={"family": usual.network.family})
+    return usual.model_copy(update={"network": network})
 
 
 def flattened(config: TrialConfig) -> dict[str, Any]:
@@ -209,5 +211,5 @@ def flattened(config: TrialConfig) -> dict[str, Any]:
         else:
             found[path] = value
 
-    walk(config.model_dump(mode="json"), "")
+    walk(config.model_dump(mode="json", warnings=False), "")
     return found

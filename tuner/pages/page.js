@@ -24,11 +24,31 @@
     } };
   };
 
+  // Parallel coordinates with the axes from top to bottom: many fit on a phone.
+  const turn = (data, layout) => {
+    for (const trace of data) [trace.x, trace.y] = [trace.y, trace.x];
+    for (const shape of layout.shapes || []) {
+      [shape.x0, shape.y0] = [shape.y0, shape.x0];
+      [shape.x1, shape.y1] = [shape.y1, shape.x1];
+    }
+    for (const label of layout.annotations || []) {
+      [label.x, label.y] = [label.y, label.x];
+      Object.assign(label, { xanchor: "center", xshift: 0, yanchor: "top", yshift: -1 });
+    }
+    const axis = layout.xaxis;
+    layout.xaxis = { ...layout.yaxis, range: [-0.06, 1.06] };
+    layout.yaxis = {
+      ...axis, range: [axis.tickvals.length - 0.5, -0.6], ticklabelposition: "inside top",
+      ticktext: axis.ticktext.map((text) => text.replace("<br>", "")), fixedrange: true,
+    };
+  };
+
   const draw = (plot) => {
     const text = plot.querySelector("script").textContent
       .replace(/var\((--[a-z0-9-]+)\)/g, (_, name) => colour(name));
     const { data, layout } = JSON.parse(text);
-    const room = { l: 8, r: 12, t: 30, b: 8 };
+    if (narrow.matches && layout.meta && layout.meta.turns) turn(data, layout);
+    const room = { l: 8, r: 12, t: layout.showlegend === false ? 8 : 30, b: 8 };
     const whole = { ...layout, template: template(), autosize: true,
                     margin: { ...room, ...(layout.margin || {}) } };
     if (narrow.matches) whole.dragmode = false; // a finger scrolls the page

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from tuner.pages.chart import attempted, chart, grid
+from tuner.pages.chart import attempted, axis_for, chart, grid
 from tuner.pages.markup import Markup, counted, note, short, table
 
 if TYPE_CHECKING:
@@ -63,8 +63,11 @@ def _slice(study: optuna.Study, name: str) -> Markup:
         marker={"color": "var(--accent)", "size": 7, "showscale": False, "line_width": 0},
         showlegend=False,
     )
-    figure.update_layout(width=None, yaxis_title="objective", xaxis_title=None)
-    n_trials = len(study.get_trials(deepcopy=False))
+    figure.update_layout(width=None, yaxis_title="objective", xaxis_title=None, showlegend=False)
+    trials = study.get_trials(deepcopy=False)
+    if figure.layout.xaxis.type == "log":
+        figure.update_xaxes(axis_for([float(t.params[name]) for t in trials], log=True))
+    n_trials = len(trials)
     return chart(
         figure,
         f"Objective of {counted(n_trials, 'finished trial')} against {name}.",
@@ -92,7 +95,8 @@ def _parallel(material: Material) -> Markup:
     some = optuna.create_study(direction="minimize")
     some.add_trials(kept)
     figure = visualization.plot_parallel_coordinate(some, params=axes, target_name="objective")
-    _recolour(figure, [t.value for t in kept])
+    _recolour(figure)
+    _relabel(figure, [t.value for t in kept if t.value is not None])
     remark = ""
     if len(axes) < len(names):
         remark = f"The {len(axes)} most important of {counted(len(names), 'parameter')}. "
@@ -113,7 +117,7 @@ def _parallel(material: Material) -> Markup:
     )
 
 
-def _recolour(figure: go.Figure, values: list[Any]) -> None:
+def _recolour(figure: go.Figure) -> None:
     """Lines by fifths of the rank, in the page's colours, the best on top.
 
     Optuna's own blues are darkest for the best, which a dark page swallows.
@@ -144,6 +148,24 @@ def _recolour(figure: go.Figure, values: list[Any]) -> None:
     )
     figure.update_annotations(font={"size": 10, "color": "var(--muted)"})
     figure.update_shapes(line={"color": "var(--faint)", "width": 1})
+
+
+def _relabel(figure: go.Figure, values: list[float]) -> None:
+    """Digits enough to tell objectives apart, and names that fit beside one another."""
+    low, high = min(values), max(values)
+    for annotation in figure.layout.annotations:
+        if annotation.x == 0:
+            annotation.text = f"{low + annotation.y * (high - low):.5g}"
+    names = figure.layout.xaxis.ticktext
+    figure.update_layout(
+        # The page's script turns the chart on a narrow screen: axes from top to bottom.
+        meta={"turns": True},
+        xaxis={
+            "ticktext": [text.replace(".", ".<br>", 1) for text in names],
+            "tickangle": 0,
+            "range": [-0.45, len(names) - 0.6],
+        },
+    )
 
 
 def _weights(study: optuna.Study, names: list[str]) -> dict[str, float]:

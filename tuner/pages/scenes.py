@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 _KEYS = {"origin", "db_per_step", "azimuth_deg", "elevation_deg", "range_m", "views"}
 _ROW = 34  # pixels of a source in range
+_BARE = {"showgrid": False, "zeroline": False}
 _NINETY = 1.645  # standard deviations of a normal's middle nine tenths
 _TRUE = {"symbol": "circle-open", "size": 15, "color": "#ffffff", "line": {"width": 2.5}}
 _FOUND = {
@@ -85,6 +86,7 @@ def _directions(content: dict[str, Any], view: dict[str, Any]) -> go.Figure:
             y=content["elevation_deg"],
             colorscale="Viridis",
             colorbar={"title": {"text": "dB"}, "thickness": 10, "outlinewidth": 0},
+            zsmooth="best",
             hovertemplate="%{x:.1f}°, %{y:.1f}°: %{z:.1f} dB<extra></extra>",
         )
     )
@@ -103,8 +105,8 @@ def _directions(content: dict[str, Any], view: dict[str, Any]) -> go.Figure:
                 "<extra></extra>",
             )
     return figure.update_layout(
-        xaxis={"title": "azimuth [°]", "showgrid": False, "zeroline": False},
-        yaxis={"title": "elevation [°]", "showgrid": False, "zeroline": False},
+        xaxis={"title": "azimuth [°]", "range": _around(content["azimuth_deg"]), **_BARE},
+        yaxis={"title": "elevation [°]", "range": _around(content["elevation_deg"]), **_BARE},
         margin={"t": 10},
     )
 
@@ -113,12 +115,13 @@ def _ranges(content: dict[str, Any], view: dict[str, Any]) -> go.Figure:
     import plotly.graph_objects as go
 
     sources, step = view["sources"], content["db_per_step"]
-    order = sorted(range(len(content["range_m"])), key=content["range_m"].__getitem__)
     names = [_name(index, source) for index, source in enumerate(sources)]
     figure = go.Figure(
         go.Heatmap(
-            z=[[-step * row[i] for i in order] for row in view["along_range"]],
-            x=[content["range_m"][i] for i in order],
+            z=[[-step * value for value in row] for row in view["along_range"]],
+            x=content["range_m"],
+            zmin=-step * max(map(max, view["spectrum"])),
+            zmax=0,
             y=names,
             colorscale="Viridis",
             showscale=False,
@@ -143,12 +146,17 @@ def _ranges(content: dict[str, Any], view: dict[str, Any]) -> go.Figure:
             hovertemplate=f"{name}: %{{x:.2f}} m<extra></extra>",
             **spread,
         )
-    low, high = min(content["range_m"]), max(content["range_m"])
     return figure.update_layout(
-        xaxis={"title": "range [m]", "showgrid": False, "range": [low, high]},
+        xaxis={"title": "range [m]", "showgrid": False, "range": _around(content["range_m"])},
         yaxis={"categoryorder": "array", "categoryarray": names[::-1], "showgrid": False},
         margin={"t": 6},
     )
+
+
+def _around(values: list[float]) -> list[float]:
+    """From the least to the largest, with room for a marker at the edge."""
+    room = 0.03 * (values[-1] - values[0])
+    return [values[0] - room, values[-1] + room]
 
 
 def _name(index: int, source: dict[str, Any]) -> str:

@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from tuner.pages.chart import chart, grid
-from tuner.pages.markup import Markup, escape, listed, note, short, table
+from tuner.pages.markup import Markup, Number, escape, listed, note, short, table
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -84,6 +84,7 @@ def suite_charts(suite: dict[str, Any]) -> Markup:
         _f1_by_snr(methods),
         _ratio_by_snr(suite),
         _f1_by_count(methods),
+        _gospa_by_snr(methods),
         _recall_by_range(methods),
         _distances(suite),
     ]
@@ -105,19 +106,15 @@ def _overall(suite: dict[str, Any]) -> Markup:
         numbers = report["overall"]
         low, high = numbers["f1_interval"]
         row: list[object] = [name, report["note"]]
-        row.append(_right(f"{numbers['f1']:.3f} [{low:.3f}, {high:.3f}]"))
+        row.append(Number(f"{numbers['f1']:.3f} [{low:.3f}, {high:.3f}]"))
         for _, key in _COLUMNS:
             told = key == "count_accuracy" and "K told" in report["note"]
             value = numbers.get(key)
-            row.append(_right("told" if told else "" if value is None else f"{value:.3f}"))
-        row += [_right(_signed(differences.get(name))) for differences in paired.values()]
-        row.append(_right(f"{report['scenes_per_second']:.1f}"))
+            row.append(Number("told" if told else "" if value is None else f"{value:.3f}"))
+        row += [Number(_signed(differences.get(name))) for differences in paired.values()]
+        row.append(Number(f"{report['scenes_per_second']:.1f}"))
         rows.append(row)
     return table(heads, rows)
-
-
-def _right(text: str) -> Markup:
-    return Markup(f"<span class='number'>{escape(text)}</span>")
 
 
 def _signed(difference: dict[str, Any] | None) -> str:
@@ -178,6 +175,40 @@ def _ratio_by_snr(suite: dict[str, Any]) -> Markup:
         title="|error| / CRB against SNR, gated sources",
         numbers=table(["method", "SNR [dB]", "median", "low", "high"], lines),
     )
+
+
+def _gospa_by_snr(methods: dict[str, Any]) -> Markup:
+    import plotly.graph_objects as go
+
+    figure = go.Figure()
+    told, lines = [], []
+    for name, report in methods.items():
+        rows = [row for row in report["by_snr"] if row.get("gospa_m") is not None]
+        if not rows:
+            continue
+        figure.add_scatter(
+            x=[_middle(row) for row in rows],
+            y=[row["gospa_m"] for row in rows],
+            name=name,
+            mode="lines+markers",
+            line=_line(name),
+            hovertemplate="%{x:g} dB: %{y:.3f} m<extra>" + name + "</extra>",
+        )
+        told.append(f"{name} from {rows[0]['gospa_m']:.2f} to {rows[-1]['gospa_m']:.2f} m")
+        lines += [(name, _decibels(row), row["scenes"], row["gospa_m"]) for row in rows]
+    figure.update_layout(
+        xaxis_title="SNR [dB]", yaxis={"title": "mean GOSPA [m]", "rangemode": "tozero"}
+    )
+    return chart(
+        figure,
+        f"GOSPA against SNR, from the lowest band to the highest: {listed(told) or 'nothing'}.",
+        title="GOSPA against SNR",
+        numbers=table(["method", "SNR [dB]", "scenes", "GOSPA [m]"], lines),
+    )
+
+
+def _line(name: str) -> dict[str, str]:
+    return {"color": _COLOURS.get(name, "var(--muted)"), "dash": _DASHES.get(name, "solid")}
 
 
 def _f1_by_count(methods: dict[str, Any]) -> Markup:
@@ -245,7 +276,7 @@ def _band(
         name=name,
         legendgroup=name,
         mode="lines+markers",
-        line={"color": colour, "dash": _DASHES.get(name, "solid")},
+        line=_line(name),
         hovertemplate="%{x:g} dB: %{y:.3f}<extra>" + name + "</extra>",
     )
 
@@ -267,11 +298,9 @@ def _distances(suite: dict[str, Any]) -> Markup:
             y=[s for _, s in found],
             name=name,
             mode="lines",
-            line={
-                "color": _COLOURS.get(name, "var(--muted)"), "dash": _DASHES.get(name, "solid")
-            },
+            line=_line(name),
             hovertemplate="%{y:.0%} within %{x:.3g} m<extra>" + name + "</extra>",
-        )  # fmt: skip
+        )
         middle = next((d for d, s in found if s >= 0.5), None)
         told.append(f"{name} {short(middle)} m" if middle is not None else f"{name} none")
         lines += [(name, f"{s:.0%}", d) for d, s in found[::10]]
@@ -299,11 +328,9 @@ def _recall_by_range(methods: dict[str, Any]) -> Markup:
             y=[row["recall"] for row in rows],
             name=name,
             mode="lines+markers",
-            line={
-                "color": _COLOURS.get(name, "var(--muted)"), "dash": _DASHES.get(name, "solid")
-            },
+            line=_line(name),
             hovertemplate="%{x} m: %{y:.3f}<extra>" + name + "</extra>",
-        )  # fmt: skip
+        )
         if rows:
             told.append(f"{name} from {rows[0]['recall']:.2f} to {rows[-1]['recall']:.2f}")
         lines += [(name, _range(row), row["sources"], row["recall"]) for row in rows]

@@ -56,12 +56,15 @@ def _bars(material: Material, segments: list[Segment]) -> Markup:
     figure.update_layout(
         barmode="overlay",
         bargap=0.25,
-        xaxis={"type": "date", "title": "local time of who wrote this page"},
+        xaxis={"type": "date"},
         yaxis={"categoryorder": "array", "categoryarray": [names[lane] for lane in lanes][::-1]},
     )
     busy = f", training {material.busy:.0%} of the time" if material.busy is not None else ""
     places = len({place for place, _ in lanes})
-    remark = "A bar is a stretch of epochs of one trial; a gap is waiting, loading or an interruption."
+    remark = (
+        "A bar is a stretch of epochs of one trial; a gap is waiting, loading or an interruption. "
+        "Times are local to where this page was written."
+    )
     if len(drawn) < len(segments):
         remark += f" The longest {len(drawn):,} of {len(segments):,} stretches."
     return chart(

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from tuner.pages.chart import STATE_WORDS
 from tuner.pages.failures import fallbacks_of
-from tuner.pages.markup import Markup, note, table
+from tuner.pages.markup import Markup, Number, note, table
 from tuner.pages.timing import place_of
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def trials(material: Material) -> Markup:
 def _row(trial: TrialRecord, paths: list[str]) -> list[object]:
     metrics = trial.metrics
     return [
-        Markup(f"{trial.number:04d}"),
+        Number(f"{trial.number:04d}"),
         Markup(f"<span class='state {trial.state}'>{STATE_WORDS[trial.state]}</span>"),
         trial.objective,
         metrics.get("f1"),
