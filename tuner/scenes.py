@@ -1,4 +1,4 @@
-"""A few held-out scenes as the winner sees them: spectra, true and found sources, for the report."""
+"""A few held-out scenes as the winner sees them, for the report: spectra and sources."""
 
 from __future__ import annotations
 
@@ -96,9 +96,7 @@ def drawn_scenes(localizer: Localizer) -> dict[str, Any]:
         planes = [1.0 / s["found"][2] for s in sources if s["found"]] or grid.inverse_range[::8]
         directions = replace(grid, inverse_range=tuple(planes))
         # A row an elevation, then one a source along the range.
-        heights = [
-            mvdr_spectrum(covariance, directions, array, config.scene.wavefront).amax(-1).mT
-        ]
+        heights = [mvdr_spectrum(covariance, directions, array, config.scene.wavefront).amax(-1).mT]
         for source in sources:
             azimuth, elevation, _ = source["true"] or source["found"]
             ray = PolarGrid(
@@ -146,9 +144,7 @@ def _sources(
     return rows
 
 
-def _detection(
-    found: Detections, where: list[list[float]], item: int, slot: int
-) -> dict[str, Any]:
+def _detection(found: Detections, where: list[list[float]], item: int, slot: int) -> dict[str, Any]:
     """A detection with the standard deviation [m] of its range; None where there is none."""
     if slot < 0:
         return {"found": None, "range_std_m": None}

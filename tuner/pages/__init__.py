@@ -1,1 +1,1 @@
-"""Self-contained pages: the report of a study and the scoreboard, a module for each group of charts."""
+"""Self-contained pages, of a study and of a scoreboard; a module for each group of charts."""

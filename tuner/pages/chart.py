@@ -29,7 +29,12 @@ STATE_COLOURS = {
     "failed": "var(--failed)",
 }
 STATE_SYMBOLS = {"running": "circle-open", "done": "circle", "pruned": "x", "failed": "cross"}
-STATE_WORDS = {"running": "unfinished", "done": "done", "pruned": "stopped early", "failed": "failed"}
+STATE_WORDS = {
+    "running": "unfinished",
+    "done": "done",
+    "pruned": "stopped early",
+    "failed": "failed",
+}
 HEIGHT = 380  # pixels
 _WIDE = 30.0  # ratio of the largest value to the least from which an axis is logarithmic
 _DECADES = 100.0  # ratio from which only powers of ten are labelled
@@ -120,7 +125,7 @@ def _content(figure: go.Figure) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Lists and numbers as JSON has them, floats with six digits: the page is read, not computed."""
+    """Lists and numbers as JSON has them; six digits of a float, as nobody reads more."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

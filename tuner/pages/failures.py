@@ -27,9 +27,12 @@ def failures(material: Material) -> Markup:
     for trial in failed:
         groups.setdefault(trial.reason or "no reason was kept", []).append(trial)
     ordered = sorted(groups.items(), key=lambda group: -group[1][-1].number)
+    told = (
+        f"{counted(len(failed), 'trial')} failed, for {counted(len(groups), 'reason')}. "
+        "A failed trial never ranks."
+    )
     parts = [
-        f"<p>{escape(counted(len(failed), 'trial'))} failed, for "
-        f"{escape(counted(len(groups), 'reason'))}. A failed trial never ranks.</p>",
+        f"<p>{escape(told)}</p>",
         "<div class='scroll'><table><thead><tr><th>reason<th>trials<th>after epoch<tbody>",
     ]
     for reason, trials in ordered[:_MOST_REASONS]:
@@ -56,13 +59,13 @@ def numerics(material: Material) -> Markup:
     skipped = {t.number: int(t.metrics.get("skipped_steps", 0)) for t in trials}
     fallbacks = {t.number: fallbacks_of(t) for t in trials}
     epochs = sum(len(t.epochs) for t in trials)
-    parts = [
-        f"<p>In {escape(counted(epochs, 'epoch'))} of {escape(counted(len(trials), 'trial'))} "
-        f"{escape(_told(skipped, 'optimiser step was skipped', 'optimiser steps were skipped'))}, "
-        f"as the gradient was not finite, and "
-        f"{escape(_told(fallbacks, 'scene was', 'scenes were'))} served by the SVD, as the "
-        "Cholesky factorisation had failed.</p>"
-    ]
+    told = (
+        f"In {counted(epochs, 'epoch')} of {counted(len(trials), 'trial')} "
+        f"{_told(skipped, 'optimiser step was skipped', 'optimiser steps were skipped')}, where "
+        f"a gradient was not finite, and {_told(fallbacks, 'scene was', 'scenes were')} served by "
+        "the SVD, where the Cholesky factorisation failed."
+    )
+    parts = [f"<p>{escape(told)}</p>"]
     parts.append(
         grid(
             [
@@ -130,9 +133,7 @@ def _norms(material: Material, trials: list[TrialRecord], name: str, title: str)
     )  # fmt: skip
 
 
-def _bars(
-    trials: list[TrialRecord], skipped: dict[int, int], fallbacks: dict[int, int]
-) -> Markup:
+def _bars(trials: list[TrialRecord], skipped: dict[int, int], fallbacks: dict[int, int]) -> Markup:
     import plotly.graph_objects as go
 
     figure = go.Figure()
@@ -141,9 +142,7 @@ def _bars(
         ("scenes served by the SVD", fallbacks, "var(--pruned)"),
     ):
         chosen = {number: count for number, count in counts.items() if count}
-        figure.add_bar(
-            x=list(chosen), y=list(chosen.values()), name=name, marker={"color": colour}
-        )
+        figure.add_bar(x=list(chosen), y=list(chosen.values()), name=name, marker={"color": colour})
     figure.update_layout(xaxis_title="trial", yaxis_title="count", barmode="group")
     rows = [
         (t.number, skipped[t.number], fallbacks[t.number])

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tuner.pages.chart import STATE_COLOURS, STATE_SYMBOLS, STATE_WORDS, axis_for, chart, joined, thinned
+from tuner.pages.chart import (
+    STATE_COLOURS,
+    STATE_SYMBOLS,
+    STATE_WORDS,
+    axis_for,
+    chart,
+    joined,
+    thinned,
+)
 from tuner.pages.markup import Markup, counted, note, short, table
 from tuner.rungs import cut_off, rungs_of
 
@@ -86,7 +94,11 @@ def _rungs(material: Material) -> Markup:
             if search.scheduler == "median"
             else f"{text} for rungs: trials end before the first."
         )
-    fates: dict[str, list[tuple[str, float, int]]] = {"went on": [], "stopped here": [], "failed": []}
+    fates: dict[str, list[tuple[str, float, int]]] = {
+        "went on": [],
+        "stopped here": [],
+        "failed": [],
+    }
     rows = []
     lines: list[tuple[list[object], list[object]]] = []
     for index, rung in enumerate(rungs):
@@ -161,7 +173,8 @@ def _drawn_rungs(
     else:
         remark = "Hyperband's brackets begin to stop at different rungs: there is no one cut-off."
     told = "; ".join(
-        f"after epoch {rung} {stopped} of {reached} stopped" for rung, reached, _, _, stopped in rows
+        f"after epoch {rung} {stopped} of {reached} stopped"
+        for rung, reached, _, _, stopped in rows
     )
     return chart(
         figure,

@@ -52,7 +52,8 @@ def table(
     lines = ["<div class='scroll'><table><thead><tr>"]
     words = [_is_text(value) for value in every[0]] if every else []
     lines += [
-        f"<th class='text'>{escape(head)}" if index < len(words) and words[index]
+        f"<th class='text'>{escape(head)}"
+        if index < len(words) and words[index]
         else f"<th>{escape(head)}"
         for index, head in enumerate(heads)
     ]

@@ -14,8 +14,12 @@ if TYPE_CHECKING:
 
 _UNITS = {"nmse": "", "f1": "", "gospa": " m"}
 _SAMPLERS = {
-    "tpe": "TPE", "random": "chance", "gp": "a Gaussian process", "cmaes": "CMA-ES", "grid": "a grid",
-}  # fmt: skip
+    "tpe": "TPE",
+    "random": "chance",
+    "gp": "a Gaussian process",
+    "cmaes": "CMA-ES",
+    "grid": "a grid",
+}
 _SCHEDULERS = {
     "asha": "ASHA", "hyperband": "Hyperband", "median": "the median rule", "none": "nobody",
 }  # fmt: skip

@@ -87,6 +87,8 @@ def _directions(content: dict[str, Any], view: dict[str, Any]) -> go.Figure:
             colorscale="Viridis",
             colorbar={"title": {"text": "dB"}, "thickness": 10, "outlinewidth": 0},
             zsmooth="best",
+            zmin=-step * max(map(max, view["spectrum"])),
+            zmax=0,
             hovertemplate="%{x:.1f}°, %{y:.1f}°: %{z:.1f} dB<extra></extra>",
         )
     )

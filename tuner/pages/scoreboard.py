@@ -52,7 +52,7 @@ def scoreboard(material: Material) -> Markup:
         return note(f"No evaluation.json: {why}; tuner.evaluate does it at any time.")
     if not usable(content):
         return note("evaluation.json is of another form; tuner.evaluate writes it anew.")
-    parts = []
+    parts: list[str] = []
     if not material.is_of_winner(content["config"]):
         parts.append(
             note("evaluation.json is of another network than the winner: an earlier one, or one "
@@ -134,7 +134,9 @@ def _f1_by_snr(methods: dict[str, Any]) -> Markup:
         if not rows:
             continue
         values = [row["f1"] for row in rows]
-        _band(figure, name, [_middle(row) for row in rows], values, [r["f1_interval"] for r in rows])
+        _band(
+            figure, name, [_middle(row) for row in rows], values, [r["f1_interval"] for r in rows]
+        )
         told.append(f"{name} from {values[0]:.2f} to {values[-1]:.2f}")
         lines += [(name, _decibels(r), r["scenes"], r["f1"], *r["f1_interval"]) for r in rows]
     figure.update_layout(xaxis_title="SNR [dB]", yaxis_title="F1", yaxis_range=[0, 1])
@@ -156,7 +158,9 @@ def _ratio_by_snr(suite: dict[str, Any]) -> Markup:
         if not rows:
             continue
         values = [row["median"] for row in rows]
-        _band(figure, name, [_middle(row) for row in rows], values, [row["interval"] for row in rows])
+        _band(
+            figure, name, [_middle(row) for row in rows], values, [row["interval"] for row in rows]
+        )
         told.append(f"{name} from {values[0]:.2g} to {values[-1]:.2g}")
         lines += [(name, _decibels(row), row["median"], *row["interval"]) for row in rows]
     figure.add_hline(y=EFFICIENT, line={"dash": "dot", "color": "var(--muted)", "width": 1})
@@ -170,8 +174,8 @@ def _ratio_by_snr(suite: dict[str, Any]) -> Markup:
     )
     return chart(
         figure,
-        "Median error over the Cramer-Rao bound of the gated sources against SNR, from the lowest "
-        f"band to the highest: {listed(told) or 'nothing was found'}; {EFFICIENT:.2f} is efficient.",
+        "Median error over the Cramer-Rao bound of the gated sources against SNR, from the "
+        f"lowest band to the highest: {listed(told) or 'none'}; {EFFICIENT:.2f} is efficient.",
         title="|error| / CRB against SNR, gated sources",
         numbers=table(["method", "SNR [dB]", "median", "low", "high"], lines),
     )
@@ -310,7 +314,7 @@ def _distances(suite: dict[str, Any]) -> Markup:
     )
     return chart(
         figure,
-        f"Share of sources with a detection within a distance; half of them within: {listed(told)}.",
+        f"Share of sources with a detection within a distance; half within: {listed(told)}.",
         title="Distance from a source to the nearest detection",
         numbers=table(["method", "share", "distance [m]"], lines),
     )

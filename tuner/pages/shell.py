@@ -46,12 +46,8 @@ def document(title: str, lead: Markup, sections: Iterable[Section], footer: str 
         f"<title>{escape(title)}</title><style>{style}</style></head>",
         f"<body><header><h1>{escape(title)}</h1>{lead}</header>",
         f"<nav aria-label='Sections'><ul>{links}</ul></nav><main>",
-        "<noscript><p>Charts are drawn by JavaScript, which is off here; the numbers are in the "
-        "tables.</p></noscript>",
-        *(
-            f"<section id='{s.anchor}'><h2>{escape(s.title)}</h2>{s.body}</section>"
-            for s in chosen
-        ),
+        "<noscript><p>Charts need JavaScript; their numbers are in the tables.</p></noscript>",
+        *(f"<section id='{s.anchor}'><h2>{escape(s.title)}</h2>{s.body}</section>" for s in chosen),
         f"</main><footer>{escape(footer)}</footer>",
         f"<script>{get_plotlyjs()}</script>",
         f"<script>{script}</script></body></html>\n",

@@ -40,10 +40,14 @@ def segments_of(trials: Iterable[TrialRecord]) -> list[Segment]:
             end = trial.reported[epoch]
             begin, place = end - seconds, place_of(metrics)
             if last is not None and last.place == place and begin - last.end <= _PAUSE:
-                last = replace(last, end=end, busy=last.busy + seconds, epochs=(last.epochs[0], epoch))
+                last = replace(
+                    last, end=end, busy=last.busy + seconds, epochs=(last.epochs[0], epoch)
+                )
                 found[-1] = last
             else:
-                last = Segment(trial.number, trial.state, place, begin, end, seconds, (epoch, epoch))
+                last = Segment(
+                    trial.number, trial.state, place, begin, end, seconds, (epoch, epoch)
+                )
                 found.append(last)
     return sorted(found, key=lambda segment: (segment.begin, segment.number))
 
@@ -59,13 +63,15 @@ def slots_of(segments: Iterable[Segment]) -> list[Segment]:
     for segment in segments:
         slots = free.setdefault(segment.place, [])
         length = segment.end - segment.begin
-        for index, (end, before) in enumerate(slots):
-            if segment.begin >= end - min(_PAUSE, _OVERLAP * min(length, before)):
-                break
-        else:
-            index = len(slots)
-            slots.append((0.0, 0.0))
-        slots[index] = (segment.end, length)
+        index = next(
+            (
+                index
+                for index, (end, before) in enumerate(slots)
+                if segment.begin >= end - min(_PAUSE, _OVERLAP * min(length, before))
+            ),
+            len(slots),
+        )
+        slots[index : index + 1] = [(segment.end, length)]
         result.append(replace(segment, slot=index))
     return result
 
