@@ -60,17 +60,16 @@ def report(
 def write_report(folder: RunFolder, ledger: Ledger) -> None:
     """Write the page; it holds all that it needs and opens without a network."""
     from model.files import write_text
-
-    write_text(folder.report, page(folder, ledger))
-
-
-def page(folder: RunFolder, ledger: Ledger) -> str:
-    """The page as text."""
     from tuner.pages.material import Material
+
+    write_text(folder.report, page(Material.read(folder, ledger)))
+
+
+def page(material: Material) -> str:
+    """The page as text."""
     from tuner.pages.overview import tiles
     from tuner.pages.shell import Section, document
 
-    material = Material.read(folder, ledger)
     made = f"Written {material.written:%Y-%m-%d %H:%M %Z} by python -m tuner.report."
     return document(
         f"{material.study.name}: {len(material.trials):,} trials",

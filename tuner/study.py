@@ -113,6 +113,16 @@ def trial_seed(study_seed: int, number: int) -> int:
     return int(sequence.generate_state(1)[0])
 
 
+def ranked(trials: Sequence[TrialRecord], budget: int) -> list[TrialRecord]:
+    """Finished, finite trials of a budget, best first."""
+    ranking = [
+        trial
+        for trial in trials
+        if trial.state == "done" and _finite(trial.objective) is not None and trial.budget == budget
+    ]
+    return sorted(ranking, key=lambda trial: (trial.objective, trial.number))
+
+
 class Ledger:
     """The study's record, and the only way to propose, report and end trials.
 
@@ -336,18 +346,7 @@ class Ledger:
 
     def ranking(self) -> list[TrialRecord]:
         """Finished, finite trials of the study's own budget, best first; nothing else ranks."""
-        return self.ranked(self.trials())
-
-    def ranked(self, trials: Sequence[TrialRecord]) -> list[TrialRecord]:
-        """Those of the given trials that rank, best first."""
-        ranked = [
-            trial
-            for trial in trials
-            if trial.state == "done"
-            and _finite(trial.objective) is not None
-            and trial.budget == self._config.training.epochs
-        ]
-        return sorted(ranked, key=lambda trial: (trial.objective, trial.number))
+        return ranked(self.trials(), self._config.training.epochs)
 
     def best(self) -> TrialRecord | None:
         """The winner, if any trial finished."""

@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 STATE_COLOURS = {
-    "running": "var(--running)",
-    "done": "var(--done)",
-    "pruned": "var(--pruned)",
     "failed": "var(--failed)",
+    "pruned": "var(--pruned)",
+    "done": "var(--done)",
+    "running": "var(--running)",
 }
 STATE_SYMBOLS = {"running": "circle-open", "done": "circle", "pruned": "x", "failed": "cross"}
 STATE_WORDS = {
@@ -96,6 +96,11 @@ def axis_for(values: list[float], title: str = "", *, log: bool = False) -> dict
         return {"title": {"text": title}}
     ticks = "D2" if ratio < _DECADES else 1  # 1, 2 and 5, or powers of ten alone
     return {"title": {"text": title}, "type": "log", "dtick": ticks}
+
+
+def opacity_of(count: int) -> float:
+    """Of so many lines over one another: the more, the fainter."""
+    return max(0.2, min(0.7, 40 / max(1, count)))
 
 
 def joined(curves: list[tuple[list[Any], list[Any]]]) -> tuple[list[Any], list[Any]]:

@@ -5,7 +5,16 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from tuner.pages.chart import STATE_COLOURS, STATE_WORDS, axis_for, chart, grid, joined, thinned
+from tuner.pages.chart import (
+    STATE_COLOURS,
+    STATE_WORDS,
+    axis_for,
+    chart,
+    grid,
+    joined,
+    opacity_of,
+    thinned,
+)
 from tuner.pages.markup import Markup, counted, details, escape, note, short, table
 
 if TYPE_CHECKING:
@@ -13,6 +22,7 @@ if TYPE_CHECKING:
     from tuner.study import TrialRecord
 
 _MOST_REASONS = 40
+_LONGEST_TRACE = 3000  # characters; error.txt in the trial's folder has the whole
 _MOST_NAMED = 12  # trials beside a reason
 _MOST_CURVES = 300
 _MOST_POINTS = 8000
@@ -33,16 +43,18 @@ def failures(material: Material) -> Markup:
     )
     parts = [
         f"<p>{escape(told)}</p>",
-        "<div class='scroll'><table><thead><tr><th>reason<th>trials<th>after epoch<tbody>",
+        "<div class='scroll'><table><thead><tr><th class='text'>reason<th class='text'>trials<th>after epoch<tbody>",
     ]
     for reason, trials in ordered[:_MOST_REASONS]:
         named = ", ".join(f"{t.number:04d}" for t in trials[:_MOST_NAMED])
         named += f" and {len(trials) - _MOST_NAMED} more" if len(trials) > _MOST_NAMED else ""
         traces = [t.traceback for t in trials if t.traceback]
-        trace = details("Traceback", f"<pre>{escape(traces[-1])}</pre>") if traces else ""
-        epochs = ", ".join(map(str, sorted({t.epoch for t in trials})))
+        tail = traces[-1][-_LONGEST_TRACE:] if traces else ""
+        trace = details("Traceback", f"<pre>{escape(tail)}</pre>") if tail else ""
+        first, last = min(t.epoch for t in trials), max(t.epoch for t in trials)
+        epochs = f"{first}" if first == last else f"{first} to {last}"
         parts.append(
-            f"<tr><td class='text wide'>{escape(reason)}{trace}"
+            f"<tr><td class='text wide'>{escape(reason[:_LONGEST_TRACE])}{trace}"
             f"<td class='text wide'>{escape(named)}<td>{escape(epochs)}"
         )
     parts.append("</table></div>")
@@ -60,10 +72,10 @@ def numerics(material: Material) -> Markup:
     fallbacks = {t.number: fallbacks_of(t) for t in trials}
     epochs = sum(len(t.epochs) for t in trials)
     told = (
-        f"In {counted(epochs, 'epoch')} of {counted(len(trials), 'trial')} "
-        f"{_told(skipped, 'optimiser step was skipped', 'optimiser steps were skipped')}, where "
-        f"a gradient was not finite, and {_told(fallbacks, 'scene was', 'scenes were')} served by "
-        "the SVD, where the Cholesky factorisation failed."
+        f"In {counted(epochs, 'epoch')} of {counted(len(trials), 'trial')}: "
+        f"{counted(sum(skipped.values()), 'optimiser step')} skipped for a gradient that was not "
+        f"finite, {counted(sum(fallbacks.values()), 'scene')} served by the SVD after a Cholesky "
+        "factorisation had failed."
     )
     parts = [f"<p>{escape(told)}</p>"]
     parts.append(
@@ -82,11 +94,6 @@ def numerics(material: Material) -> Markup:
 def fallbacks_of(trial: TrialRecord) -> int:
     """Scenes of all its epochs that the SVD served."""
     return sum(int(metrics.get("solver_fallbacks", 0)) for metrics in trial.epochs.values())
-
-
-def _told(counts: dict[int, int], singular: str, plural: str) -> str:
-    total = sum(counts.values())
-    return counted(total, singular, plural) if total else f"no {singular}"
 
 
 def _norms(material: Material, trials: list[TrialRecord], name: str, title: str) -> Markup:
@@ -111,7 +118,7 @@ def _norms(material: Material, trials: list[TrialRecord], name: str, title: str)
                 y=y,
                 mode="lines+markers" if len(x) < _MOST_POINTS // 8 else "lines",
                 name=STATE_WORDS[state],
-                opacity=0.7,
+                opacity=opacity_of(len(curves)),
                 line={"color": colour, "width": 1.2},
                 marker={"size": 4},
             )

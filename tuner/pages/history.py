@@ -11,6 +11,7 @@ from tuner.pages.chart import (
     axis_for,
     chart,
     joined,
+    opacity_of,
     thinned,
 )
 from tuner.pages.markup import Markup, counted, note, short, table
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
     from tuner.pages.material import Material
     from tuner.study import TrialRecord
 
-_MOST_CURVES = 400
-_MOST_POINTS = 20_000  # of all curves together: some 300 kB
+_MOST_CURVES = 300
+_MOST_POINTS = 15_000  # of all curves together: some 150 kB
 
 
 def history(material: Material) -> Markup:
@@ -258,7 +259,7 @@ def _add_curves(
         mode="lines",
         name=STATE_WORDS[state],
         legendgroup=state,
-        opacity=0.65,
+        opacity=opacity_of(len(trials)),
         line={"color": colour, "width": 1.3},
         hoverinfo="skip",
         showlegend=False,

@@ -37,11 +37,13 @@ class Material:
     @classmethod
     def read(cls, folder: RunFolder, ledger: Ledger) -> Material:
         """Everything that is there now."""
+        from tuner.study import ranked
+
         trials = ledger.trials()
         return cls(
             ledger.config,
             trials,
-            ledger.ranked(trials),
+            ranked(trials, ledger.config.training.epochs),
             ledger.seconds,
             ledger.finished_study,
             _json(folder.evaluation),

@@ -96,7 +96,7 @@ def _parallel(material: Material) -> Markup:
     some.add_trials(kept)
     figure = visualization.plot_parallel_coordinate(some, params=axes, target_name="objective")
     _recolour(figure)
-    _relabel(figure, [t.value for t in kept if t.value is not None])
+    _relabel(figure, sorted(axes), [t.value for t in kept if t.value is not None])
     remark = ""
     if len(axes) < len(names):
         remark = f"The {len(axes)} most important of {counted(len(names), 'parameter')}. "
@@ -146,22 +146,24 @@ def _recolour(figure: go.Figure) -> None:
         plot_bgcolor=None,
         legend={"x": 0, "xanchor": "left", "y": 1.04, "yanchor": "bottom", "orientation": "h"},
     )
-    figure.update_annotations(font={"size": 10, "color": "var(--muted)"})
+    figure.update_annotations(
+        font={"size": 10, "color": "var(--muted)"}, bgcolor="var(--paper)", borderpad=1
+    )
     figure.update_shapes(line={"color": "var(--faint)", "width": 1})
 
 
-def _relabel(figure: go.Figure, values: list[float]) -> None:
-    """Digits enough to tell objectives apart, and names that fit beside one another."""
+def _relabel(figure: go.Figure, axes: list[str], values: list[float]) -> None:
+    """Digits enough to tell objectives apart, and whole names that fit beside one another."""
     low, high = min(values), max(values)
     for annotation in figure.layout.annotations:
         if annotation.x == 0:
             annotation.text = f"{low + annotation.y * (high - low):.5g}"
-    names = figure.layout.xaxis.ticktext
+    names = ["objective", *axes]
     figure.update_layout(
         # The page's script turns the chart on a narrow screen: axes from top to bottom.
         meta={"turns": True},
         xaxis={
-            "ticktext": [text.replace(".", ".<br>", 1) for text in names],
+            "ticktext": [name.replace(".", ".<br>", 1) for name in names],
             "tickangle": 0,
             "range": [-0.45, len(names) - 0.6],
         },

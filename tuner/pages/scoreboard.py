@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from tuner.pages.chart import chart, grid
-from tuner.pages.markup import Markup, Number, escape, listed, note, short, table
+from tuner.pages.markup import Markup, Number, listed, note, short, table
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -58,11 +58,11 @@ def scoreboard(material: Material) -> Markup:
             note("evaluation.json is of another network than the winner: an earlier one, or one "
                  "that was trained differently.")
         )  # fmt: skip
-    for name, suite in content["suites"].items():
-        if len(content["suites"]) > 1:
-            parts.append(f"<h3>{escape(name)}: {escape(suite['description'])}</h3>")
-        parts.append(suite_charts(suite))
-    return Markup("".join(parts) + note(HOW))
+    name, suite = next(iter(content["suites"].items()))
+    others = [other for other in content["suites"] if other != name]
+    if others:
+        parts.append(note(f"{name}: {suite['description']}. In evaluation.html: {listed(others)}."))
+    return Markup("".join(parts) + suite_charts(suite) + note(HOW))
 
 
 def usable(content: dict[str, Any]) -> bool:
