@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -67,6 +68,7 @@ def write_report(folder: RunFolder, ledger: Ledger) -> None:
 
 def page(material: Material) -> str:
     """The page as text."""
+    from tuner.pages.chart import attempted
     from tuner.pages.overview import tiles
     from tuner.pages.shell import Section, document
 
@@ -74,7 +76,7 @@ def page(material: Material) -> str:
     return document(
         f"{material.study.name}: {len(material.trials):,} trials",
         tiles(material),
-        [Section(title, draw(material)) for title, draw in sections()],
+        [Section(title, attempted(partial(draw, material), title)) for title, draw in sections()],
         made,
     )
 

@@ -35,6 +35,9 @@ STATE_WORDS = {
     "pruned": "stopped early",
     "failed": "failed",
 }
+_FAULTS = (
+    ArithmeticError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError,
+)  # fmt: skip
 HEIGHT = 380  # pixels
 _WIDE = 30.0  # ratio of the largest value to the least from which an axis is logarithmic
 _DECADES = 100.0  # ratio from which only powers of ten are labelled
@@ -72,14 +75,14 @@ def chart(
 
 
 def attempted(draw: Callable[[], Markup], what: str) -> Markup:
-    """What a library may be unable to draw from these trials is said, not fatal."""
+    """What cannot be drawn, from few trials or a file of another form, is said and not fatal."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return draw()
-    except (ValueError, RuntimeError, ImportError, ArithmeticError) as error:
-        logger.warning("%s: cannot be drawn: %s", what, error)
-        return note(f"{what}: cannot be drawn: {error}")
+    except _FAULTS as error:
+        logger.warning("%s: cannot be drawn", what, exc_info=True)
+        return note(f"{what}: cannot be drawn: {type(error).__name__}: {error}")
 
 
 def grid(charts: list[Markup], least: int = 420) -> Markup:
@@ -135,8 +138,6 @@ def _plain(value: Any) -> Any:
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
-    if isinstance(value, np.ndarray):
-        return _plain(value.tolist())
     if isinstance(value, np.generic):
         return _plain(value.item())
     if isinstance(value, float):

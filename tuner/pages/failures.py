@@ -43,7 +43,8 @@ def failures(material: Material) -> Markup:
     )
     parts = [
         f"<p>{escape(told)}</p>",
-        "<div class='scroll'><table><thead><tr><th class='text'>reason<th class='text'>trials<th>after epoch<tbody>",
+        "<div class='scroll'><table><thead>",
+        "<tr><th class='text'>reason<th class='text'>trials<th>after epoch<tbody>",
     ]
     for reason, trials in ordered[:_MOST_REASONS]:
         named = ", ".join(f"{t.number:04d}" for t in trials[:_MOST_NAMED])

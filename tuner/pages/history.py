@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from tuner.pages.material import Material
     from tuner.study import TrialRecord
 
+_MOST_MARKS = 3000
 _MOST_CURVES = 300
 _MOST_POINTS = 15_000  # of all curves together: some 150 kB
 
@@ -39,8 +40,9 @@ def _by_trial(material: Material, scored: list[TrialRecord]) -> Markup:
     import plotly.graph_objects as go
 
     figure = go.Figure()
+    shown = _chosen(material, scored, _MOST_MARKS)
     for state, colour in STATE_COLOURS.items():
-        chosen = [t for t in scored if t.state == state]
+        chosen = [t for t in shown if t.state == state]
         if chosen:
             figure.add_scatter(
                 x=[t.number for t in chosen],
@@ -76,7 +78,8 @@ def _by_trial(material: Material, scored: list[TrialRecord]) -> Markup:
             ["trial", "state", "objective", "epochs"],
             [(t.number, STATE_WORDS[t.state], t.objective, t.epoch) for t in scored],
         ),
-        remark="Only finished trials count for the best so far; others show what they last had.",
+        remark="Only finished trials count for the best so far; others show what they last had."
+        + _left_out(scored, shown),
     )
 
 
@@ -102,10 +105,13 @@ def _rungs(material: Material) -> Markup:
     }
     rows = []
     lines: list[tuple[list[object], list[object]]] = []
+    kept = {t.number for t in _chosen(material, material.trials, _MOST_MARKS // 2)}
+    curves = [(t, dict(t.curve)) for t in material.trials]
     for index, rung in enumerate(rungs):
-        here = [(t, dict(t.curve).get(rung)) for t in material.trials]
-        reached = [(t, value) for t, value in here if value is not None]
+        reached = [(t, curve[rung]) for t, curve in curves if rung in curve]
         for trial, value in reached:
+            if trial.number not in kept:
+                continue
             ended = trial.epoch == rung
             fate = (
                 "stopped here" if ended and trial.state == "pruned"
@@ -194,7 +200,7 @@ def learning_curves(material: Material) -> Markup:
     if not trials:
         return note("No trial has reported an epoch yet.")
     best = material.best
-    shown = _chosen(material, trials)
+    shown = _chosen(material, trials, _MOST_CURVES)
     most = max(2, _MOST_POINTS // len(shown))
     figure = go.Figure()
     for state, colour in STATE_COLOURS.items():
@@ -214,13 +220,8 @@ def learning_curves(material: Material) -> Markup:
         )
     reached = [value for t in shown for _, value in t.curve]
     figure.update_layout(xaxis_title="epoch", yaxis=axis_for(reached, "objective"))
-    left_out = len(trials) - len(shown)
     remark = "A curve ends with × where the scheduler stopped its trial, with + where it failed."
-    if left_out:
-        remark += (
-            f" Of {len(trials):,} trials {len(shown)} are drawn: the best, and others evenly "
-            "chosen by number."
-        )
+    remark += _left_out(trials, shown)
     counts = {state: sum(t.state == state for t in trials) for state in STATE_WORDS}
     ends = ", ".join(f"{n} {STATE_WORDS[state]}" for state, n in counts.items() if n)
     return chart(
@@ -238,14 +239,20 @@ def learning_curves(material: Material) -> Markup:
     )
 
 
-def _chosen(material: Material, trials: list[TrialRecord]) -> list[TrialRecord]:
+def _chosen(material: Material, trials: list[TrialRecord], most: int) -> list[TrialRecord]:
     """All, or where they are too many the best half of what fits, and others evenly."""
-    if len(trials) <= _MOST_CURVES:
+    if len(trials) <= most:
         return trials
-    first = {t.number for t in material.ranking[: _MOST_CURVES // 2]}
+    first = {t.number for t in material.ranking[: most // 2]}
     rest = [t for t in trials if t.number not in first]
-    kept = first | {t.number for t in thinned(rest, _MOST_CURVES - len(first))}
+    kept = first | {t.number for t in thinned(rest, most - len(first))}
     return [t for t in trials if t.number in kept]
+
+
+def _left_out(trials: list[TrialRecord], shown: list[TrialRecord]) -> str:
+    if len(shown) == len(trials):
+        return ""
+    return f" Of {len(trials):,} trials {len(shown):,} are drawn: the best, and others evenly."
 
 
 def _add_curves(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tuner.pages.chart import attempted, axis_for, chart, grid
+from tuner.pages.chart import axis_for, chart, grid
 from tuner.pages.markup import Markup, counted, note, short, table
 
 if TYPE_CHECKING:
@@ -27,10 +27,6 @@ def importances(material: Material) -> Markup:
     missing = _too_few(material)
     if missing:
         return note(missing)
-    return attempted(lambda: _importances(material), "Importances")
-
-
-def _importances(material: Material) -> Markup:
     from optuna import visualization
 
     study, names = material.finished(), _varied(material)
@@ -81,10 +77,6 @@ def parallel(material: Material) -> Markup:
     missing = _too_few(material)
     if missing:
         return note(missing)
-    return attempted(lambda: _parallel(material), "Parallel coordinates")
-
-
-def _parallel(material: Material) -> Markup:
     import optuna
     from optuna import visualization
 
