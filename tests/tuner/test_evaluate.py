@@ -210,7 +210,7 @@ def test_a_network_and_its_refinement_stand_beside_the_classical_ones(
     overall = next(r for r in rows if r["method"] == "nomp" and r["group"] == "overall")
     assert float(overall["f1"]) == methods["nomp"]["overall"]["f1"]
     page = out.with_suffix(".html").read_text()
-    assert page.count("plotly-graph-div") >= 7
+    assert page.count("class='plot'") >= 7
     assert "NaN" not in out.read_text()
     # The same command gives the same scores; only the speeds differ.
     again = tmp_path / "again.json"

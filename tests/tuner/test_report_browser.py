@@ -27,7 +27,7 @@ _CHARTS = """
     marks: plot.querySelectorAll(
       ".scatterlayer path, .barlayer path, .heatmaplayer image, .hm image").length,
     role: plot.getAttribute("role"), label: plot.getAttribute("aria-label"),
-    ink: getComputedStyle(plot.querySelector("text")).fill,
+    ink: getComputedStyle(plot.querySelector(".xtick text, .ytick text")).fill,
   };
 })
 """

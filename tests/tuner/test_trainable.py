@@ -86,7 +86,7 @@ def test_an_actor_knows_which_gpus_ray_gave_it(tmp_path: Path) -> None:
         "print(ray.get([one.gpus.remote() for one in held]))\n"
     )
     # A path of its own: sockets' names may not be long.
-    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp") as home:
+    with tempfile.TemporaryDirectory(prefix="ray-") as home:
         finished = subprocess.run(
             [sys.executable, "-c", program, home], cwd=ROOT, env=environment(),
             capture_output=True, text=True, timeout=120, check=False,

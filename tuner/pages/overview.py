@@ -180,18 +180,20 @@ def winner(material: Material) -> Markup:
         return note("No trial has finished, so that there is no winner.")
     config = study.trial_config(best.params, best.seed)
     held, usual = flattened(config), flattened(defaults_of(config))
+    own = flattened(study.trial_config({}, best.seed))
     rows: list[tuple[object, ...]] = []
     for path, value in held.items():
         if path == "seed" or value == usual.get(path):
             continue
         change = f"<del>{escape(short(usual.get(path)))}</del> → <ins>{escape(short(value))}</ins>"
-        rows.append((path, Markup(change), "search" if path in best.params else "study"))
+        rows.append((path, Markup(change), "study" if value == own[path] else "search"))
     rows.sort(key=lambda row: (row[2] != "search", row[0]))
     same = [path for path in best.params if held.get(path) == usual.get(path)]
-    kept = f" Searched and left at their defaults: {listed(same)}." if same else ""
+    kept = f" Searched, and at their defaults: {listed(same)}." if same else ""
+    n_chosen = sum(row[2] == "search" for row in rows)
     text = (
-        f"Fields of the winner that differ from the defaults, and who set them: the search chose "
-        f"{sum(row[2] == 'search' for row in rows)}, the study's file the others.{kept} "
+        f"The fields of trial {best.number:04d} that differ from the defaults: the search set "
+        f"{n_chosen}, the study's own configuration {len(rows) - n_chosen}.{kept}"
     )
     return Markup(note(text) + table(["field", "default → winner", "set by"], rows, most=200))
 
