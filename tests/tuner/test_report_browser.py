@@ -94,8 +94,13 @@ def test_every_section_is_drawn_without_error_and_without_a_network(
 
 def test_charts_follow_the_reader_from_day_to_night_and_to_paper(report: Path) -> None:
     with opened(report, width=1280, dark=False) as found:
-        ink = [_lightness(chart["ink"]) for chart in found.page.evaluate(_CHARTS)]
+        day = found.page.evaluate(_CHARTS)
+        ink = [_lightness(chart["ink"]) for chart in day]
         found.page.emulate_media(color_scheme="dark")
+        found.page.wait_for_function(
+            "(day) => getComputedStyle(document.querySelector('.xtick text')).fill !== day",
+            arg=day[0]["ink"],
+        )
         night = [_lightness(chart["ink"]) for chart in found.page.evaluate(_CHARTS)]
         found.page.evaluate("dispatchEvent(new Event('beforeprint'))")
         paper = [_lightness(chart["ink"]) for chart in found.page.evaluate(_CHARTS)]

@@ -40,6 +40,8 @@
     layout.yaxis = {
       ...axis, range: [axis.tickvals.length - 0.5, -0.6], ticklabelposition: "inside top",
       ticktext: axis.ticktext.map((text) => text.replace("<br>", "")), fixedrange: true,
+      // Labels inside are else of the colour that plotly finds right on white.
+      tickfont: { color: colour("--ink") },
     };
   };
 
