@@ -40,10 +40,21 @@ DEFAULT_SCENES = 512
 _SNR_SCENES = 256  # that the estimate of the SNR is judged on
 
 
-def _scenes(
+def suite_scenes(
     config: TrialConfig, suite: Suite, array: PlanarArray, n_scenes: int | None
 ) -> tuple[Scenes, str]:
-    """The scenes of a suite, and where they come from."""
+    """The held-out scenes of a suite, and where they come from.
+
+    Args:
+        config: how scenes are made, or where recorded ones lie.
+        suite: what is changed in it.
+        array: the surface that they are made with.
+        n_scenes: how many, of recorded ones at most; None takes ``DEFAULT_SCENES``, or all that
+            are recorded.
+
+    Raises:
+        DataError: shards that cannot be used.
+    """
     scene = suite.scene(config.scene)
     if config.data.shards is None:
         count = n_scenes or DEFAULT_SCENES
@@ -95,7 +106,7 @@ def evaluate_suite(
     suite = SUITES[name]
     array = config.array.build()
     made_by, scene = suite.array(array), suite.scene(config.scene)
-    drawn, origin = _scenes(config, suite, made_by, n_scenes)
+    drawn, origin = suite_scenes(config, suite, made_by, n_scenes)
     drawn = drawn.to(device)
     truth = Truth.of(drawn, made_by, scene)
     if suite.told:

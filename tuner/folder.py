@@ -55,6 +55,16 @@ class RunFolder:
         return self.path / "report.html"
 
     @property
+    def evaluation(self) -> Path:
+        """The winner beside NOMP."""
+        return self.path / "evaluation.json"
+
+    @property
+    def scenes(self) -> Path:
+        """Held-out scenes as the winner sees them, for the report."""
+        return self.path / "scenes.json"
+
+    @property
     def log(self) -> Path:
         """What happened, line by line."""
         return self.path / "tuner.log"

@@ -65,11 +65,11 @@ def read_ledger(folder: RunFolder, study: StudyConfig) -> Ledger:
         _refuse_elsewhere(folder)
         if not folder.database.exists():
             raise StudyError(f"{folder.path}: no study.db there; the study has not begun")
-        return Ledger(folder.database, study)
+        return Ledger(folder.database, study, reading=True)
     name = _kept_name(folder)
     if name is None:
         raise StudyError(f"{folder.path}: no study.name there; the study has not begun")
-    return Ledger(_holding(study.search.storage, name), study, name=name)
+    return Ledger(_holding(study.search.storage, name), study, name=name, reading=True)
 
 
 def _shared(

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
+from collections.abc import Sequence
 
 from tuner.study import Ledger, TrialRecord
 
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
-
 
 def pareto_front(ledger: Ledger) -> list[TrialRecord]:
-    """Trials that rank and that none dominates, the cheapest first.
-
-    One trial dominates another that is at most as good in both objectives and worse in one; of
-    equal ones all are on the front.
+    """The front of a study, the cheapest first.
 
     Raises:
         ValueError: the study has one objective.
@@ -22,18 +17,21 @@ def pareto_front(ledger: Ledger) -> list[TrialRecord]:
     cost = ledger.config.search.cost
     if cost is None:
         raise ValueError("search.cost: the study has one objective, and so no front")
-    front = {trial.number for trial in ledger.optuna_study.best_trials}
-    trials = [trial for trial in ledger.ranking() if trial.number in front]
-    return sorted(trials, key=lambda trial: (trial.metrics[cost], trial.objective, trial.number))
+    return front_of(ledger.ranking(), cost)
 
 
-def pareto_plot(ledger: Ledger) -> go.Figure | None:
-    """The front among all finished trials; None before the first has finished."""
-    from optuna import visualization
+def front_of(ranking: Sequence[TrialRecord], cost: str) -> list[TrialRecord]:
+    """Ranked trials that none dominates, the cheapest first.
 
-    if not ledger.ranking():
-        return None
-    return visualization.plot_pareto_front(
-        ledger.optuna_study,
-        target_names=["objective", f"{ledger.config.search.cost} a scene"],
-    )
+    One trial dominates another that is at most as good in both objectives and worse in one; of
+    equal ones all are on the front.
+    """
+    front: list[TrialRecord] = []
+    lowest = (math.inf, math.inf)
+    for trial in sorted(ranking, key=lambda t: (t.metrics[cost], t.objective, t.number)):
+        assert trial.objective is not None  # it ranks
+        reached = trial.objective, trial.metrics[cost]
+        if reached[0] < lowest[0] or reached == lowest:
+            front.append(trial)
+            lowest = reached
+    return front

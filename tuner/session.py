@@ -29,6 +29,7 @@ from tuner.promotion import Promotion, open_promotion
 from tuner.report import write_report
 from tuner.results import drop_losers, export_winner, write_best, write_promoted, write_trials
 from tuner.samplers import sampler_note
+from tuner.scenes import ensure_scenes
 from tuner.space import n_points
 from tuner.study import Ledger, PriorTrial, State
 from tuner.telemetry import Progress, logging_to
@@ -398,7 +399,9 @@ def _conclude(
         write_promoted(folder, promotion)
     if best is not None:
         export_winner(folder, best)
-    _attempt(lambda: write_report(folder, ledger), progress, "report.html")
+    scored = best is not None and not interrupted
+    if not scored:  # else it is written with the winner's scores
+        _attempt(lambda: write_report(folder, ledger), progress, "report.html")
     counts = Counter(trial.state for trial in ledger.trials())
     states: tuple[State, ...] = ("running", "done", "pruned", "failed")
     words: dict[State, str] = {"running": "to go on"}
@@ -430,8 +433,10 @@ def _conclude(
         return NOTHING_FINISHED
     try:
         _attempt(lambda: _score_winner(folder, progress), progress, "evaluation.json")
+        _attempt(lambda: ensure_scenes(folder), progress, "scenes.json")
     except KeyboardInterrupt:
         progress.say("the winner's scoring was interrupted; tuner.evaluate does it at any time")
+    _attempt(lambda: write_report(folder, ledger), progress, "report.html")
     progress.say(f"report: {folder.report}")
     if promotion is None or promotion.winner() is None:
         progress.say(f"train the winner at full budget: python -m tuner.train --from {where}")
@@ -460,7 +465,7 @@ def _score_winner(folder: RunFolder, progress: Progress) -> None:
         say=logger.info,
     )
     content = evaluation_of({"nominal": found}, localizer.config, checkpoint=folder.best)
-    write_evaluation(folder.path / "evaluation.json", content)
+    write_evaluation(folder.evaluation, content)
     progress.say(f"winner beside NOMP; scenes: {found['scenes']}")
     for name, report in found["methods"].items():
         numbers = report["overall"]

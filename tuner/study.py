@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -46,6 +47,7 @@ _STATES: dict[TrialState, State] = {
 }
 _ENDS = {"done": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}
 _MAX_DUPLICATES = 50  # proposals in a row that were tried before: the space is exhausted
+_REPORTED = "reported_at"  # beside an epoch's metrics: when they came
 _MAX_TRACEBACK = 8000  # characters of a traceback in the ledger; the file has the whole
 
 
@@ -89,6 +91,7 @@ class TrialRecord:
     finished: datetime | None = None
     accumulation: int | None = None  # where memory was not enough for the configuration's own
     note: str = ""  # what it survived
+    reported: dict[int, float] = field(default_factory=dict, repr=False)  # Unix time by epoch
 
     @property
     def epoch(self) -> int:
@@ -133,6 +136,18 @@ def trial_seed(study_seed: int, number: int) -> int:
     return int(sequence.generate_state(1)[0])
 
 
+def ranked(
+    trials: Sequence[TrialRecord], budget: int, cost: str | None = None
+) -> list[TrialRecord]:
+    """Finished, finite trials of a budget, best first, of equal ones the cheaper."""
+    ranking = [
+        trial
+        for trial in trials
+        if trial.state == "done" and _finite(trial.objective) is not None and trial.budget == budget
+    ]
+    return sorted(ranking, key=lambda t: (t.objective, t.metrics[cost] if cost else 0, t.number))
+
+
 class Ledger:
     """The study's record, and the only way to propose, report and end trials.
 
@@ -141,6 +156,7 @@ class Ledger:
         study: the configuration.
         prior: asked, until the first trial has started, for what the sampler knows before it.
         name: what the study is called in the storage; the configuration's name by default.
+        reading: whether it is only looked at, maybe while another process runs the study.
     """
 
     def __init__(
@@ -149,6 +165,8 @@ class Ledger:
         study: StudyConfig,
         prior: Callable[[], Sequence[PriorTrial]] = tuple,
         name: str | None = None,
+        *,
+        reading: bool = False,
     ) -> None:
         self._config = study
         with warnings.catch_warnings():
@@ -167,7 +185,7 @@ class Ledger:
         )
         self._pruner = make_pruner(study.search, study.training.epochs)
         self._ids: dict[int, int] = {}
-        if not self._started(self._frozen()):
+        if not reading and not self._started(self._frozen()):
             self._enqueue()
             self._learn(prior())
 
@@ -338,6 +356,7 @@ class Ledger:
         if objective is not None:
             self._storage.set_trial_intermediate_value(identifier, epoch, objective)
         kept = {k: v for k, v in metrics.items() if isinstance(v, bool | int | float | str)}
+        kept[_REPORTED] = time.time()
         self._storage.set_trial_user_attr(identifier, f"epoch/{epoch:05d}", kept)
 
     def checkpointed(self, number: int, location: str, epoch: int) -> None:
@@ -439,15 +458,7 @@ class Ledger:
 
         Of equal objectives the cheaper comes first where the study has a cost, then the earlier.
         """
-        cost = self._config.search.cost
-        ranked = [
-            trial
-            for trial in self.trials()
-            if trial.state == "done"
-            and _finite(trial.objective) is not None
-            and trial.budget == self._config.training.epochs
-        ]
-        return sorted(ranked, key=lambda t: (t.objective, t.metrics[cost] if cost else 0, t.number))
+        return ranked(self.trials(), self._config.training.epochs, self._config.search.cost)
 
     def best(self) -> TrialRecord | None:
         """The winner, if any trial finished."""
@@ -489,10 +500,14 @@ def _finite(value: Any) -> float | None:
 
 def _record(frozen: FrozenTrial) -> TrialRecord:
     attrs = frozen.user_attrs
-    epochs = {
+    kept = {
         int(key.partition("/")[2]): value
         for key, value in attrs.items()
         if key.startswith("epoch/")
+    }
+    epochs = {
+        epoch: {name: value for name, value in metrics.items() if name != _REPORTED}
+        for epoch, metrics in kept.items()
     }
     state = _STATES[frozen.state]
     values = frozen.intermediate_values
@@ -513,4 +528,5 @@ def _record(frozen: FrozenTrial) -> TrialRecord:
         finished=frozen.datetime_complete,
         accumulation=retries.accumulation(attrs),
         note=retries.note(attrs),
+        reported={epoch: m[_REPORTED] for epoch, m in kept.items() if _REPORTED in m},
     )

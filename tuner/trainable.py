@@ -20,6 +20,13 @@ RESUME, START = "resume", "start"  # a checkpoint to go on from, and its epoch
 GIVE_UP = "give_up"  # why the trial is to end as failed, if it is
 
 
+def allocated_gpus() -> str:
+    """Numbers of the node's GPUs that Ray gave to this process, as in 0 or 0,1; else nothing."""
+    if not ray.is_initialized():
+        return ""
+    return ",".join(ray.get_runtime_context().get_accelerator_ids().get("GPU", []))
+
+
 class TrialActor(tune.Trainable):
     """Runs trials on the resources that Ray gave it, a step an epoch."""
 
@@ -55,6 +62,8 @@ class TrialActor(tune.Trainable):
         if ray.is_initialized():
             # Tells nodes apart that share a host; `ray list nodes` knows it.
             result["node_id"] = ray.get_runtime_context().get_node_id()
+        if gpus := allocated_gpus():
+            result["gpu"] = gpus
         if not result["failed"]:
             self._gauges.show(result)
         return result

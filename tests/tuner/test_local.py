@@ -27,7 +27,7 @@ from tuner.config import load_study
 from tuner.study import Ledger
 
 FILES = ["best", "best.json", "config.yaml", "evaluation.csv", "evaluation.html",
-         "evaluation.json", "report.html", "study.db", "tensorboard", "trials",
+         "evaluation.json", "report.html", "scenes.json", "study.db", "tensorboard", "trials",
          "trials.csv", "tuner.log"]  # fmt: skip
 
 

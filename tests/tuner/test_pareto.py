@@ -23,6 +23,8 @@ from tests.tuner.support import (
 )
 from tuner.config import load_study
 from tuner.errors import ConfigError
+from tuner.folder import RunFolder
+from tuner.pages.material import Material
 from tuner.pareto import pareto_front
 from tuner.report import page
 from tuner.study import Ledger
@@ -115,11 +117,12 @@ def test_a_front_end_that_is_searched_is_refused(tmp_path: Path) -> None:
 
 def test_the_report_draws_the_front_and_all_else(tmp_path: Path) -> None:
     ledger = finished(tmp_path, [(1.0, 10.0), (0.5, 20.0), (0.7, 30.0), (0.8, 5.0)])
-    text = page(ledger)
-    assert "Pareto front: objective and flops" in text
-    assert "Importance of the parameters" in text
-    assert "Cannot be drawn" not in text
-    assert "Cannot be drawn" not in page(finished(tmp_path / "none", []))
+    text = page(Material.read(RunFolder(tmp_path), ledger))
+    assert "<h2>Pareto front</h2>" in text
+    assert "2 trials of 4 on the front, from 0.8 at 5 flops to 0.5 at 20 flops." in text
+    assert "cannot be drawn" not in text
+    nothing = finished(tmp_path / "none", [])
+    assert "cannot be drawn" not in page(Material.read(RunFolder(tmp_path / "none"), nothing))
 
 
 class CostlyRun(FakeRun):

@@ -24,6 +24,8 @@ from tests.tuner.support import (
 )
 from tuner.command import execute
 from tuner.config import load_study
+from tuner.folder import RunFolder
+from tuner.pages.material import Material
 from tuner.promotion import Promoted, Promotion, open_promotion, promoted_seed
 from tuner.report import page
 from tuner.study import Assignment, Ledger, TrialRecord, trial_seed
@@ -213,18 +215,23 @@ def test_a_promotion_without_any_score_has_no_winner(tmp_path: Path) -> None:
 
 def test_the_report_tells_of_the_promotion(tmp_path: Path) -> None:
     promotion = promotion_of(tmp_path, 1.0, 2.0, promote_seeds=2)
-    assert "Promoted configurations" not in page(promotion.search, promotion)
+
+    def text_of(ledger: Ledger) -> str:
+        return page(Material.read(RunFolder(tmp_path), ledger))
+
+    assert "Nothing has been promoted yet" in text_of(promotion.search)
     for found, objective in zip(asked(promotion), (0.5, None, 0.75), strict=False):
         end(promotion, found.number, objective)
-    text = page(promotion.search, promotion)
+    text = text_of(promotion.search)
     assert "Not all runs have ended" in text
     assert "diverged: no &lt;b&gt;luck&lt;/b&gt;" in text
+    assert "<b>luck" not in text
     end(promotion, 3, 0.25)
-    text = page(promotion.search, promotion)
+    text = text_of(promotion.search)
     assert "Not all runs have ended" not in text
-    row = "<tr class='best'><td>1</td><td>0001</td><td>0.50000</td><td>0.35355</td><td>2 of 2</td>"
-    assert row in text
-    assert "Promoted configurations" not in page(promotion.search)
+    assert "<tr class='best'><td>1<td class='text'>0.5<td class='text'>0.35" in text
+    study = promotion.search.config.replaced({"search.promote": 0})
+    assert "Promoted configurations" not in text_of(Ledger(tmp_path / "study.db", study))
 
 
 # Whole sessions, with trials of no time

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -184,3 +185,21 @@ def test_judging_and_resuming_a_trial_ask_the_sampler_nothing(
     monkeypatch.setattr(ledger.optuna_study.sampler, "infer_relative_search_space", asked_again)
     ledger.should_prune(number)
     assert [orphan.number for orphan in ledger.orphans()] == [number]
+
+
+def test_every_epoch_is_kept_with_the_time_of_its_report_and_no_metric_more(tmp_path: Path) -> None:
+    ledger = ledger_in(tmp_path)
+    before = time.time()
+    number = run(ledger, 1.0, 0.5)
+    trial = ledger.trial(number)
+    assert list(trial.reported) == [1, 2]
+    assert before <= trial.reported[1] <= trial.reported[2] <= time.time()
+    assert trial.epochs == {1: {"epoch": 1, "objective": 1.0}, 2: {"epoch": 2, "objective": 0.5}}
+
+
+def test_who_only_reads_proposes_nothing(tmp_path: Path) -> None:
+    study = tiny_study(tmp_path)
+    reader = Ledger(tmp_path / "study.db", study, reading=True)
+    assert reader.optuna_study.get_trials() == []
+    assert asked(ledger_in(tmp_path)).params == study.base_point()
+    assert [trial.number for trial in reader.trials()] == [0]

@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import ast
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
-from tests.tuner.support import order
-from tuner.trainable import RESUME, START, TrialActor
+from tests.tuner.support import ROOT, environment, order
+from tuner.trainable import RESUME, START, TrialActor, allocated_gpus
 
 
 @pytest.fixture(autouse=True)
@@ -62,3 +66,31 @@ def test_an_actor_goes_on_from_the_ledgers_checkpoint(tmp_path: Path) -> None:
     first.save(str(tmp_path / "checkpoint"))
     again = TrialActor(order(tmp_path, 1) | {RESUME: str(tmp_path / "checkpoint"), START: 1})
     assert again.train()["epoch"] == 2
+
+
+def test_without_ray_no_gpu_is_known(tmp_path: Path) -> None:
+    assert allocated_gpus() == ""
+    assert "gpu" not in TrialActor(order(tmp_path, 1)).train()
+
+
+@pytest.mark.slow
+def test_an_actor_knows_which_gpus_ray_gave_it(tmp_path: Path) -> None:
+    program = (
+        "import ray, sys\n"
+        "from tuner.trainable import allocated_gpus\n"
+        "ray.init(num_cpus=3, num_gpus=3, include_dashboard=False, _temp_dir=sys.argv[1])\n"
+        "@ray.remote(num_cpus=0)\n"
+        "class Holder:\n"
+        "    def gpus(self): return allocated_gpus()\n"
+        "held = [Holder.options(num_gpus=n).remote() for n in (1, 1, 0.5, 0.5, 0)]\n"
+        "print(ray.get([one.gpus.remote() for one in held]))\n"
+    )
+    # A path of its own: sockets' names may not be long.
+    with tempfile.TemporaryDirectory(prefix="ray-") as home:
+        finished = subprocess.run(
+            [sys.executable, "-c", program, home], cwd=ROOT, env=environment(),
+            capture_output=True, text=True, timeout=120, check=False,
+        )  # fmt: skip
+    assert finished.returncode == 0, finished.stderr
+    found = ast.literal_eval(finished.stdout.splitlines()[-1])
+    assert sorted(found) == ["", "0", "1", "2", "2"]

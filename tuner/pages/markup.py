@@ -1,0 +1,112 @@
+"""Small pieces of HTML: text, tables and figures in words, all of it escaped."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+_MOST_ROWS = 60  # of a table beside a chart
+_LONGEST = 300  # characters of a cell
+
+
+class Markup(str):
+    """Text that is HTML already, and safe to put on a page."""
+
+    __slots__ = ()
+
+
+class Number(Markup):
+    """A number as it is to be shown, to the right in a table."""
+
+    __slots__ = ()
+
+
+def escape(value: object) -> Markup:
+    """A value as text of a page; markup stays what it is."""
+    return value if isinstance(value, Markup) else Markup(html.escape(str(value)))
+
+
+def note(text: str) -> Markup:
+    """A quiet line of explanation, or why a section has nothing to show."""
+    return Markup(f"<p class='quiet'>{escape(text)}</p>")
+
+
+def table(
+    heads: Sequence[str],
+    rows: Iterable[Sequence[object]],
+    *,
+    marked: int | None = None,
+    most: int = _MOST_ROWS,
+) -> Markup:
+    """A table in a box of its own; numbers stand to the right, words to the left.
+
+    Args:
+        heads: one a column.
+        rows: cells, escaped here; a float is shown with five digits.
+        marked: index of a row to stand out.
+        most: rows that are shown; how many were left out is said.
+    """
+    every = list(rows)
+    lines = ["<div class='scroll'><table><thead><tr>"]
+    words = [_is_text(value) for value in every[0]] if every else []
+    lines += [
+        f"<th class='text'>{escape(head)}"
+        if index < len(words) and words[index]
+        else f"<th>{escape(head)}"
+        for index, head in enumerate(heads)
+    ]
+    lines.append("<tbody>")
+    for index, row in enumerate(every[:most]):
+        lines.append("<tr class='best'>" if index == marked else "<tr>")
+        lines += [_cell(value) for value in row]
+    lines.append("</table></div>")
+    if len(every) > most:
+        lines.append(note(f"{len(every) - most} more rows are left out."))
+    return Markup("".join(lines))
+
+
+def pairs(rows: Iterable[tuple[str, object]]) -> Markup:
+    """Names and what they stand for."""
+    cells = (f"<dt>{escape(name)}<dd>{escape(value)}" for name, value in rows)
+    return Markup(f"<dl>{''.join(cells)}</dl>")
+
+
+def details(summary: str, inside: str) -> Markup:
+    """Something that opens when it is asked for."""
+    return Markup(f"<details><summary>{escape(summary)}</summary>{inside}</details>")
+
+
+def short(value: Any, digits: int = 4) -> str:
+    """A value as a reader wants it: few digits, nothing for what is absent."""
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.{digits}g}" if math.isfinite(value) else str(value)
+    return str(value)
+
+
+def counted(count: int, singular: str, plural: str | None = None) -> str:
+    """1 trial, 2 trials."""
+    return f"{count:,} {singular if count == 1 else plural or singular + 's'}"
+
+
+def listed(words: Sequence[str]) -> str:
+    """a, b and c."""
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else list(words))
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, bool | str) and not isinstance(value, Number)
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, Markup):
+        return f"<td>{value}" if isinstance(value, Number) else f"<td class='text'>{value}"
+    if _is_text(value):
+        text = str(value)
+        if len(text) > _LONGEST:
+            text = text[: _LONGEST - 1] + "…"
+        return f"<td class='text'>{escape(text)}"
+    return f"<td>{escape(short(value, 5))}"

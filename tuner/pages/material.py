@@ -1,0 +1,96 @@
+"""What a report is drawn from: the ledger, and what lies beside it in the run folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import datetime
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from tuner.pages.timing import Segment, segments_of, slots_of
+
+if TYPE_CHECKING:
+    import optuna
+
+    from tuner.config import StudyConfig
+    from tuner.folder import RunFolder
+    from tuner.promotion import Promotion
+    from tuner.study import Ledger, State, TrialRecord
+
+STATES: tuple[State, ...] = ("done", "pruned", "failed", "running")
+
+
+@dataclass(frozen=True)
+class Material:
+    """A study at one moment."""
+
+    study: StudyConfig
+    trials: list[TrialRecord]
+    ranking: list[TrialRecord]
+    seconds: float  # in which trials ran, over all sessions
+    finished: Callable[[], optuna.Study] = field(repr=False)
+    promotion: Promotion | None = field(default=None, repr=False)
+    evaluation: dict[str, Any] | None = field(default=None, repr=False)  # evaluation.json
+    scenes: dict[str, Any] | None = field(default=None, repr=False)  # scenes.json
+    written: datetime = field(default_factory=lambda: datetime.now().astimezone())
+
+    @classmethod
+    def read(cls, folder: RunFolder, ledger: Ledger) -> Material:
+        """Everything that is there now."""
+        from tuner.promotion import open_promotion
+        from tuner.study import ranked
+
+        study, trials = ledger.config, ledger.trials()
+        return cls(
+            study,
+            trials,
+            ranked(trials, study.training.epochs, study.search.cost),
+            ledger.seconds,
+            ledger.finished_study,
+            open_promotion(ledger),
+            _json(folder.evaluation),
+            _json(folder.scenes),
+        )
+
+    @property
+    def best(self) -> TrialRecord | None:
+        """The winner, if any trial finished."""
+        return self.ranking[0] if self.ranking else None
+
+    @cached_property
+    def counts(self) -> dict[State, int]:
+        """Trials by state."""
+        return {state: sum(t.state == state for t in self.trials) for state in STATES}
+
+    @cached_property
+    def segments(self) -> list[Segment]:
+        """Who trained where and when."""
+        return segments_of(self.trials)
+
+    @property
+    def busy(self) -> float | None:
+        """Share of the time of all slots in which they trained; None where nothing was timed."""
+        slots = len({(s.place, s.slot) for s in slots_of(self.segments)})
+        if not slots or not self.seconds:
+            return None
+        return min(1.0, sum(s.busy for s in self.segments) / (slots * self.seconds))
+
+    def is_of_winner(self, config: dict[str, Any]) -> bool:
+        """Whether a saved configuration is the winner's."""
+        promoted = self.promotion.winner() if self.promotion is not None else None
+        best = promoted.best if promoted is not None else self.best
+        if best is None:
+            return False
+        study = self.promotion.config if self.promotion and promoted else self.study
+        return config == study.trial_config(best.params, best.seed).model_dump(mode="json")
+
+
+def _json(path: Any) -> dict[str, Any] | None:
+    """What a file holds; None where there is none or it is damaged."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None

@@ -1,0 +1,221 @@
+"""What was asked and what was found: a paragraph, a table, and the winner's configuration."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from model.config import OBJECTIVES, TrialConfig
+from tuner.duration import format_duration
+from tuner.pages.chart import STATE_WORDS
+from tuner.pages.markup import Markup, counted, escape, listed, note, pairs, short, table
+
+if TYPE_CHECKING:
+    from tuner.pages.material import Material
+
+_UNITS = {"nmse": "", "f1": "", "gospa": " m"}
+_SAMPLERS = {
+    "tpe": "TPE",
+    "random": "chance",
+    "gp": "a Gaussian process",
+    "cmaes": "CMA-ES",
+    "grid": "a grid",
+}
+_SCHEDULERS = {
+    "asha": "ASHA", "hyperband": "Hyperband", "median": "the median rule", "none": "nobody",
+}  # fmt: skip
+
+
+def overview(material: Material) -> Markup:
+    """The paragraph and the table."""
+    return Markup(f"<p>{escape(_asked(material))} {escape(_found(material))}</p>{_facts(material)}")
+
+
+def tiles(material: Material) -> Markup:
+    """The few numbers that a reader looks for first."""
+    best, counts = material.best, material.counts
+    unit = _UNITS[material.study.objective]
+    shown = [
+        (
+            "–" if best is None else f"{short(best.objective, 5)}{unit}",
+            "best objective" + ("" if best is None else f", trial {best.number:04d}"),
+        ),
+        (f"{len(material.trials):,}", f"trials of {material.study.search.trials:,}"),
+        (
+            f"{counts['done']:,} / {counts['pruned']:,} / {counts['failed']:,}",
+            "done / stopped early / failed",
+        ),
+        (format_duration(material.seconds), "time of trials"),
+    ]
+    if material.busy is not None:
+        shown.append((f"{material.busy:.0%}", "of the slots' time spent training"))
+    scores = _scores(material)
+    if scores:
+        shown.append((f"{scores['network']['f1']:.3f}", _beside(scores)))
+    inside = "".join(
+        f"<div class='tile'><b>{escape(value)}</b><span>{escape(name)}</span></div>"
+        for value, name in shown
+    )
+    return Markup(f"<div class='tiles'>{inside}</div>")
+
+
+def _beside(scores: dict[str, Any]) -> str:
+    other = scores.get("nomp")
+    return "the winner's F1" + (f"; NOMP {other['f1']:.3f}" if other else "")
+
+
+def _asked(material: Material) -> str:
+    study = material.study
+    search = study.search
+    data = (
+        f"the shards in {study.data.shards}"
+        if study.data.shards
+        else f"{counted(study.data.train_scenes, 'simulated scene')} an epoch"
+    )
+    budget = (
+        f", within {format_duration(search.time_budget)}" if search.time_budget is not None else ""
+    )
+    target = f", down to {short(search.target)}" if search.target is not None else ""
+    return (
+        f"Asked: the {study.network.family} network with the lowest "
+        f"{OBJECTIVES[study.objective]}{target}, over {counted(len(search.space), 'parameter')}; "
+        f"{counted(search.trials, 'trial')} of at most {counted(study.training.epochs, 'epoch')}"
+        f"{budget}, proposed by {_SAMPLERS[search.sampler]} and stopped early by "
+        f"{_SCHEDULERS[search.scheduler]}, trained on {data}."
+    )
+
+
+def _found(material: Material) -> str:
+    best, counts = material.best, material.counts
+    if not material.trials:
+        return "Found: nothing yet, as no trial has started."
+    ends = [f"{counts[state]:,} {STATE_WORDS[state]}" for state in counts if counts[state]]
+    so_far = f"Found: of {counted(len(material.trials), 'trial')}, {listed(ends)}."
+    if best is None:
+        return f"{so_far} No trial has finished, so that there is no winner."
+    unit = _UNITS[material.study.objective]
+    text = f"{so_far} The best is trial {best.number:04d} with {short(best.objective, 5)}{unit}"
+    untrained = best.metrics.get("untrained_objective")
+    if isinstance(untrained, float) and untrained > 0 and best.objective is not None:
+        change = best.objective / untrained - 1
+        text += f", {abs(change):.0%} {'below' if change < 0 else 'above'} the untrained network"
+    text += "; it is the best of many on the same validation scenes, and so a little optimistic."
+    scores = _scores(material)
+    if scores:
+        suite = next(iter(material.evaluation["suites"].values()))  # type: ignore[index]
+        text += f" On other scenes ({suite['scenes']}) it finds sources with F1 "
+        text += f"{scores['network']['f1']:.3f} and GOSPA {scores['network']['gospa_m']:.2f} m"
+        if other := scores.get("nomp"):
+            text += f"; NOMP with {other['f1']:.3f} and {other['gospa_m']:.2f} m"
+        difference = suite["paired_f1"].get("nomp", {}).get("network")
+        if difference:
+            low, high = difference["interval"]
+            text += f" (F1 {difference['difference']:+.3f}, 95 % {low:+.3f} to {high:+.3f})"
+        text += "."
+    return text
+
+
+def _scores(material: Material) -> dict[str, Any]:
+    """Overall numbers of the winner's methods on the first suite, if they are its own."""
+    from tuner.pages.scoreboard import usable
+
+    content = material.evaluation
+    if content is None or not usable(content) or not material.is_of_winner(content["config"]):
+        return {}
+    methods = next(iter(content["suites"].values()))["methods"]
+    found = {name: report["overall"] for name, report in methods.items()}
+    return found if "network" in found else {}
+
+
+def _facts(material: Material) -> Markup:
+    study, best = material.study, material.best
+    limit = study.search.time_budget
+    rows: list[tuple[str, object]] = [
+        ("Objective", f"{OBJECTIVES[study.objective]}, best epoch so far; lower is better"),
+        ("Budget", f"{counted(study.training.epochs, 'epoch')} a trial"),
+        (
+            "Search",
+            f"{study.search.sampler}, {study.search.scheduler}, seed {study.seed}"
+            + (f", warm start from {study.search.warm_start}" if study.search.warm_start else ""),
+        ),
+        ("Scenes", _scenes(material)),
+        (
+            "Time of trials",
+            format_duration(material.seconds)
+            + (f" of {format_duration(limit)}" if limit is not None else "")
+            + ", over all sessions",
+        ),
+    ]
+    begun = [t.started for t in material.trials if t.started]
+    ended = [t.finished for t in material.trials if t.finished]
+    if begun and ended:
+        rows.append(("From, to", f"{min(begun):%Y-%m-%d %H:%M} to {max(ended):%Y-%m-%d %H:%M}"))
+    if best is not None:
+        metrics = best.metrics
+        scores = [f"{OBJECTIVES[study.objective]} {short(best.objective, 6)}"]
+        scores += [
+            f"{name} {metrics[key]:.3f}"
+            for name, key in (("F1", "f1"), ("GOSPA [m]", "gospa"), ("NMSE of R_pred", "nmse_pred"))
+            if isinstance(metrics.get(key), float)
+        ]
+        rows.append(("Winner", f"trial {best.number:04d}, seed {best.seed}: {', '.join(scores)}"))
+    return pairs(rows)
+
+
+def _scenes(material: Material) -> str:
+    scene, data = material.study.scene, material.study.data
+    if data.shards:
+        return f"recorded, {data.shards}"
+    low, high = scene.snr_db
+    return (
+        f"{scene.source_mode} symbols, {scene.wavefront} waves, {scene.min_sources} to "
+        f"{scene.max_sources} sources, SNR {low:g} to {high:g} dB; "
+        f"{data.train_scenes:,} to train, {data.val_scenes:,} to validate"
+    )
+
+
+def winner(material: Material) -> Markup:
+    """The winner's configuration, as far as it differs from the defaults."""
+    best, study = material.best, material.study
+    if best is None:
+        return note("No trial has finished, so that there is no winner.")
+    config = study.trial_config(best.params, best.seed)
+    held, usual = flattened(config), flattened(defaults_of(config))
+    own = flattened(study.trial_config({}, best.seed))
+    rows: list[tuple[object, ...]] = []
+    for path, value in held.items():
+        if path == "seed" or value == usual.get(path):
+            continue
+        change = f"<del>{escape(short(usual.get(path)))}</del> → <ins>{escape(short(value))}</ins>"
+        rows.append((path, Markup(change), "study" if value == own[path] else "search"))
+    rows.sort(key=lambda row: (row[2] != "search", row[0]))
+    same = [path for path in best.params if held.get(path) == usual.get(path)]
+    kept = f" Searched, and at their defaults: {listed(same)}." if same else ""
+    n_chosen = sum(row[2] == "search" for row in rows)
+    text = (
+        f"The fields of trial {best.number:04d} that differ from the defaults: the search set "
+        f"{n_chosen}, the study's own configuration {len(rows) - n_chosen}.{kept}"
+    )
+    return Markup(note(text) + table(["field", "default → winner", "set by"], rows, most=200))
+
+
+def defaults_of(config: TrialConfig) -> TrialConfig:
+    """The defaults, with sizes of the network's own family."""
+    usual = TrialConfig()
+    # The sizes of the default family say nothing of another's.
+    network = type(config.network)().model_copy(update={"family": usual.network.family})
+    return usual.model_copy(update={"network": network})
+
+
+def flattened(config: TrialConfig) -> dict[str, Any]:
+    """Every field by its dotted path."""
+    found: dict[str, Any] = {}
+
+    def walk(value: Any, path: str) -> None:
+        if isinstance(value, dict):
+            for key, item in value.items():
+                walk(item, f"{path}.{key}" if path else key)
+        else:
+            found[path] = value
+
+    walk(config.model_dump(mode="json", warnings=False), "")
+    return found

@@ -1,0 +1,45 @@
+"""The best configurations, trained again with several seeds."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from tuner.pages.markup import Markup, note, short, table
+
+if TYPE_CHECKING:
+    from tuner.pages.material import Material
+
+
+def promoted(material: Material) -> Markup:
+    """Mean and spread of each configuration beside what the search saw."""
+    promotion = material.promotion
+    found = promotion.configurations() if promotion is not None else []
+    if promotion is None or not found:
+        return note("Nothing has been promoted yet: the search goes on, or no trial has finished.")
+    text = (
+        f"The search's best, trained again over {promotion.config.training.epochs} epochs with "
+        f"{found[0].seeds} seeds each that the search never used; mean and standard deviation of "
+        "the objective on the validation scenes. A configuration with a seed that failed ranks "
+        "below all without. The search's own objective is of one seed and of the best of many "
+        "trials, and so too good."
+    )
+    if promotion.has_work:
+        text += " Not all runs have ended yet: the order may change."
+    winner = promotion.winner()
+    numbers = [one.trial.number for one in found]
+    heads = ["trial", "mean", "std", "seeds", "failed", "best seed", "in the search", "reason"]
+    rows = [
+        (
+            one.trial.number,
+            short(one.mean, 5),
+            short(one.std, 3),
+            f"{len(one.finished)} of {one.seeds}",
+            len(one.failed),
+            short(one.best.objective if one.best else None, 5),
+            short(one.trial.objective, 5),
+            "; ".join(sorted({run.reason or "" for run in one.failed})),
+        )
+        for one in found
+    ]
+    marked = None if winner is None else numbers.index(winner.trial.number)
+    return Markup(note(text) + table(heads, rows, marked=marked))
