@@ -69,6 +69,15 @@ class SearchConfig(FrozenModel):
         """Numeric parameters of more than one value: what CMA-ES has a distribution over."""
         return [p for p, s in self.space.items() if s.type != "categorical" and s.size > 1]
 
+    def rungs(self, epochs: int) -> list[int]:
+        """Epochs after which ASHA stops all but the best, of a budget; none of other schedulers."""
+        if self.scheduler != "asha":
+            return []
+        found = [self.grace_epochs]
+        while found[-1] < epochs:
+            found.append(found[-1] * self.reduction_factor)
+        return found[:-1]
+
     # Of validators before the type's own, pydantic runs the last one first.
     @field_validator("time_budget", "target", mode="before")
     @classmethod

@@ -5,10 +5,30 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import platform
+import re
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from tuner.errors import StudyError
+
+_TRIES, _PAUSE = 5, 0.02  # of taking the lock, which who looks at it holds for an instant [s]
+
+
+@dataclass(frozen=True)
+class Driver:
+    """Who wrote the lock last, and whether the lock is seen to be held."""
+
+    pid: int | None
+    host: str | None
+    since: float  # unix time
+    locked: bool
+
+    @property
+    def is_here(self) -> bool:
+        """Whether it ran on this machine, where its lock tells all."""
+        return self.host is None or self.host == platform.node()
 
 
 class RunFolder:
@@ -117,23 +137,60 @@ class RunFolder:
             count += 1
         return path
 
+    @property
+    def driver(self) -> Driver | None:
+        """Who drives the study, or was cut off driving it; None where nobody was, or all ended."""
+        path = self.path / ".lock"
+        try:
+            handle = os.open(path, os.O_RDONLY)
+        except OSError:
+            return None
+        try:
+            locked = False
+            try:
+                fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except OSError as error:  # a file system without locks shows none
+                locked = error.errno in (errno.EAGAIN, errno.EACCES)
+            text = os.pread(handle, 300, 0).decode(errors="replace")
+            since = os.fstat(handle).st_mtime
+        finally:
+            os.close(handle)
+        found = re.fullmatch(r"(\d+)(?: on (\S+))?", text.strip())
+        if found is None:
+            return Driver(None, None, since, locked) if locked else None
+        return Driver(int(found[1]), found[2], since, locked)
+
     def _acquire(self) -> None:
         handle = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(handle)
         except OSError as error:
-            holder = os.read(handle, 100).decode(errors="replace").strip()
+            holder = os.read(handle, 300).decode(errors="replace").strip()
             os.close(handle)
             if error.errno not in (errno.EAGAIN, errno.EACCES):
                 raise
             by = f" (process {holder})" if holder else ""
             raise StudyError(f"{self.path}: another run{by} is at work on this study") from None
         os.ftruncate(handle, 0)
-        os.pwrite(handle, str(os.getpid()).encode(), 0)
+        os.pwrite(handle, f"{os.getpid()} on {platform.node()}".encode(), 0)
         self._lock = handle
 
     def release(self) -> None:
-        """Let another driver in."""
+        """Let another driver in, and leave word that this one was not cut off."""
         if self._lock is not None:
+            os.ftruncate(self._lock, 0)
             os.close(self._lock)
             self._lock = None
+
+
+def _lock(handle: int) -> None:
+    """Take the lock; the glances of others, who hold it for an instant, are waited for."""
+    for left in range(_TRIES - 1, -1, -1):
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if not left or error.errno not in (errno.EAGAIN, errno.EACCES):
+                raise
+            time.sleep(_PAUSE)
+        else:
+            return

@@ -80,6 +80,12 @@ def run(
         int | None, typer.Option(help="Trials side by side. Default: as many as there is room for.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the study.")] = None,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", help="Show what goes wrong and the summary at the end alone.")
+    ] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="Show every event and the log's lines too.")
+    ] = False,
 ) -> int:
     """Tune the network that turns RIS snapshots into source positions.
 
@@ -87,8 +93,11 @@ def run(
     tuner.log. Exit codes: 0 done; 1 no trial finished; 2 bad configuration or data, said in one
     line; 130 interrupted, go on with --resume.
     """
+    from tuner.errors import StudyError
     from tuner.session import Request, run_session
 
+    if quiet and verbose:
+        raise StudyError("--quiet: excludes --verbose")
     return run_session(
         Request(
             config=config,
@@ -109,6 +118,7 @@ def run(
             local=local,
             resume=resume,
             address=address,
+            verbosity="quiet" if quiet else "verbose" if verbose else "normal",
         )
     )
 

@@ -20,14 +20,13 @@ from tuner.command import DONE, INTERRUPTED, NOTHING_FINISHED, Interruption
 from tuner.config import StudyConfig, load_study
 from tuner.errors import ConfigError, StudyError
 from tuner.folder import RunFolder
-from tuner.limits import Ended, Limits
+from tuner.limits import Ended, Limits, why_ended
 from tuner.local import local_device, run_local
 from tuner.report import write_report
 from tuner.results import drop_losers, export_winner, write_best, write_trials
 from tuner.samplers import sampler_note
-from tuner.space import n_points
 from tuner.study import Ledger, PriorTrial, State
-from tuner.telemetry import Progress, logging_to
+from tuner.telemetry import Progress, Verbosity, logging_to
 from tuner.tensorboard import TensorBoardLog
 from tuner.warmstart import read_prior
 from tuner.watchers import Watcher, Watchers
@@ -68,6 +67,7 @@ class Request:
     local: bool = False
     resume: Path | None = None
     address: str | None = None
+    verbosity: Verbosity = "normal"
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def run_session(request: Request) -> int:
         if folder is not None:
             ledger = _ledger(stack, folder, study, prior)
         place: _Place | None = None
-        ended = _ended(ledger, Limits(ledger)) if ledger is not None else None
+        ended = why_ended(ledger, Limits(ledger)) if ledger is not None else None
         if ended is None:
             if cluster is None and not request.local:
                 cluster = _connect(stack, request.address)
@@ -130,10 +130,12 @@ def run_session(request: Request) -> int:
         write_text(folder.config, study.to_yaml())
         ledger = ledger or _ledger(stack, folder, study, prior)
         limits = Limits(ledger)
-        progress = Progress(study, ledger.trials())
+        progress = Progress(
+            study, ledger.trials(), clock=lambda: limits.seconds, verbosity=request.verbosity
+        )
         watchers = Watchers(progress, TensorBoardLog(ledger, folder.tensorboard))
         for note in [f"run folder: {folder.path}", *notes]:
-            progress.say(note)
+            progress.note(note)
         try:
             with progress.shown():
                 if place is not None:
@@ -258,16 +260,6 @@ def _check_precision(study: StudyConfig, local: bool) -> None:
             AmpPolicy(study.precision, torch.device("cpu"))
         except ValueError as error:
             raise ConfigError(f"precision.amp: got {study.precision.amp!r}; {error}") from error
-
-
-def _ended(ledger: Ledger, limits: Limits) -> Ended | None:
-    """Why the study has nothing to run, if that is so."""
-    if not ledger.has_work:
-        search = ledger.config.search
-        if n_points(search.space) <= search.trials:
-            return Ended("every point of search.space has run")
-        return Ended("all trials have run", "a larger --trials")
-    return limits.reached()
 
 
 def _place(study: StudyConfig, cluster: Cluster | None, notes: list[str]) -> _Place:

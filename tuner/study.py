@@ -16,9 +16,10 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import quote
 
 import numpy as np
 import optuna
@@ -80,6 +81,7 @@ class TrialRecord:
     checkpoint: str | None = None
     started: datetime | None = None
     finished: datetime | None = None
+    reported: datetime | None = None  # its last epoch, in UTC
 
     @property
     def epoch(self) -> int:
@@ -117,6 +119,7 @@ class Ledger:
         database: SQLite file, made where there is none.
         study: the configuration.
         prior: asked, until the first trial has started, for what the sampler knows before it.
+        read_only: look at a study that others may be writing; there must be one.
     """
 
     def __init__(
@@ -124,28 +127,33 @@ class Ledger:
         database: Path,
         study: StudyConfig,
         prior: Callable[[], Sequence[PriorTrial]] = tuple,
+        *,
+        read_only: bool = False,
     ) -> None:
         self._config = study
+        where = f"file:{quote(str(database))}?mode=ro&uri=true" if read_only else str(database)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             optuna.logging.set_verbosity(optuna.logging.ERROR)
             self._storage = optuna.storages.get_storage(
                 optuna.storages.RDBStorage(
-                    f"sqlite:///{database}", engine_kwargs={"connect_args": {"timeout": 60}}
+                    f"sqlite:///{where}", engine_kwargs={"connect_args": {"timeout": 60}}
                 )
             )
-        self._study = optuna.create_study(
-            storage=self._storage,
-            study_name=study.name,
-            direction="minimize",
-            load_if_exists=True,
-            sampler=self._sampler(0, ()),
+        known: dict[str, Any] = {
+            "storage": self._storage,
+            "study_name": study.name,
+            "sampler": self._sampler(0, ()),
             # Samplers must not see a pruner: they would keep to the trial's own bracket.
-            pruner=optuna.pruners.NopPruner(),
-        )
+            "pruner": optuna.pruners.NopPruner(),
+        }
+        if read_only:
+            self._study = optuna.load_study(**known)
+        else:
+            self._study = optuna.create_study(**known, direction="minimize", load_if_exists=True)
         self._pruner = make_pruner(study.search, study.training.epochs)
         self._ids: dict[int, int] = {}
-        if not self._started(self._frozen()):
+        if not read_only and not self._started(self._frozen()):
             self._enqueue()
             self._learn(prior())
 
@@ -217,6 +225,11 @@ class Ledger:
         running = any(trial.state == TrialState.RUNNING for trial in started)
         return running or self._n_left(len(started)) > 0
 
+    @property
+    def n_new(self) -> int:
+        """Trials that may still be proposed."""
+        return int(self._n_left(len(self._started(self._frozen()))))
+
     def _n_left(self, n_started: int) -> float:
         """Trials that may still be proposed: of the study's number and of the space."""
         search = self._config.search
@@ -268,6 +281,7 @@ class Ledger:
             self._storage.set_trial_intermediate_value(identifier, epoch, objective)
         kept = {k: v for k, v in metrics.items() if isinstance(v, bool | int | float | str)}
         self._storage.set_trial_user_attr(identifier, f"epoch/{epoch:05d}", kept)
+        self._storage.set_trial_user_attr(identifier, "reported", datetime.now(UTC).timestamp())
 
     def checkpointed(self, number: int, location: str, epoch: int) -> None:
         """Record the checkpoint from which the trial can go on."""
@@ -377,7 +391,7 @@ def _record(frozen: FrozenTrial) -> TrialRecord:
     state = _STATES[frozen.state]
     values = frozen.intermediate_values
     reached = frozen.value if state == "done" else values[max(values)] if values else None
-    checkpoint = attrs.get("checkpoint")
+    checkpoint, reported = attrs.get("checkpoint"), attrs.get("reported")
     return TrialRecord(
         number=frozen.number,
         state=state,
@@ -391,4 +405,5 @@ def _record(frozen: FrozenTrial) -> TrialRecord:
         checkpoint=checkpoint["location"] if checkpoint else None,
         started=frozen.datetime_start,
         finished=frozen.datetime_complete,
+        reported=None if reported is None else datetime.fromtimestamp(reported, UTC),
     )
