@@ -28,7 +28,7 @@ _COLOURS: dict[State, str] = {
 }
 _BARS = "▁▂▃▄▅▆▇█"
 _CURVE = 10  # characters of a trial's curve
-_GAP = 2  # characters between columns
+_GAP = 2  # characters between columns: one of padding, one of the table's own
 _AROUND = 7  # lines of the terminal that the table's rows leave to its head, the foot and a prompt
 _FEWEST = 3  # rows of the lowest terminal
 _NOTE = 14  # characters that a note needs to tell anything; a fifth of a wide terminal
@@ -63,7 +63,7 @@ class StudyView:
         bars = not options.ascii_only
         height = max(_FEWEST, console.height - _AROUND)
         shown = self._chosen(height)
-        table = Table(expand=False, pad_edge=False, box=SIMPLE_HEAD, padding=(0, _GAP, 0, 0))
+        table = Table(expand=False, pad_edge=False, box=SIMPLE_HEAD, padding=(0, _GAP - 1, 0, 0))
         columns = self._columns(shown, options.max_width, bars=bars)
         for column in columns:
             table.add_column(

@@ -266,10 +266,12 @@ def test_looking_keeps_no_driver_out(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_real_study_is_watched_from_another_process_until_it_ends(tmp_path: Path) -> None:
-    config = write_study(tmp_path, training={"epochs": 40}, search={"trials": 4})
+    config = write_study(
+        tmp_path, training={"epochs": 150}, search={"trials": 4, "scheduler": "none"}
+    )
     out = tmp_path / "run"
     driver = start("--config", config, "--local", "--out", out)
-    read_until(driver, "trial 0000 epoch 2/40")
+    read_until(driver, "trial 0000 epoch 2/150")
     first = json.loads(run(out, "--json", module="tuner.status").stdout)
     assert (first["state"], first["driver"]["pid"]) == ("running", driver.pid)
     assert first["report_age"] < 30
