@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import torch
 
 from tuner.config import ResourcesConfig
 from tuner.errors import StudyError
@@ -38,15 +39,18 @@ class Cluster:
     n_nodes_possible: float
     dashboard: str | None
     token_file: Path | None
+    is_here: bool = False  # Ray is started on this machine, for this run
 
 
 @contextmanager
-def connected(address: str | None) -> Iterator[Cluster]:
+def connected(address: str | None, *, start: bool = True) -> Iterator[Cluster]:
     """Connect to the cluster that is named or found, else start Ray here.
 
     Args:
         address: ``host:port``, ``auto``, ``local`` (always start Ray here), or None for
             RAY_ADDRESS, then a head that `ray start` left on this machine, then ``local``.
+        start: False starts nothing: what Ray would find here is looked up, and a cluster is asked
+            for its resources only.
 
     Raises:
         StudyError: a named cluster that does not answer, in bounded time.
@@ -54,9 +58,14 @@ def connected(address: str | None) -> Iterator[Cluster]:
     target, description = _choose(address)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if target is None and not start:
+        yield _here()
+        return
     if target is None:
         os.environ.pop("RAY_ADDRESS", None)
         options |= {"address": _HERE, "include_dashboard": True}
+    elif not start:
+        options |= {"address": target}
     else:
         # Other machines run this very code, whatever lies on their disks.
         options |= {"address": target, "runtime_env": {"py_modules": _own_packages()}}
@@ -182,6 +191,25 @@ def _look(description: str, dashboard: str | None) -> Cluster:
         n_nodes_possible=math.inf if possible else len(alive),
         dashboard=f"http://{dashboard}" if dashboard else None,
         token_file=_token_file(),
+    )
+
+
+def _here() -> Cluster:
+    """What Ray would find on this machine."""
+    from ray._private.utils import get_num_cpus
+
+    n_cpus, n_gpus = float(get_num_cpus()), float(torch.cuda.device_count())
+    return Cluster(
+        description="Ray on this machine, which would be started",
+        n_cpus=n_cpus,
+        n_gpus=n_gpus,
+        n_cpus_possible=n_cpus,
+        n_gpus_possible=n_gpus,
+        largest_node_cpus=n_cpus,
+        n_nodes_possible=1,
+        dashboard=None,
+        token_file=None,
+        is_here=True,
     )
 
 

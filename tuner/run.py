@@ -80,6 +80,14 @@ def run(
         int | None, typer.Option(help="Trials side by side. Default: as many as there is room for.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the study.")] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Show configuration, space, resources, and about what time and disk it takes; "
+            "start nothing.",
+        ),
+    ] = False,
     quiet: Annotated[
         bool, typer.Option("--quiet", help="Show what goes wrong and the summary at the end alone.")
     ] = False,
@@ -94,10 +102,13 @@ def run(
     line; 130 interrupted, go on with --resume.
     """
     from tuner.errors import StudyError
-    from tuner.session import Request, run_session
+    from tuner.waiting import waiting
 
     if quiet and verbose:
         raise StudyError("--quiet: excludes --verbose")
+    with waiting("loading PyTorch and Optuna", quiet=quiet):
+        from tuner.session import Request, run_session
+
     return run_session(
         Request(
             config=config,
@@ -119,6 +130,7 @@ def run(
             resume=resume,
             address=address,
             verbosity="quiet" if quiet else "verbose" if verbose else "normal",
+            dry_run=dry_run,
         )
     )
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import shlex
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,12 +22,14 @@ from tuner.errors import ConfigError, StudyError
 from tuner.folder import RunFolder
 from tuner.limits import Ended, Limits, why_ended
 from tuner.local import local_device, run_local
+from tuner.plan import Place, show_plan
 from tuner.report import write_report
 from tuner.results import drop_losers, export_winner, write_best, write_trials
 from tuner.samplers import sampler_note
 from tuner.study import Ledger, PriorTrial, State
 from tuner.telemetry import Progress, Verbosity, logging_to
 from tuner.tensorboard import TensorBoardLog
+from tuner.waiting import waiting
 from tuner.warmstart import read_prior
 from tuner.watchers import Watcher, Watchers
 
@@ -68,16 +70,7 @@ class Request:
     resume: Path | None = None
     address: str | None = None
     verbosity: Verbosity = "normal"
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where trials run, and what each is given there."""
-
-    cluster: Cluster | None
-    gpus: float
-    concurrent: int
-    device: str
+    dry_run: bool = False
 
 
 def run_session(request: Request) -> int:
@@ -101,24 +94,30 @@ def run_session(request: Request) -> int:
             folder, study = _reopen(stack, request, request.resume, notes)
         else:
             if request.config is None and not request.local:
-                cluster = _connect(stack, request.address)
+                cluster = _connect(stack, request)
             study = _load(request, cluster, notes)
         notes += [note for note in [sampler_note(study.search)] if note]
         prior = _prior(study, notes, fresh=folder is None)
         _check_precision(study, request.local)
-        notes.append("data: " + check_data(study))
+        with waiting("checking the data", quiet=request.verbosity == "quiet"):
+            notes.append("data: " + check_data(study))
+        if study.network.front_end is not None:
+            notes.append("the candidates of all scenes are found first, once for all trials")
         if folder is not None:
-            ledger = _ledger(stack, folder, study, prior)
-        place: _Place | None = None
+            ledger = _ledger(stack, folder, study, prior, read_only=request.dry_run)
+        place: Place | None = None
         ended = why_ended(ledger, Limits(ledger)) if ledger is not None else None
         if ended is None:
             if cluster is None and not request.local:
-                cluster = _connect(stack, request.address)
+                cluster = _connect(stack, request)
             interruption.take()
             place = _place(study, cluster, notes)
         else:
             remedy = f" ({ended.remedy} goes on)" if ended.remedy else ""
             notes.append(f"nothing is left to run: {ended.reason}{remedy}")
+        if request.dry_run:
+            show_plan(study, notes, request.out, place, ledger)
+            return DONE
         if folder is None:
             folder = RunFolder.fresh(request.out or RunFolder.default_path(study.name))
             stack.callback(folder.release)
@@ -129,6 +128,7 @@ def run_session(request: Request) -> int:
             quiet_ray()
         write_text(folder.config, study.to_yaml())
         ledger = ledger or _ledger(stack, folder, study, prior)
+        assert ledger is not None
         limits = Limits(ledger)
         progress = Progress(
             study, ledger.trials(), clock=lambda: limits.seconds, verbosity=request.verbosity
@@ -151,10 +151,22 @@ def run_session(request: Request) -> int:
         return _conclude(folder, ledger, progress, early, interrupted=interruption.wished)
 
 
-def _connect(stack: ExitStack, address: str | None) -> Cluster:
-    from tuner.cluster import connected
+def _connect(stack: ExitStack, request: Request) -> Cluster:
+    return stack.enter_context(_connected(request))
 
-    return stack.enter_context(connected(address))
+
+@contextmanager
+def _connected(request: Request) -> Iterator[Cluster]:
+    """The cluster, neither met nor left in silence."""
+    quiet = request.verbosity == "quiet"
+    with ExitStack() as inner:
+        with waiting("connecting to Ray", quiet=quiet):
+            from tuner.cluster import connected
+
+            cluster = inner.enter_context(connected(request.address, start=not request.dry_run))
+        yield cluster
+        with waiting("leaving Ray", quiet=quiet):
+            inner.close()
 
 
 def _prior(
@@ -176,8 +188,12 @@ def _ledger(
     folder: RunFolder,
     study: StudyConfig,
     prior: Callable[[], Sequence[PriorTrial]],
-) -> Ledger:
-    ledger = Ledger(folder.database, study, prior)
+    *,
+    read_only: bool = False,
+) -> Ledger | None:
+    if read_only and not folder.database.exists():
+        return None
+    ledger = Ledger(folder.database, study, prior, read_only=read_only)
     stack.callback(ledger.close)
     return ledger
 
@@ -209,7 +225,7 @@ def _reopen(
             "(--trials, --time-budget, --target, --concurrent, --gpus-per-trial, --address and "
             "--local may change)"
         )
-    folder = RunFolder.existing(path)
+    folder = RunFolder.existing(path, lock=not request.dry_run)
     stack.callback(folder.release)
     options: dict[str, Any] = {key: request.options.get(key) for key in _RESUMABLE}
     notes.append(f"study: {folder.config}, going on")
@@ -217,7 +233,7 @@ def _reopen(
 
 
 def _run_trials(
-    place: _Place,
+    place: Place,
     ledger: Ledger,
     folder: RunFolder,
     watcher: Watcher,
@@ -262,7 +278,7 @@ def _check_precision(study: StudyConfig, local: bool) -> None:
             raise ConfigError(f"precision.amp: got {study.precision.amp!r}; {error}") from error
 
 
-def _place(study: StudyConfig, cluster: Cluster | None, notes: list[str]) -> _Place:
+def _place(study: StudyConfig, cluster: Cluster | None, notes: list[str]) -> Place:
     """GPUs a trial, trials side by side, and the device's name; says what was chosen."""
     cpus = study.resources.cpus_per_trial
     if cluster is None:
@@ -277,7 +293,7 @@ def _place(study: StudyConfig, cluster: Cluster | None, notes: list[str]) -> _Pl
             notes.append(f"no GPU is used: trials run on the CPU, threads each: {cpus}")
         else:
             notes.append(f"trials run on {torch.cuda.get_device_name()}, one after another")
-        return _Place(None, float(device != "cpu"), 1, device)
+        return Place(None, float(device != "cpu"), 1, device)
     from tuner.cluster import trial_resources
 
     gpus, concurrent = trial_resources(cluster, study.resources, study.search.trials)
@@ -296,7 +312,7 @@ def _place(study: StudyConfig, cluster: Cluster | None, notes: list[str]) -> _Pl
     if cluster.dashboard:
         token = f" (token: {cluster.token_file})" if cluster.token_file else ""
         notes.append(f"Ray dashboard: {cluster.dashboard}{token}")
-    return _Place(cluster, gpus, concurrent, "cuda" if gpus else "cpu")
+    return Place(cluster, gpus, concurrent, "cuda" if gpus else "cpu")
 
 
 def _conclude(
@@ -307,7 +323,8 @@ def _conclude(
     best = write_best(folder, ledger)
     if best is not None:
         export_winner(folder, best)
-    _attempt(lambda: write_report(folder, ledger), progress, "report.html")
+    with progress.waiting("drawing the report"):
+        _attempt(lambda: write_report(folder, ledger), progress, "report.html")
     counts = Counter(trial.state for trial in ledger.trials())
     states: tuple[State, ...] = ("running", "done", "pruned", "failed")
     words: dict[State, str] = {"running": "to go on"}
@@ -351,16 +368,18 @@ def _score_winner(folder: RunFolder, progress: Progress) -> None:
     if not (folder.best / "config.json").exists():
         return  # its checkpoint was out of reach, which has been said
     localizer = Localizer.load(folder.best)
-    found = evaluate_suite(
-        "nominal",
-        localizer.config,
-        localizer,
-        n_scenes=_SCORED_SCENES,
-        classical=[REFERENCE],
-        say=logger.info,
-    )
-    content = evaluation_of({"nominal": found}, localizer.config, checkpoint=folder.best)
-    write_evaluation(folder.path / "evaluation.json", content)
+    with progress.counting() as advance:
+        found = evaluate_suite(
+            "nominal",
+            localizer.config,
+            localizer,
+            n_scenes=_SCORED_SCENES,
+            classical=[REFERENCE],
+            say=logger.info,
+            advance=advance,
+        )
+        content = evaluation_of({"nominal": found}, localizer.config, checkpoint=folder.best)
+        write_evaluation(folder.path / "evaluation.json", content)
     progress.say(f"winner beside NOMP; scenes: {found['scenes']}")
     for name, report in found["methods"].items():
         numbers = report["overall"]

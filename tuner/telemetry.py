@@ -17,6 +17,7 @@ from tuner.config import StudyConfig
 from tuner.liveview import StudyView, count_states, ranked, short
 from tuner.rows import TrialRow
 from tuner.study import Assignment, State, TrialRecord
+from tuner.waiting import Advance, counting, waiting
 from tuner.watchers import Watcher
 
 logger = logging.getLogger("tuner")
@@ -110,6 +111,18 @@ class Progress(Watcher):
                 return
             with Live(get_renderable=self._draw, console=self._console, refresh_per_second=2):
                 yield
+
+    @contextmanager
+    def waiting(self, text: str) -> Iterator[None]:
+        """Say what the block does while it does it."""
+        with waiting(text, quiet=self._verbosity == "quiet", console=self._console):
+            yield
+
+    @contextmanager
+    def counting(self) -> Iterator[Advance]:
+        """A bar for what is done piece by piece."""
+        with counting(quiet=self._verbosity == "quiet", console=self._console) as advance:
+            yield advance
 
     @contextmanager
     def _log_shown(self) -> Iterator[None]:
