@@ -14,10 +14,10 @@ from physics.config import FrozenModel
 class TrainingConfig(FrozenModel):
     """Optimiser, schedule and stopping rules."""
 
-    epochs: int = Field(10, ge=1)
-    batch_size: int = Field(64, ge=1)
+    epochs: int = Field(10, ge=1, description="budget of a trial")
+    batch_size: int = Field(64, ge=1, description="scenes of an optimiser step")
     learning_rate: float = Field(1e-3, gt=0, description="peak of the schedule")
-    weight_decay: float = Field(1e-4, ge=0)
+    weight_decay: float = Field(1e-4, ge=0, description="of AdamW")
     warmup_fraction: float = Field(0.05, ge=0, lt=1, description="share of optimiser steps")
     final_learning_rate: float = Field(0.01, ge=0, le=1, description="share of the peak at the end")
     gradient_clip: float = Field(1.0, gt=0, description="largest gradient norm of a step")

@@ -58,7 +58,9 @@ class SearchConfig(FrozenModel):
     )
     include_base: bool = Field(True, description="try the configuration's own values first")
     enqueue: tuple[dict[str, Value], ...] = Field((), description="points that are tried first")
-    space: SearchSpace = Field(default_factory=default_space)
+    space: SearchSpace = Field(
+        default_factory=default_space, description="what is varied, by dotted path"
+    )
 
     @field_validator("time_budget", mode="before")
     @classmethod
@@ -102,7 +104,11 @@ class ResourcesConfig(FrozenModel):
 class StudyConfig(TrialConfig):
     """A whole study: every trial's base configuration and how it is varied."""
 
-    name: str = Field("study", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(
+        "study",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        description="of the study, and of its run folder",
+    )
     search: SearchConfig = Field(default_factory=SearchConfig)
     resources: ResourcesConfig = Field(default_factory=ResourcesConfig)
 
@@ -329,3 +335,10 @@ def _split(data: Mapping[str, Any], path: str) -> list[str]:
     rest = ".".join(parts[2:])
     inside = parts[-1] in _SPACE_FIELDS and rest not in (space or {})
     return ["search", "space", rest.rpartition(".")[0], parts[-1]] if inside else [*parts[:2], rest]
+
+
+if __name__ == "__main__":
+    # `python -m tuner.config` runs this file as a module of another name: the command imports it.
+    from tuner.schema import main
+
+    raise SystemExit(main())
