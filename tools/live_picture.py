@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import argparse
 import io
+import re
 from pathlib import Path
 
+from rich._export_format import CONSOLE_SVG_FORMAT
 from rich.console import Console
 from rich.terminal_theme import MONOKAI
 
@@ -23,7 +25,9 @@ def picture(run_dir: Path, width: int, height: int) -> str:
     console = Console(record=True, width=width, height=height, file=io.StringIO())
     rows = [TrialRow.of(trial) for trial in look.trials]
     console.print(StudyView(look.study, rows, look.seconds))
-    return console.export_svg(title="python -m tuner.run", theme=MONOKAI)
+    # A picture in the documentation fetches no fonts.
+    form = re.sub(r"@font-face \{\{.*?\}\}", "", CONSOLE_SVG_FORMAT, flags=re.DOTALL)
+    return console.export_svg(title="python -m tuner.run", theme=MONOKAI, code_format=form)
 
 
 def main() -> None:
