@@ -256,9 +256,17 @@ def _run(asked: argparse.Namespace) -> int:
             expected = " or ".join(allowed)
             raise ValueError(f"{flag}: got {path.name}; expected a name that ends in {expected}")
 
+    import torch
+
     from model.files import write_text
     from model.localizer import Localizer
 
+    try:
+        on_gpu = torch.device(asked.device).type == "cuda"
+    except RuntimeError:
+        raise ValueError(f"--device: no device {asked.device!r}; expected cpu or cuda") from None
+    if on_gpu and not torch.cuda.is_available():
+        raise ValueError(f"--device: {asked.device} asked, but this machine has no GPU")
     localizer = (
         Localizer.shipped(asked.network, asked.device)
         if asked.checkpoint is None

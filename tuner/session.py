@@ -352,6 +352,8 @@ def _conclude(
         progress.say("the winner's scoring was interrupted; tuner.evaluate does it at any time")
     progress.say(f"report: {folder.report}")
     progress.say(f"train the winner at full budget: python -m tuner.train --from {where}")
+    best_network = shlex.quote(str(folder.best))
+    progress.say(f"locate with it: python -m model.locate SNAPSHOTS --checkpoint {best_network}")
     return DONE
 
 
