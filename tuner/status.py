@@ -75,7 +75,8 @@ def _show(look: Standing, console: Console) -> None:
         console.print(text, markup=False)
 
     say(f"{look.study.name}: {_state(look)}")
-    if look.trials and console.is_terminal:
+    drawn = bool(look.trials) and console.is_terminal
+    if drawn:
         rows = [TrialRow.of(trial) for trial in look.trials]
         console.print(StudyView(look.study, rows, look.seconds))
     else:
@@ -91,7 +92,7 @@ def _show(look: Standing, console: Console) -> None:
         say(f"and {len(failed) - _FAILURES} more that failed: trials.csv has them all")
     if look.report_age is not None and look.state == "running":
         say(f"last report: {format_duration(round(look.report_age))} ago")
-    if look.seconds_left is not None and look.state != "finished":
+    if look.seconds_left is not None and look.state != "finished" and not drawn:
         when = "" if look.state == "running" else ", once it goes on"
         say(f"time left: {about(look.seconds_left)}{when}")
     if look.next_command:
