@@ -39,7 +39,8 @@ from tests.tuner.clusters import Head, actors, started_head
 from tests.tuner.support import write_study
 from tuner.command import BAD_INPUT, DONE, execute
 from tuner.config import load_study
-from tuner.study import Ledger, TrialRecord
+from tuner.records import TrialRecord
+from tuner.study import Ledger
 
 _FORKS = multiprocessing.get_context("forkserver")
 _PRELOADED = ["tuner.run", "tuner.session", "tuner.distributed", "tuner.cluster", "model.training"]
@@ -89,7 +90,7 @@ def _raise_in_a_trial() -> None:
 
 @cache
 def _seed_of_second() -> int:
-    from tuner.study import trial_seed
+    from tuner.records import trial_seed
 
     return trial_seed(3, 1)
 

@@ -22,9 +22,11 @@ class CandidateNetworkConfig(AttentionConfig):
 
     method: ClassVar[str] = "candidates of matching pursuit, judged"
 
-    family: Literal["candidate"] = "candidate"
+    family: Literal["candidate"] = Field(
+        "candidate", description="judges matching pursuit's candidates"
+    )
     depth: int = Field(1, ge=1, description="layers of the encoder over candidates")
-    dropout: float = Field(0.0, ge=0, lt=1)
+    dropout: float = Field(0.0, ge=0, lt=1, description="share of activations that are zeroed")
     candidates: CandidateConfig = CandidateConfig()
 
     @property

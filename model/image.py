@@ -23,12 +23,12 @@ class ImageConfig(FamilyConfig):
 
     method: ClassVar[str] = "peaks of a map over directions"
 
-    family: Literal["image"] = "image"
+    family: Literal["image"] = Field("image", description="reads spectra as an image")
     width: int = Field(48, ge=8, description="channels")
     depth: int = Field(4, ge=1, description="residual blocks")
-    dropout: float = Field(0.0, ge=0, lt=1)
+    dropout: float = Field(0.0, ge=0, lt=1, description="share of activations that are zeroed")
     azimuth_cells: int = Field(32, ge=2, description="of the images")
-    elevation_cells: int = Field(16, ge=2)
+    elevation_cells: int = Field(16, ge=2, description="of the images")
     range_cells: int = Field(6, ge=1, description="planes of inverse range, which are channels")
     range_bins: int = Field(24, ge=2, description="of the distribution of range")
     rank: int = Field(8, ge=1, description="slots: peaks that are looked at")

@@ -43,6 +43,8 @@ class Source:
     range_m: float
     power: float  # share of R_blend's trace that the source explains, by non-negative fit
     probability: float  # that a source stands in this direction, by the slot that points at it
+    # Of the errors of azimuth, elevation [rad] and range [m]; None from peaks of a spectrum.
+    covariance: tuple[tuple[float, ...], ...] | None = None
 
 
 class Localizer:
@@ -230,6 +232,10 @@ class Localizer:
                 probability = torch.sigmoid(prediction.existence[item][slots]).tolist()
             else:
                 probability = self._probabilities(prediction, item, a)
+            spread: list[tuple[tuple[float, ...], ...] | None] = [None] * len(kept)
+            if found.covariance is not None:
+                own = found.covariance[item][found.present[item]].tolist()
+                spread = [tuple(tuple(line) for line in matrix) for matrix in own]
             sources = [
                 Source(
                     azimuth_deg=float(torch.rad2deg(p[0])),
@@ -237,8 +243,9 @@ class Localizer:
                     range_m=float(p[2]),
                     power=float(w),
                     probability=float(q),
+                    covariance=c,
                 )
-                for p, w, q in zip(kept, power, probability, strict=True)
+                for p, w, q, c in zip(kept, power, probability, spread, strict=True)
             ]
             result.append(sorted(sources, key=lambda s: -s.power))
         return result

@@ -14,13 +14,13 @@ from physics.config import FrozenModel
 class TrainingConfig(FrozenModel):
     """Optimiser, schedule and stopping rules."""
 
-    epochs: int = Field(10, ge=1)
+    epochs: int = Field(10, ge=1, description="budget of a trial")
     batch_size: int = Field(64, ge=1, description="scenes of an optimiser step")
     accumulation: int = Field(
         1, ge=1, description="parts in which a step's gradient is computed: less memory, same step"
     )
     learning_rate: float = Field(1e-3, gt=0, description="peak of the schedule")
-    weight_decay: float = Field(1e-4, ge=0)
+    weight_decay: float = Field(1e-4, ge=0, description="of AdamW")
     warmup_fraction: float = Field(0.05, ge=0, lt=1, description="share of optimiser steps")
     final_learning_rate: float = Field(0.01, ge=0, le=1, description="share of the peak at the end")
     gradient_clip: float = Field(1.0, gt=0, description="largest gradient norm of a step")

@@ -27,9 +27,9 @@ class FamilyConfig(FrozenModel):
 
     width: int = Field(64, ge=8, description="size of a token (d_model)")
     depth: int = Field(2, ge=1, description="layers of the encoder")
-    dropout: float = Field(0.1, ge=0, lt=1)
+    dropout: float = Field(0.1, ge=0, lt=1, description="share of activations that are zeroed")
     azimuth_cells: int = Field(16, ge=2, description="of the dictionary of positions")
-    elevation_cells: int = Field(8, ge=2)
+    elevation_cells: int = Field(8, ge=2, description="of the dictionary of positions")
     range_cells: int = Field(5, ge=1, description="planes of inverse range")
 
     @property

@@ -24,23 +24,33 @@ class SceneConfig(FrozenModel):
 
     n_antennas: int = Field(16, ge=1, description="antennas of the base station, M")
     n_snapshots: int = Field(16, ge=1, description="phase codes per scene, L")
-    min_sources: int = Field(1, ge=0)
+    min_sources: int = Field(1, ge=0, description="fewest sources in a scene")
     max_sources: int = Field(5, ge=1, description="most sources in a scene, K")
-    azimuth_deg: tuple[float, float] = (-60.0, 60.0)
-    elevation_deg: tuple[float, float] = (-30.0, 30.0)
-    range_m: tuple[float, float] = (0.5, 10.0)
-    snr_db: tuple[float, float] = Field((-5.0, 20.0), description="mean |clean y|^2 / sigma^2")
-    wavefront: Wavefront = "spherical"
+    azimuth_deg: tuple[float, float] = Field(
+        (-60.0, 60.0), description="between which sources stand [deg]"
+    )
+    elevation_deg: tuple[float, float] = Field(
+        (-30.0, 30.0), description="between which sources stand [deg]"
+    )
+    range_m: tuple[float, float] = Field(
+        (0.5, 10.0), description="distances from the surface's centre [m]"
+    )
+    snr_db: tuple[float, float] = Field((-5.0, 20.0), description="mean |clean y|^2 / sigma^2 [dB]")
+    wavefront: Wavefront = Field(
+        "spherical", description="exact, second order, (x^2 + y^2) / 2r alone, or plane waves"
+    )
     source_mode: SourceMode = Field(
         "fluctuating", description="fresh symbols per snapshot, or one symbol per sweep"
     )
     path_loss_exponent: float = Field(1.0, ge=0, description="amplitude falls as range^-exponent")
-    codebook: Codebook = "random"
+    codebook: Codebook = Field("random", description="phase codes of the snapshots")
     code_bits: int | None = Field(3, ge=1, le=16, description="phase bits; null: continuous")
     k_factor_db: float = Field(
         3.0, ge=-100, le=100, description="Rice factor of the BS-RIS channel [dB]"
     )
-    base_station_range_m: tuple[float, float] = (20.0, 50.0)
+    base_station_range_m: tuple[float, float] = Field(
+        (20.0, 50.0), description="distances of the base station from the surface [m]"
+    )
     element_jitter: float = Field(0.0, ge=0, description="std of element displacement [m]")
     phase_error_deg: float = Field(0.0, ge=0, description="std of element phase error [deg]")
     amplitude_error_db: float = Field(0.0, ge=0, description="std of element amplitude [dB]")

@@ -24,7 +24,9 @@ class TikhonovConfig(FrozenModel):
     """Regularised least squares of R_samp and of the network's ridge solutions."""
 
     regularization: float = Field(1e-3, ge=0, description="lambda, relative to tr(Phi^H Phi)/N")
-    solver: Solver = "auto"
+    solver: Solver = Field(
+        "auto", description="auto: the fastest that suits; the SVD where it fails"
+    )
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ def test_links_lead_to_files_that_exist(path: Path) -> None:
 @pytest.mark.parametrize("path", PAGES, ids=lambda p: p.name)
 def test_commands_name_modules_and_files_that_exist(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
-    for module in re.findall(r"python -m ((?:tuner|benchmarks|tools)\.\w+)", text):
+    for module in re.findall(r"python -m ((?:tuner|model|benchmarks|tools)\.\w+)", text):
         assert (ROOT / module.replace(".", "/")).with_suffix(".py").exists(), module
     for config in re.findall(r"configs/[\w-]+\.yaml", text):
         assert (ROOT / config).exists(), config

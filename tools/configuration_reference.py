@@ -18,6 +18,7 @@ from pydantic.fields import FieldInfo
 
 from tuner.config import StudyConfig
 from tuner.explain import sections_of
+from tuner.schema import limits
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
 
@@ -48,18 +49,6 @@ def type_name(annotation: Any) -> str:
     return {float: "number", int: "integer", bool: "true/false", str: "text"}.get(
         annotation, getattr(annotation, "__name__", str(annotation))
     )
-
-
-def limits(field: FieldInfo) -> str:
-    """The bounds that pydantic checks."""
-    signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
-    found = []
-    for rule in field.metadata:
-        for name, sign in signs.items():
-            bound = getattr(rule, name, None)
-            if bound is not None:
-                found.append(f"{sign} {bound:g}")
-    return ", ".join(found)
 
 
 def escaped(field: FieldInfo) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import ray
+import torch
 
 from tuner.autoscaling import HEAD, find_growth
 from tuner.capacity import Capacity, Machine
@@ -34,6 +35,7 @@ class Cluster:
     capacity: Capacity
     dashboard: str | None
     token_file: Path | None
+    is_here: bool = False  # Ray is started on this machine, for this run
 
     @property
     def n_cpus(self) -> float:
@@ -71,12 +73,14 @@ class Cluster:
 
 
 @contextmanager
-def connected(address: str | None) -> Iterator[Cluster]:
+def connected(address: str | None, *, start: bool = True) -> Iterator[Cluster]:
     """Connect to the cluster that is named or found, else start Ray here.
 
     Args:
         address: ``host:port``, ``auto``, ``local`` (always start Ray here), or None for
             RAY_ADDRESS, then a head that `ray start` left on this machine, then ``local``.
+        start: False starts nothing: what Ray would find here is looked up, and a cluster is asked
+            for its resources only.
 
     Raises:
         StudyError: a named cluster that does not answer, in bounded time.
@@ -84,9 +88,14 @@ def connected(address: str | None) -> Iterator[Cluster]:
     target, description = _choose(address)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if target is None and not start:
+        yield _here()
+        return
     if target is None:
         os.environ.pop("RAY_ADDRESS", None)
         options |= {"address": _HERE, "include_dashboard": True}
+    elif not start:
+        options |= {"address": target}
     else:
         # Other machines run this very code, whatever lies on their disks.
         options |= {"address": target, "runtime_env": {"py_modules": _own_packages()}}
@@ -215,6 +224,20 @@ def _look(description: str, dashboard: str | None, *, may_grow: bool) -> Cluster
         ),
         dashboard=f"http://{dashboard}" if dashboard else None,
         token_file=_token_file(),
+    )
+
+
+def _here() -> Cluster:
+    """What Ray would find on this machine."""
+    from ray._private.utils import get_num_cpus
+
+    n_cpus, n_gpus = float(get_num_cpus()), float(torch.cuda.device_count())
+    return Cluster(
+        description="Ray on this machine, which would be started",
+        capacity=Capacity(Machine(n_cpus, n_gpus)),
+        dashboard=None,
+        token_file=None,
+        is_here=True,
     )
 
 

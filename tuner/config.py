@@ -74,7 +74,9 @@ class SearchConfig(FrozenModel):
         description="database of the ledger, postgresql://USER@HOST/NAME, without the password; "
         "null: study.db in the run folder",
     )
-    space: SearchSpace = Field(default_factory=default_space)
+    space: SearchSpace = Field(
+        default_factory=default_space, description="what is varied, by dotted path"
+    )
 
     @field_validator("time_budget", mode="before")
     @classmethod
@@ -84,6 +86,15 @@ class SearchConfig(FrozenModel):
     def moved_by_cmaes(self) -> list[str]:
         """Numeric parameters of more than one value: what CMA-ES has a distribution over."""
         return [p for p, s in self.space.items() if s.type != "categorical" and s.size > 1]
+
+    def rungs(self, epochs: int) -> list[int]:
+        """Epochs after which ASHA stops all but the best, of a budget; none of other schedulers."""
+        if self.scheduler != "asha":
+            return []
+        found = [self.grace_epochs]
+        while found[-1] < epochs:
+            found.append(found[-1] * self.reduction_factor)
+        return found[:-1]
 
     # Of validators before the type's own, pydantic runs the last one first.
     @field_validator("time_budget", "target", mode="before")
@@ -119,7 +130,11 @@ class ResourcesConfig(FrozenModel):
 class StudyConfig(TrialConfig):
     """A whole study: every trial's base configuration and how it is varied."""
 
-    name: str = Field("study", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(
+        "study",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        description="of the study, and of its run folder",
+    )
     search: SearchConfig = Field(default_factory=SearchConfig)
     resources: ResourcesConfig = Field(default_factory=ResourcesConfig)
 
@@ -392,3 +407,10 @@ def _split(data: Mapping[str, Any], path: str) -> list[str]:
     rest = ".".join(parts[2:])
     inside = parts[-1] in _SPACE_FIELDS and rest not in (space or {})
     return ["search", "space", rest.rpartition(".")[0], parts[-1]] if inside else [*parts[:2], rest]
+
+
+if __name__ == "__main__":
+    # `python -m tuner.config` runs this file as a module of another name: the command imports it.
+    from tuner.schema import main
+
+    raise SystemExit(main())

@@ -84,6 +84,7 @@ def evaluate(
     from tuner.errors import StudyError
     from tuner.evaluation import evaluate_suite, evaluation_of, write_evaluation
     from tuner.scoretable import print_tables
+    from tuner.waiting import counting
 
     chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -105,17 +106,19 @@ def evaluate(
         with Interruption().watched():
             found: dict[str, Any] = {}
             for name in names:
-                found[name] = evaluate_suite(
-                    name,
-                    conventions,
-                    localizer,
-                    n_scenes=scenes,
-                    methods=method,
-                    references=reference,
-                    snr_known=not unknown_snr,
-                    device=chosen,
-                    say=typer.echo,
-                )
+                with counting() as advance:
+                    found[name] = evaluate_suite(
+                        name,
+                        conventions,
+                        localizer,
+                        n_scenes=scenes,
+                        methods=method,
+                        references=reference,
+                        snr_known=not unknown_snr,
+                        device=chosen,
+                        say=typer.echo,
+                        advance=advance,
+                    )
                 print_tables(found[name])
             content = evaluation_of(
                 found,

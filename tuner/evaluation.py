@@ -83,6 +83,7 @@ def evaluate_suite(
     snr_known: bool = True,
     device: str = "cpu",
     say: Callable[[str], object] = print,
+    advance: Callable[[str, int, int], None] = lambda name, done, total: None,
 ) -> dict[str, Any]:
     """Score every estimator on the scenes of one suite.
 
@@ -98,6 +99,7 @@ def evaluate_suite(
         snr_known: whether estimators are told the SNR.
         device: where to compute.
         say: takes a line on every step.
+        advance: told of every batch: the estimator, its scenes so far, and all.
 
     Raises:
         StudyError: an unknown method, or a reference that is not run.
@@ -125,7 +127,7 @@ def evaluate_suite(
     say(f"{name}: {suite.description}; scenes: {origin}")
     scores: list[Score] = []
     for estimator in estimators:
-        scores.append(score(estimator, truth))
+        scores.append(score(estimator, truth, advance))
         say(f"  {estimator.name}: {scores[-1].scenes_per_second:.1f} scenes/s")
     return {
         "description": suite.description,

@@ -5,12 +5,16 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import platform
 import shutil
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 from model.files import PART
+
+_TRIES, _PAUSE = 5, 0.02  # of taking a lock, which who looks at it holds for an instant [s]
 
 
 def sweep(folder: Path) -> None:
@@ -43,7 +47,7 @@ class Locked(Exception):
 
 
 class FileLock:
-    """A lock that its process holds as long as it lives, with the process's number in the file."""
+    """A lock that its process holds as long as it lives, with process and host in the file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -53,19 +57,33 @@ class FileLock:
         """Take it, or raise Locked at once; OSError where the file cannot be written."""
         handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(handle)
         except OSError as error:
-            holder = os.read(handle, 100).decode(errors="replace").strip()
+            holder = os.read(handle, 300).decode(errors="replace").strip()
             os.close(handle)
             if error.errno not in (errno.EAGAIN, errno.EACCES):
                 raise
             raise Locked(f" (process {holder})" if holder else "") from None
         os.ftruncate(handle, 0)
-        os.pwrite(handle, str(os.getpid()).encode(), 0)
+        os.pwrite(handle, f"{os.getpid()} on {platform.node()}".encode(), 0)
         self._handle = handle
 
     def release(self) -> None:
-        """Let another process have it."""
+        """Let another process have it, and leave word that this one was not cut off."""
         if self._handle is not None:
+            os.ftruncate(self._handle, 0)
             os.close(self._handle)
             self._handle = None
+
+
+def _lock(handle: int) -> None:
+    """Take the lock; the glances of others, who hold it for an instant, are waited for."""
+    for left in range(_TRIES - 1, -1, -1):
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if not left or error.errno not in (errno.EAGAIN, errno.EACCES):
+                raise
+            time.sleep(_PAUSE)
+        else:
+            return

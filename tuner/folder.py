@@ -2,13 +2,34 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import os
+import platform
+import re
 import time
 import uuid
+from dataclasses import dataclass
 from pathlib import Path
 
 from model.files import write_text
 from tuner.errors import StudyError
 from tuner.files import FileLock, Locked, sweep
+
+
+@dataclass(frozen=True)
+class Driver:
+    """Who wrote the lock last, and whether the lock is seen to be held."""
+
+    pid: int | None
+    host: str | None
+    since: float  # unix time
+    locked: bool
+
+    @property
+    def is_here(self) -> bool:
+        """Whether it ran on this machine, where its lock tells all."""
+        return self.host is None or self.host == platform.node()
 
 
 class RunFolder:
@@ -103,6 +124,11 @@ class RunFolder:
         return self.trials / f"{number:04d}"
 
     @property
+    def has_ledger(self) -> bool:
+        """Whether a study has begun here, wherever its ledger lies."""
+        return self.database.exists() or self.study_name.exists()
+
+    @property
     def holds_study(self) -> bool:
         """Whether a study was started here."""
         return self.database.exists() or self.config.exists()
@@ -153,6 +179,29 @@ class RunFolder:
             count += 1
         return path
 
+    @property
+    def driver(self) -> Driver | None:
+        """Who drives the study, or was cut off driving it; None where nobody was, or all ended."""
+        path = self.path / ".lock"
+        try:
+            handle = os.open(path, os.O_RDONLY)
+        except OSError:
+            return None
+        try:
+            locked = False
+            try:
+                fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except OSError as error:  # a file system without locks shows none
+                locked = error.errno in (errno.EAGAIN, errno.EACCES)
+            text = os.pread(handle, 300, 0).decode(errors="replace")
+            since = os.fstat(handle).st_mtime
+        finally:
+            os.close(handle)
+        found = re.fullmatch(r"(\d+)(?: on (\S+))?", text.strip())
+        if found is None:
+            return Driver(None, None, since, locked) if locked else None
+        return Driver(int(found[1]), found[2], since, locked)
+
     def _acquire(self) -> None:
         try:
             self._lock.acquire()
@@ -160,5 +209,5 @@ class RunFolder:
             raise StudyError(f"{self.path}: another run{error} is at work on this study") from None
 
     def release(self) -> None:
-        """Let another driver in."""
+        """Let another driver in, and leave word that this one was not cut off."""
         self._lock.release()

@@ -13,8 +13,9 @@ from tuner.claim import claim_of
 from tuner.config import StudyConfig
 from tuner.errors import StudyError
 from tuner.folder import RunFolder
+from tuner.records import PriorTrial
 from tuner.storage import PatientStorage, open_storage, parse_url, shown
-from tuner.study import Ledger, PriorTrial
+from tuner.study import Ledger
 
 
 def ledger_note(study: StudyConfig) -> list[str]:

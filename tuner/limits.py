@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from time import monotonic
 
 from tuner.duration import format_duration
+from tuner.space import n_points
 from tuner.study import Ledger
 
 _KEEP_EVERY = 1.0  # seconds of the study's time that a killed driver may forget
@@ -75,3 +76,13 @@ class Limits:
     def _keep(self) -> None:
         self._kept = self.seconds
         self._ledger.keep_seconds(self._kept)
+
+
+def why_ended(ledger: Ledger, limits: Limits) -> Ended | None:
+    """Why the study has nothing to run, if that is so."""
+    if not ledger.has_work:
+        search = ledger.config.search
+        if n_points(search.space) <= search.trials:
+            return Ended("every point of search.space has run")
+        return Ended("all trials have run", "a larger --trials")
+    return limits.reached()

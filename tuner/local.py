@@ -16,8 +16,9 @@ import torch
 
 from tuner.checkpoints import reachable
 from tuner.folder import RunFolder
+from tuner.records import Assignment, End
 from tuner.retries import exhausted_reason
-from tuner.study import Assignment, End, Ledger
+from tuner.study import Ledger
 from tuner.trial import MemoryExhausted, TrialRun, place_of
 from tuner.watchers import Watcher
 

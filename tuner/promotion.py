@@ -22,7 +22,8 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from tuner.config import StudyConfig
-from tuner.study import Assignment, Ledger, TrialRecord
+from tuner.records import Assignment, TrialRecord
+from tuner.study import Ledger
 
 _PARENT, _REPEAT = "parent", "repeat"  # attributes of a run: the search's trial, and which seed
 

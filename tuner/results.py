@@ -16,7 +16,8 @@ from tuner.files import replace_folder
 from tuner.folder import RunFolder
 from tuner.pareto import pareto_front
 from tuner.promotion import Promoted, Promotion
-from tuner.study import Ledger, TrialRecord
+from tuner.records import TrialRecord
+from tuner.study import Ledger
 
 logger = logging.getLogger(__name__)
 

@@ -96,6 +96,20 @@ def run(
         int | None, typer.Option(help="Trials side by side. Default: as many as there is room for.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the study.")] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Show configuration, space, resources, and about what time and disk it takes; "
+            "start nothing.",
+        ),
+    ] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", help="Show what goes wrong and the summary at the end alone.")
+    ] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="Show every event and the log's lines too.")
+    ] = False,
 ) -> int:
     """Tune the network that turns RIS snapshots into source positions.
 
@@ -103,7 +117,13 @@ def run(
     tuner.log. Exit codes: 0 done; 1 no trial finished; 2 bad configuration or data, said in one
     line; 130 interrupted, by a signal or by a database that stayed away, go on with --resume.
     """
-    from tuner.session import Request, run_session
+    from tuner.errors import StudyError
+    from tuner.waiting import waiting
+
+    if quiet and verbose:
+        raise StudyError("--quiet: excludes --verbose")
+    with waiting("loading PyTorch and Optuna", quiet=quiet):
+        from tuner.session import Request, run_session
 
     return run_session(
         Request(
@@ -127,6 +147,8 @@ def run(
             local=local,
             resume=resume,
             address=address,
+            verbosity="quiet" if quiet else "verbose" if verbose else "normal",
+            dry_run=dry_run,
         )
     )
 

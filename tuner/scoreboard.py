@@ -179,13 +179,19 @@ def _with_covariance(result: NompResult, array: PlanarArray, scene: SceneConfig)
     return result.detections, source_covariance(a, power * result.detections.present)
 
 
-def score(estimator: Estimator, truth: Truth) -> Score:
+def score(
+    estimator: Estimator,
+    truth: Truth,
+    advance: Callable[[str, int, int], None] = lambda name, done, total: None,
+) -> Score:
     """Run an estimator over all scenes, batch by batch, and compare it with the truth.
 
-    The first batch is run once before the clock starts.
+    The first batch is run once before the clock starts. `advance` is told the estimator's name,
+    how many scenes are done, and of how many.
     """
     scenes = truth.scenes
     batches = [slice(i, i + BATCH) for i in range(0, len(scenes), BATCH)]
+    advance(estimator.name, 0, len(scenes))
     estimator.run(scenes[batches[0]])
     found: list[Detections] = []
     error: list[Tensor] = []
@@ -205,6 +211,7 @@ def score(estimator: Estimator, truth: Truth) -> Score:
             subspace.append(
                 subspace_error(covariance, truth.steering[index], batch.present).double()
             )
+        advance(estimator.name, min(index.stop, len(scenes)), len(scenes))
     detections = Detections.concatenate(found)
     matching = match(detections, scenes.position, scenes.present)
     return Score(

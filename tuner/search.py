@@ -23,8 +23,9 @@ from model.files import sync, write_text
 from tuner.checkpoints import Storage
 from tuner.disk import speaks_of_full_disk
 from tuner.folder import RunFolder
+from tuner.records import End
 from tuner.retries import exhausted_reason
-from tuner.study import End, Ledger
+from tuner.study import Ledger
 from tuner.trainable import CONFIG, DEVICE, GIVE_UP, NUMBER, RESUME, START, STUDY
 from tuner.watchers import Watcher
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 import shlex
-from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,24 +15,25 @@ import torch
 from model.data import check_data
 from model.files import write_text
 from model.precision import AmpPolicy
-from tuner.command import DONE, INTERRUPTED, NOTHING_FINISHED, Interruption
+from tuner.command import DONE, Interruption
+from tuner.conclusion import conclude
 from tuner.config import StudyConfig, load_study
 from tuner.disk import full_disk_said
 from tuner.errors import ConfigError, StudyError
 from tuner.folder import RunFolder
-from tuner.ledger import ledger_note, open_ledger
-from tuner.limits import Ended, Limits
-from tuner.local import local_device, run_local
-from tuner.pareto import pareto_front
+from tuner.ledger import ledger_note, open_ledger, read_ledger
+from tuner.limits import Limits, why_ended
+from tuner.local import run_local
+from tuner.place import Place, check_place, choose_place
+from tuner.plan import show_plan
 from tuner.promotion import Promotion, open_promotion
-from tuner.report import write_report
-from tuner.results import drop_losers, export_winner, write_best, write_promoted, write_trials
+from tuner.records import PriorTrial
+from tuner.results import drop_losers, write_best, write_promoted, write_trials
 from tuner.samplers import sampler_note
-from tuner.scenes import ensure_scenes
-from tuner.space import n_points
-from tuner.study import Ledger, PriorTrial, State
-from tuner.telemetry import Progress, logging_to
+from tuner.study import Ledger
+from tuner.telemetry import Progress, Verbosity, logging_to
 from tuner.tensorboard import TensorBoardLog
+from tuner.waiting import waiting
 from tuner.warmstart import read_prior
 from tuner.watchers import Watcher, Watchers
 
@@ -41,8 +41,6 @@ if TYPE_CHECKING:
     from tuner.cluster import Cluster
 
 logger = logging.getLogger(__name__)
-
-_SCORED_SCENES = 256  # that the winner is compared with NOMP on
 
 _CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 # What a study may still change when it goes on; the rest decides its trials' results.
@@ -75,16 +73,8 @@ class Request:
     local: bool = False
     resume: Path | None = None
     address: str | None = None
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where trials run, and what each is given there."""
-
-    cluster: Cluster | None
-    gpus: float
-    concurrent: int
-    device: str
+    verbosity: Verbosity = "normal"
+    dry_run: bool = False
 
 
 def run_session(request: Request) -> int:
@@ -108,32 +98,38 @@ def run_session(request: Request) -> int:
             folder, study = _reopen(stack, request, request.resume, notes)
         else:
             if request.config is None and not request.local:
-                cluster = _connect(stack, request.address)
+                cluster = _connect(stack, request)
             study = _load(request, cluster, notes)
         notes += [note for note in [sampler_note(study.search)] if note]
         prior = _prior(study, notes, fresh=folder is None)
         _check_precision(study, request.local)
-        notes.append("data: " + check_data(study))
+        with waiting("checking the data", quiet=request.verbosity == "quiet"):
+            notes.append("data: " + check_data(study))
+        if study.network.front_end is not None:
+            notes.append("the candidates of all scenes are found first, once for all trials")
         notes += ledger_note(study)
         promotion: Promotion | None = None
-        if folder is not None:
-            ledger, promotion = _ledgers(stack, folder, study, prior)
-        place: _Place | None = None
-        ended = _ended(ledger, Limits(ledger)) if ledger is not None else None
+        if folder is not None and (not request.dry_run or folder.has_ledger):
+            ledger, promotion = _ledgers(stack, folder, study, prior, reading=request.dry_run)
+        place: Place | None = None
+        ended = why_ended(ledger, Limits(ledger)) if ledger is not None else None
         if ended is None or (promotion is not None and promotion.has_work):
             if cluster is None and not request.local:
-                cluster = _connect(stack, request.address)
+                cluster = _connect(stack, request)
             interruption.take()
-            place = _place(study, cluster, notes)
+            place = choose_place(study, cluster, notes)
         else:
             remedy = f" ({ended.remedy} goes on)" if ended.remedy else ""
             notes.append(f"nothing is left to run: {ended.reason}{remedy}")
+        if request.dry_run:
+            show_plan(study, notes, request.out, place, ledger)
+            return DONE
         if folder is None:
             folder = RunFolder.fresh(request.out or RunFolder.default_path(study.name))
             stack.callback(folder.release)
         stack.enter_context(full_disk_said(folder.path))
-        if place is not None and place.cluster is not None:
-            _check_reach(study, folder, place)
+        if place is not None:
+            check_place(study, folder, place)
         stack.enter_context(logging_to(folder.log))
         if cluster is not None:
             from tuner.cluster import quiet_ray
@@ -143,11 +139,13 @@ def run_session(request: Request) -> int:
         if ledger is None:
             ledger, promotion = _ledgers(stack, folder, study, prior)
         limits = Limits(ledger)
-        progress = Progress(study, ledger.trials())
+        progress = Progress(
+            study, ledger.trials(), clock=lambda: limits.seconds, verbosity=request.verbosity
+        )
         ledger.announce(progress.say)
         watchers = Watchers(progress, TensorBoardLog(ledger, folder.tensorboard))
         for note in [f"run folder: {folder.path}", *notes]:
-            progress.say(note)
+            progress.note(note)
         try:
             if ended is None and place is not None:
                 with progress.shown():
@@ -162,15 +160,25 @@ def run_session(request: Request) -> int:
             progress.say(f"cut short by an error; go on with: python -m tuner.run --resume {where}")
             raise
         early = limits.reached() if place is not None and ledger.has_work else None
-        return _conclude(
-            folder, ledger, promotion, progress, early, interrupted=interruption.wished
-        )
+        return conclude(folder, ledger, promotion, progress, early, interrupted=interruption.wished)
 
 
-def _connect(stack: ExitStack, address: str | None) -> Cluster:
-    from tuner.cluster import connected
+def _connect(stack: ExitStack, request: Request) -> Cluster:
+    return stack.enter_context(_connected(request))
 
-    return stack.enter_context(connected(address))
+
+@contextmanager
+def _connected(request: Request) -> Iterator[Cluster]:
+    """The cluster, neither met nor left in silence."""
+    quiet = request.verbosity == "quiet"
+    with ExitStack() as inner:
+        with waiting("connecting to Ray", quiet=quiet):
+            from tuner.cluster import connected
+
+            cluster = inner.enter_context(connected(request.address, start=not request.dry_run))
+        yield cluster
+        with waiting("leaving Ray", quiet=quiet):
+            inner.close()
 
 
 def _prior(
@@ -192,8 +200,10 @@ def _ledgers(
     folder: RunFolder,
     study: StudyConfig,
     prior: Callable[[], Sequence[PriorTrial]],
+    *,
+    reading: bool = False,
 ) -> tuple[Ledger, Promotion | None]:
-    ledger = open_ledger(folder, study, prior)
+    ledger = read_ledger(folder, study) if reading else open_ledger(folder, study, prior)
     stack.callback(ledger.close)
     return ledger, open_promotion(ledger)
 
@@ -226,7 +236,7 @@ def _reopen(
             "(--trials, --time-budget, --target, --promote, --storage, --concurrent, "
             "--gpus-per-trial, --address and --local may change)"
         )
-    folder = RunFolder.existing(path)
+    folder = RunFolder.existing(path, lock=not request.dry_run)
     stack.callback(folder.release)
     options: dict[str, Any] = {key: request.options.get(key) for key in _RESUMABLE}
     notes.append(f"study: {folder.config}, going on")
@@ -234,7 +244,7 @@ def _reopen(
 
 
 def _run_trials(
-    place: _Place,
+    place: Place,
     ledger: Ledger,
     folder: RunFolder,
     watcher: Watcher,
@@ -270,7 +280,8 @@ def _promote(
         + (f" (--promote {search.promote}: no more have finished)" * (count < search.promote))
     )
     runs = folder.promotion()
-    shown = Progress(study, promotion.trials(), noun="run")
+    limits = Limits(promotion)
+    shown = progress.beside(study, promotion.trials(), lambda: limits.seconds)
     watchers = Watchers(shown, TensorBoardLog(promotion, runs.tensorboard))
 
     def after() -> None:
@@ -278,12 +289,12 @@ def _promote(
         drop_losers(runs, promotion, *(found.best for found in promotion.configurations()))
 
     with shown.shown():
-        place, limits = _place(study, cluster, []), Limits(promotion)
+        place = choose_place(study, cluster, [])
         _run(place, promotion, runs, watchers, limits, interruption, after)
 
 
 def _run(
-    place: _Place,
+    place: Place,
     ledger: Ledger,
     folder: RunFolder,
     watcher: Watcher,
@@ -321,162 +332,3 @@ def _check_precision(study: StudyConfig, local: bool) -> None:
             AmpPolicy(study.precision, torch.device("cpu"))
         except ValueError as error:
             raise ConfigError(f"precision.amp: got {study.precision.amp!r}; {error}") from error
-
-
-def _ended(ledger: Ledger, limits: Limits) -> Ended | None:
-    """Why the study has nothing to run, if that is so."""
-    if not ledger.has_work:
-        search = ledger.config.search
-        if n_points(search.space) <= search.trials:
-            return Ended("every point of search.space has run")
-        return Ended("all trials have run", "a larger --trials")
-    return limits.reached()
-
-
-def _place(study: StudyConfig, cluster: Cluster | None, notes: list[str]) -> _Place:
-    """GPUs a trial, trials side by side, and the device's name; says what was chosen."""
-    cpus = study.resources.cpus_per_trial
-    if cluster is None:
-        wanted = 0 if study.resources.device == "cpu" else study.resources.gpus_per_trial
-        device = local_device(wanted)
-        if wanted and device == "cpu":
-            raise StudyError(
-                f"resources.gpus_per_trial: {wanted:g} GPU a trial asked, but this machine has "
-                "none; ask for 0 to run the trials on the CPU"
-            )
-        if device == "cpu":
-            notes.append(f"no GPU is used: trials run on the CPU, threads each: {cpus}")
-        else:
-            notes.append(f"trials run on {torch.cuda.get_device_name()}, one after another")
-        return _Place(None, float(device != "cpu"), 1, device)
-    from tuner.cluster import trial_resources
-
-    gpus, concurrent = trial_resources(cluster, study.resources, study.search.trials)
-    notes.append(
-        f"{cluster.description}: {cluster.words}; "
-        f"{concurrent} trials side by side, {gpus:g} GPU and {cpus} CPU each"
-    )
-    if not gpus:
-        reason = "by request" if cluster.n_gpus_possible else "there is none"
-        if study.resources.gpus_per_trial is None and not cluster.capacity.known:
-            reason = "none is known of; if its autoscaler may add some: --gpus-per-trial 1"
-        notes.append(f"no GPU is used ({reason}): trials run on the CPU")
-    elif study.resources.device == "cpu":
-        notes.append("GPUs are held and stay idle (resources.device): trials compute on the CPU")
-    if cluster.has_several_nodes and not study.resources.storage:
-        notes.append(
-            "the cluster has several nodes, or may have: those that come later must share the run "
-            "folder too (NFS), or resources.storage must name what they share (s3://...)"
-        )
-    if cluster.dashboard:
-        token = f" (token: {cluster.token_file})" if cluster.token_file else ""
-        notes.append(f"Ray dashboard: {cluster.dashboard}{token}")
-    device = "cuda" if gpus and study.resources.device == "auto" else "cpu"
-    return _Place(cluster, gpus, concurrent, device)
-
-
-def _check_reach(study: StudyConfig, folder: RunFolder, place: _Place) -> None:
-    from tuner.checkpoints import Storage
-    from tuner.reach import check_reach
-
-    cpus = study.resources.cpus_per_trial or 1
-    check_reach(Storage.of(folder, study.resources), cpus, place.gpus)
-
-
-def _conclude(
-    folder: RunFolder,
-    ledger: Ledger,
-    promotion: Promotion | None,
-    progress: Progress,
-    early: Ended | None,
-    *,
-    interrupted: bool,
-) -> int:
-    """Write the results and say how it ended."""
-    write_trials(folder, ledger)
-    best = write_best(folder, ledger, promotion)
-    if promotion is not None:
-        write_promoted(folder, promotion)
-    if best is not None:
-        export_winner(folder, best)
-    scored = best is not None and not interrupted
-    if not scored:  # else it is written with the winner's scores
-        _attempt(lambda: write_report(folder, ledger), progress, "report.html")
-    counts = Counter(trial.state for trial in ledger.trials())
-    states: tuple[State, ...] = ("running", "done", "pruned", "failed")
-    words: dict[State, str] = {"running": "to go on"}
-    summary = ", ".join(f"{counts[s]} {words.get(s, s)}" for s in states if counts[s])
-    progress.say(f"trials: {summary or 'none'}")
-    where = shlex.quote(str(folder.path))
-    if (first := ledger.best()) is not None:
-        untrained = first.metrics.get("untrained_objective")
-        beside = f" (untrained network: {untrained:.5f})" if untrained is not None else ""
-        where_best = "best" if promotion is None else "best in the search"
-        progress.say(
-            f"{where_best}: trial {first.number:04d}, objective {first.objective:.5f}{beside}"
-        )
-    if study_cost := ledger.config.search.cost:
-        front = ", ".join(f"{t.number:04d}" for t in pareto_front(ledger))
-        progress.say(f"Pareto front, cheapest in {study_cost} first: {front or 'no trial'}")
-    for line in promotion.summary() if promotion is not None else []:
-        progress.say(line)
-    if interrupted:
-        progress.say(f"interrupted; go on with: python -m tuner.run --resume {where}")
-        return INTERRUPTED
-    if early is not None:
-        more = f"python -m tuner.run --resume {where} {early.remedy}"
-        progress.say(f"ended early: {early.reason}; go on with: {more}")
-    if best is None:
-        reasons = {t.reason for t in ledger.trials() if t.state == "failed" and t.reason}
-        why = f"; for example: {sorted(reasons)[0]}" if reasons else ""
-        progress.say(f"no trial finished{why}", logging.ERROR)
-        return NOTHING_FINISHED
-    try:
-        _attempt(lambda: _score_winner(folder, progress), progress, "evaluation.json")
-        _attempt(lambda: ensure_scenes(folder), progress, "scenes.json")
-    except KeyboardInterrupt:
-        progress.say("the winner's scoring was interrupted; tuner.evaluate does it at any time")
-    _attempt(lambda: write_report(folder, ledger), progress, "report.html")
-    progress.say(f"report: {folder.report}")
-    if promotion is None or promotion.winner() is None:
-        progress.say(f"train the winner at full budget: python -m tuner.train --from {where}")
-    return DONE
-
-
-def _score_winner(folder: RunFolder, progress: Progress) -> None:
-    """evaluation.json: the winner beside NOMP.
-
-    Simulated scenes are such as no trial has seen. Of recorded ones the test split is taken, or
-    else the validation split, which chose the winner: the result says so.
-    """
-    from model.localizer import Localizer
-    from tuner.evaluation import evaluate_suite, evaluation_of, write_evaluation
-    from tuner.scoreboard import REFERENCE
-
-    if not (folder.best / "config.json").exists():
-        return  # its checkpoint was out of reach, which has been said
-    localizer = Localizer.load(folder.best)
-    found = evaluate_suite(
-        "nominal",
-        localizer.config,
-        localizer,
-        n_scenes=_SCORED_SCENES,
-        classical=[REFERENCE],
-        say=logger.info,
-    )
-    content = evaluation_of({"nominal": found}, localizer.config, checkpoint=folder.best)
-    write_evaluation(folder.evaluation, content)
-    progress.say(f"winner beside NOMP; scenes: {found['scenes']}")
-    for name, report in found["methods"].items():
-        numbers = report["overall"]
-        progress.say(f"{name}: F1 {numbers['f1']:.3f}, GOSPA {numbers['gospa_m']:.2f} m")
-    progress.say(f"scoreboard: {folder.path / 'evaluation.html'}")
-
-
-def _attempt(work: Callable[[], Any], progress: Progress, what: str) -> None:
-    # A page that cannot be drawn must not cost the results that are already on disk.
-    try:
-        work()
-    except Exception as error:
-        logger.exception("%s was not written", what)
-        progress.say(f"{what} was not written: {error}", logging.WARNING)

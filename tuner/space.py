@@ -37,11 +37,11 @@ _MAX_LISTED = 64  # values of an integer range that are tried one by one
 class FloatSpace(FrozenModel):
     """A real number between two bounds, both included."""
 
-    type: Literal["float"] = "float"
-    low: float
-    high: float
-    log: bool = False
-    step: float | None = Field(None, gt=0)
+    type: Literal["float"] = Field("float", description="a real number")
+    low: float = Field(description="smallest value")
+    high: float = Field(description="largest value")
+    log: bool = Field(False, description="equal chances for equal ratios")
+    step: float | None = Field(None, gt=0, description="null: every value between the bounds")
 
     @model_validator(mode="after")
     def _bounds(self) -> Self:
@@ -96,11 +96,11 @@ class FloatSpace(FrozenModel):
 class IntSpace(FrozenModel):
     """A whole number between two bounds, both included."""
 
-    type: Literal["int"] = "int"
-    low: int
-    high: int
-    log: bool = False
-    step: int = Field(1, ge=1)
+    type: Literal["int"] = Field("int", description="a whole number")
+    low: int = Field(description="smallest value")
+    high: int = Field(description="largest value")
+    log: bool = Field(False, description="equal chances for equal ratios")
+    step: int = Field(1, ge=1, description="between values")
 
     @model_validator(mode="after")
     def _bounds(self) -> Self:
@@ -145,8 +145,8 @@ class IntSpace(FrozenModel):
 class CategoricalSpace(FrozenModel):
     """One of the listed values."""
 
-    type: Literal["categorical"] = "categorical"
-    choices: tuple[Value, ...] = Field(min_length=1)
+    type: Literal["categorical"] = Field("categorical", description="one of a list")
+    choices: tuple[Value, ...] = Field(min_length=1, description="the values")
 
     @field_validator("choices")
     @classmethod

@@ -13,17 +13,15 @@ from __future__ import annotations
 
 import copy
 import logging
-import math
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import optuna
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from model.config import TrialConfig
@@ -31,121 +29,26 @@ from tuner import retries
 from tuner.config import StudyConfig
 from tuner.errors import LedgerLost
 from tuner.pruners import make_pruner
+from tuner.records import (
+    REPORTED,
+    Assignment,
+    End,
+    PriorTrial,
+    TrialRecord,
+    finite,
+    ranked,
+    record_of,
+    trial_seed,
+)
 from tuner.samplers import make_sampler
 from tuner.space import Value, n_points, suggest
 from tuner.storage import PatientStorage, open_storage, sqlite_url
 
 logger = logging.getLogger(__name__)
 
-End = Literal["done", "pruned", "failed"]
-State = Literal["running"] | End
-_STATES: dict[TrialState, State] = {
-    TrialState.RUNNING: "running",
-    TrialState.COMPLETE: "done",
-    TrialState.PRUNED: "pruned",
-    TrialState.FAIL: "failed",
-}
 _ENDS = {"done": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}
 _MAX_DUPLICATES = 50  # proposals in a row that were tried before: the space is exhausted
-_REPORTED = "reported_at"  # beside an epoch's metrics: when they came
 _MAX_TRACEBACK = 8000  # characters of a traceback in the ledger; the file has the whole
-
-
-@dataclass(frozen=True)
-class Assignment:
-    """A trial to run: fresh, or one that was cut and goes on from its checkpoint."""
-
-    number: int
-    params: dict[str, Value]
-    seed: int
-    checkpoint: str | None = None
-    epoch: int = 0
-    accumulation: int | None = None  # where memory was not enough for the configuration's own
-    origin: str | None = None  # whose parameters and which seed, where they were not proposed
-
-
-@dataclass(frozen=True)
-class PriorTrial:
-    """A finished trial of an earlier study: known to the sampler, and no trial of this study."""
-
-    source: str
-    params: dict[str, Value]
-    objective: float
-
-
-@dataclass(frozen=True)
-class TrialRecord:
-    """A trial as the ledger knows it."""
-
-    number: int
-    state: State
-    params: dict[str, Value]
-    seed: int
-    objective: float | None
-    epochs: dict[int, dict[str, Any]] = field(repr=False)
-    budget: int | None = None
-    reason: str | None = None
-    traceback: str | None = field(default=None, repr=False)
-    checkpoint: str | None = None
-    started: datetime | None = None
-    finished: datetime | None = None
-    accumulation: int | None = None  # where memory was not enough for the configuration's own
-    note: str = ""  # what it survived
-    reported: dict[int, float] = field(default_factory=dict, repr=False)  # Unix time by epoch
-
-    @property
-    def epoch(self) -> int:
-        """The last epoch that was reported."""
-        return max(self.epochs, default=0)
-
-    @property
-    def metrics(self) -> dict[str, Any]:
-        """What the last epoch reported."""
-        return self.epochs[self.epoch] if self.epochs else {}
-
-    @property
-    def curve(self) -> list[tuple[int, float]]:
-        """The objective by epoch."""
-        pairs = ((epoch, _finite(m.get("objective"))) for epoch, m in sorted(self.epochs.items()))
-        return [(epoch, value) for epoch, value in pairs if value is not None]
-
-    @property
-    def seconds(self) -> float | None:
-        """Time spent in its epochs; waiting and interruptions do not count."""
-        return self._summed("epoch_seconds")
-
-    @property
-    def gpu_seconds(self) -> float | None:
-        """GPUs times the time spent in its epochs."""
-        return self._summed("gpu_seconds")
-
-    @property
-    def fallbacks(self) -> float | None:
-        """Scenes that the solver's SVD fallback served, over all epochs."""
-        return self._summed("solver_fallbacks")
-
-    def _summed(self, name: str) -> float | None:
-        found = [_finite(metrics.get(name)) for metrics in self.epochs.values()]
-        values = [value for value in found if value is not None]
-        return sum(values) if values else None
-
-
-def trial_seed(study_seed: int, number: int) -> int:
-    """The seed of a trial: independent between trials, the same on every machine."""
-    sequence = np.random.SeedSequence(study_seed, spawn_key=(0, number))
-    return int(sequence.generate_state(1)[0])
-
-
-def ranked(
-    trials: Sequence[TrialRecord], budget: int, cost: str | None = None
-) -> list[TrialRecord]:
-    """Finished, finite trials of a budget, best first, of equal ones the cheaper."""
-    ranking = [
-        trial
-        for trial in trials
-        if trial.state == "done" and _finite(trial.objective) is not None and trial.budget == budget
-    ]
-    return sorted(ranking, key=lambda t: (t.objective, t.metrics[cost] if cost else 0, t.number))
 
 
 class Ledger:
@@ -174,15 +77,18 @@ class Ledger:
             optuna.logging.set_verbosity(optuna.logging.ERROR)
             opened = open_storage(sqlite_url(storage)) if isinstance(storage, Path) else storage
         self._storage = opened
-        self._study = optuna.create_study(
-            storage=self._storage,
-            study_name=name or study.name,
-            directions=["minimize"] * (1 if study.search.cost is None else 2),
-            load_if_exists=True,
-            sampler=self._sampler(0, ()),
+        known: dict[str, Any] = {
+            "storage": self._storage,
+            "study_name": name or study.name,
+            "sampler": self._sampler(0, ()),
             # Samplers must not see a pruner: they would keep to the trial's own bracket.
-            pruner=optuna.pruners.NopPruner(),
-        )
+            "pruner": optuna.pruners.NopPruner(),
+        }
+        if reading:
+            self._study = optuna.load_study(**known)
+        else:
+            directions = [StudyDirection.MINIMIZE] * (1 if study.search.cost is None else 2)
+            self._study = optuna.create_study(**known, directions=directions, load_if_exists=True)
         self._pruner = make_pruner(study.search, study.training.epochs)
         self._ids: dict[int, int] = {}
         if not reading and not self._started(self._frozen()):
@@ -286,6 +192,11 @@ class Ledger:
         running = any(trial.state == TrialState.RUNNING for trial in started)
         return running or self._n_left(len(started)) > 0
 
+    @property
+    def n_new(self) -> int:
+        """Trials that may still be proposed."""
+        return int(self._n_left(len(self._started(self._frozen()))))
+
     def _n_left(self, n_started: int) -> float:
         """Trials that may still be proposed: of the study's number and of the space."""
         search = self._config.search
@@ -351,12 +262,12 @@ class Ledger:
     def report(self, number: int, metrics: Mapping[str, Any]) -> None:
         """Record one epoch; an epoch that is run again replaces its record."""
         epoch = int(metrics["epoch"])
-        objective = _finite(metrics.get("objective"))
+        objective = finite(metrics.get("objective"))
         identifier = self._id(number)
         if objective is not None:
             self._storage.set_trial_intermediate_value(identifier, epoch, objective)
         kept = {k: v for k, v in metrics.items() if isinstance(v, bool | int | float | str)}
-        kept[_REPORTED] = time.time()
+        kept[REPORTED] = time.time()
         self._storage.set_trial_user_attr(identifier, f"epoch/{epoch:05d}", kept)
 
     def checkpointed(self, number: int, location: str, epoch: int) -> None:
@@ -404,7 +315,7 @@ class Ledger:
         """End a trial; a non-finite objective is a failure whatever the caller says."""
         scores = self._scores(number, objective) if state == "done" else {}
         for name, score in scores.items():
-            if _finite(score) is None:
+            if finite(score) is None:
                 state, reason = "failed", reason or f"{name} is {score}"
         identifier = self._id(number)
         if reason:
@@ -436,11 +347,11 @@ class Ledger:
 
     def trials(self) -> list[TrialRecord]:
         """All trials that were started, by number."""
-        return [_record(frozen) for frozen in self._started(self._frozen())]
+        return [record_of(frozen) for frozen in self._started(self._frozen())]
 
     def trial(self, number: int) -> TrialRecord:
         """One trial."""
-        return _record(self._storage.get_trial(self._id(number)))
+        return record_of(self._storage.get_trial(self._id(number)))
 
     def finished_study(self) -> optuna.Study:
         """The study's own finished trials as an Optuna study in memory, for plots."""
@@ -490,43 +401,3 @@ class Ledger:
 
 def _is_foreign(trial: FrozenTrial) -> bool:
     return "duplicate_of" in trial.user_attrs or "prior" in trial.user_attrs
-
-
-def _finite(value: Any) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        return None
-    return float(value)
-
-
-def _record(frozen: FrozenTrial) -> TrialRecord:
-    attrs = frozen.user_attrs
-    kept = {
-        int(key.partition("/")[2]): value
-        for key, value in attrs.items()
-        if key.startswith("epoch/")
-    }
-    epochs = {
-        epoch: {name: value for name, value in metrics.items() if name != _REPORTED}
-        for epoch, metrics in kept.items()
-    }
-    state = _STATES[frozen.state]
-    values = frozen.intermediate_values
-    reached = frozen.values[0] if state == "done" else values[max(values)] if values else None
-    checkpoint = attrs.get("checkpoint")
-    return TrialRecord(
-        number=frozen.number,
-        state=state,
-        params=dict(frozen.params),
-        seed=attrs.get("seed", -1),
-        objective=reached,
-        epochs=epochs,
-        budget=attrs.get("budget"),
-        reason=attrs.get("reason"),
-        traceback=attrs.get("traceback"),
-        checkpoint=checkpoint["location"] if checkpoint else None,
-        started=frozen.datetime_start,
-        finished=frozen.datetime_complete,
-        accumulation=retries.accumulation(attrs),
-        note=retries.note(attrs),
-        reported={epoch: m[_REPORTED] for epoch, m in kept.items() if _REPORTED in m},
-    )

@@ -5,30 +5,25 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
-from rich.box import SIMPLE_HEAD
-from rich.console import Console, Group
+from rich.console import Console
 from rich.live import Live
-from rich.table import Table
-from rich.text import Text
 
 from tuner.config import StudyConfig
+from tuner.liveview import StudyView, count_states, ranked, short
+from tuner.records import Assignment, State, TrialRecord
 from tuner.retries import halved_note
-from tuner.space import Value
-from tuner.study import Assignment, State, TrialRecord
+from tuner.rows import TrialRow
+from tuner.waiting import Advance, counting, waiting
 from tuner.watchers import Watcher
 
 logger = logging.getLogger("tuner")
 
-_COLOURS = {"running": "cyan", "done": "green", "pruned": "yellow", "failed": "red"}
-_SHOWN = 18  # rows of the live table: running trials first, then the latest
-_PARAMS_SHOWN = 5
-_FIXED_WIDTH, _PARAM_WIDTH, _PLACE_WIDTH = 70, 14, 24  # characters
+Verbosity = Literal["quiet", "normal", "verbose"]
 
 
 class _LogFile(logging.FileHandler):
@@ -60,24 +55,30 @@ def logging_to(path: Path) -> Iterator[None]:
         handler.close()
 
 
-@dataclass
-class _Row:
-    number: int
-    params: dict[str, Value]
-    state: State = "running"
-    epoch: int = 0
-    objective: float | None = None
-    skipped: int = 0
-    fallbacks: int = 0
-    seconds: float | None = None
-    place: str = ""
-    note: str = ""
-    survived: str = ""  # stays in the note while the trial runs on
-    since: float = field(default_factory=time.monotonic)
+class _OnConsole(logging.Handler):
+    """Shows the log's lines beside the trials; what was said to the user is not said again."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.name != logger.name:
+            line = f"{record.levelname} {record.name}: {record.getMessage()}"
+            self._console.print(line, markup=False, style="dim")
 
 
 class Progress(Watcher):
-    """Follows the trials of one session and shows them."""
+    """Follows the trials of one session and shows them.
+
+    Args:
+        study: what runs.
+        history: trials of earlier sessions.
+        stream: where to show it.
+        clock: how long the study's trials have run, over all sessions [s].
+        verbosity: quiet shows nothing of trials that go well, verbose the log's lines too.
+        noun: what a trial is called.
+    """
 
     def __init__(
         self,
@@ -85,83 +86,113 @@ class Progress(Watcher):
         history: list[TrialRecord],
         stream: IO[str] | None = None,
         *,
+        clock: Callable[[], float] = lambda: 0.0,
+        verbosity: Verbosity = "normal",
         noun: str = "trial",
     ) -> None:
-        self._study = study
         self._noun = noun
+        self._study, self._clock, self._verbosity = study, clock, verbosity
         self._console = Console(file=stream or sys.stdout, highlight=False, soft_wrap=True)
-        self._rows: dict[int, _Row] = {}
-        self._live: Live | None = None
-        self._best: tuple[int, float] | None = None
-        for trial in history:
-            row = _Row(trial.number, trial.params, trial.state, trial.epoch, trial.objective)
-            row.note = _note(trial.state, trial.reason) or trial.note
-            row.skipped = int(trial.metrics.get("skipped_steps", 0))
-            row.fallbacks = int(trial.metrics.get("solver_fallbacks", 0))
-            if trial.state != "running":
-                self._rows[trial.number] = row
-                self._note_best(row)
-        self._keys = _telling(study)
+        self._rows = {t.number: TrialRow.of(t) for t in history if t.state != "running"}
+
+    def beside(
+        self, study: StudyConfig, history: list[TrialRecord], clock: Callable[[], float]
+    ) -> Progress:
+        """One for the promoted runs, shown in the same place and with the same words."""
+        return Progress(
+            study,
+            history,
+            self._console.file,
+            clock=clock,
+            verbosity=self._verbosity,
+            noun="run",
+        )
 
     @property
     def is_live(self) -> bool:
         """Whether a table is drawn; otherwise one plain line an event."""
-        return self._console.is_terminal
+        console = self._console
+        able = console.is_terminal and not console.is_dumb_terminal
+        return able and self._verbosity != "quiet"
 
     def say(self, text: str, level: int = logging.INFO) -> None:
         """A line to the user and to the log."""
         logger.log(level, text)
         self._console.print(text, markup=False)
 
+    def note(self, text: str) -> None:
+        """A line to the log, and to a user who has not asked for quiet."""
+        if self._verbosity == "quiet":
+            logger.info(text)
+        else:
+            self.say(text)
+
     @contextmanager
     def shown(self) -> Iterator[None]:
         """Draw the live table while the trials run (on a terminal)."""
-        if not self.is_live:
+        with self._log_shown():
+            if not self.is_live:
+                yield
+                return
+            with Live(get_renderable=self._draw, console=self._console, refresh_per_second=2):
+                yield
+
+    @contextmanager
+    def waiting(self, text: str) -> Iterator[None]:
+        """Say what the block does while it does it."""
+        with waiting(text, quiet=self._verbosity == "quiet", console=self._console):
+            yield
+
+    @contextmanager
+    def counting(self) -> Iterator[Advance]:
+        """A bar for what is done piece by piece."""
+        with counting(quiet=self._verbosity == "quiet", console=self._console) as advance:
+            yield advance
+
+    @contextmanager
+    def _log_shown(self) -> Iterator[None]:
+        if self._verbosity != "verbose":
             yield
             return
-        with Live(
-            get_renderable=self._draw, console=self._console, refresh_per_second=2, transient=False
-        ) as live:
-            self._live = live
-            try:
-                yield
-            finally:
-                self._live = None
+        handler = _OnConsole(self._console)
+        sources = [logging.getLogger(name) for name in ("tuner", "model", "physics", "ray")]
+        for source in sources:
+            source.addHandler(handler)
+        try:
+            yield
+        finally:
+            for source in sources:
+                source.removeHandler(handler)
 
     # Events
 
     def started(self, assignment: Assignment) -> None:
         """A trial begins, or goes on."""
-        row = _Row(assignment.number, assignment.params, epoch=assignment.epoch)
+        row = TrialRow(assignment.number, assignment.params, epoch=assignment.epoch)
+        row.waiting_since = time.monotonic()
         if assignment.accumulation is not None:
             row.note = row.survived = f"batches in {assignment.accumulation} parts"
         self._rows[assignment.number] = row
-        params = ", ".join(f"{path}={_short(v)}" for path, v in assignment.params.items())
-        again = f" goes on after epoch {assignment.epoch}" if assignment.epoch else " starts"
+        params = ", ".join(f"{path}={short(v)}" for path, v in assignment.params.items())
+        again = f"goes on after epoch {assignment.epoch}" if assignment.epoch else "starts"
         origin = f" ({assignment.origin})" if assignment.origin else ""
-        self._event(assignment.number, f"{again.strip()}{origin}: {params}")
+        self._event(assignment.number, f"{again}{origin}: {params}")
 
     def reported(self, number: int, metrics: dict[str, Any]) -> None:
         """A trial finished an epoch."""
         row = self._rows[number]
-        row.epoch = int(metrics["epoch"])
-        row.objective = float(metrics["objective"])
-        row.skipped = int(metrics.get("skipped_steps", 0))
-        row.fallbacks = int(metrics.get("solver_fallbacks", 0))
-        seconds = metrics.get("epoch_seconds")
-        row.seconds = float(seconds) if seconds is not None else None
-        row.place = " ".join(str(metrics[k]) for k in ("node", "device") if metrics.get(k))
-        row.note = row.survived
+        row.take(metrics)
         extra = f", {row.skipped} steps skipped" if row.skipped else ""
         extra += f", {row.fallbacks} solver fallbacks" if row.fallbacks else ""
-        pace = f", {row.seconds:.1f} s" if row.seconds is not None else ""
+        pace = f", {row.epoch_seconds:.1f} s" if row.epoch_seconds is not None else ""
         total = self._study.training.epochs
         self._event(number, f"epoch {row.epoch}/{total}: {row.objective:.5f}{pace}{extra}")
 
     def lost(self, number: int, reason: str) -> None:
         """A machine died under a trial, which will be run on."""
         self._rows[number].note = f"lost: {reason}"
-        self._event(number, f"lost its machine ({reason}); goes on from its last checkpoint")
+        text = f"lost its machine ({reason}); goes on from its last checkpoint"
+        self._event(number, text, logging.WARNING)
 
     def halved(self, number: int, parts: int, message: str) -> None:
         """Memory was not enough for a trial, which will be run on with its batches in parts."""
@@ -172,12 +203,12 @@ class Progress(Watcher):
     def finished(self, number: int, state: State, reason: str | None) -> None:
         """A trial ended."""
         row = self._rows[number]
-        row.state, row.note = state, _note(state, reason) or row.survived
-        self._note_best(row)
+        row.end(state, reason)
         text = f"{state} after epoch {row.epoch}"
         if state == "done":
             text += f": {row.objective:.5f}"
-            if self._best and self._best[0] == number:
+            best = next(iter(ranked(self._rows.values())), None)
+            if best is row:
                 text += " (best so far)"
         elif state == "failed":
             text += f": {reason}"
@@ -185,88 +216,18 @@ class Progress(Watcher):
 
     def counts(self) -> dict[State, int]:
         """Trials by state."""
-        counts: dict[State, int] = {"running": 0, "done": 0, "pruned": 0, "failed": 0}
-        for row in self._rows.values():
-            counts[row.state] += 1
-        return counts
-
-    # Drawing
+        return count_states(self._rows.values())
 
     def _event(self, number: int, text: str, level: int = logging.INFO) -> None:
         logger.log(level, "%s %04d %s", self._noun, number, text)
-        if not self.is_live:
+        wanted = {
+            "quiet": level >= logging.WARNING,
+            "normal": not self.is_live,
+            "verbose": True,
+        }
+        if wanted[self._verbosity]:
             self._console.print(f"{self._noun} {number:04d} {text}", markup=False)
             self._console.file.flush()
 
-    def _note_best(self, row: _Row) -> None:
-        if row.state != "done" or row.objective is None:
-            return
-        if self._best is None or row.objective < self._best[1]:
-            self._best = (row.number, row.objective)
-
-    def _draw(self) -> Group:
-        # A narrow terminal shows fewer columns, not narrower ones.
-        spare = self._console.width - _FIXED_WIDTH
-        keys = self._keys[: max(0, min(_PARAMS_SHOWN, spare // _PARAM_WIDTH))]
-        spare -= len(keys) * _PARAM_WIDTH
-        table = Table(expand=False, pad_edge=False, box=SIMPLE_HEAD)
-        table.add_column(self._noun, no_wrap=True, justify="right", min_width=5)
-        table.add_column("state", no_wrap=True, min_width=9)
-        for name in ("epoch", "objective", "s/epoch"):
-            table.add_column(name, no_wrap=True, justify="right", min_width=len(name))
-        for path in keys:
-            name = path.rpartition(".")[2][:_PARAM_WIDTH]
-            table.add_column(name, no_wrap=True, justify="right", min_width=max(8, len(name)))
-        table.add_column("skip/fallb", no_wrap=True, justify="right", min_width=10)
-        with_place = spare > _PLACE_WIDTH
-        if with_place:
-            table.add_column("where", overflow="ellipsis", no_wrap=True, max_width=_PLACE_WIDTH)
-        with_note = any(row.note for row in self._rows.values())
-        if with_note:
-            table.add_column("note", overflow="ellipsis", no_wrap=True)
-        for row in self._chosen_rows():
-            best = self._best is not None and self._best[0] == row.number
-            table.add_row(
-                f"{row.number:04d}",
-                Text(row.state + (" *" if best else ""), style=_COLOURS[row.state]),
-                f"{row.epoch}/{self._study.training.epochs}",
-                "-" if row.objective is None else f"{row.objective:.5f}",
-                "-" if row.seconds is None else f"{row.seconds:.1f}",
-                *(_short(row.params.get(path)) for path in keys),
-                f"{row.skipped}/{row.fallbacks}",
-                *([row.place] if with_place else []),
-                *([row.note] if with_note else []),
-            )
-        counts = self.counts()
-        parts = [f"{count} {state}" for state, count in counts.items()]
-        head = f"{self._study.name}: {', '.join(parts)} of {self._study.search.trials}"
-        if self._best:
-            head += f"; best {self._best[1]:.5f} ({self._noun} {self._best[0]:04d})"
-        return Group(table, Text(head, style="bold"))
-
-    def _chosen_rows(self) -> list[_Row]:
-        rows = sorted(self._rows.values(), key=lambda row: row.number)
-        if len(rows) <= _SHOWN:
-            return rows
-        running = [row for row in rows if row.state == "running"]
-        rest = [row for row in rows if row.state != "running"]
-        chosen = running[-_SHOWN:] + rest[-max(0, _SHOWN - len(running)) :]
-        return sorted(chosen[:_SHOWN], key=lambda row: row.number)
-
-
-def _telling(study: StudyConfig) -> list[str]:
-    """The few parameters that a row has room for."""
-    first = ("training.learning_rate", "network.width", "network.depth", "training.batch_size")
-    space = study.search.space
-    chosen = [path for path in first if path in space]
-    chosen += [path for path in space if path not in chosen]
-    return chosen[:_PARAMS_SHOWN]
-
-
-def _note(state: State, reason: str | None) -> str:
-    """What the table says of an end; a pruned trial's epoch tells it all."""
-    return reason or "" if state == "failed" else ""
-
-
-def _short(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    def _draw(self) -> StudyView:
+        return StudyView(self._study, list(self._rows.values()), self._clock())

@@ -15,7 +15,8 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.proto.summary_pb2 import Summary
 
-from tuner.study import Ledger, State
+from tuner.records import State
+from tuner.study import Ledger
 from tuner.trial import trial_name
 from tuner.watchers import Watcher
 

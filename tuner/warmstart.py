@@ -10,8 +10,8 @@ from tuner.config import StudyConfig, held_value, load_study
 from tuner.errors import StudyError
 from tuner.folder import RunFolder
 from tuner.ledger import read_ledger
+from tuner.records import PriorTrial, TrialRecord
 from tuner.space import Value
-from tuner.study import PriorTrial, TrialRecord
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tuner.study import Assignment, State
+from tuner.records import Assignment, State
 
 
 class Watcher:

@@ -63,6 +63,13 @@ def test_every_source_is_inside_the_field_of_view_and_has_a_probability(
         assert math.isfinite(s.power)
 
 
+def numbers(source: Source) -> list[float]:
+    """Everything that is said of a source."""
+    said = dict(vars(source))
+    covariance = said.pop("covariance")
+    return [*said.values(), *(value for line in covariance or () for value in line)]
+
+
 def test_a_perfect_covariance_is_decoded_to_its_sources(best: Path) -> None:
     """Decoding alone: the slots count two and R_blend is R_true."""
     trained = Localizer.load(best)
@@ -157,7 +164,7 @@ def test_ugly_scenes_give_a_defined_answer(best: Path, scenes: Scenes, what: str
     else:
         y, codes = y[:1], codes[:1]
     found = Localizer.load(best).locate(y, H, codes)
-    assert all(math.isfinite(v) for s in found for v in vars(s).values())
+    assert all(math.isfinite(v) for s in found for v in numbers(s))
 
 
 def test_an_empty_batch_has_no_answers(best: Path, scenes: Scenes) -> None:
@@ -344,7 +351,7 @@ def test_ugly_scenes_of_candidates_give_a_defined_answer(
     assert len(found) == n
     for part in found:
         assert len(part) == 3  # type: ignore[arg-type]
-        assert all(math.isfinite(v) for s in part for v in vars(s).values())  # type: ignore[union-attr]
+        assert all(math.isfinite(v) for s in part for v in numbers(s))  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])

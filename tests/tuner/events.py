@@ -9,7 +9,8 @@ from pathlib import Path
 from tensorboardX.proto.event_pb2 import Event
 
 from tuner.config import load_study
-from tuner.study import Ledger, TrialRecord
+from tuner.records import TrialRecord
+from tuner.study import Ledger
 
 Scalars = dict[str, list[tuple[int, float]]]
 

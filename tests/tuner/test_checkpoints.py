@@ -15,7 +15,8 @@ from tests.tuner.support import kill, read_until, run, start, write_study
 from tuner.checkpoints import Storage, drop, fetched, open_location, reachable
 from tuner.config import ResourcesConfig, load_study
 from tuner.folder import RunFolder
-from tuner.study import Ledger, TrialRecord
+from tuner.records import TrialRecord
+from tuner.study import Ledger
 
 
 @dataclass(frozen=True)

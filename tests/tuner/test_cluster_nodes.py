@@ -18,7 +18,8 @@ from ray.cluster_utils import Cluster
 from tests.tuner.clusters import STORE, free_port, kill_all
 from tests.tuner.support import kill, read_until, run_here, start, write_study
 from tuner.config import load_study
-from tuner.study import Ledger, TrialRecord
+from tuner.records import TrialRecord
+from tuner.study import Ledger
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

@@ -33,7 +33,8 @@ from tests.tuner.support import (
 from tuner.config import load_study
 from tuner.gauges import GAUGES, PREFIX
 from tuner.promotion import Promotion
-from tuner.study import Ledger, TrialRecord
+from tuner.records import TrialRecord
+from tuner.study import Ledger
 
 
 @pytest.fixture(scope="module")
@@ -417,3 +418,19 @@ def test_another_scheduler_stops_what_is_worse_on_a_cluster(
             assert_whole(trial, 6)
     pruned = {trial.number for trial in trials if trial.state == "pruned"}
     assert json.loads((out / "best.json").read_text())["trial"] not in pruned
+
+
+def test_a_dry_run_asks_a_cluster_for_its_resources_and_leaves_it_alone(
+    tmp_path: Path, head: Head
+) -> None:
+    config = write_study(tmp_path)
+    out = tmp_path / "run"
+    seen = run("--config", config, "--address", head.address, "--out", out, "--dry-run")
+    assert seen.returncode == 0, seen.stderr
+    assert (
+        f"the Ray cluster at {head.address}: 2 CPUs, 0 GPUs; 2 trials side by side" in seen.stdout
+    )
+    assert "time: not known: trials run on other machines" in seen.stdout
+    assert f"the run folder would be {out}" in seen.stdout
+    assert not out.exists()
+    assert not actors(head), "something was started"

@@ -23,7 +23,9 @@ def test_a_second_driver_is_refused_and_told_by_whom(tmp_path: Path) -> None:
 
     folder = RunFolder.fresh(tmp_path / "run")
     folder.config.write_text(tiny_study(tmp_path).to_yaml())
-    with pytest.raises(StudyError, match=rf"another run \(process {os.getpid()}\) is at work"):
+    with pytest.raises(
+        StudyError, match=rf"another run \(process {os.getpid()} on .+\) is at work"
+    ):
         RunFolder.existing(tmp_path / "run")
     folder.release()
     RunFolder.existing(tmp_path / "run").release()
@@ -63,3 +65,14 @@ def test_a_failed_write_leaves_the_old_file(
         write_text(path, "new")
     assert path.read_text() == "old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["best.json"]
+
+
+def test_a_driver_that_ends_in_order_leaves_no_word_of_itself(tmp_path: Path) -> None:
+    folder = RunFolder.fresh(tmp_path / "run")
+    held = folder.driver
+    assert held is not None
+    assert held.locked
+    assert held.is_here
+    folder.release()
+    assert folder.driver is None
+    assert RunFolder(tmp_path / "absent").driver is None

@@ -16,8 +16,9 @@ from tests.tuner.clusters import Head, actors, started_head
 from tests.tuner.support import read_until, run, start, tiny_study, wait_for, write_study
 from tuner.config import load_study
 from tuner.folder import RunFolder
+from tuner.records import TrialRecord
 from tuner.search import LedgerSearch
-from tuner.study import Ledger, TrialRecord
+from tuner.study import Ledger
 from tuner.telemetry import Progress
 from tuner.trainable import CONFIG, GIVE_UP
 

@@ -13,7 +13,8 @@ import torch
 
 from tests.tuner.support import kill, read_until, run, start, tiny_study, write_study
 from tuner.config import load_study
-from tuner.study import Assignment, Ledger, TrialRecord
+from tuner.records import Assignment, TrialRecord
+from tuner.study import Ledger
 from tuner.trial import MemoryExhausted, TrialRun, is_out_of_memory
 
 # A step of the whole batch takes some 490 MB, one in two parts 340 MB, in four 190 MB.

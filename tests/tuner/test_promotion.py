@@ -27,8 +27,9 @@ from tuner.config import load_study
 from tuner.folder import RunFolder
 from tuner.pages.material import Material
 from tuner.promotion import Promoted, Promotion, open_promotion, promoted_seed
+from tuner.records import Assignment, TrialRecord, trial_seed
 from tuner.report import page
-from tuner.study import Assignment, Ledger, TrialRecord, trial_seed
+from tuner.study import Ledger
 from tuner.train import app as train_app
 
 NOWHERE = ("--address", "127.0.0.1:1")  # a cluster that is not there: exit 2 where it is asked for

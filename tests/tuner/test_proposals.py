@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from tests.tuner.support import tiny_study
-from tuner.study import Assignment, Ledger
+from tuner.records import Assignment
+from tuner.study import Ledger
 
 SPACE: dict[str, Any] = {
     "training.learning_rate": {"type": "float", "low": 1e-4, "high": 1e-2, "log": True},

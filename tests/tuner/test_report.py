@@ -15,8 +15,9 @@ from tuner.command import execute
 from tuner.config import StudyConfig
 from tuner.folder import RunFolder
 from tuner.pages.material import Material
+from tuner.records import State
 from tuner.report import app, page, sections
-from tuner.study import Ledger, State
+from tuner.study import Ledger
 
 HOSTILE = "</script><img src=x onerror=alert(1)>\u2028\u202e🛰 'quoted' \"twice\" &amp;"
 MEGABYTES = 1_000_000

@@ -10,8 +10,9 @@ import pytest
 from tests.tuner.support import FakeRun, run_here, tiny_study, write_study
 from tuner.config import load_study
 from tuner.errors import ConfigError
+from tuner.records import PriorTrial
 from tuner.samplers import sampler_note
-from tuner.study import Ledger, PriorTrial
+from tuner.study import Ledger
 
 NUMBERS: dict[str, Any] = {
     "blend.beta": {"type": "float", "low": 0.0, "high": 0.6},

@@ -9,7 +9,8 @@ import pytest
 
 from tests.tuner.support import Clock, FakeRun, run_here, write_study
 from tuner.config import load_study
-from tuner.study import Ledger, TrialRecord
+from tuner.records import TrialRecord
+from tuner.study import Ledger
 
 NOWHERE = ("--address", "127.0.0.1:1")  # a cluster that is not there: exit 2 where it is asked for
 

@@ -42,8 +42,9 @@ from tuner.config import load_study
 from tuner.errors import LedgerLost, StudyError
 from tuner.folder import RunFolder
 from tuner.ledger import open_ledger, read_ledger
+from tuner.records import Assignment, TrialRecord
 from tuner.storage import open_storage, parse_url, sqlite_url
-from tuner.study import Assignment, Ledger, TrialRecord
+from tuner.study import Ledger
 from tuner.warmstart import read_prior
 
 

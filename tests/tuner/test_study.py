@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from tests.tuner.support import tiny_study
-from tuner.study import Assignment, Ledger, trial_seed
+from tuner.records import Assignment, trial_seed
+from tuner.study import Ledger
 
 
 def ledger_in(folder: Path, **changes: Any) -> Ledger:
@@ -199,7 +200,11 @@ def test_every_epoch_is_kept_with_the_time_of_its_report_and_no_metric_more(tmp_
 
 def test_who_only_reads_proposes_nothing(tmp_path: Path) -> None:
     study = tiny_study(tmp_path)
+    with pytest.raises(KeyError):  # there is no study, and looking makes none
+        Ledger(tmp_path / "study.db", study, reading=True)
+    ledger = ledger_in(tmp_path)
+    before = ledger.optuna_study.get_trials()
     reader = Ledger(tmp_path / "study.db", study, reading=True)
-    assert reader.optuna_study.get_trials() == []
-    assert asked(ledger_in(tmp_path)).params == study.base_point()
+    assert reader.optuna_study.get_trials() == before
+    assert asked(ledger).params == study.base_point()
     assert [trial.number for trial in reader.trials()] == [0]

@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import io
 import logging
+import re
 from pathlib import Path
 
 import pytest
 
 from tests.tuner.support import tiny_study
-from tuner.study import Assignment
+from tuner.records import Assignment
 from tuner.telemetry import Progress, logging_to
 
 
@@ -57,7 +58,8 @@ def test_a_terminal_gets_a_table_with_states_counts_and_the_best(
         play(progress)
     text = stream.getvalue()
     assert progress.counts() == {"running": 1, "done": 1, "pruned": 0, "failed": 1}
-    assert "1 running, 1 done, 0 pruned, 1 failed of 3; best 2.00000 (trial 0000)" in text
+    assert "2 of 3 ended: 1 running, 1 done, 0 pruned, 1 failed" in text
+    assert "best 2.00000 (trial 0000)" in text
     for words in ("0000", "done *", "2.00000", "0/4", "objective"):
         assert words in text
     assert ("learning_rate" in text) == (columns > 100)
@@ -71,3 +73,54 @@ def test_the_log_holds_every_event(tmp_path: Path) -> None:
     text = (tmp_path / "tuner.log").read_text()
     assert "WARNING tuner: trial 0001 failed after epoch 0: diverged: NaN" in text
     assert "step skipped" in text
+
+
+def test_quiet_shows_what_goes_wrong_and_what_is_said_at_the_end(tmp_path: Path) -> None:
+    stream = io.StringIO()
+    progress = Progress(tiny_study(tmp_path), [], stream, verbosity="quiet")
+    progress.note("run folder: here")
+    with logging_to(tmp_path / "tuner.log"), progress.shown():
+        play(progress)
+    progress.say("best: trial 0000")
+    lines = stream.getvalue().splitlines()
+    assert lines == [
+        "trial 0001 failed after epoch 0: diverged: NaN",
+        "trial 0002 lost its machine (failure 1); goes on from its last checkpoint",
+        "best: trial 0000",
+    ]
+    assert "epoch 1/2" in (tmp_path / "tuner.log").read_text()
+
+
+def test_verbose_shows_events_and_log_lines_once_each(tmp_path: Path) -> None:
+    stream = Terminal()
+    progress = Progress(tiny_study(tmp_path), [], stream, verbosity="verbose")
+    with logging_to(tmp_path / "tuner.log"), progress.shown():
+        play(progress)
+        logging.getLogger("model.training").warning("step [7] skipped")
+    text = stream.getvalue()
+    assert text.count("trial 0000 epoch 1/2: 2.50000") == 1
+    assert text.count("WARNING model.training: step [7] skipped") == 1
+    logging.getLogger("model.training").warning("nobody hears this")
+    assert "nobody hears" not in stream.getvalue()
+
+
+def test_a_dumb_terminal_gets_plain_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "dumb")
+    stream = Terminal()
+    progress = Progress(tiny_study(tmp_path), [], stream)
+    with progress.shown():
+        play(progress)
+    assert not progress.is_live
+    assert "\x1b" not in stream.getvalue()
+    assert len(stream.getvalue().splitlines()) == 8
+
+
+def test_no_color_is_heeded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    stream = Terminal()
+    progress = Progress(tiny_study(tmp_path), [], stream)
+    with progress.shown():
+        play(progress)
+    colours = re.findall(r"\x1b\[(?:\d+;)*(?:3|9)\d(?:;\d+)*m", stream.getvalue())
+    assert not colours

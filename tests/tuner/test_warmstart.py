@@ -13,7 +13,8 @@ from tests.tuner.support import FakeRun, run_here, tiny_study, write_study
 from tuner.config import StudyConfig, load_study
 from tuner.errors import StudyError
 from tuner.folder import RunFolder
-from tuner.study import Ledger, PriorTrial
+from tuner.records import PriorTrial
+from tuner.study import Ledger
 from tuner.telemetry import Progress
 from tuner.trainable import NUMBER
 from tuner.warmstart import read_prior

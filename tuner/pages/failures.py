@@ -19,7 +19,7 @@ from tuner.pages.markup import Markup, counted, details, escape, note, short, ta
 
 if TYPE_CHECKING:
     from tuner.pages.material import Material
-    from tuner.study import TrialRecord
+    from tuner.records import TrialRecord
 
 _MOST_REASONS = 40
 _LONGEST_TRACE = 3000  # characters; error.txt in the trial's folder has the whole

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
     from tuner.pages.material import Material
-    from tuner.study import TrialRecord
+    from tuner.records import TrialRecord
 
 _MOST_MARKS = 3000
 _MOST_CURVES = 300

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from tuner.config import StudyConfig
     from tuner.folder import RunFolder
     from tuner.promotion import Promotion
-    from tuner.study import Ledger, State, TrialRecord
+    from tuner.records import State, TrialRecord
+    from tuner.study import Ledger
 
 STATES: tuple[State, ...] = ("done", "pruned", "failed", "running")
 
@@ -40,7 +41,7 @@ class Material:
     def read(cls, folder: RunFolder, ledger: Ledger) -> Material:
         """Everything that is there now."""
         from tuner.promotion import open_promotion
-        from tuner.study import ranked
+        from tuner.records import ranked
 
         study, trials = ledger.config, ledger.trials()
         return cls(

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
     from tuner.pages.material import Material
-    from tuner.study import TrialRecord
+    from tuner.records import TrialRecord
 
 _FEWEST = 3  # finished trials below which importances and slices say nothing
 _MOST_TRIALS = 200  # in parallel coordinates

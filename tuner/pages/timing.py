@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from tuner.study import State, TrialRecord
+    from tuner.records import State, TrialRecord
 
 _PAUSE = 5.0  # seconds between two epochs that are drawn as one stretch
 _OVERLAP = 0.25  # share of a stretch by which it may seem to overlap its neighbour

@@ -11,7 +11,7 @@ from tuner.pages.timing import place_of
 
 if TYPE_CHECKING:
     from tuner.pages.material import Material
-    from tuner.study import TrialRecord
+    from tuner.records import TrialRecord
 
 _MOST = 300
 

@@ -13,7 +13,7 @@ import optuna
 from tests.tuner.support import tiny_study
 from tuner.config import StudyConfig
 from tuner.pages.material import Material
-from tuner.study import State, TrialRecord, ranked
+from tuner.records import State, TrialRecord, ranked
 
 START = 1_790_000_000.0  # Unix time
 

@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import io
+import time
+
+import pytest
+from rich.console import Console
+
+from tuner import waiting
+from tuner.waiting import counting
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_pipe_is_told_of_long_waits_and_spared_short_ones(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(waiting, "PATIENCE", 0.2)
+    stream = io.StringIO()
+    console = Console(file=stream)
+    with waiting.waiting("short", console=console):
+        pass
+    with waiting.waiting("long", console=console):
+        time.sleep(0.5)
+    with waiting.waiting("unheard", console=console, quiet=True):
+        time.sleep(0.5)
+    assert stream.getvalue() == "long ...\n"
+
+
+def test_a_terminal_sees_what_is_waited_for_and_nothing_of_it_stays(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    stream = Terminal()
+    with waiting.waiting("starting", console=Console(file=stream)):
+        pass
+    assert "starting" in stream.getvalue()
+    assert stream.getvalue().rstrip().endswith("\x1b[2K"), "the line was not cleared"
+
+
+def test_an_interrupt_goes_through() -> None:
+    with pytest.raises(KeyboardInterrupt), waiting.waiting("x", console=Console(file=Terminal())):
+        raise KeyboardInterrupt
+
+
+def test_a_bar_counts_one_thing_after_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    stream = Terminal()
+    with counting(console=Console(file=stream)) as advance:
+        for name in ("network", "nomp"):
+            for done in (0, 64, 128):
+                advance(name, done, 128)
+                time.sleep(0.15)
+    text = stream.getvalue()
+    for words in ("network", "nomp", "64/128", "128/128"):
+        assert words in text
+    piped = io.StringIO()
+    with counting(console=Console(file=piped)) as advance:
+        advance("network", 1, 2)
+    assert piped.getvalue() == ""

@@ -1,0 +1,180 @@
+"""What a study will cost in time and disk, from a few steps of its base configuration."""
+
+from __future__ import annotations
+
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+import torch
+
+from model.config import TrialConfig
+from model.data import open_source
+from model.network import build_network
+from tuner.config import SearchConfig, StudyConfig
+from tuner.errors import ConfigError
+from tuner.space import Value
+from tuner.trial import TrialRun
+
+LIMIT = 10.0  # seconds of waiting that a measurement may take
+_SCENES, _VAL_SCENES = 128, 32  # of the measurement
+# Of a checkpoint: weights, their average, the best of it, and AdamW's two moments, 4 bytes each.
+_COPIES, _BYTES = 5, 4
+_SEARCHED = 24  # scenes, training and validation each, where candidates are looked for
+
+
+@dataclass(frozen=True)
+class Appraisal:
+    """Measured on this machine with the study's base configuration."""
+
+    epoch_seconds: float
+    search_seconds: float  # for the candidates of all scenes, once; 0 where none are needed
+    cache_bytes: int  # of those candidates
+
+
+class _TooLong(BaseException):
+    """Not an Exception: a trial would take it for a failure of its own."""
+
+
+def appraise(study: StudyConfig, device: str) -> Appraisal | str:
+    """Run two short epochs in this process and scale them up; nothing of them stays.
+
+    Args:
+        study: of which the base configuration is run, on fewer scenes.
+        device: where.
+
+    Returns:
+        The appraisal, or why there is none, in one line.
+    """
+    config = study.trial_config({}, study.seed)
+    try:
+        with _limited(LIMIT), tempfile.TemporaryDirectory(prefix="ristune-") as folder:
+            return _measure(config, device, Path(folder))
+    except _TooLong:
+        return f"two epochs of a few scenes take longer than {LIMIT:g} s here"
+    except (RuntimeError, ValueError, OSError) as error:
+        return " ".join(str(error).split())[:200]
+
+
+def _measure(config: TrialConfig, device: str, folder: Path) -> Appraisal:
+    searched = config.network.front_end is not None
+    data, training = config.data, config.training
+    most = _SEARCHED if searched else _SCENES
+    n_train = min(data.train_scenes, most)
+    n_val = min(data.val_scenes, _SEARCHED if searched else _VAL_SCENES)
+    changes = {
+        "train_scenes": n_train,
+        "val_scenes": n_val,
+        "cache": folder / "candidates",
+        # What is looked for once is timed apart; all epochs but the first find it done.
+        "fresh": data.fresh and not searched,
+    }
+    batch = min(training.batch_size, n_train)
+    sample = config.model_copy(
+        update={
+            "data": data.model_copy(update=changes),
+            "training": training.model_copy(update={"batch_size": batch}),
+        }
+    )
+    search_seconds, cache_bytes = 0.0, 0
+    if searched:
+        search_seconds, cache_bytes = _search(sample, config, device)
+    run = TrialRun(sample, device)
+    try:
+        for _ in range(2):  # the first one builds and warms up
+            begun = time.perf_counter()
+            result = run.step()
+            seconds = time.perf_counter() - begun
+            if result["failed"]:
+                raise RuntimeError(result["reason"])
+            if result["finished"]:
+                break
+    finally:
+        run.close()
+    per_train = 1.0 / result["scenes_per_second"]
+    per_val = max(0.0, seconds - n_train * per_train) / n_val
+    return Appraisal(
+        epoch_seconds=data.train_scenes * per_train + data.val_scenes * per_val,
+        search_seconds=search_seconds,
+        cache_bytes=cache_bytes,
+    )
+
+
+def _search(sample: TrialConfig, config: TrialConfig, device: str) -> tuple[float, int]:
+    """Seconds and bytes of all candidates that the study's trials share."""
+    begun = time.perf_counter()
+    source = open_source(sample, torch.device(device))
+    source.validation()
+    for _ in source.train_batches(0, sample.training.batch_size, sample.seed):
+        pass
+    seconds = time.perf_counter() - begun
+    assert sample.data.cache is not None
+    n_found = sample.data.train_scenes + sample.data.val_scenes
+    epochs = config.training.epochs if config.data.fresh else 1
+    share = (config.data.train_scenes * epochs + config.data.val_scenes) / n_found
+    return seconds * share, round(_size(sample.data.cache) * share)
+
+
+def epochs_expected(search: SearchConfig, epochs: int) -> tuple[float, float]:
+    """Epochs of a trial on average: where the scheduler stops all that it may, and nobody.
+
+    ASHA lets one in `reduction_factor` pass a rung; the first ones, who have nobody to be
+    compared with, and ties make it more. Of other schedulers only the most is known.
+    """
+    rungs = search.rungs(epochs)
+    fewest, share, last = 0.0, 1.0, 0
+    for rung in [*rungs, epochs]:
+        fewest += share * (rung - last)
+        share, last = share / search.reduction_factor, rung
+    if search.scheduler == "none" or rungs:
+        return fewest, float(epochs)
+    return float(min(search.grace_epochs, epochs)), float(epochs)
+
+
+def checkpoint_bytes(study: StudyConfig) -> tuple[int, int]:
+    """Size of a checkpoint of the base network, and of the largest one in the space."""
+    point: dict[str, Value] = {}
+    for path, parameter in study.search.space.items():
+        sizes = [v for v in parameter.probes() if isinstance(v, int) and not isinstance(v, bool)]
+        if path.startswith("network.") and sizes:
+            point[path] = max(sizes)
+    base = _parameters(study.trial_config({}, study.seed))
+    try:
+        largest = max(base, _parameters(study.trial_config(point, study.seed)))
+    except ConfigError:  # the largest values exclude each other
+        largest = base
+    return base * _COPIES * _BYTES, largest * _COPIES * _BYTES
+
+
+def _parameters(config: TrialConfig) -> int:
+    network = build_network(config.network, config.scene, config.array.build())
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+@contextmanager
+def _limited(seconds: float) -> Iterator[None]:
+    """Leave the block when the time is up (in the main thread, which alone takes signals)."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise _TooLong
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.signal(signal.SIGALRM, before)

@@ -1,0 +1,146 @@
+"""How a session ends: results, report, the winner's score, and what is said of them."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from tuner.command import DONE, INTERRUPTED, NOTHING_FINISHED
+from tuner.folder import RunFolder
+from tuner.limits import Ended
+from tuner.pareto import pareto_front
+from tuner.promotion import Promotion
+from tuner.records import State
+from tuner.report import write_report
+from tuner.results import export_winner, write_best, write_promoted, write_trials
+from tuner.scenes import ensure_scenes
+from tuner.study import Ledger
+from tuner.telemetry import Progress
+
+logger = logging.getLogger(__name__)
+
+_SCORED_SCENES = 256  # that the winner is compared with NOMP on
+
+
+def conclude(
+    folder: RunFolder,
+    ledger: Ledger,
+    promotion: Promotion | None,
+    progress: Progress,
+    early: Ended | None,
+    *,
+    interrupted: bool,
+) -> int:
+    """Write the results and say how it ended.
+
+    Args:
+        folder: of the run.
+        ledger: of the search.
+        promotion: of its best, where one was asked for.
+        progress: who tells the user.
+        early: what ended it before its trials had run, if anything.
+        interrupted: whether the user did.
+
+    Returns:
+        The exit code.
+    """
+    write_trials(folder, ledger)
+    best = write_best(folder, ledger, promotion)
+    if promotion is not None:
+        write_promoted(folder, promotion)
+    if best is not None:
+        export_winner(folder, best)
+    scored = best is not None and not interrupted
+    if not scored:  # else it is written with the winner's scores
+        _draw_report(folder, ledger, progress)
+    counts = Counter(trial.state for trial in ledger.trials())
+    states: tuple[State, ...] = ("running", "done", "pruned", "failed")
+    words: dict[State, str] = {"running": "to go on"}
+    summary = ", ".join(f"{counts[s]} {words.get(s, s)}" for s in states if counts[s])
+    progress.say(f"trials: {summary or 'none'}")
+    where = shlex.quote(str(folder.path))
+    if (first := ledger.best()) is not None:
+        untrained = first.metrics.get("untrained_objective")
+        beside = f" (untrained network: {untrained:.5f})" if untrained is not None else ""
+        where_best = "best" if promotion is None else "best in the search"
+        progress.say(
+            f"{where_best}: trial {first.number:04d}, objective {first.objective:.5f}{beside}"
+        )
+    if study_cost := ledger.config.search.cost:
+        front = ", ".join(f"{t.number:04d}" for t in pareto_front(ledger))
+        progress.say(f"Pareto front, cheapest in {study_cost} first: {front or 'no trial'}")
+    for line in promotion.summary() if promotion is not None else []:
+        progress.say(line)
+    if interrupted:
+        progress.say(f"interrupted; go on with: python -m tuner.run --resume {where}")
+        return INTERRUPTED
+    if early is not None:
+        more = f"python -m tuner.run --resume {where} {early.remedy}"
+        progress.say(f"ended early: {early.reason}; go on with: {more}")
+    if best is None:
+        reasons = {t.reason for t in ledger.trials() if t.state == "failed" and t.reason}
+        why = f"; for example: {sorted(reasons)[0]}" if reasons else ""
+        progress.say(f"no trial finished{why}", logging.ERROR)
+        return NOTHING_FINISHED
+    try:
+        _attempt(lambda: _score_winner(folder, progress), progress, "evaluation.json")
+        with progress.waiting("finding sources in scenes for the report"):
+            _attempt(lambda: ensure_scenes(folder), progress, "scenes.json")
+    except KeyboardInterrupt:
+        progress.say("the winner's scoring was interrupted; tuner.evaluate does it at any time")
+    _draw_report(folder, ledger, progress)
+    progress.say(f"report: {folder.report}")
+    if promotion is None or promotion.winner() is None:
+        progress.say(f"train the winner at full budget: python -m tuner.train --from {where}")
+    best_network = shlex.quote(str(folder.best))
+    progress.say(f"locate with it: python -m model.locate SNAPSHOTS --checkpoint {best_network}")
+    return DONE
+
+
+def _draw_report(folder: RunFolder, ledger: Ledger, progress: Progress) -> None:
+    with progress.waiting("drawing the report"):
+        _attempt(lambda: write_report(folder, ledger), progress, "report.html")
+
+
+def _score_winner(folder: RunFolder, progress: Progress) -> None:
+    """evaluation.json: the winner beside NOMP.
+
+    Simulated scenes are such as no trial has seen. Of recorded ones the test split is taken, or
+    else the validation split, which chose the winner: the result says so.
+    """
+    from model.localizer import Localizer
+    from tuner.evaluation import evaluate_suite, evaluation_of, write_evaluation
+    from tuner.scoreboard import REFERENCE
+
+    if not (folder.best / "config.json").exists():
+        return  # its checkpoint was out of reach, which has been said
+    localizer = Localizer.load(folder.best)
+    with progress.counting() as advance:
+        found = evaluate_suite(
+            "nominal",
+            localizer.config,
+            localizer,
+            n_scenes=_SCORED_SCENES,
+            classical=[REFERENCE],
+            say=logger.info,
+            advance=advance,
+        )
+        content = evaluation_of({"nominal": found}, localizer.config, checkpoint=folder.best)
+        write_evaluation(folder.evaluation, content)
+    progress.say(f"winner beside NOMP; scenes: {found['scenes']}")
+    for name, report in found["methods"].items():
+        numbers = report["overall"]
+        progress.say(f"{name}: F1 {numbers['f1']:.3f}, GOSPA {numbers['gospa_m']:.2f} m")
+    progress.say(f"scoreboard: {folder.path / 'evaluation.html'}")
+
+
+def _attempt(work: Callable[[], Any], progress: Progress, what: str) -> None:
+    # A page that cannot be drawn must not cost the results that are already on disk.
+    try:
+        work()
+    except Exception as error:
+        logger.exception("%s was not written", what)
+        progress.say(f"{what} was not written: {error}", logging.WARNING)

@@ -1,0 +1,84 @@
+"""How much longer a study takes, judged by the trials that have ended."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Self
+
+from tuner.duration import format_duration
+from tuner.records import State, TrialRecord
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How far a trial came, and how long its epochs took [s]."""
+
+    state: State
+    epoch: int
+    seconds: tuple[float, ...]
+
+    @classmethod
+    def of(cls, trial: TrialRecord) -> Self:
+        """What the ledger knows of a trial's pace."""
+        spent = (metrics.get("epoch_seconds") for metrics in trial.epochs.values())
+        return cls(trial.state, trial.epoch, tuple(float(s) for s in spent if s is not None))
+
+
+def time_left(
+    paces: Iterable[Pace],
+    *,
+    epochs: int,
+    n_new: int,
+    elapsed: float,
+    budget: float | None = None,
+) -> float | None:
+    """About how many seconds the study's trials still run; None while nothing tells it.
+
+    Trials to come last as many epochs as those that have ended did on average; a running one as
+    many more as those that came further. An epoch costs what it typically does: in a trial the
+    median, so that a first epoch that waits for data does not count again. Trials run side by side
+    as they have so far, by the time in their epochs over the study's.
+
+    Args:
+        paces: of all trials that were started.
+        epochs: a trial's budget.
+        n_new: trials that have not started.
+        elapsed: time that the study's trials have run [s].
+        budget: time that they may run [s]; what is left of it bounds the answer.
+    """
+    left = _trials_left(paces, epochs, n_new, elapsed)
+    if budget is None:
+        return left
+    rest = max(0.0, budget - elapsed)
+    return rest if left is None else min(left, rest)
+
+
+def _trials_left(paces: Iterable[Pace], epochs: int, n_new: int, elapsed: float) -> float | None:
+    known = list(paces)
+    ended = [pace.epoch for pace in known if pace.state != "running"]
+    running = [pace.epoch for pace in known if pace.state == "running"]
+    if not running and not n_new:
+        return 0.0
+    timed = [pace for pace in known if pace.seconds]
+    n_timed = sum(len(pace.seconds) for pace in timed)
+    if not any(ended) or not n_timed or elapsed <= 0:
+        return None
+    typical = sum(len(pace.seconds) * median(pace.seconds) for pace in timed) / n_timed
+    more = [_more(epoch, ended, epochs) for epoch in running]
+    more += [sum(ended) / len(ended)] * n_new
+    side_by_side = sum(sum(pace.seconds) for pace in timed) / elapsed
+    lanes = min(max(1.0, side_by_side), len(more))
+    return typical * max(sum(more) / lanes, max(more))
+
+
+def _more(epoch: int, ended: Sequence[int], epochs: int) -> float:
+    """Epochs that a running trial still has, as those had that came further."""
+    further = [other - epoch for other in ended if other > epoch]
+    return sum(further) / len(further) if further else max(0, epochs - epoch)
+
+
+def about(seconds: float) -> str:
+    """A length of time as far as an estimate goes."""
+    return f"about {format_duration(max(1.0, round(seconds)))}"

@@ -1,0 +1,99 @@
+"""Where a study's trials run, and what each is given there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from tuner.config import StudyConfig
+from tuner.errors import StudyError
+from tuner.folder import RunFolder
+from tuner.local import local_device
+
+if TYPE_CHECKING:
+    from tuner.cluster import Cluster
+
+
+@dataclass(frozen=True)
+class Place:
+    """The cluster, or this process without one, and a trial's share of it."""
+
+    cluster: Cluster | None
+    gpus: float
+    concurrent: int
+    device: str
+
+    @property
+    def is_here(self) -> bool:
+        """Whether trials run on this machine, so that what is timed on it holds for them."""
+        return self.cluster is None or self.cluster.is_here
+
+
+def choose_place(study: StudyConfig, cluster: Cluster | None, notes: list[str]) -> Place:
+    """GPUs a trial, trials side by side, and the device's name; notes what was chosen.
+
+    Raises:
+        StudyError: what is asked for can never be given.
+    """
+    return _place_here(study, notes) if cluster is None else _place_on(cluster, study, notes)
+
+
+def _place_here(study: StudyConfig, notes: list[str]) -> Place:
+    cpus = study.resources.cpus_per_trial
+    wanted = 0 if study.resources.device == "cpu" else study.resources.gpus_per_trial
+    device = local_device(wanted)
+    if wanted and device == "cpu":
+        raise StudyError(
+            f"resources.gpus_per_trial: {wanted:g} GPU a trial asked, but this machine has "
+            "none; ask for 0 to run the trials on the CPU"
+        )
+    if device == "cpu":
+        notes.append(f"no GPU is used: trials run on the CPU, threads each: {cpus}")
+    else:
+        notes.append(f"trials run on {torch.cuda.get_device_name()}, one after another")
+    return Place(None, float(device != "cpu"), 1, device)
+
+
+def _place_on(cluster: Cluster, study: StudyConfig, notes: list[str]) -> Place:
+    from tuner.cluster import trial_resources
+
+    resources = study.resources
+    gpus, concurrent = trial_resources(cluster, resources, study.search.trials)
+    notes.append(
+        f"{cluster.description}: {cluster.words}; {concurrent} trials side by side, "
+        f"{gpus:g} GPU and {resources.cpus_per_trial} CPU each"
+    )
+    if not gpus:
+        reason = "by request" if cluster.n_gpus_possible else "there is none"
+        if resources.gpus_per_trial is None and not cluster.capacity.known:
+            reason = "none is known of; if its autoscaler may add some: --gpus-per-trial 1"
+        notes.append(f"no GPU is used ({reason}): trials run on the CPU")
+    elif resources.device == "cpu":
+        notes.append("GPUs are held and stay idle (resources.device): trials compute on the CPU")
+    if cluster.has_several_nodes and not resources.storage:
+        notes.append(
+            "the cluster has several nodes, or may have: those that come later must share the run "
+            "folder too (NFS), or resources.storage must name what they share (s3://...)"
+        )
+    if cluster.dashboard:
+        token = f" (token: {cluster.token_file})" if cluster.token_file else ""
+        notes.append(f"Ray dashboard: {cluster.dashboard}{token}")
+    device = "cuda" if gpus and resources.device == "auto" else "cpu"
+    return Place(cluster, gpus, concurrent, device)
+
+
+def check_place(study: StudyConfig, folder: RunFolder, place: Place) -> None:
+    """Have every node of a cluster look at the place of the checkpoints.
+
+    Raises:
+        StudyError: nodes that do not see it.
+    """
+    if place.cluster is None:
+        return
+    from tuner.checkpoints import Storage
+    from tuner.reach import check_reach
+
+    cpus = study.resources.cpus_per_trial or 1
+    check_reach(Storage.of(folder, study.resources), cpus, place.gpus)

@@ -1,0 +1,168 @@
+"""What a study would do, shown before anything is started."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+from rich.console import Console
+from rich.table import Table
+
+from tuner.appraisal import Appraisal, appraise, checkpoint_bytes, epochs_expected
+from tuner.config import StudyConfig, held_value
+from tuner.duration import format_duration
+from tuner.folder import RunFolder
+from tuner.forecast import Pace, about, time_left
+from tuner.place import Place
+from tuner.space import n_points
+from tuner.study import Ledger
+
+_WIDTH = 200  # of a table in a file or pipe, which have none
+
+
+def show_plan(
+    study: StudyConfig,
+    notes: list[str],
+    out: Path | None,
+    place: Place | None,
+    ledger: Ledger | None,
+) -> None:
+    """Print configuration, space, resources, and what time and disk the study takes.
+
+    Args:
+        study: resolved.
+        notes: on where it comes from, its data and its resources.
+        out: the run folder that was asked for.
+        place: where trials would run; None where none is left to run.
+        ledger: of a study that would go on.
+    """
+    console = Console(highlight=False, soft_wrap=True)
+    if not console.is_terminal:
+        console.width = _WIDTH
+
+    def say(*lines: str) -> None:
+        for line in lines:
+            console.print(line, markup=False)
+
+    say(*notes)
+    say("", "changed from the defaults:")
+    say(*(f"  {line}" for line in differences(study)))
+    say("", "configuration, resolved:")
+    say(*(f"  {line}" for line in study.to_yaml().splitlines()))
+    say("")
+    console.print(_space_table(study))
+    folder = (out or RunFolder.default_path(study.name)).expanduser().resolve()
+    if place is not None:
+        found = appraise(study, place.device) if place.is_here else "trials run on other machines"
+        say(f"time: {_time(study, place, ledger, found)}")
+        for line in _disk(study, place, found, folder):
+            say(f"disk: {line}")
+    say(
+        "nothing was started, and nothing written (--dry-run)"
+        + ("" if ledger else f"; the run folder would be {folder}")
+    )
+
+
+def differences(study: StudyConfig) -> Iterator[str]:
+    """Fields that differ from their defaults, as `section.field: value (default)`."""
+    yield from _differing("", study, type(study)())
+
+
+def _differing(prefix: str, held: BaseModel, usual: BaseModel) -> Iterator[str]:
+    if type(held) is not type(usual):  # another family of networks
+        usual = type(held)()
+        yield f"{prefix}family: {getattr(held, 'family', type(held).__name__)}"
+    for name in type(held).model_fields:
+        path, value, default = prefix + name, getattr(held, name), getattr(usual, name)
+        if path in ("search.space", "network.family"):
+            continue
+        if isinstance(value, BaseModel) and isinstance(default, BaseModel):
+            yield from _differing(f"{path}.", value, default)
+        elif value != default:
+            yield f"{path}: {_plain(value)} (default {_plain(default)})"
+
+
+def _plain(value: Any) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, tuple):
+        return f"[{', '.join(_plain(one) for one in value)}]"
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{k}: {_plain(v)}' for k, v in value.items())}}}"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _space_table(study: StudyConfig) -> Table:
+    space = study.search.space
+    points = n_points(space)
+    many = "endlessly many points" if math.isinf(points) else f"{points:.0f} points"
+    table = Table(
+        title=f"search space: {len(space)} parameters, {many}", title_justify="left", box=None
+    )
+    for head in ("parameter", "type", "values", "configured"):
+        table.add_column(head, no_wrap=True)
+    for path, parameter in space.items():
+        if parameter.type == "categorical":
+            values = ", ".join(_plain(choice) for choice in parameter.choices)
+        else:
+            values = f"{parameter.low:g} to {parameter.high:g}"
+            values += ", logarithmic" if parameter.log else ""
+            values += f", steps of {parameter.step:g}" if parameter.step is not None else ""
+        table.add_row(path, parameter.type, values, _plain(held_value(study, path)))
+    return table
+
+
+def _time(study: StudyConfig, place: Place, ledger: Ledger | None, found: Appraisal | str) -> str:
+    if ledger is not None:
+        left = time_left(
+            [Pace.of(trial) for trial in ledger.trials()],
+            epochs=study.training.epochs,
+            n_new=ledger.n_new,
+            elapsed=ledger.seconds,
+            budget=study.search.time_budget,
+        )
+        if left is not None:
+            return f"{about(left)} left, as the trials so far took"
+    if isinstance(found, str):
+        return f"not known: {found}"
+    search, budget = study.search, study.search.time_budget
+    trials = search.trials if ledger is None else ledger.n_new
+    lanes = max(1, min(place.concurrent, trials))
+    bounds = epochs_expected(search, study.training.epochs)
+    waited = found.search_seconds / lanes
+    least, most = (waited + trials * n * found.epoch_seconds / lanes for n in bounds)
+    span = about(most)
+    if bounds[0] < bounds[1]:
+        span = f"{about(least)} if {search.scheduler} stops what it may, {span} if it stops nobody"
+    if budget is not None and budget < most:
+        span += f"; ended by the time budget after {format_duration(budget)}"
+    parts = f"an epoch {about(found.epoch_seconds).removeprefix('about ')}"
+    if waited:
+        parts += f", finding all candidates {format_duration(max(1.0, round(waited)))}"
+        parts += " unless they are kept from an earlier study"
+    return f"{span} ({parts}; timed on two short epochs of the configured values on {place.device})"
+
+
+def _disk(study: StudyConfig, place: Place, found: Appraisal | str, folder: Path) -> Iterator[str]:
+    base, largest = checkpoint_bytes(study)
+    # Each running trial's, while a new one takes its place, and the winner's.
+    kept = 2 * place.concurrent + 1
+    size = f"{_bytes(base)} each, {_bytes(largest)} of the largest network"
+    yield f"at most {_bytes(kept * largest)} of checkpoints at a time ({size})"
+    if not isinstance(found, str) and found.cache_bytes:
+        yield f"{_bytes(found.cache_bytes)} of candidates, kept for all studies of these scenes"
+    above = next(path for path in (folder, *folder.parents) if path.exists())
+    yield f"{_bytes(shutil.disk_usage(above).free)} free at {above}"
+
+
+def _bytes(count: float) -> str:
+    """A size in the largest unit that leaves a number above one."""
+    for unit in ("bytes", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.3g} {unit}"
+        count /= 1024
+    return f"{count:,.1f} GiB"

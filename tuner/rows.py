@@ -1,0 +1,91 @@
+"""What is shown of a trial, while it runs or from the ledger."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, Self
+
+from tuner.forecast import Pace
+from tuner.records import State, TrialRecord
+from tuner.space import Value
+
+
+@dataclass
+class TrialRow:
+    """One trial, as far as it is known."""
+
+    number: int
+    params: dict[str, Value]
+    state: State = "running"
+    epoch: int = 0
+    objective: float | None = None
+    curve: dict[int, float] = field(default_factory=dict)  # objective by epoch
+    seconds: dict[int, float] = field(default_factory=dict)  # by epoch
+    metrics: dict[str, Any] = field(default_factory=dict)  # of the last epoch
+    note: str = ""
+    survived: str = ""  # stays in the note while the trial runs on
+    waiting_since: float | None = None  # monotonic: no epoch of this session has been reported
+    ended: float | None = None  # monotonic or unix time, to tell who ended before whom
+
+    @classmethod
+    def of(cls, trial: TrialRecord) -> Self:
+        """A trial of the ledger."""
+        row = cls(trial.number, trial.params, trial.state, trial.epoch, trial.objective)
+        row.curve = dict(trial.curve)
+        for epoch, metrics in trial.epochs.items():
+            if metrics.get("epoch_seconds") is not None:
+                row.seconds[epoch] = float(metrics["epoch_seconds"])
+        row.metrics = dict(trial.metrics)
+        row.note = note_of(trial.state, trial.reason) or trial.note
+        row.ended = _unix(trial.finished)
+        return row
+
+    def take(self, metrics: Mapping[str, Any]) -> None:
+        """An epoch was reported, again perhaps."""
+        self.epoch = int(metrics["epoch"])
+        self.objective = self.curve[self.epoch] = float(metrics["objective"])
+        if metrics.get("epoch_seconds") is not None:
+            self.seconds[self.epoch] = float(metrics["epoch_seconds"])
+        self.metrics, self.note, self.waiting_since = dict(metrics), self.survived, None
+
+    def end(self, state: State, reason: str | None) -> None:
+        """The trial is over."""
+        self.state, self.note = state, note_of(state, reason) or self.survived
+        self.ended, self.waiting_since = time.time(), None
+
+    @property
+    def skipped(self) -> int:
+        """Optimiser steps skipped so far."""
+        return int(self.metrics.get("skipped_steps", 0))
+
+    @property
+    def fallbacks(self) -> int:
+        """Scenes of the last epoch that the SVD served."""
+        return int(self.metrics.get("solver_fallbacks", 0))
+
+    @property
+    def epoch_seconds(self) -> float | None:
+        """What the last epoch took."""
+        return self.seconds.get(self.epoch)
+
+    @property
+    def place(self) -> str:
+        """Machine and device."""
+        return " ".join(str(self.metrics[k]) for k in ("node", "device") if self.metrics.get(k))
+
+    @property
+    def pace(self) -> Pace:
+        """What a forecast asks for."""
+        return Pace(self.state, self.epoch, tuple(self.seconds.values()))
+
+
+def note_of(state: State, reason: str | None) -> str:
+    """What is said of an end; a pruned trial's epoch tells it all."""
+    return reason or "" if state == "failed" else ""
+
+
+def _unix(moment: datetime | None) -> float | None:
+    return None if moment is None else moment.timestamp()

@@ -1,0 +1,120 @@
+"""`python -m tuner.status RUN_DIR`: how a study stands, from any terminal or machine."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tuner.command import DONE, INTERRUPTED, NOTHING_FINISHED, execute
+from tuner.duration import format_duration
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from tuner.standing import Standing
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+_FAILURES = 5  # that are named; trials.csv has all
+
+
+@app.command()
+def status(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Run folder of a study.")],
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON object a look, in place of words.")
+    ] = False,
+    watch: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SECONDS", min=0.1, help="Look again so often, until the study stops running."
+        ),
+    ] = None,
+) -> int:
+    """Show a study's state, trials, best, failures and time left; change nothing.
+
+    The run folder is all that is read, so that any machine will do that reaches it. Exit codes:
+    0 the study runs, waits or has a winner; 1 it is over and no trial finished; 2 no study there,
+    or its ledger cannot be read; 130 the watch was interrupted.
+    """
+    from rich.console import Console
+
+    from tuner.standing import standing
+
+    # A file or pipe has no width: lines of any length are for it.
+    console = Console(highlight=False, soft_wrap=True)
+    look = standing(run_dir)
+    try:
+        while True:
+            if as_json:
+                typer.echo(json.dumps(look.as_json(), allow_nan=False))
+            else:
+                if watch is not None and console.is_terminal:
+                    console.clear()
+                _show(look, console)
+            if watch is None or look.state != "running":
+                over = look.state == "finished" and look.best is None
+                return NOTHING_FINISHED if over else DONE
+            time.sleep(watch)
+            look = standing(run_dir)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def _show(look: Standing, console: Console) -> None:
+    from tuner.forecast import about
+    from tuner.liveview import StudyView
+    from tuner.rows import TrialRow
+
+    def say(text: str) -> None:
+        console.print(text, markup=False)
+
+    say(f"{look.study.name}: {_state(look)}")
+    drawn = bool(look.trials) and console.is_terminal
+    if drawn:
+        rows = [TrialRow.of(trial) for trial in look.trials]
+        console.print(StudyView(look.study, rows, look.seconds))
+    else:
+        counts = look.counts()
+        parts = [f"{count} {name.replace('_', ' ')}" for name, count in counts.items()]
+        say(f"trials: {', '.join(parts)}")
+        if look.best is not None:
+            say(f"best: trial {look.best.number:04d}, objective {look.best.objective:.5f}")
+    failed = [trial for trial in look.trials if trial.state == "failed"]
+    for trial in failed[:_FAILURES]:
+        say(f"trial {trial.number:04d} failed after epoch {trial.epoch}: {trial.reason}")
+    if len(failed) > _FAILURES:
+        say(f"and {len(failed) - _FAILURES} more that failed: trials.csv has them all")
+    if look.report_age is not None and look.state == "running":
+        say(f"last report: {format_duration(round(look.report_age))} ago")
+    if look.seconds_left is not None and look.state != "finished" and not drawn:
+        when = "" if look.state == "running" else ", once it goes on"
+        say(f"time left: {about(look.seconds_left)}{when}")
+    if look.next_command:
+        say(f"next: {look.next_command}")
+
+
+def _state(look: Standing) -> str:
+    driver, reason = look.driver, look.ended.reason if look.ended else ""
+    if look.state == "running":
+        by = ""
+        if driver is not None and driver.pid is not None:
+            by = f" by process {driver.pid}" + (f" on {driver.host}" if driver.host else "")
+            by += f" for {format_duration(max(1, round(look.now - driver.since)))}"
+        unseen = "" if driver is None or driver.locked else ", as its ledger is being written"
+        return f"running{by}{unseen}"
+    if look.state == "finished":
+        return f"finished: {reason}"
+    if look.state == "interrupted":
+        cut = f"; process {driver.pid} was cut off" if driver and driver.pid else ""
+        return f"interrupted: trials are left to run{cut}"
+    return "never started"
+
+
+if __name__ == "__main__":
+    sys.exit(execute(app))
