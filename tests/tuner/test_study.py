@@ -184,3 +184,14 @@ def test_judging_and_resuming_a_trial_ask_the_sampler_nothing(
     monkeypatch.setattr(ledger.optuna_study.sampler, "infer_relative_search_space", asked_again)
     ledger.should_prune(number)
     assert [orphan.number for orphan in ledger.orphans()] == [number]
+
+
+def test_a_trials_seconds_and_fallbacks_are_those_of_all_its_epochs(tmp_path: Path) -> None:
+    ledger = ledger_in(tmp_path)
+    trial = asked(ledger)
+    assert ledger.trial(trial.number).gpu_seconds is None
+    for epoch, fallbacks in ((1, 3), (2, 9), (2, 4)):  # the second one is run again
+        metrics = {"epoch": epoch, "objective": 1.0, "epoch_seconds": 2.0, "gpu_seconds": 0.5}
+        ledger.report(trial.number, {**metrics, "solver_fallbacks": fallbacks})
+    found = ledger.trial(trial.number)
+    assert (found.seconds, found.gpu_seconds, found.fallbacks) == (4.0, 1.0, 7)
