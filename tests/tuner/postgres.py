@@ -163,15 +163,17 @@ def _children(parent: int) -> list[int]:
 class LostAnswers:
     """A proxy before the server that cuts the line when a transaction has been written.
 
-    The server has done what it was asked to; the client cannot know.
+    While it is `cutting`, every second transaction's answer is lost: the server has done what it was
+    asked to, and the client cannot know.
     """
 
     def __init__(self, server: Server) -> None:
         self._server = server
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = int(self._listener.getsockname()[1])
-        self.armed = False
+        self.cutting = False
         self.cuts = 0
+        self._armed = False
         threading.Thread(target=self._accept, daemon=True).start()
 
     def _accept(self) -> None:
@@ -183,24 +185,26 @@ class LostAnswers:
             threading.Thread(target=self._serve, args=(client,), daemon=True).start()
 
     def _serve(self, client: socket.socket) -> None:
+        cut = threading.Event()
         with client, socket.create_connection(("127.0.0.1", self._server.port)) as server:
-            threading.Thread(target=self._pass, args=(server, client), daemon=True).start()
+            back = threading.Thread(target=self._answer, args=(server, client, cut), daemon=True)
+            back.start()
             while data := _received(client):
+                if self.cutting and b"COMMIT" in data:
+                    self._armed = not self._armed
+                    if self._armed:
+                        cut.set()
                 server.sendall(data)
-                if self.armed and b"COMMIT" in data:
-                    self.armed = False
-                    self.cuts += 1
-                    client.shutdown(socket.SHUT_RDWR)
-                    time.sleep(0.2)  # for the server to commit
-                    return
+            server.shutdown(socket.SHUT_RDWR)
+            back.join()
 
-    @staticmethod
-    def _pass(source: socket.socket, target: socket.socket) -> None:
-        try:
-            while data := _received(source):
-                target.sendall(data)
-        except OSError:
-            return
+    def _answer(self, server: socket.socket, client: socket.socket, cut: threading.Event) -> None:
+        while data := _received(server):
+            if cut.is_set():  # this is what the server says to the COMMIT
+                self.cuts += 1
+                break
+            client.sendall(data)
+        client.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         self._listener.close()

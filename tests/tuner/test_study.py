@@ -208,3 +208,14 @@ def test_who_only_reads_proposes_nothing(tmp_path: Path) -> None:
     assert reader.optuna_study.get_trials() == before
     assert asked(ledger).params == study.base_point()
     assert [trial.number for trial in reader.trials()] == [0]
+
+
+def test_a_trials_seconds_and_fallbacks_are_those_of_all_its_epochs(tmp_path: Path) -> None:
+    ledger = ledger_in(tmp_path)
+    trial = asked(ledger)
+    assert ledger.trial(trial.number).gpu_seconds is None
+    for epoch, fallbacks in ((1, 3), (2, 9), (2, 4)):  # the second one is run again
+        metrics = {"epoch": epoch, "objective": 1.0, "epoch_seconds": 2.0, "gpu_seconds": 0.5}
+        ledger.report(trial.number, {**metrics, "solver_fallbacks": fallbacks})
+    found = ledger.trial(trial.number)
+    assert (found.seconds, found.gpu_seconds, found.fallbacks) == (4.0, 1.0, 7)

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import ast
+import platform
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import pytest
+from ray.tune import PlacementGroupFactory
 
 from tests.tuner.support import ROOT, environment, order
 from tuner.trainable import RESUME, START, TrialActor, allocated_gpus
@@ -50,6 +52,16 @@ def test_a_failed_trial_is_done_asks_for_no_checkpoint_and_frees_the_actor(tmp_p
     assert not result["should_checkpoint"]
     assert actor.reset(order(tmp_path, 2))
     assert not actor.train()["failed"]
+
+
+def test_an_epoch_says_where_it_ran_and_what_it_took_of_the_gpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = PlacementGroupFactory([{"CPU": 1, "GPU": 0.25}])
+    monkeypatch.setattr(TrialActor, "trial_resources", given)
+    result = TrialActor(order(tmp_path, 1)).train()
+    assert result["gpu_seconds"] == 0.25 * result["epoch_seconds"] > 0
+    assert (result["node"], result["device"]) == (platform.node(), "cpu")
 
 
 def test_a_name_never_tells_of_a_trial_that_is_over(tmp_path: Path) -> None:
