@@ -5,13 +5,15 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
-from pathlib import Path
+from fnmatch import fnmatch
 from typing import Any
 
+from pyarrow.fs import FileSelector
 from ray import tune
 from ray.tune import CheckpointConfig, FailureConfig, RunConfig, TuneConfig
 from ray.tune.experiment import Trial
 
+from tuner.checkpoints import Storage, open_location
 from tuner.disk import disk_error
 from tuner.folder import RunFolder
 from tuner.schedulers import make_scheduler
@@ -111,10 +113,9 @@ def run_distributed(
         tuner.fit()
     finally:
         search.closed = True
-        _sweep(folder.trials)
-        if (
-            ledger.database_lost is not None
-        ):  # which Ray Tune has taken for a trial's fault, or wrapped
+        _sweep(search.storage)
+        # What Ray Tune has taken for a trial's fault, or wrapped:
+        if ledger.database_lost is not None:
             raise ledger.database_lost
     if search.full_disk is not None:
         raise disk_error(folder.path, search.full_disk)
@@ -131,9 +132,13 @@ def _trial_folder(trial: Trial) -> str:
     return f"{number}-after-epoch-{start}" if start else number
 
 
-def _sweep(trials: Path) -> None:
+def _sweep(storage: Storage) -> None:
     """Remove the files by which Ray would restore; the ledger does that."""
-    for pattern in _LITTER:
-        for path in trials.glob(pattern):
-            if path.is_file():
-                path.unlink(missing_ok=True)
+    try:
+        filesystem, root = open_location(storage.root)
+        found = filesystem.get_file_info(FileSelector(f"{root}/{storage.name}"))
+        for info in found:
+            if info.is_file and any(fnmatch(info.base_name, pattern) for pattern in _LITTER):
+                filesystem.delete_file(info.path)
+    except OSError as error:
+        logger.warning("files of Ray Tune stay in %s: %s", storage.root, error)

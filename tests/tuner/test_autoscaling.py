@@ -42,6 +42,7 @@ def fake_machines(address: str) -> dict[str, Any]:
         "provider": {
             "type": "fake_multinode",
             "gcs_address": address,
+            "use_node_id_as_ip": True,  # all nodes have this machine's
             "launch_multiple": True,
             "disable_node_updaters": True,
             "disable_launch_config_check": True,

@@ -115,7 +115,7 @@ def test_trials_fill_nodes_and_gpus_without_lying_across_them(
 ) -> None:
     machine = Machine(cpus=8, gpus=2)
     assert machine.places(cpus, gpus) == places
-    assert Machine(cpus=8, gpus=1).places(1, 0.7) == 1, "0.7 + 0.3 of a GPU are not two trials"
+    assert Machine(cpus=99, gpus=4).places(1, 0.4) == 8, "what is left of two GPUs is not a third"
     four = cluster(None, machine, machine, machine, machine)
     if places:
         assert given(four, cpus_per_trial=cpus, gpus_per_trial=gpus) == (gpus, 4 * places)
