@@ -371,14 +371,14 @@ def _remount(place: Path) -> None:
 
 _FAULTS: dict[str, tuple[Callable[[Bench], list[str] | None], int]] = {
     "kill -9 of the driver at a random moment, --local": (Bench.driver_killed, 20),
-    "kill -9 of the driver at a random moment, on Ray": (Bench.driver_on_ray_killed, 10),
-    "kill -9 of a trial's process at a random moment, on Ray": (Bench.worker_killed, 10),
     "kill -9 while a checkpoint is written": (Bench.killed_in_checkpoint, 50),
     "full disk (a tmpfs of random size)": (Bench.disk_full, 10),
     "files that may not grow (RLIMIT_FSIZE)": (Bench.file_too_large, 10),
     "out of memory (RLIMIT_AS)": (Bench.out_of_memory, 3),
     "exception in the user's own code": (Bench.own_exception, 5),
     "divergence to NaN": (Bench.diverged, 5),
+    "kill -9 of the driver at a random moment, on Ray": (Bench.driver_on_ray_killed, 10),
+    "kill -9 of a trial's process at a random moment, on Ray": (Bench.worker_killed, 10),
 }
 
 

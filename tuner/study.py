@@ -172,7 +172,8 @@ class Ledger:
         """Propose the rest of a trial amid whose proposal the driver died; False: a repetition.
 
         It gets what it would have been given: the sampler's draws for what is known already are
-        made again, and thrown away.
+        made again, and thrown away. The Gaussian process alone may propose another point: it
+        takes its own lost proposal for a trial that runs.
         """
         others = [trial for trial in self._frozen() if trial.number != frozen.number]
         self._take_sampler(others)

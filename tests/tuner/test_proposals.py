@@ -54,8 +54,8 @@ def dies_in(ledger: Ledger, method: str, after: int) -> None:
     setattr(ledger._storage, method, until)
 
 
-@pytest.mark.parametrize("sampler", ["random", "tpe", "cmaes", "gp"])
-@pytest.mark.parametrize("drawn", [0, 1, 3, 4])
+@pytest.mark.parametrize("sampler", ["random", "tpe", "cmaes"])
+@pytest.mark.parametrize("drawn", [0, 3, 4])
 @pytest.mark.parametrize("number", [1, 5])
 def test_what_is_proposed_is_what_would_have_been(
     tmp_path: Path, sampler: str, drawn: int, number: int
