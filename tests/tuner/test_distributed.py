@@ -396,6 +396,7 @@ def test_a_promotion_on_a_cluster_survives_a_killed_driver_and_a_killed_actor(
         promotion = Promotion(folder / "study.db", search)
         for promoted in promotion.configurations():
             for trial in promoted.runs:
+                assert trial.state == "done", trial.reason
                 assert_whole(trial, 12)
         results.append(
             [(p.trial.number, p.mean, p.std, [run.seed for run in p.runs])
