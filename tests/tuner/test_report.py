@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.tuner.pages.support import material, record
-from tests.tuner.support import tiny_study
+from tests.tuner.support import kill, read_until, run, start, tiny_study, write_study
 from tuner.command import execute
 from tuner.config import StudyConfig
 from tuner.folder import RunFolder
@@ -164,6 +164,24 @@ def test_the_command_looks_at_a_study_that_runs_and_changes_nothing(tmp_path: Pa
     assert [t.user_attrs for t in driver.optuna_study.get_trials()] == before
     assert "1 unfinished" in (out / "report.html").read_text()
     folder.release()
+
+
+@pytest.mark.slow
+def test_a_report_can_be_had_while_a_search_runs(tmp_path: Path) -> None:
+    config = write_study(tmp_path, training={"epochs": 10_000}, search={"scheduler": "none"})
+    search = start("--config", config, "--local", "--out", tmp_path / "run")
+    try:
+        read_until(search, "epoch 3/10000")
+        finished = run(tmp_path / "run", module="tuner.report")
+        assert search.poll() is None, "the search has ended"
+    finally:
+        kill(search)
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.strip() == str(tmp_path / "run" / "report.html")
+    text = (tmp_path / "run" / "report.html").read_text()
+    assert "of 1 trial, 1 unfinished" in text
+    assert "No trial has finished" in text
+    assert "in 1 slot at 1 place" in text
 
 
 @pytest.mark.parametrize(

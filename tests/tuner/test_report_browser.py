@@ -13,7 +13,8 @@ from tests.tuner.support import run_here, write_study
 from tuner.config import StudyConfig
 from tuner.report import sections
 
-pytestmark = pytest.mark.slow
+# The study and a browser on a machine that has much else to do.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 # Sections that are words or a table alone.
 _WITHOUT_CHARTS = {"Overview", "Winner", "Failures", "Trials"}

@@ -90,19 +90,19 @@ def test_an_actor_knows_which_gpus_ray_gave_it(tmp_path: Path) -> None:
     program = (
         "import ray, sys\n"
         "from tuner.trainable import allocated_gpus\n"
-        "ray.init(num_cpus=3, num_gpus=3, include_dashboard=False, _temp_dir=sys.argv[1])\n"
+        "ray.init(num_cpus=2, num_gpus=2, include_dashboard=False, _temp_dir=sys.argv[1])\n"
         "@ray.remote(num_cpus=0)\n"
         "class Holder:\n"
         "    def gpus(self): return allocated_gpus()\n"
-        "held = [Holder.options(num_gpus=n).remote() for n in (1, 1, 0.5, 0.5, 0)]\n"
+        "held = [Holder.options(num_gpus=n).remote() for n in (1, 0.5, 0.5, 0)]\n"
         "print(ray.get([one.gpus.remote() for one in held]))\n"
     )
     # A path of its own: sockets' names may not be long.
     with tempfile.TemporaryDirectory(prefix="ray-") as home:
         finished = subprocess.run(
             [sys.executable, "-c", program, home], cwd=ROOT, env=environment(),
-            capture_output=True, text=True, timeout=120, check=False,
+            capture_output=True, text=True, timeout=280, check=False,
         )  # fmt: skip
     assert finished.returncode == 0, finished.stderr
     found = ast.literal_eval(finished.stdout.splitlines()[-1])
-    assert sorted(found) == ["", "0", "1", "2", "2"]
+    assert sorted(found) == ["", "0", "1", "1"]
