@@ -114,14 +114,14 @@ class Ledger:
     """The study's record, and the only way to propose, report and end trials.
 
     Args:
-        database: SQLite file, made where there is none.
+        database: SQLite file, made where there is none; or an Optuna storage, as it is.
         study: the configuration.
         prior: asked, until the first trial has started, for what the sampler knows before it.
     """
 
     def __init__(
         self,
-        database: Path,
+        database: Path | optuna.storages.BaseStorage,
         study: StudyConfig,
         prior: Callable[[], Sequence[PriorTrial]] = tuple,
     ) -> None:
@@ -129,11 +129,11 @@ class Ledger:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             optuna.logging.set_verbosity(optuna.logging.ERROR)
-            self._storage = optuna.storages.get_storage(
-                optuna.storages.RDBStorage(
+            if isinstance(database, Path):
+                database = optuna.storages.RDBStorage(
                     f"sqlite:///{database}", engine_kwargs={"connect_args": {"timeout": 60}}
                 )
-            )
+            self._storage = optuna.storages.get_storage(database)
         self._study = optuna.create_study(
             storage=self._storage,
             study_name=study.name,
