@@ -102,13 +102,12 @@ def export_winner(folder: RunFolder, best: TrialRecord) -> bool:
 def drop_losers(folder: RunFolder, ledger: Ledger) -> None:
     """Delete checkpoints that nobody will go on from: all but the winner's and the running."""
     best = ledger.best()
-    for trial in ledger.trials():
-        if trial.state == "running":
-            continue
-        kept = trial.checkpoint if best is not None and trial.number == best.number else None
-        for path in folder.trials.glob(f"{trial.number:04d}*/checkpoint*"):
-            if str(path) != kept:
-                shutil.rmtree(path, ignore_errors=True)
+    kept = best.checkpoint if best is not None else None
+    running = ledger.running()
+    for path in folder.trials.glob("[0-9]*/checkpoint*"):
+        number = int(path.parent.name.partition("-")[0])  # 0007, 0007-after-epoch-3, 10007
+        if number not in running and str(path) != kept:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _plain(value: Any) -> Any:

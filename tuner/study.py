@@ -316,6 +316,11 @@ class Ledger:
         """All trials that were started, by number."""
         return [_record(frozen) for frozen in self._started(self._frozen())]
 
+    def running(self) -> set[int]:
+        """Numbers of the trials that have not ended."""
+        own = self._started(self._frozen())
+        return {trial.number for trial in own if trial.state == TrialState.RUNNING}
+
     def trial(self, number: int) -> TrialRecord:
         """One trial."""
         return _record(self._storage.get_trial(self._id(number)))
@@ -329,12 +334,12 @@ class Ledger:
 
     def ranking(self) -> list[TrialRecord]:
         """Finished, finite trials of the study's own budget, best first; nothing else ranks."""
+        own = self._started(self._frozen())
+        done = (_record(trial) for trial in own if trial.state == TrialState.COMPLETE)
         ranked = [
             trial
-            for trial in self.trials()
-            if trial.state == "done"
-            and _finite(trial.objective) is not None
-            and trial.budget == self._config.training.epochs
+            for trial in done
+            if _finite(trial.objective) is not None and trial.budget == self._config.training.epochs
         ]
         return sorted(ranked, key=lambda trial: (trial.objective, trial.number))
 
