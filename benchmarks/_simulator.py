@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -45,6 +45,19 @@ class PlainLedger(MemoryLedger):
         last = trial.intermediate_values[trial.last_step or 0]
         self._study.tell(number, last, state=TrialState.COMPLETE)
         return state
+
+
+class Proposer(Protocol):
+    """What a ledger is asked."""
+
+    def ask(self) -> Assignment | None:
+        """A new trial, or None when there are no more."""
+
+    def report(self, number: int, metrics: Mapping[str, Any]) -> None:
+        """An epoch has ended."""
+
+    def finish(self, number: int, state: End, *, objective: float | None = None) -> End:
+        """A trial has ended."""
 
 
 class Judge(Protocol):
@@ -101,6 +114,39 @@ class Scheduler:
         if decision == TrialScheduler.STOP:
             del self._trials[number]
         return bool(decision == TrialScheduler.CONTINUE)
+
+
+class Stopped:
+    """Proposer and judge of trials whose ends are known: for what depends on times alone.
+
+    Args:
+        epochs: that each trial is given.
+    """
+
+    def __init__(self, epochs: Sequence[int]) -> None:
+        self._epochs = epochs
+        self._next = 0
+
+    def ask(self) -> Assignment | None:
+        """The next trial, without parameters."""
+        if self._next == len(self._epochs):
+            return None
+        self._next += 1
+        return Assignment(self._next - 1, {}, 0)
+
+    def report(self, number: int, metrics: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+    def finish(self, number: int, state: End, *, objective: float | None = None) -> End:
+        """Nothing."""
+        return state
+
+    def started(self, number: int) -> None:
+        """Nothing."""
+
+    def goes_on(self, number: int, epoch: int, objective: float, *, last: bool) -> bool:
+        """Until its epochs are used."""
+        return epoch < self._epochs[number]
 
 
 @dataclass(frozen=True)
@@ -186,7 +232,7 @@ class _Trial:
 
 
 def simulate(
-    ledger: Ledger,
+    ledger: Proposer,
     judge: Judge,
     curve_of: CurveOf,
     *,
@@ -197,7 +243,8 @@ def simulate(
     """Run the ledger's study on G GPUs until its trials are used up, or the time is.
 
     Args:
-        ledger: a fresh study; its ``search.trials`` bounds the trials.
+        ledger: a fresh study; its ``search.trials`` bounds the trials, the curves' length a
+            trial's epochs.
         judge: who stops them.
         curve_of: what a trial reports and how long its epochs take.
         gpus: how many trials run side by side.
@@ -207,7 +254,6 @@ def simulate(
     """
     run = Run(gpus)
     until = gpu_seconds / gpus
-    budget = ledger.config.training.epochs
     running: dict[int, _Trial] = {}
     ends: list[tuple[float, int]] = []  # of epochs: time, GPU
     free, n_asked = 0.0, 0  # the driver's time, and its proposals
@@ -238,7 +284,7 @@ def simulate(
         trial.epoch += 1
         work(now, cost.report)
         ledger.report(number, {"epoch": trial.epoch, "objective": objective})
-        last = trial.epoch == budget
+        last = trial.epoch == len(trial.curve.objective)
         if judge.goes_on(number, trial.epoch, objective, last=last):
             heapq.heappush(ends, (free + trial.next_seconds, gpu))
             continue

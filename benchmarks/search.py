@@ -33,6 +33,8 @@ from benchmarks._simulator import (
     Pruner,
     Run,
     Scheduler,
+    Span,
+    Stopped,
     simulate,
 )
 from benchmarks._surrogate import Curve, Recorded, Surrogate
@@ -211,11 +213,10 @@ def filled(n: int) -> MemoryLedger:
     random = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     rng = np.random.default_rng(0)
     trials = []
-    for number in range(n):
+    for number, epochs in enumerate(rungs(rng, n)):
         asked = random.ask()
         params = suggest(study.search.space, asked)
         curve = replayed(0, Assignment(number, params, 0))
-        epochs = min(27, 3 ** (int(rng.geometric(2 / 3)) - 1))
         values = {epoch: float(curve.objective[epoch - 1]) for epoch in range(1, epochs + 1)}
         done = epochs == 27
         trials.append(
@@ -253,29 +254,30 @@ def driver(gpu_counts: list[int], sizes: list[int], report: float) -> dict[str, 
 
     result: dict[str, Any] = {"ask_seconds": measured, "report_seconds": report, "idle": {}}
     print(
-        f"\n{_LARGE} trials under ASHA, a report {1e3 * report:g} ms; share of GPU time spent "
-        "waiting (driver's share of the time at work)\n\n| s an epoch | "
+        f"\n{_LARGE} trials, one in three going on at each rung, {1e3 * report:g} ms a report; share "
+        "of GPU time spent waiting (of the driver's time at work)\n\n| s an epoch | "
         + " | ".join(f"{gpus} GPUs" for gpus in gpu_counts)
         + " |\n|"
         + "---|" * (len(gpu_counts) + 1)
     )
+    rng = np.random.default_rng(0)
+    epochs = rungs(rng, _LARGE)
     for seconds in (1.0, 10.0, 60.0, 600.0):
         cells = []
         for gpus in gpu_counts:
-            # Proposals at random, at the price of TPE's: what waits does not depend on the point.
-            ledger = MemoryLedger(study_of("asha", "random", _LARGE, 0))
+            trials = Stopped(epochs)
             run = simulate(
-                ledger,
-                Scheduler(ledger),
+                trials,
+                trials,
                 partial(_even, seconds),
                 gpus=gpus,
                 cost=DriverCost(ask=ask, report=report),
             )
-            # Until no GPU is left without a trial for want of trials: the end of a study is no
-            # fault of the driver's.
+            # Until the last trial has begun: GPUs that find no more trials are no fault of the
+            # driver's.
             full = max(s.start for s in run.spans)
-            busy = sum(_overlap(s.start, s.end, s.busy, full) for s in run.spans)
-            idle = 1.0 - busy / (gpus * full)
+            busy = sum(_overlap(s, full) for s in run.spans)
+            idle = max(0.0, 1.0 - busy / (gpus * full))
             share = run.driver / run.seconds
             result["idle"][f"{seconds:g} s, {gpus} GPUs"] = {"idle": idle, "driver": share}
             cells.append(f"{100 * idle:.0f} % ({100 * share:.0f} %)")
@@ -283,15 +285,19 @@ def driver(gpu_counts: list[int], sizes: list[int], report: float) -> dict[str, 
     return result
 
 
+def rungs(rng: np.random.Generator, n: int) -> list[int]:
+    """Epochs of n trials of which one in three goes on at each rung."""
+    return [min(27, 3 ** (int(k) - 1)) for k in rng.geometric(2 / 3, n)]
+
+
 def _even(seconds: float, assignment: Assignment) -> Curve:
-    """A replayed trial whose epochs take these seconds."""
-    curve = replayed(0, assignment)
-    return Curve(curve.objective, np.full_like(curve.seconds, seconds))
+    """A trial whose epochs take these seconds."""
+    return Curve(np.ones(27), np.full(27, seconds))
 
 
-def _overlap(start: float, end: float, busy: float, until: float) -> float:
+def _overlap(span: Span, until: float) -> float:
     """Seconds of a trial's epochs before a time, even over its stay."""
-    return busy * max(0.0, min(end, until) - start) / (end - start)
+    return span.busy * max(0.0, min(span.end, until) - span.start) / (span.end - span.start)
 
 
 def main() -> None:
