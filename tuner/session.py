@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,7 +27,7 @@ from tuner.report import write_report
 from tuner.results import drop_losers, export_winner, write_best, write_trials
 from tuner.samplers import sampler_note
 from tuner.space import n_points
-from tuner.study import Ledger, PriorTrial, State
+from tuner.study import Ledger, PriorTrial, State, TrialRecord
 from tuner.telemetry import Progress, logging_to
 from tuner.tensorboard import TensorBoardLog
 from tuner.warmstart import read_prior
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _SCORED_SCENES = 256  # that the winner is compared with NOMP on
+_BETWEEN_WRITES = 9  # times what writing the results took: the driver has more to do
 
 _CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 # What a study may still change when it goes on; the rest decides its trials' results.
@@ -227,11 +229,15 @@ def _run_trials(
     def stop() -> bool:
         return interruption.wished or limits.reached() is not None
 
+    due = 0.0
+
     def after() -> None:
+        nonlocal due
         limits.look()
-        write_trials(folder, ledger)
-        write_best(folder, ledger)
-        drop_losers(folder, ledger)
+        begun = monotonic()
+        if begun >= due:
+            _write_results(folder, ledger)
+            due = monotonic() + _BETWEEN_WRITES * (monotonic() - begun)
 
     if place.cluster is None:
         with limits.counted():
@@ -249,6 +255,14 @@ def _run_trials(
             stop=stop,
             after=after,
         )
+
+
+def _write_results(folder: RunFolder, ledger: Ledger) -> TrialRecord | None:
+    """Files that follow from the ledger, written whole; the winner."""
+    write_trials(folder, ledger)
+    best = write_best(folder, ledger)
+    drop_losers(folder, ledger)
+    return best
 
 
 def _check_precision(study: StudyConfig, local: bool) -> None:
@@ -311,8 +325,7 @@ def _conclude(
     folder: RunFolder, ledger: Ledger, progress: Progress, early: Ended | None, *, interrupted: bool
 ) -> int:
     """Write the results and say how it ended."""
-    write_trials(folder, ledger)
-    best = write_best(folder, ledger)
+    best = _write_results(folder, ledger)
     if best is not None:
         export_winner(folder, best)
     _attempt(lambda: write_report(folder, ledger), progress, "report.html")

@@ -101,7 +101,7 @@ def test_what_was_recorded_can_be_replayed() -> None:
     assert found.objective.shape == found.seconds.shape == (len(found.params), 27)
     assert np.all(np.diff(found.objective, axis=1) <= 0)
     assert np.all(found.seconds > 0)
-    assert len(found.repeats) >= 3
+    assert len(found.repeats) >= 2
     quality = Surrogate(found).leave_one_out()
     assert quality["rank_correlation"] > 0.5
     assert quality["explained"] > 0.3
