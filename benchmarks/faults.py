@@ -63,10 +63,10 @@ def _be_tuner(arguments: list[str], output: Path, fault: str | None, limit_mb: i
     with output.open("a", encoding="utf-8", buffering=1) as stream:
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
-    import tuner.session
+    import tuner.conclusion
     from tuner.run import app
 
-    tuner.session._score_winner = lambda folder, progress: None
+    tuner.conclusion._score_winner = lambda folder, progress: None
     if fault == "exception":
         _raise_in_a_trial()
     if limit_mb is not None:

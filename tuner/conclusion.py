@@ -15,7 +15,7 @@ from tuner.pareto import pareto_front
 from tuner.promotion import Promotion
 from tuner.records import State
 from tuner.report import write_report
-from tuner.results import export_winner, write_best, write_promoted, write_trials
+from tuner.results import drop_losers, export_winner, write_best, write_promoted, write_trials
 from tuner.scenes import ensure_scenes
 from tuner.study import Ledger
 from tuner.telemetry import Progress
@@ -49,6 +49,7 @@ def conclude(
     """
     write_trials(folder, ledger)
     best = write_best(folder, ledger, promotion)
+    drop_losers(folder, ledger, ledger.best())
     if promotion is not None:
         write_promoted(folder, promotion)
     if best is not None:

@@ -165,7 +165,7 @@ def export_winner(folder: RunFolder, best: TrialRecord) -> bool:
 def drop_losers(folder: RunFolder, ledger: Ledger, *winners: TrialRecord | None) -> None:
     """Delete checkpoints that nobody will go on from: all but the winners' and the running."""
     kept = {winner.checkpoint for winner in winners if winner is not None}
-    ended = {trial.number for trial in ledger.trials() if trial.state != "running"}
+    running = ledger.running()
     # `--local` writes to the run folder whatever storage the study names.
     storages = {Storage.of(folder, ResourcesConfig()), Storage.of(folder, ledger.config.resources)}
     for storage in storages:
@@ -175,7 +175,7 @@ def drop_losers(folder: RunFolder, ledger: Ledger, *winners: TrialRecord | None)
             logger.warning("checkpoints of ended trials stay in %s: %s", storage.root, error)
             continue
         for number, location in found:
-            if number in ended and location not in kept:
+            if number not in running and location not in kept:
                 drop(location)
 
 

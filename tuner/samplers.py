@@ -47,7 +47,7 @@ def make_sampler(search: SearchConfig, seed: int, prior: Sequence[FrozenTrial]) 
                 warn_independent_sampling=False,
                 source_trials=[_restricted(trial, moved) for trial in prior] or None,
             )
-        return TPESampler(seed=seed, n_startup_trials=n_startup, constant_liar=True)
+        return SpaceTPESampler(search.space, seed=seed, n_startup_trials=n_startup)
 
 
 def sampler_note(search: SearchConfig) -> str | None:
@@ -78,6 +78,32 @@ def _restricted(trial: FrozenTrial, paths: Sequence[str]) -> FrozenTrial:
     )
 
 
+def _distributions(space: SearchSpace) -> dict[str, BaseDistribution]:
+    """All parameters in Optuna's words."""
+    anywhere = optuna.trial.FixedTrial({path: p.probes()[0] for path, p in space.items()})
+    suggest(space, anywhere)
+    return anywhere.distributions
+
+
+class SpaceTPESampler(TPESampler):
+    """TPE over a space that is known.
+
+    Optuna's finds out by comparing the parameters of all trials with each other, for a sampler that
+    is made for one proposal all of them anew: with 10,000 trials half of the proposal's time. In a
+    study of ours every trial has all parameters.
+    """
+
+    def __init__(self, space: SearchSpace, *, seed: int, n_startup_trials: int) -> None:
+        super().__init__(seed=seed, n_startup_trials=n_startup_trials, constant_liar=True)
+        self._known = _distributions(space)
+
+    def infer_relative_search_space(
+        self, study: optuna.Study, trial: FrozenTrial
+    ) -> dict[str, BaseDistribution]:
+        """All parameters that have more than one value, by name as Optuna orders them."""
+        return {path: d for path, d in sorted(self._known.items()) if not d.single()}
+
+
 class GridSampler(BaseSampler):
     """Points of a finite space that no trial has had yet, in random order.
 
@@ -93,9 +119,7 @@ class GridSampler(BaseSampler):
         self, study: optuna.Study, trial: FrozenTrial
     ) -> dict[str, BaseDistribution]:
         """All parameters."""
-        anywhere = optuna.trial.FixedTrial({p: values[0] for p, values in self._values.items()})
-        suggest(self._space, anywhere)
-        return anywhere.distributions
+        return _distributions(self._space)
 
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
     from tuner.cluster import Cluster
 
 logger = logging.getLogger(__name__)
+
+_BETWEEN_WRITES = 9  # times what writing the results took: the driver has more to do
 
 _CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 # What a study may still change when it goes on; the rest decides its trials' results.
@@ -253,11 +256,17 @@ def _run_trials(
 ) -> None:
     """Let Ray or this process run what is left of the search."""
 
+    due = 0.0
+
     def after() -> None:
+        nonlocal due
         limits.look()
-        write_trials(folder, ledger)
-        write_best(folder, ledger)
-        drop_losers(folder, ledger, ledger.best())
+        begun = monotonic()
+        if begun >= due:
+            write_trials(folder, ledger)
+            write_best(folder, ledger)
+            drop_losers(folder, ledger, ledger.best())
+            due = monotonic() + _BETWEEN_WRITES * (monotonic() - begun)
 
     _run(place, ledger, folder, watcher, limits, interruption, after)
 

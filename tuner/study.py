@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import optuna
+from optuna.storages import BaseStorage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
@@ -64,7 +65,7 @@ class Ledger:
 
     def __init__(
         self,
-        storage: Path | PatientStorage,
+        storage: Path | BaseStorage,
         study: StudyConfig,
         prior: Callable[[], Sequence[PriorTrial]] = tuple,
         name: str | None = None,
@@ -75,8 +76,7 @@ class Ledger:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             optuna.logging.set_verbosity(optuna.logging.ERROR)
-            opened = open_storage(sqlite_url(storage)) if isinstance(storage, Path) else storage
-        self._storage = opened
+            self._storage = _patient(storage)
         known: dict[str, Any] = {
             "storage": self._storage,
             "study_name": name or study.name,
@@ -350,6 +350,11 @@ class Ledger:
         """All trials that were started, by number."""
         return [record_of(frozen) for frozen in self._started(self._frozen())]
 
+    def running(self) -> set[int]:
+        """Numbers of the trials that have not ended."""
+        own = self._started(self._frozen())
+        return {trial.number for trial in own if trial.state == TrialState.RUNNING}
+
     def trial(self, number: int) -> TrialRecord:
         """One trial."""
         return record_of(self._storage.get_trial(self._id(number)))
@@ -370,7 +375,9 @@ class Ledger:
 
         Of equal objectives the cheaper comes first where the study has a cost, then the earlier.
         """
-        return ranked(self.trials(), self._config.training.epochs, self._config.search.cost)
+        own = self._started(self._frozen())
+        done = [record_of(trial) for trial in own if trial.state == TrialState.COMPLETE]
+        return ranked(done, self._config.training.epochs, self._config.search.cost)
 
     def best(self) -> TrialRecord | None:
         """The winner, if any trial finished."""
@@ -402,3 +409,12 @@ class Ledger:
 
 def _is_foreign(trial: FrozenTrial) -> bool:
     return "duplicate_of" in trial.user_attrs or "prior" in trial.user_attrs
+
+
+def _patient(storage: Path | BaseStorage) -> PatientStorage:
+    if isinstance(storage, Path):
+        return open_storage(sqlite_url(storage))
+    if isinstance(storage, PatientStorage):
+        return storage
+    # Its methods are set beside the class, which mypy cannot see.
+    return PatientStorage(storage, "memory")  # type: ignore[abstract]

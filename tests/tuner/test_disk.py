@@ -34,7 +34,7 @@ def outcomes(folder: Path) -> list[tuple[Any, ...]]:
 def test_a_study_on_a_full_disk_ends_with_a_line_and_goes_on_bit_for_bit(
     tmp_path: Path, file_kb: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tuner.session._score_winner", lambda folder, progress: None)
+    monkeypatch.setattr("tuner.conclusion._score_winner", lambda folder, progress: None)
     config = write_study(tmp_path, training={"epochs": 6}, search={"scheduler": "none"})
     assert run_here("--config", config, "--local", "--out", tmp_path / "calm") == 0
     out = tmp_path / "run"

@@ -140,9 +140,9 @@ def test_a_search_of_two_objectives_ends_with_its_front(
     sampler: str,
 ) -> None:
     monkeypatch.setattr("tuner.local.TrialRun", CostlyRun)
-    monkeypatch.setattr("tuner.session._score_winner", lambda folder, progress: None)
-    monkeypatch.setattr("tuner.session.export_winner", lambda folder, best: True)
-    monkeypatch.setattr("tuner.session.write_report", lambda folder, ledger: None)
+    monkeypatch.setattr("tuner.conclusion._score_winner", lambda folder, progress: None)
+    monkeypatch.setattr("tuner.conclusion.export_winner", lambda folder, best: True)
+    monkeypatch.setattr("tuner.conclusion.write_report", lambda folder, ledger: None)
     space = {
         "network.width": {"type": "categorical", "choices": [8, 16, 24]},
         "blend.beta": {"type": "float", "low": 0.0, "high": 0.6, "step": 0.2},

@@ -258,9 +258,9 @@ class Fickle(FakeRun):
 @pytest.fixture
 def fickle(monkeypatch: pytest.MonkeyPatch) -> type[Fickle]:
     monkeypatch.setattr("tuner.local.TrialRun", Fickle)
-    monkeypatch.setattr("tuner.session._score_winner", lambda folder, progress: None)
-    monkeypatch.setattr("tuner.session.export_winner", lambda folder, best: True)
-    monkeypatch.setattr("tuner.session.write_report", lambda folder, ledger: None)
+    monkeypatch.setattr("tuner.conclusion._score_winner", lambda folder, progress: None)
+    monkeypatch.setattr("tuner.conclusion.export_winner", lambda folder, best: True)
+    monkeypatch.setattr("tuner.conclusion.write_report", lambda folder, ledger: None)
     monkeypatch.setattr(Fickle, "doomed", frozenset())
     monkeypatch.setattr(Fickle, "cut", None)
     return Fickle

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
+from optuna.samplers import BaseSampler, TPESampler
+from optuna.trial import TrialState
+from pydantic import TypeAdapter
 
 from tests.tuner.support import FakeRun, run_here, tiny_study, write_study
 from tuner.config import load_study
 from tuner.errors import ConfigError
 from tuner.records import PriorTrial
-from tuner.samplers import sampler_note
+from tuner.samplers import SpaceTPESampler, sampler_note
+from tuner.space import SearchSpace, suggest
 from tuner.study import Ledger
 
 NUMBERS: dict[str, Any] = {
@@ -116,7 +122,7 @@ def test_a_grid_study_ends_when_every_point_has_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("tuner.local.TrialRun", FakeRun)
-    monkeypatch.setattr("tuner.session._score_winner", lambda folder, progress: None)
+    monkeypatch.setattr("tuner.conclusion._score_winner", lambda folder, progress: None)
     space = {"blend.beta": STEPS["blend.beta"]}
     config = write_study(tmp_path, search={"sampler": "grid", "space": space, "scheduler": "none"})
     out = tmp_path / "run"
@@ -157,3 +163,27 @@ def test_what_cma_es_leaves_to_chance_is_said(tmp_path: Path) -> None:
     assert "leaves categorical parameters to chance: network.heads" in note
     assert "not from those that the scheduler stops" in note
     assert sampler_note(tiny_study(tmp_path).search) is None
+
+
+def test_tpe_over_the_known_space_proposes_what_optunas_tpe_does() -> None:
+    space = TypeAdapter(SearchSpace).validate_python(
+        NUMBERS | HEADS | STEPS | {"network.width": {"type": "int", "low": 8, "high": 8}}
+    )
+
+    def proposed(sampler_of: Callable[[int], BaseSampler]) -> list[dict[str, Any]]:
+        study = optuna.create_study(direction="minimize")
+        found = []
+        for number in range(40):
+            study.sampler = sampler_of(number)
+            trial = study.ask()
+            found.append(params := suggest(space, trial))
+            if number % 3:
+                trial.report(distance(params), 1)
+                study.tell(trial, state=TrialState.PRUNED)
+            elif number % 5:  # the others stay running
+                study.tell(trial, distance(params))
+        return found
+
+    ours = proposed(lambda number: SpaceTPESampler(space, seed=number, n_startup_trials=4))
+    assert ours == proposed(lambda number: TPESampler(seed=number, n_startup_trials=4))
+    assert len({repr(params) for params in ours}) > 30

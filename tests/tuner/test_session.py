@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 
 from tests.tuner.support import Clock, FakeRun, run_here, write_study
+from tuner import session
 from tuner.config import load_study
-from tuner.records import TrialRecord
+from tuner.folder import RunFolder
+from tuner.records import Assignment, TrialRecord
 from tuner.study import Ledger
 
 NOWHERE = ("--address", "127.0.0.1:1")  # a cluster that is not there: exit 2 where it is asked for
@@ -18,7 +20,7 @@ NOWHERE = ("--address", "127.0.0.1:1")  # a cluster that is not there: exit 2 wh
 @pytest.fixture(autouse=True)
 def unscored(monkeypatch: pytest.MonkeyPatch) -> None:
     """No winner is compared with NOMP: that takes longer than the trials here."""
-    monkeypatch.setattr("tuner.session._score_winner", lambda folder, progress: None)
+    monkeypatch.setattr("tuner.conclusion._score_winner", lambda folder, progress: None)
 
 
 def trials_of(folder: Path) -> list[TrialRecord]:
@@ -124,3 +126,33 @@ def test_a_study_with_nothing_left_connects_to_no_cluster(
     assert load_study(out / "config.yaml").search.trials == 1
     assert run_here("--resume", out, "--local", "--trials", 9) == 0
     assert run_here("--resume", out, *NOWHERE) == 0, "the space is used up"
+
+
+def test_writing_the_results_takes_a_tenth_of_the_drivers_time_and_the_last_ones_are_whole(
+    tmp_path: Path, fake_trials: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, written = 0.0, []
+    write = session.write_trials
+
+    def slowly(folder: RunFolder, ledger: Ledger) -> None:
+        nonlocal now
+        now += 1.0
+        written.append(len(ledger.trials()))
+        write(folder, ledger)
+
+    def asked(ledger: Ledger) -> Assignment | None:
+        nonlocal now
+        now += 4.0
+        return propose(ledger)
+
+    propose = Ledger.ask
+    monkeypatch.setattr(Ledger, "ask", asked)
+    monkeypatch.setattr(session, "write_trials", slowly)
+    monkeypatch.setattr(session, "monotonic", lambda: now)
+    config = write_study(tmp_path, search={"trials": 8, "scheduler": "none"})
+    out = tmp_path / "run"
+    assert run_here("--config", config, "--local", "--out", out) == 0
+    assert written == [1, 4, 7, 8]  # nine seconds of rest; the last at the session's end
+    assert len((out / "trials.csv").read_text(encoding="utf-8").splitlines()) == 9
+    kept = [path.parent.name for path in (out / "trials").glob("*/checkpoint*")]
+    assert len(kept) == 1

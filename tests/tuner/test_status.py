@@ -41,7 +41,7 @@ HOLD = (
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Trials of no time, and no winner that is compared with NOMP."""
-    monkeypatch.setattr("tuner.session._score_winner", lambda *_: None)
+    monkeypatch.setattr("tuner.conclusion._score_winner", lambda *_: None)
     monkeypatch.setattr("tuner.local.TrialRun", FakeRun)
 
 

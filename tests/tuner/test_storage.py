@@ -63,8 +63,8 @@ def _password(monkeypatch: pytest.MonkeyPatch) -> None:
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Trials in no time, in this process."""
     monkeypatch.setattr("tuner.local.TrialRun", FakeRun)
-    monkeypatch.setattr("tuner.session._score_winner", lambda folder, progress: None)
-    monkeypatch.setattr("tuner.session.write_report", lambda folder, ledger: None)
+    monkeypatch.setattr("tuner.conclusion._score_winner", lambda folder, progress: None)
+    monkeypatch.setattr("tuner.conclusion.write_report", lambda folder, ledger: None)
 
 
 def trials_of(folder: Path) -> list[TrialRecord]:

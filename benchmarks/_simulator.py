@@ -1,0 +1,304 @@
+"""A search in virtual time: the real ledger, sampler and scheduler, trials that take no time.
+
+A heap holds the ends of epochs on G GPUs. One driver takes them in the order of their time, one
+after the other, as Ray Tune's does: it records the epoch, lets the scheduler judge, and either lets
+the trial go on or ends it and proposes the GPU's next. What that costs passes in virtual time too,
+while the GPU waits.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from optuna.storages import InMemoryStorage
+from optuna.trial import TrialState
+from ray.tune.schedulers.trial_scheduler import TrialScheduler
+
+from benchmarks._surrogate import Curve
+from tuner.config import StudyConfig
+from tuner.records import Assignment, End
+from tuner.schedulers import make_scheduler
+from tuner.study import Ledger
+from tuner.trainable import NUMBER
+
+CurveOf = Callable[[Assignment], Curve]
+
+
+class MemoryLedger(Ledger):
+    """The ledger without a disk."""
+
+    def __init__(self, study: StudyConfig) -> None:
+        super().__init__(InMemoryStorage(), study)
+
+
+class PlainLedger(MemoryLedger):
+    """Tells Optuna COMPLETE with the last value for a stopped trial, as plain Ray Tune does."""
+
+    def finish(self, number: int, state: End, **details: Any) -> End:
+        """End a trial; a stopped one as if that had been its budget."""
+        if state != "pruned":
+            return super().finish(number, state, **details)
+        trial = self._storage.get_trial(self._id(number))
+        last = trial.intermediate_values[trial.last_step or 0]
+        self._study.tell(number, last, state=TrialState.COMPLETE)
+        return state
+
+
+class Proposer(Protocol):
+    """What a ledger is asked."""
+
+    def ask(self) -> Assignment | None:
+        """A new trial, or None when there are no more."""
+
+    def report(self, number: int, metrics: Mapping[str, Any]) -> None:
+        """An epoch has ended."""
+
+    def finish(self, number: int, state: End, *, objective: float | None = None) -> End:
+        """A trial has ended."""
+
+
+class Judge(Protocol):
+    """Who stops trials."""
+
+    def started(self, number: int) -> None:
+        """A trial begins."""
+
+    def goes_on(self, number: int, epoch: int, objective: float, *, last: bool) -> bool:
+        """Whether a trial goes on after an epoch, which is in the ledger; never after the last."""
+
+
+class Pruner:
+    """The local mode's: Optuna's pruner of the study's scheduler."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+
+    def started(self, number: int) -> None:
+        """Nothing: the ledger knows."""
+
+    def goes_on(self, number: int, epoch: int, objective: float, *, last: bool) -> bool:
+        """What tuner.local asks."""
+        return not last and not self._ledger.should_prune(number)
+
+
+@dataclass(eq=False)  # a key, as Ray's own is
+class _RayTrial:
+    """As much of Ray's trial as schedulers look at."""
+
+    trial_id: str
+    config: dict[str, Any]
+
+
+class Scheduler:
+    """The Ray scheduler of the study, called as Ray calls it."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._scheduler: Any = make_scheduler(ledger)
+        self._trials: dict[int, _RayTrial] = {}
+
+    def started(self, number: int) -> None:
+        """A trial is added."""
+        trial = self._trials[number] = _RayTrial(f"ray-{number}", {NUMBER: number})
+        self._scheduler.on_trial_add(None, trial)
+
+    def goes_on(self, number: int, epoch: int, objective: float, *, last: bool) -> bool:
+        """What Ray's controller asks of a result; one that is done is only entered."""
+        result = {"epoch": epoch, "objective": objective, "failed": False}
+        if last:
+            self._scheduler.on_trial_complete(None, self._trials.pop(number), result)
+            return False
+        decision = self._scheduler.on_trial_result(None, self._trials[number], result)
+        if decision == TrialScheduler.STOP:
+            del self._trials[number]
+        return bool(decision == TrialScheduler.CONTINUE)
+
+
+class Stopped:
+    """Proposer and judge of trials whose ends are known: for what depends on times alone.
+
+    Args:
+        epochs: that each trial is given.
+    """
+
+    def __init__(self, epochs: Sequence[int]) -> None:
+        self._epochs = epochs
+        self._next = 0
+
+    def ask(self) -> Assignment | None:
+        """The next trial, without parameters."""
+        if self._next == len(self._epochs):
+            return None
+        self._next += 1
+        return Assignment(self._next - 1, {}, 0)
+
+    def report(self, number: int, metrics: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+    def finish(self, number: int, state: End, *, objective: float | None = None) -> End:
+        """Nothing."""
+        return state
+
+    def started(self, number: int) -> None:
+        """Nothing."""
+
+    def goes_on(self, number: int, epoch: int, objective: float, *, last: bool) -> bool:
+        """Until its epochs are used."""
+        return epoch < self._epochs[number]
+
+
+@dataclass(frozen=True)
+class DriverCost:
+    """Seconds in which the driver does nothing else.
+
+    Args:
+        ask: of a proposal, by the trials that were proposed before.
+        report: of an epoch.
+        end: of a trial's end, by the trials that were proposed.
+    """
+
+    ask: Callable[[int], float] = lambda n: 0.0
+    report: float = 0.0
+    end: Callable[[int], float] = lambda n: 0.0
+
+
+@dataclass(frozen=True)
+class Span:
+    """A trial on its GPU."""
+
+    number: int
+    gpu: int
+    start: float  # [s]
+    end: float  # [s]
+    epochs: int
+    busy: float  # [s] of its epochs
+    state: End
+    objective: float
+
+
+@dataclass
+class Run:
+    """What happened.
+
+    Attributes:
+        spans: ended trials in the order of their ends.
+        seconds: virtual time from the first proposal to the last end, or to the budget's.
+        driver: seconds in which the driver was at work.
+        busy: seconds in which GPUs computed, summed over them, trials that were cut included.
+    """
+
+    gpus: int
+    spans: list[Span] = field(default_factory=list)
+    seconds: float = 0.0
+    driver: float = 0.0
+    busy: float = 0.0
+
+    @property
+    def gpu_seconds(self) -> float:
+        """Time for which GPUs were held, idle or not."""
+        return self.gpus * self.seconds
+
+    @property
+    def idle(self) -> float:
+        """Share of the held time in which GPUs waited."""
+        return max(0.0, 1.0 - self.busy / self.gpu_seconds)
+
+    def done(self) -> Iterator[Span]:
+        """Trials of the whole budget: those that rank."""
+        return (span for span in self.spans if span.state == "done")
+
+    def best(self) -> float:
+        """The lowest objective of a finished trial; infinite where none has finished."""
+        return min((span.objective for span in self.done()), default=math.inf)
+
+    def gpu_seconds_to(self, target: float) -> float:
+        """Held GPU time until a finished trial is at or below the target; infinite if none is."""
+        ends = (span.end for span in self.done() if span.objective <= target)
+        return self.gpus * min(ends, default=math.inf)
+
+
+@dataclass
+class _Trial:
+    assignment: Assignment
+    curve: Curve
+    start: float
+    epoch: int = 0
+
+    @property
+    def next_seconds(self) -> float:
+        return float(self.curve.seconds[self.epoch])
+
+
+def simulate(
+    ledger: Proposer,
+    judge: Judge,
+    curve_of: CurveOf,
+    *,
+    gpus: int,
+    cost: DriverCost = DriverCost(),
+    gpu_seconds: float = math.inf,
+) -> Run:
+    """Run the ledger's study on G GPUs until its trials are used up, or the time is.
+
+    Args:
+        ledger: a fresh study; its ``search.trials`` bounds the trials, the curves' length a
+            trial's epochs.
+        judge: who stops them.
+        curve_of: what a trial reports and how long its epochs take.
+        gpus: how many trials run side by side.
+        cost: of the driver.
+        gpu_seconds: held GPU time after which nothing is counted any more: trials that are running
+            then are cut, as by ``search.time_budget``.
+    """
+    run = Run(gpus)
+    until = gpu_seconds / gpus
+    running: dict[int, _Trial] = {}
+    ends: list[tuple[float, int]] = []  # of epochs: time, GPU
+    free, n_asked = 0.0, 0  # the driver's time, and its proposals
+
+    def work(since: float, seconds: float) -> None:
+        nonlocal free
+        free = max(free, since) + seconds
+        run.driver += seconds
+
+    def begin(gpu: int, now: float) -> None:
+        nonlocal n_asked
+        found = ledger.ask()
+        if found is None:
+            return
+        work(now, cost.ask(n_asked))
+        n_asked += 1
+        judge.started(found.number)
+        running[gpu] = trial = _Trial(found, curve_of(found), free)
+        heapq.heappush(ends, (free + trial.next_seconds, gpu))
+
+    for gpu in range(gpus):
+        begin(gpu, 0.0)
+    while ends and ends[0][0] <= until:
+        now, gpu = heapq.heappop(ends)
+        trial = running[gpu]
+        number, objective = trial.assignment.number, float(trial.curve.objective[trial.epoch])
+        run.busy += trial.next_seconds
+        trial.epoch += 1
+        work(now, cost.report)
+        ledger.report(number, {"epoch": trial.epoch, "objective": objective})
+        last = trial.epoch == len(trial.curve.objective)
+        if judge.goes_on(number, trial.epoch, objective, last=last):
+            heapq.heappush(ends, (free + trial.next_seconds, gpu))
+            continue
+        state: End = "done" if last else "pruned"
+        ledger.finish(number, state, objective=objective if last else None)
+        busy = float(trial.curve.seconds[: trial.epoch].sum())
+        run.spans.append(Span(number, gpu, trial.start, now, trial.epoch, busy, state, objective))
+        run.seconds = now
+        del running[gpu]
+        work(now, cost.end(n_asked))
+        begin(gpu, free)
+    if ends:  # cut: the time is used up, and epochs under way were computed in vain
+        run.seconds = until
+        for end, gpu in ends:
+            run.busy += max(0.0, until - (end - running[gpu].next_seconds))
+    return run

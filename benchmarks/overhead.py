@@ -1,0 +1,335 @@
+"""What a trial costs beside its training, and how the driver's work grows with the trials.
+
+    python -m benchmarks.overhead [--json FILE] [--trials 24] [--concurrent 1 2] [--sizes 10 100]
+
+The first part runs studies of very short trials on a Ray of its own, as `tuner.run` does. A trial's
+overhead is the time between the ends of two trials of one actor, without the second one's epochs:
+the first trial of an actor, which starts it, does not count. Medians over the trials; the parts
+that the driver can see are timed where they happen, and the rest is Ray's: the actor's reset,
+checkpoints and messages. Building a trial and scoring its untrained network are the trial's own,
+but no epoch's, and are counted. The second part fills ledgers with ended trials (minutes for
+10,000) and times what the driver does for the next one; the disk's share is wall less CPU.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import wraps
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import optuna
+import ray
+from optuna.trial import TrialState, create_trial
+
+from benchmarks._timing import parser, save, verdict
+from tuner.config import StudyConfig, load_study
+from tuner.distributed import run_distributed
+from tuner.folder import RunFolder
+from tuner.limits import Limits
+from tuner.results import drop_losers, write_best, write_trials
+from tuner.search import LedgerSearch
+from tuner.space import suggest
+from tuner.study import Ledger
+from tuner.telemetry import Progress
+from tuner.tensorboard import TensorBoardLog
+from tuner.watchers import Watchers
+
+TARGET = 0.1  # seconds a trial
+FULL = Path(__file__).resolve().parent.parent / "configs" / "full.yaml"
+_SMALL: dict[str, Any] = {
+    "array__n_horizontal": 4,
+    "array__n_vertical": 3,
+    "scene__n_antennas": 4,
+    "scene__n_snapshots": 4,
+    "scene__max_sources": 2,
+    "data__train_scenes": 64,
+    "data__val_scenes": 16,
+    "network__width": 16,
+    "network__depth": 1,
+    "network__heads": 2,
+    "network__conv_channels": 4,
+    "network__image_channels": 4,
+    "network__rank": 3,
+    "network__azimuth_cells": 4,
+    "network__elevation_cells": 3,
+    "network__range_cells": 2,
+    "training__batch_size": 16,
+    "training__threads": 1,
+    "resources__gpus_per_trial": 0,
+    "search__scheduler": "none",
+    "search__space": {
+        "training.learning_rate": {"type": "float", "low": 1e-4, "high": 1e-2, "log": True},
+        "training.weight_decay": {"type": "float", "low": 1e-6, "high": 1e-1, "log": True},
+        "network.dropout": {"type": "float", "low": 0.0, "high": 0.3},
+        "loss.existence": {"type": "float", "low": 0.005, "high": 0.5, "log": True},
+        "blend.beta": {"type": "float", "low": 0.0, "high": 0.6},
+    },
+}
+
+
+@dataclass
+class Seen:
+    """What the driver saw of one trial."""
+
+    pid: int = 0
+    ended: float = 0.0
+    epochs: float = 0.0  # seconds in its epochs
+    steps: float = 0.0  # seconds in the actor's steps: the epochs, building, the first scoring
+    parts: dict[str, float] = field(default_factory=lambda: defaultdict(float))  # the driver's
+
+
+@contextmanager
+def watched(trials: dict[int, Seen]) -> Iterator[None]:
+    """Time the driver's methods, trial by trial."""
+
+    def timed(owner: type, name: str, number_of: Callable[..., int | None]) -> Any:
+        original = getattr(owner, name)
+
+        @wraps(original)
+        def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            result = original(self, *args, **kwargs)
+            spent = time.perf_counter() - start
+            number = number_of(result, *args)
+            if number is not None:
+                trials[number].parts[name] += spent
+                if name == "finish":
+                    trials[number].ended = start
+            return result
+
+        return patch.object(owner, name, method)
+
+    seen = LedgerSearch.reported
+
+    def reported(self: LedgerSearch, trial_id: str, result: dict[str, Any]) -> None:
+        trial = trials[self._numbers[trial_id]]
+        trial.pid = result["pid"]
+        trial.epochs += result["epoch_seconds"]
+        trial.steps += result["time_this_iter_s"]
+        seen(self, trial_id, result)
+
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(LedgerSearch, "reported", reported))
+        asked = timed(Ledger, "ask", lambda found: found.number if found else None)
+        stack.enter_context(asked)
+        for name in ("report", "checkpointed", "finish"):
+            stack.enter_context(timed(Ledger, name, lambda result, number, *rest: number))
+        yield
+
+
+def run_study(folder: Path, trials: int, epochs: int, concurrent: int) -> list[Seen]:
+    """Trials on Ray, in the order of their ends."""
+    options = {"search__trials": trials, "training__epochs": epochs}
+    study = load_study(None, **(_SMALL | options))
+    place = RunFolder.fresh(folder)
+    place.config.write_text(study.to_yaml(), encoding="utf-8")
+    ledger = Ledger(place.database, study)
+    limits = Limits(ledger)
+    progress = Progress(study, [], stream=io.StringIO())
+    watchers = Watchers(progress, TensorBoardLog(ledger, place.tensorboard))
+    seen: dict[int, Seen] = defaultdict(Seen)
+
+    def after() -> None:
+        start = time.perf_counter()
+        limits.look()
+        write_trials(place, ledger)
+        write_best(place, ledger)
+        drop_losers(place, ledger, ledger.best())
+        last = max(seen.values(), key=lambda trial: trial.ended)
+        last.parts["results"] += time.perf_counter() - start
+
+    with watched(seen):
+        run_distributed(
+            ledger,
+            place,
+            watchers,
+            gpus=0,
+            device="cpu",
+            concurrent=concurrent,
+            stop=lambda: False,
+            after=after,
+        )
+    ledger.close()
+    place.release()
+    return sorted(seen.values(), key=lambda trial: trial.ended)
+
+
+def overhead(trials: list[Seen]) -> dict[str, float]:
+    """Medians over all trials but the first of each actor, in seconds."""
+    before: dict[int, Seen] = {}
+    rows: dict[str, list[float]] = defaultdict(list)
+    for trial in trials:
+        last = before.get(trial.pid)
+        before[trial.pid] = trial
+        if last is None:
+            continue
+        between = trial.ended - last.ended
+        rows["overhead"].append(between - trial.epochs)
+        rows["building the trial"].append(trial.steps - trial.epochs)
+        driver = {
+            "proposal": trial.parts["ask"],
+            "epochs into the ledger": trial.parts["report"] + trial.parts["checkpointed"],
+            "end into the ledger": last.parts["finish"],
+            "result files": last.parts["results"],
+        }
+        for name, seconds in driver.items():
+            rows[name].append(seconds)
+        rows["Ray: reset, checkpoints, messages"].append(
+            between - trial.steps - sum(driver.values())
+        )
+    return {name: statistics.median(values) for name, values in rows.items()} | {
+        "trials": len(rows["overhead"])
+    }
+
+
+def on_ray(trials: int, concurrent: list[int]) -> dict[str, Any]:
+    """The first part."""
+    result: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory(prefix="rt", dir="/tmp") as folder:  # short: sockets lie in it
+        ray.init(
+            address="local",
+            num_cpus=max(concurrent),
+            include_dashboard=False,
+            log_to_driver=False,
+            object_store_memory=100 * 2**20,
+            _temp_dir=f"{folder}/ray",
+        )
+        try:
+            for count in concurrent:
+                for epochs in (1, 5):
+                    out = Path(folder) / f"{count}-{epochs}"
+                    found = overhead(run_study(out, trials, epochs, count))
+                    result[f"{count} side by side, {epochs} epochs"] = found
+                    total = found["overhead"]
+                    print(
+                        f"{count} side by side, {epochs} epochs: overhead {1e3 * total:.0f} ms a "
+                        f"trial (target {1e3 * TARGET:.0f} ms: {verdict(total < TARGET)}), of "
+                        "which "
+                        + ", ".join(
+                            f"{name} {1e3 * seconds:.0f} ms"
+                            for name, seconds in found.items()
+                            if name not in ("overhead", "trials")
+                        )
+                    )
+        finally:
+            ray.shutdown()
+    return result
+
+
+# The driver's growth
+
+
+def filled(folder: RunFolder, study: StudyConfig, n: int) -> Ledger:
+    """A ledger of n trials that ended as ASHA ends them: one in three goes on at every rung."""
+    ledger = Ledger(folder.database, study)
+    random = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    rng = np.random.default_rng(0)
+    trials = []
+    for number in range(n):
+        asked = random.ask()
+        suggest(study.search.space, asked)
+        epochs = min(27, 3 ** (int(rng.geometric(2 / 3)) - 1))
+        curve = np.sort(rng.normal(0.5, 0.05, epochs))[::-1]
+        values = {epoch: float(value) for epoch, value in enumerate(curve, start=1)}
+        # As many numbers as a trial's epoch has.
+        metrics = {f"metric_{index}": 0.123456789 for index in range(20)}
+        epoch_attrs = {
+            f"epoch/{epoch:05d}": metrics | {"epoch": epoch, "objective": value}
+            for epoch, value in values.items()
+        }
+        trials.append(
+            create_trial(
+                state=TrialState.COMPLETE if epochs == 27 else TrialState.PRUNED,
+                value=values[27] if epochs == 27 else None,
+                params=asked.params,
+                distributions=asked.distributions,
+                intermediate_values=values,
+                user_attrs=epoch_attrs
+                | {"seed": number, "budget": 27, "checkpoint": {"location": "/x", "epoch": 1}},
+            )
+        )
+        if epochs == 27 or number % 3 == 0:
+            (folder.trial(number) / "checkpoint_000000").mkdir(parents=True)
+    ledger.optuna_study.add_trials(trials)
+    return ledger
+
+
+def grown(n: int, rounds: int) -> dict[str, tuple[float, float]]:
+    """Wall and CPU seconds of what the driver does, after n trials: medians."""
+    study = load_study(FULL, search__trials=10**6)
+    seconds: dict[str, list[tuple[float, float]]] = defaultdict(list)
+
+    def clock(name: str, call: Callable[[], Any]) -> Any:
+        wall, cpu = time.perf_counter(), time.process_time()
+        result = call()
+        spent = time.perf_counter() - wall, time.process_time() - cpu
+        seconds[name].append(spent)
+        return result
+
+    with tempfile.TemporaryDirectory() as path:
+        folder = RunFolder.fresh(Path(path) / "run")
+        ledger = filled(folder, study, n)
+        limits = Limits(ledger)
+        for _ in range(rounds):
+            number = clock("proposal", ledger.ask).number
+            metrics = {f"metric_{index}": 0.1 for index in range(20)}
+            metrics |= {"epoch": 1, "objective": 0.5}
+            clock("epoch", lambda n=number, m=metrics: ledger.report(n, m))
+            clock("checkpoint", lambda n=number: ledger.checkpointed(n, "/x", 1))
+            clock("end", lambda n=number: ledger.finish(n, "pruned"))
+            clock("limits", limits.look)
+            clock("trials.csv", lambda: write_trials(folder, ledger))
+            clock("best.json", lambda: write_best(folder, ledger))
+            clock("old checkpoints", lambda: drop_losers(folder, ledger))
+        ledger.close()
+        folder.release()
+    return {
+        name: (statistics.median(w for w, _ in rows), statistics.median(c for _, c in rows))
+        for name, rows in seconds.items()
+    }
+
+
+def growth(sizes: list[int], rounds: int) -> dict[str, Any]:
+    """The second part."""
+    result: dict[str, Any] = {}
+    for n in sizes:
+        found = result[str(n)] = grown(n, rounds)
+        if len(result) == 1:
+            print("\nwall (CPU) ms\n\n| ended trials | " + " | ".join(found) + " |")
+            print("|" + "---|" * (len(found) + 1))
+        cells = (f"{1e3 * wall:.1f} ({1e3 * cpu:.1f})" for wall, cpu in found.values())
+        print(f"| {n} | " + " | ".join(cells) + " |", flush=True)
+    return result
+
+
+def main() -> None:
+    """Run the benchmark and print it."""
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    arguments = parser(__doc__ or "")
+    arguments.add_argument("--trials", type=int, default=24, help="of a study (%(default)s)")
+    arguments.add_argument("--concurrent", type=int, nargs="+", default=[1, 2])
+    arguments.add_argument("--sizes", type=int, nargs="+", default=[10, 100, 1000])
+    arguments.add_argument("--only", choices=["ray", "growth"])
+    args = arguments.parse_args()
+    figures: dict[str, Any] = {}
+    if args.only != "growth":
+        figures["trial"] = on_ray(args.trials, args.concurrent)
+    if args.only != "ray":
+        figures["growth"] = growth(args.sizes, args.rounds)
+    save(figures, args.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,338 @@
+"""What searches find at equal compute, and how many GPUs one driver keeps busy, in virtual time.
+
+    python -m benchmarks.search [--json FILE] [--seeds 24] [--trials 100] [--gpus 1 8 64] [--jobs 2]
+    python -m benchmarks.search --only driver
+
+Learning curves come from really trained trials by way of a surrogate (benchmarks/_surrogate.py);
+ledger, sampler, scheduler and pruner are the real ones (benchmarks/_simulator.py), the rungs those
+of configs/full.yaml. The measure is the sequential search with TPE and a median pruner, one GPU,
+``--trials`` trials; the others are let run for ``--beyond`` times its GPU-hours. GPU-hours are
+those for which GPUs are held, idle or not. Searches with one seed have the same noise for the same
+trial number. The driver's cost is measured on a ledger in memory and passes in virtual time.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache, partial
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.trial import TrialState, create_trial
+
+from benchmarks._curves import recorded_study
+from benchmarks._simulator import (
+    DriverCost,
+    MemoryLedger,
+    PlainLedger,
+    Pruner,
+    Run,
+    Scheduler,
+    Span,
+    Stopped,
+    simulate,
+)
+from benchmarks._surrogate import Curve, Recorded, Surrogate
+from benchmarks._timing import parser, save, verdict
+from tuner.config import StudyConfig
+from tuner.records import Assignment
+from tuner.space import suggest
+
+TARGET = 1.0 / 3.0
+_LARGE = 10_000  # trials of the driver's part
+_ENDLESS = 10**6
+# Ledger, scheduler and sampler of each kind of search.
+ASHA = "ASHA + TPE"
+PLAIN = "ASHA + TPE, stopped told COMPLETE"
+ARMS: dict[str, tuple[type[MemoryLedger], str, str]] = {
+    ASHA: (MemoryLedger, "asha", "tpe"),
+    PLAIN: (PlainLedger, "asha", "tpe"),
+    "ASHA + random": (MemoryLedger, "asha", "random"),
+    "TPE, nobody stopped": (MemoryLedger, "none", "tpe"),
+}
+
+
+def study_of(scheduler: str, sampler: str, trials: int, seed: int) -> StudyConfig:
+    """The recorded study, searched with the rungs and the start of configs/full.yaml."""
+    return recorded_study(trials, seed).replaced(
+        {
+            "search.sampler": sampler,
+            "search.scheduler": scheduler,
+            "search.startup_trials": 12,
+            "search.grace_epochs": 1,
+            "search.reduction_factor": 3,
+        }
+    )
+
+
+@cache
+def surrogate() -> Surrogate:
+    """Fitted once a process."""
+    return Surrogate(Recorded.load())
+
+
+def replayed(seed: int, assignment: Assignment) -> Curve:
+    """A trial's curve, its noise by seed and number."""
+    return surrogate().curve(assignment.params, np.random.default_rng([seed, assignment.number]))
+
+
+# Quality at equal compute
+
+
+def sequential(trials: int, seed: int) -> Run:
+    """The measure: TPE and the median pruner on one GPU."""
+    ledger = MemoryLedger(study_of("median", "tpe", trials, seed))
+    return simulate(ledger, Pruner(ledger), partial(replayed, seed), gpus=1)
+
+
+def searched(arm: str, gpus: int, seed: int, gpu_seconds: float) -> Run:
+    """One search of another kind."""
+    ledger_type, scheduler, sampler = ARMS[arm]
+    ledger = ledger_type(study_of(scheduler, sampler, _ENDLESS, seed))
+    judge = Scheduler(ledger)
+    curve = partial(replayed, seed)
+    return simulate(ledger, judge, curve, gpus=gpus, gpu_seconds=gpu_seconds)
+
+
+def compared(seed: int, trials: int, counts: list[int], beyond: float) -> dict[str, Any]:
+    """The measure and all other searches with one seed."""
+    measure = sequential(trials, seed)
+    compute, target = measure.gpu_seconds, measure.best()
+    found: dict[str, Any] = {
+        "gpu_seconds": compute,
+        "best": target,
+        "found_at": measure.gpu_seconds_to(target) / compute,
+        "arms": {},
+    }
+    for arm in ARMS:
+        for gpus in counts:
+            run = searched(arm, gpus, seed, beyond * compute)
+            equal = [s for s in run.spans if s.end * gpus <= compute]
+            done = [s.objective for s in equal if s.state == "done"]
+            found["arms"].setdefault(arm, {})[str(gpus)] = {
+                "ratio": run.gpu_seconds_to(target) / compute,
+                "best": min(done, default=math.inf),
+                "trials": len(equal),
+                "done": len(done),
+                "told": dict(told(run)),
+            }
+    return found
+
+
+def told(run: Run) -> Iterable[tuple[str, int]]:
+    """Ends by their state."""
+    for state in ("done", "pruned"):
+        yield state, sum(span.state == state for span in run.spans)
+
+
+def bootstrap(values: np.ndarray, draws: int = 4000) -> tuple[float, float, float]:
+    """Mean and its 95 % interval, seeds drawn with replacement."""
+    rng = np.random.default_rng(0)
+    means = values[rng.integers(len(values), size=(draws, len(values)))].mean(1)
+    return float(values.mean()), *(float(q) for q in np.quantile(means, (0.025, 0.975)))
+
+
+def quantiles(values: Iterable[float]) -> list[float]:
+    """Quartiles; infinite where the target was not reached by so many seeds."""
+    ordered = np.array(sorted(values))
+    return [float(np.quantile(ordered, q, method="inverted_cdf")) for q in (0.25, 0.5, 0.75)]
+
+
+def summary(rows: list[dict[str, Any]], counts: list[int], beyond: float) -> dict[str, Any]:
+    """Figures over the seeds, printed."""
+    result: dict[str, Any] = {
+        "gpu_seconds": statistics.median(row["gpu_seconds"] for row in rows),
+        "best": statistics.median(row["best"] for row in rows),
+        "found_at": quantiles(row["found_at"] for row in rows),
+        "arms": {},
+    }
+    print(
+        f"measure: GPU time {result['gpu_seconds']:.0f} s, best {result['best']:.4f} (medians of "
+        f"{len(rows)} seeds), first reached after {result['found_at'][1]:.2f} of its time\n\n"
+        "| search | GPUs | GPU-hours to the measure's best / all of the measure's, quartiles "
+        "| reached within a third | at equal GPU-hours: best - measure's [95 %] | trials | done |\n"
+        "|---|---|---|---|---|---|---|"
+    )
+    for arm in ARMS:
+        for gpus in counts:
+            cells = [row["arms"][arm][str(gpus)] for row in rows]
+            ratios = quantiles(cell["ratio"] for cell in cells)
+            pairs = zip(cells, rows, strict=True)
+            gaps = np.array([cell["best"] - row["best"] for cell, row in pairs])
+            gap = bootstrap(gaps) if np.isfinite(gaps).all() else (math.inf,) * 3
+            entry = {
+                "ratio_quartiles": ratios,
+                "within_a_third": sum(cell["ratio"] <= TARGET for cell in cells) / len(cells),
+                "gap": gap,
+                "no_finished_trial": int((~np.isfinite(gaps)).sum()),
+                "trials": statistics.median(cell["trials"] for cell in cells),
+                "done": statistics.median(cell["done"] for cell in cells),
+            }
+            result["arms"].setdefault(arm, {})[str(gpus)] = entry
+            shown = ", ".join(f"{r:.2f}" if r <= beyond else f"> {beyond:g}" for r in ratios)
+            difference = f"{gap[0]:+.4f} [{gap[1]:+.4f}, {gap[2]:+.4f}]"
+            if not math.isfinite(gap[0]):
+                difference = f"none finished: {entry['no_finished_trial']} seeds"
+            print(
+                f"| {arm} | {gpus} | {shown} | {100 * entry['within_a_third']:.0f} % | "
+                f"{difference} | {entry['trials']:g} | {entry['done']:g} |"
+            )
+    one = result["arms"][ASHA][str(counts[0])]["ratio_quartiles"][1]
+    print(
+        f"\n{ASHA}, {counts[0]} GPU: median ratio {one:.2f}, target 0.33: {verdict(one <= TARGET)}"
+    )
+    result["told"] = {}
+    for gpus in counts:
+        pairs = [(row["arms"][ASHA][str(gpus)], row["arms"][PLAIN][str(gpus)]) for row in rows]
+        gaps = np.array([ours["best"] - plain["best"] for ours, plain in pairs])
+        gaps = gaps[np.isfinite(gaps)]
+        if not len(gaps):
+            continue
+        gap = result["told"][str(gpus)] = bootstrap(gaps)
+        sooner = sum(ours["ratio"] < plain["ratio"] for ours, plain in pairs)
+        later = sum(ours["ratio"] > plain["ratio"] for ours, plain in pairs)
+        print(
+            f"told PRUNED - told COMPLETE, {gpus} GPUs: best {gap[0]:+.4f} [{gap[1]:+.4f}, "
+            f"{gap[2]:+.4f}]; sooner at the measure's best {sooner} times, later {later}"
+        )
+    return result
+
+
+# The driver
+
+
+def filled(n: int) -> MemoryLedger:
+    """A ledger of n trials that ended as ASHA ends them: one in three goes on at every rung."""
+    study = study_of("asha", "tpe", _ENDLESS, 0)
+    ledger = MemoryLedger(study)
+    random = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    rng = np.random.default_rng(0)
+    trials = []
+    for number, epochs in enumerate(rungs(rng, n)):
+        asked = random.ask()
+        suggest(study.search.space, asked)
+        curve = np.sort(rng.normal(0.5, 0.05, epochs))[::-1]
+        values = {epoch: float(value) for epoch, value in enumerate(curve, start=1)}
+        done = epochs == 27
+        trials.append(
+            create_trial(
+                state=TrialState.COMPLETE if done else TrialState.PRUNED,
+                value=values[epochs] if done else None,
+                params=asked.params,
+                distributions=asked.distributions,
+                intermediate_values=values,
+                user_attrs={"seed": number, "budget": 27},
+            )
+        )
+    ledger.optuna_study.add_trials(trials)
+    return ledger
+
+
+def ask_seconds(ledger: MemoryLedger, times: int = 7) -> float:
+    """CPU seconds of a proposal; those that were made stay running, as on a cluster."""
+    spent = []
+    for _ in range(times):
+        start = time.process_time()
+        ledger.ask()
+        spent.append(time.process_time() - start)
+    return statistics.median(spent)
+
+
+def driver(gpu_counts: list[int], sizes: list[int], report: float) -> dict[str, Any]:
+    """What a proposal costs, and the GPUs that wait for it."""
+    measured = {n: ask_seconds(filled(n)) for n in sizes}
+    for n, seconds in measured.items():
+        print(f"TPE, a proposal after {n} trials: {1e3 * seconds:.1f} ms")
+
+    def ask(n: int) -> float:
+        return float(np.interp(n, list(measured), list(measured.values())))
+
+    result: dict[str, Any] = {"ask_seconds": measured, "report_seconds": report, "idle": {}}
+    print(
+        f"\n{_LARGE} trials, one in three going on at each rung, {1e3 * report:g} ms a report; "
+        "share of GPU time spent waiting (of the driver's time at work)\n\n| s an epoch | "
+        + " | ".join(f"{gpus} GPUs" for gpus in gpu_counts)
+        + " |\n|"
+        + "---|" * (len(gpu_counts) + 1)
+    )
+    rng = np.random.default_rng(0)
+    epochs = rungs(rng, _LARGE)
+    for seconds in (1.0, 10.0, 60.0, 600.0):
+        cells = []
+        for gpus in gpu_counts:
+            trials = Stopped(epochs)
+            run = simulate(
+                trials,
+                trials,
+                partial(_even, seconds),
+                gpus=gpus,
+                cost=DriverCost(ask=ask, report=report),
+            )
+            # Until the last trial has begun: GPUs that find no more trials are no fault of the
+            # driver's.
+            full = max(s.start for s in run.spans)
+            busy = sum(_overlap(s, full) for s in run.spans)
+            idle = max(0.0, 1.0 - busy / (gpus * full))
+            share = run.driver / run.seconds
+            result["idle"][f"{seconds:g} s, {gpus} GPUs"] = {"idle": idle, "driver": share}
+            cells.append(f"{100 * idle:.0f} % ({100 * share:.0f} %)")
+        print(f"| {seconds:g} | " + " | ".join(cells) + " |")
+    return result
+
+
+def rungs(rng: np.random.Generator, n: int) -> list[int]:
+    """Epochs of n trials of which one in three goes on at each rung."""
+    return [min(27, 3 ** (int(k) - 1)) for k in rng.geometric(2 / 3, n)]
+
+
+def _even(seconds: float, assignment: Assignment) -> Curve:
+    """A trial whose epochs take these seconds."""
+    return Curve(np.ones(27), np.full(27, seconds))
+
+
+def _overlap(span: Span, until: float) -> float:
+    """Seconds of a trial's epochs before a time, even over its stay."""
+    return span.busy * max(0.0, min(span.end, until) - span.start) / (span.end - span.start)
+
+
+def main() -> None:
+    """Run the benchmark and print it."""
+    arguments = parser(__doc__ or "")
+    arguments.add_argument("--seeds", type=int, default=24, help="of searches (%(default)s)")
+    arguments.add_argument("--trials", type=int, default=100, help="of the measure (%(default)s)")
+    arguments.add_argument("--gpus", type=int, nargs="+", default=[1, 8, 64])
+    arguments.add_argument("--beyond", type=float, default=2.0, help="times its GPU-hours")
+    arguments.add_argument("--jobs", type=int, default=2, help="processes (%(default)s)")
+    arguments.add_argument("--only", choices=["quality", "driver"])
+    arguments.add_argument(
+        "--report", type=float, default=0.02, help="seconds of an epoch's report (%(default)s)"
+    )
+    args = arguments.parse_args()
+    figures: dict[str, Any] = {}
+    if args.only != "driver":
+        figures["surrogate"] = found = surrogate().leave_one_out()
+        print(
+            f"surrogate: Gaussian processes over {found['trials']} recorded trials, "
+            f"{found['components']} components of their shapes; left out, a trial's last "
+            f"objective is off by {found['rms_error']:.4f} (standard deviation of the values "
+            f"{found['standard_deviation']:.4f}, explained {100 * found['explained']:.0f} %, rank "
+            f"correlation {found['rank_correlation']:.2f}); noise of a trial {found['noise']:.4f}; "
+            f"first and last epoch rank alike by {found['first_to_last_rank']:.2f}\n"
+        )
+        compare = partial(compared, trials=args.trials, counts=args.gpus, beyond=args.beyond)
+        with ProcessPoolExecutor(args.jobs) as pool:
+            rows = list(pool.map(compare, range(args.seeds)))
+        figures["quality"] = summary(rows, args.gpus, args.beyond) | {"seeds": rows}
+        print()
+    if args.only != "quality":
+        figures["driver"] = driver([1, 8, 64, 1024], [10, 100, 1000, _LARGE], args.report)
+    save(figures, args.json)
+
+
+if __name__ == "__main__":
+    main()
