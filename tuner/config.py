@@ -172,8 +172,17 @@ def held_value(config: TrialConfig, path: str) -> Any:
     """What a configuration holds at a dotted path."""
     value: Any = config
     for part in path.split("."):
-        value = getattr(value, part)
+        value = value[part] if isinstance(value, dict) else getattr(value, part)
     return value
+
+
+def _leaves(data: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Dotted paths of all values, those under names of the user's own (network.options) too."""
+    for name, value in data.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name
 
 
 def load_study(path: Path | None, overrides: Sequence[str] = (), **options: Any) -> StudyConfig:
@@ -225,7 +234,9 @@ def _override(data: dict[str, Any], overrides: Sequence[str], options: Mapping[s
 
 def check_space(study: StudyConfig) -> None:
     """Refuse a space that names unknown fields or values that cannot be built."""
-    known = [path for path in field_paths(TrialConfig) if not is_unsearchable(path)]
+    held = _leaves(study.model_dump(include=set(TrialConfig.model_fields)))
+    fields = dict.fromkeys((*field_paths(TrialConfig), *held))
+    known = [path for path in fields if not is_unsearchable(path)]
     space = study.search.space
     for path, parameter in space.items():
         field = f"search.space[{path}]"
