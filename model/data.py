@@ -16,12 +16,12 @@ from pydantic import Field
 from torch import Tensor
 
 from model.front_end import FrontEnd
+from model.plugin import ImportPath, PluginError, simulator_of
 from model.shards import SPLITS, DataError, ShardSplit, refuse_leaks
 from physics.candidates import Candidates
 from physics.config import FrozenModel
 from physics.geometry import PlanarArray
 from physics.scene import SceneConfig, Scenes
-from physics.simulate import simulate
 
 if TYPE_CHECKING:
     from model.config import TrialConfig
@@ -46,6 +46,9 @@ class DataConfig(FrozenModel):
     val_scenes: int = Field(512, ge=1, description="scenes of the fixed validation set")
     fresh: bool = Field(True, description="simulate new training scenes in every epoch")
     seed: int = Field(0, ge=0, description="of the simulated scenes; the same for all trials")
+    simulator: ImportPath | None = Field(
+        None, description="package.module:function that makes scenes; null: physics.simulate"
+    )
     cache: Path | None = Field(
         None, description="folder of candidates that trials share; null: the user's cache"
     )
@@ -118,12 +121,37 @@ def simulate_split(
     epoch: int = 0,
     device: torch.device | str = "cpu",
 ) -> Iterator[Scenes]:
-    """Chunks of the simulated scenes of a split, ``n_scenes`` in all."""
+    """Chunks of the simulated scenes of a split, ``n_scenes`` in all.
+
+    Raises:
+        PluginError: a simulator that cannot be imported.
+    """
+    simulate = simulator_of(config.simulator)
     for chunk, start in enumerate(range(0, n_scenes, _CHUNK)):
         generator = torch.Generator(device)
         generator.manual_seed(simulation_seed(config.seed, split, epoch, chunk))
         scenes = simulate(_CHUNK, scene, array, generator=generator, device=device)
+        if config.simulator is not None:
+            _check_simulated(config.simulator, scenes, scene, array)
         yield scenes[slice(0, min(_CHUNK, n_scenes - start))]
+
+
+def _check_simulated(path: str, scenes: Scenes, scene: SceneConfig, array: PlanarArray) -> None:
+    """Refuse scenes of a user's simulator that are none, or of other sizes than asked for."""
+    if not isinstance(scenes, Scenes):
+        raise PluginError(f"{path}: made {type(scenes).__name__}; expected physics.Scenes")
+    L, M, N, K = scene.n_snapshots, scene.n_antennas, array.size, scene.max_sources
+    expected = {
+        "y": (_CHUNK, L, M),
+        "H": (_CHUNK, M, N),
+        "codes": (_CHUNK, L, N),
+        "position": (_CHUNK, K, 3),
+        "power": (_CHUNK, K),
+    }
+    for name, shape in expected.items():
+        found = tuple(getattr(scenes, name).shape)
+        if found != shape:
+            raise PluginError(f"{path}: made {name} of shape {found}; expected {shape}")
 
 
 class _Examiner:
@@ -159,8 +187,6 @@ class _Examiner:
 class SimulatedScenes:
     """Scenes simulated on the trial's device."""
 
-    unit_modulus: bool | None = True
-
     def __init__(
         self,
         config: DataConfig,
@@ -171,6 +197,8 @@ class SimulatedScenes:
         hidden: float = 0.0,
     ) -> None:
         self.config, self.scene, self.array, self.device = config, scene, array, device
+        # Codes of a simulator of the user's own may have any amplitude.
+        self.unit_modulus: bool | None = True if config.simulator is None else None
         self._examine = _Examiner(config, front_end, hidden)
         self._fixed: Batch | None = None
         self._validation: Batch | None = None
@@ -345,11 +373,16 @@ def check_data(config: TrialConfig) -> str:
 
     Raises:
         DataError: missing, damaged, foreign, non-finite or leaking data, or another convention.
+        PluginError: a simulator that cannot be had, or that makes no scenes.
     """
     if config.data.shards is None:
+        if config.data.simulator is not None:
+            array = config.array.build()
+            next(simulate_split(config.data, config.scene, array, "val", 1))
         fresh = "fresh in every epoch" if config.data.fresh else "the same in every epoch"
+        kind = f"{config.scene.source_mode}, {config.scene.wavefront}"
         return (
-            f"simulated scenes ({config.scene.source_mode}, {config.scene.wavefront}): "
+            f"simulated scenes ({config.data.simulator or kind}): "
             f"{config.data.train_scenes} per epoch, {fresh}; {config.data.val_scenes} to validate"
         )
     folder = Path(config.data.shards)

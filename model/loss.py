@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
 from torch.nn import functional
 
+from model.plugin import ExtraTerm
 from model.pointing import OwnCells, SharedCells, heat_loss, match_slots
 from model.prediction import Prediction
 from physics.config import FrozenModel
@@ -30,6 +31,9 @@ _SCHEDULE: dict[Phase, dict[str, float]] = {
     "final": {"subspace_align": 1.4, "peak_contrast": 1.2},
 }
 
+_TERMS = ("cov_pred", "subspace_align", "peak_contrast", "existence", "position")
+TermName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
+
 
 class LossConfig(FrozenModel):
     """Weights of the terms beside the NMSE of R_blend, whose weight is 1."""
@@ -46,12 +50,21 @@ class LossConfig(FrozenModel):
         True, description="subspace_align x0.4/1/1.4 and peak_contrast x0.5/1/1.2 over the phases"
     )
     final_fraction: float = Field(0.2, ge=0, lt=1, description="share of steps in the final phase")
+    extra: dict[TermName, ExtraTerm] = Field({}, description="terms of the user's own, by name")
+
+    @field_validator("extra")
+    @classmethod
+    def _no_name_twice(cls, extra: dict[str, ExtraTerm]) -> dict[str, ExtraTerm]:
+        taken = [name for name in extra if name in ("total", "nmse", *_TERMS)]
+        if taken:
+            raise ValueError(f"{taken[0]} is a term of the loss already; choose another name")
+        return extra
 
     def weights(self, phase: Phase) -> dict[str, float]:
         """The weight of every term in a phase of the training."""
         scale = _SCHEDULE[phase] if self.schedule else {}
-        terms = ("cov_pred", "subspace_align", "peak_contrast", "existence", "position")
-        return {"nmse": 1.0} | {t: getattr(self, t) * scale.get(t, 1.0) for t in terms}
+        weights = {"nmse": 1.0} | {t: getattr(self, t) * scale.get(t, 1.0) for t in _TERMS}
+        return weights | {name: extra.weight for name, extra in self.extra.items()}
 
     def phase(self, step: int, total_steps: int, warmup_steps: int) -> Phase:
         """The phase of an optimiser step."""
@@ -101,7 +114,8 @@ class ScenesLoss:
     - ``existence``: binary cross-entropy of the slots after matching, and of the map over
       directions where there is one;
     - ``position``: cross-entropy of a matched slot's pointer to the cells around its source; with
-      shared cells, plus the Huber distance of its position in cells (:mod:`model.pointing`).
+      shared cells, plus the Huber distance of its position in cells (:mod:`model.pointing`);
+    - those of ``loss.extra``, at their weights in every phase (:mod:`model.plugin`).
 
     Every term is a sum over scenes, sources or slots divided by their number. Given the numbers of
     a larger batch, the loss of a part of it is the part's share: the shares of all parts add up to
@@ -194,6 +208,9 @@ class ScenesLoss:
                 )
             matched = slot.sum() if whole is None else whole.matched
             terms["position"] = _mean_of(pointing.loss(source), slot, matched)
+        for name, extra in self.config.extra.items():
+            if weights[name]:
+                terms[name] = extra(prediction, scenes) * share
         total = torch.stack([weights[name] * value for name, value in terms.items()]).sum()
         return LossValue(total, {name: value.detach() for name, value in terms.items()})
 

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
 from model.candidate import CandidateNetwork, CandidateNetworkConfig
+from model.custom import CustomConfig, build_custom
 from model.image import ImageConfig, ImageNetwork
+from model.plugin import load_plugin, plugins_of
 from model.prediction import SourceNetwork
 from model.snapshot import SnapshotConfig, SnapshotNetwork
 from physics.geometry import PlanarArray
 from physics.scene import SceneConfig
 
-FAMILIES = ("snapshot", "image", "candidate")
+if TYPE_CHECKING:
+    from model.config import TrialConfig
+
+FAMILIES = ("snapshot", "image", "candidate", "custom")
 
 
 def dotted(location: tuple[int | str, ...]) -> str:
@@ -31,7 +36,7 @@ def _with_family(value: Any) -> Any:
     return {"family": "snapshot"} | value if isinstance(value, dict) else value
 
 
-AnyConfig = SnapshotConfig | ImageConfig | CandidateNetworkConfig
+AnyConfig = SnapshotConfig | ImageConfig | CandidateNetworkConfig | CustomConfig
 NetworkConfig = Annotated[
     Annotated[AnyConfig, Field(discriminator="family")],
     BeforeValidator(_with_family),
@@ -39,9 +44,27 @@ NetworkConfig = Annotated[
 
 
 def build_network(config: AnyConfig, scene: SceneConfig, array: PlanarArray) -> SourceNetwork:
-    """The network that a configuration asks for, with fresh weights."""
+    """The network that a configuration asks for, with fresh weights.
+
+    Raises:
+        PluginError: a custom one that cannot be had.
+    """
+    if isinstance(config, CustomConfig):
+        return build_custom(config, scene, array)
     if isinstance(config, CandidateNetworkConfig):
         return CandidateNetwork(config, scene, array)
     if isinstance(config, ImageConfig):
         return ImageNetwork(config, scene, array)
     return SnapshotNetwork(config, scene, array)
+
+
+def check_plugins(config: TrialConfig) -> None:
+    """Try what a configuration names by import path, before a study starts.
+
+    Raises:
+        PluginError: something that cannot be imported, or a network that is none.
+    """
+    for path in plugins_of(config):
+        load_plugin(path)
+    if isinstance(config.network, CustomConfig):
+        build_network(config.network, config.scene, config.array.build())

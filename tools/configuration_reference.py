@@ -58,6 +58,8 @@ def escaped(field: FieldInfo) -> str:
 
 def default(field: FieldInfo) -> str:
     """The default as YAML would hold it."""
+    if field.is_required():
+        return "required"
     value = field.get_default(call_default_factory=True)
     if isinstance(value, dict):
         return "see below"

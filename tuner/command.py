@@ -52,14 +52,16 @@ def usage_problem(error: Exception) -> str | None:
 
 
 def data_problem(error: Exception) -> str | None:
-    """What was wrong with the data or a checkpoint, if that was it."""
+    """What was wrong with the data, a checkpoint or a plug-in, if that was it."""
     checkpoint = sys.modules.get("model.checkpoint")
     data = sys.modules.get("model.data")
+    plugin = sys.modules.get("model.plugin")
     kinds = tuple(
         kind
         for kind in (
             getattr(data, "DataError", None),
             getattr(checkpoint, "CheckpointError", None),
+            getattr(plugin, "PluginError", None),
         )
         if kind
     )

@@ -7,9 +7,9 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice, product
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from model.config import TrialConfig
 from physics.config import FrozenModel
@@ -18,6 +18,8 @@ from tuner.errors import ConfigError
 from tuner.explain import did_you_mean, explain, field_paths
 from tuner.space import SearchSpace, Value, default_space, is_unsearchable, n_points
 from tuner.yamlfile import dump_yaml, parse_yaml, read_yaml
+
+Section = TypeVar("Section", bound=BaseModel)
 
 _SPACE_FIELDS = {"type", "low", "high", "log", "step", "choices"}
 MEDIAN_OVER = 3  # trials that the median stopping rule needs for a judgement
@@ -256,8 +258,23 @@ def held_value(config: TrialConfig, path: str) -> Any:
     """What a configuration holds at a dotted path."""
     value: Any = config
     for part in path.split("."):
-        value = getattr(value, part)
+        value = value[part] if isinstance(value, dict) else getattr(value, part)
     return value
+
+
+def plain_of(section: Section) -> Section:
+    """A section of the same kind with every default; what has none stays."""
+    fields = type(section).model_fields
+    return type(section)(**{n: getattr(section, n) for n, f in fields.items() if f.is_required()})
+
+
+def _leaves(data: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Dotted paths of all values, those under names of the user's own (network.options) too."""
+    for name, value in data.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name
 
 
 def load_study(path: Path | None, overrides: Sequence[str] = (), **options: Any) -> StudyConfig:
@@ -309,7 +326,9 @@ def _override(data: dict[str, Any], overrides: Sequence[str], options: Mapping[s
 
 def check_space(study: StudyConfig) -> None:
     """Refuse a space that names unknown fields or values that cannot be built."""
-    known = [path for path in field_paths(TrialConfig) if not is_unsearchable(path)]
+    held = _leaves(study.model_dump(include=set(TrialConfig.model_fields)))
+    fields = dict.fromkeys((*field_paths(TrialConfig), *held))
+    known = [path for path in fields if not is_unsearchable(path)]
     space = study.search.space
     for path, parameter in space.items():
         field = f"search.space[{path}]"

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tuner.appraisal import Appraisal, appraise, checkpoint_bytes, epochs_expected
-from tuner.config import StudyConfig, held_value
+from tuner.config import StudyConfig, held_value, plain_of
 from tuner.duration import format_duration
 from tuner.folder import RunFolder
 from tuner.forecast import Pace, about, time_left
@@ -74,7 +74,7 @@ def differences(study: StudyConfig) -> Iterator[str]:
 
 def _differing(prefix: str, held: BaseModel, usual: BaseModel) -> Iterator[str]:
     if type(held) is not type(usual):  # another family of networks
-        usual = type(held)()
+        usual = plain_of(held)
         yield f"{prefix}family: {getattr(held, 'family', type(held).__name__)}"
     for name in type(held).model_fields:
         path, value, default = prefix + name, getattr(held, name), getattr(usual, name)

@@ -15,6 +15,7 @@ import torch
 
 from model.data import check_data
 from model.files import write_text
+from model.network import check_plugins
 from model.precision import AmpPolicy
 from tuner.command import DONE, Interruption
 from tuner.conclusion import conclude
@@ -106,6 +107,7 @@ def run_session(request: Request) -> int:
         notes += [note for note in [sampler_note(study.search)] if note]
         prior = _prior(study, notes, fresh=folder is None)
         _check_precision(study, request.local)
+        check_plugins(study)
         with waiting("checking the data", quiet=request.verbosity == "quiet"):
             notes.append("data: " + check_data(study))
         if study.network.front_end is not None:

@@ -72,9 +72,11 @@ def _train(
     from model.checkpoint import export_best, has_checkpoint
     from model.data import check_data
     from model.files import write_text
+    from model.network import check_plugins
     from model.training import TrialDiverged, train
     from tuner.errors import StudyError
 
+    check_plugins(config)
     typer.echo(f"data: {check_data(config)}")
     checkpoint = folder / "checkpoint"
     begun = has_checkpoint(checkpoint)

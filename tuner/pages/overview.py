@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from model.config import OBJECTIVES, TrialConfig
+from tuner.config import plain_of
 from tuner.duration import format_duration
 from tuner.pages.chart import STATE_WORDS
 from tuner.pages.markup import Markup, counted, escape, listed, note, pairs, short, table
@@ -202,7 +203,7 @@ def defaults_of(config: TrialConfig) -> TrialConfig:
     """The defaults, with sizes of the network's own family."""
     usual = TrialConfig()
     # The sizes of the default family say nothing of another's.
-    network = type(config.network)().model_copy(update={"family": usual.network.family})
+    network = plain_of(config.network).model_copy(update={"family": usual.network.family})
     return usual.model_copy(update={"network": network})
 
 

@@ -1,0 +1,63 @@
+"""A network of the user's own, in the place of a family."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from model.features import Spectrum
+from model.plugin import ImportPath, Option, PluginError, load_plugin
+from model.prediction import FamilyConfig, SourceNetwork
+from physics.candidates import CandidateConfig
+from physics.geometry import PlanarArray
+from physics.scene import SceneConfig
+
+
+class CustomConfig(FamilyConfig):
+    """Where the network is found, and what it is told."""
+
+    method = "a network of the user's own"
+
+    family: Literal["custom"] = "custom"
+    builder: ImportPath = Field(
+        description="package.module:Class, a SourceNetwork of (config, scene, array)"
+    )
+    options: dict[str, Option] = Field({}, description="whatever the network reads; searchable")
+    rank: int = Field(8, ge=1, description="slots; candidates.count where candidates are found")
+    candidates: CandidateConfig | None = Field(
+        None, description="what matching pursuit finds beforehand; null: nothing"
+    )
+    reads: tuple[Spectrum, ...] = Field(
+        ("incoherent", "coherent"), description="spectra over the dictionary"
+    )
+
+    @property
+    def front_end(self) -> CandidateConfig | None:
+        """Candidates, where they are asked for."""
+        return self.candidates
+
+    @property
+    def spectra(self) -> tuple[Spectrum, ...]:
+        """Those that are asked for."""
+        return self.reads
+
+    @property
+    def slots(self) -> int:
+        """Sources that it can tell of."""
+        return self.candidates.count if self.candidates else self.rank
+
+
+def build_custom(config: CustomConfig, scene: SceneConfig, array: PlanarArray) -> SourceNetwork:
+    """The network that the import path makes.
+
+    Raises:
+        PluginError: it cannot be imported or is no SourceNetwork.
+    """
+    network = load_plugin(config.builder)(config, scene, array)
+    if not isinstance(network, SourceNetwork):
+        raise PluginError(
+            f"{config.builder}: made {type(network).__name__}; expected a SourceNetwork "
+            "(model.prediction), which gives a Prediction"
+        )
+    return network

@@ -1,0 +1,146 @@
+"""Code of a user's own, named in the configuration by its import path.
+
+Three things can be given: a network (``network.family: custom``), further terms of the loss
+(``loss.extra``) and a simulator of scenes (``data.simulator``). Each is a callable of a protocol
+below. Whoever reads the configuration must be able to import it: on a cluster every worker.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from physics.config import FrozenModel
+from physics.geometry import PlanarArray
+from physics.scene import SceneConfig, Scenes
+from physics.simulate import simulate
+
+if TYPE_CHECKING:
+    from model.config import TrialConfig
+    from model.custom import CustomConfig
+    from model.prediction import Prediction, SourceNetwork
+
+Option = bool | int | float | str | None
+ImportPath = Annotated[
+    str,
+    Field(
+        pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$",
+        description="package.module:name of something that can be imported",
+    ),
+]
+
+
+class PluginError(ValueError):
+    """An import path that leads nowhere, or to what does not do its part."""
+
+
+class NetworkFactory(Protocol):
+    """Makes a network; a subclass of :class:`model.prediction.SourceNetwork` is one itself."""
+
+    def __call__(
+        self, config: CustomConfig, scene: SceneConfig, array: PlanarArray
+    ) -> SourceNetwork:
+        """The network, with fresh weights drawn from torch's global generator."""
+        ...
+
+
+class LossTerm(Protocol):
+    """A further term of the loss."""
+
+    def __call__(self, prediction: Prediction, scenes: Scenes, **options: Option) -> Tensor:
+        """A real scalar that can be differentiated: the mean over the B scenes."""
+        ...
+
+
+class Simulator(Protocol):
+    """Makes scenes: :func:`physics.simulate` is one."""
+
+    def __call__(
+        self,
+        n_scenes: int,
+        config: SceneConfig,
+        array: PlanarArray,
+        *,
+        generator: torch.Generator,
+        device: torch.device | str,
+    ) -> Scenes:
+        """Scenes that depend on the generator's state and the arguments alone.
+
+        Splits, epochs and trials differ by the generator's seed, and by nothing else: whoever
+        draws from another source of chance leaks scenes or makes trials incomparable.
+        """
+        ...
+
+
+class ExtraTerm(FrozenModel):
+    """A term of the user's own in the loss."""
+
+    term: ImportPath = Field(description="package.module:function of prediction and scenes")
+    weight: float = Field(1.0, ge=0)
+    options: dict[str, Option] = Field({}, description="further arguments of the function")
+
+    def __call__(self, prediction: Prediction, scenes: Scenes) -> Tensor:
+        """Its value.
+
+        Raises:
+            PluginError: it cannot be imported, or gives no real scalar.
+        """
+        found: Any = load_plugin(self.term)(prediction, scenes, **self.options)
+        if not isinstance(found, Tensor) or found.ndim or found.is_complex():
+            what = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else repr(found)[:80]
+            raise PluginError(
+                f"{self.term}: gave {what}; expected a real tensor without dimensions, the mean "
+                "over the scenes"
+            )
+        return found
+
+
+def load_plugin(path: str) -> Callable[..., Any]:
+    """What an import path names.
+
+    Raises:
+        PluginError: no such module, one that fails while it is imported, or no such callable.
+    """
+    module_name, _, name = path.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:
+        # Whatever a user's module raises while it is imported is theirs to read.
+        advice = (
+            "; start from its folder, or put that on PYTHONPATH"
+            if isinstance(error, ModuleNotFoundError)
+            else ""
+        )
+        raise PluginError(
+            f"{path}: cannot import {module_name}: {type(error).__name__}: {error}{advice}"
+        ) from error
+    found = getattr(module, name, None)
+    if found is None:
+        near = get_close_matches(name, dir(module), n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise PluginError(f"{path}: {module_name} has no {name}{hint}")
+    if not callable(found):
+        raise PluginError(f"{path}: is {type(found).__name__}, which cannot be called")
+    return found
+
+
+def plugins_of(config: TrialConfig) -> list[str]:
+    """The import paths that a configuration names."""
+    network = [config.network.builder] if config.network.family == "custom" else []
+    simulator = [config.data.simulator] if config.data.simulator else []
+    return [*network, *(extra.term for extra in config.loss.extra.values()), *simulator]
+
+
+def simulator_of(path: str | None) -> Simulator:
+    """The simulator that a configuration names; the physics' own without one.
+
+    Raises:
+        PluginError: see :func:`load_plugin`.
+    """
+    return simulate if path is None else load_plugin(path)
