@@ -51,9 +51,8 @@ format: dev  ## rewrite the code in the project's style
 	@$(VENV)/ruff check --fix .
 	@$(VENV)/ruff format .
 
-bench: setup  ## print the benchmark figures
-	@set -e; for file in benchmarks/[a-z]*.py; do \
-		echo "== $$file"; $(VENV)/python -m "benchmarks.$$(basename "$$file" .py)" $(ARGS); done
+bench: setup  ## measure the speed of everything and renew docs/performance.md
+	@$(VENV)/python -m benchmarks.suite --write $(ARGS)
 
 clean:  ## remove .venv and the caches (results in runs/ stay)
 	rm -rf .venv .venv.lock build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -102,8 +102,9 @@ class _Tally(TorchDispatchMode):
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         result = func(*args, **kwargs)
         made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-        if not func.is_view:
-            self._count(func.overloadpacket.__name__, args, given, made)
+        name = func.overloadpacket.__name__
+        if not func.is_view and name != "_unsafe_view":
+            self._count(name, args, given, made)
         return result
 
     def _count(self, name: str, args: Any, given: list[Tensor], made: list[Tensor]) -> None:

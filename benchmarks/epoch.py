@@ -1,0 +1,158 @@
+"""A whole epoch: scenes a second, and where its time goes.
+
+    python -m benchmarks.epoch [--json FILE] [--threads 2] [--config configs/quickstart.yaml]
+        [--scenes N] [--set a.b=VALUE]
+
+Trains the study's base configuration for some epochs after a first one, which is told apart: it
+finds or reads what is kept between epochs. Time is that of the innermost part, so that the shares
+add up. On a GPU where there is one; there the device is waited for at the borders of the parts.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks._roofline import synchronize
+from benchmarks._timing import parser, save
+from model import Trainer
+from model import training as training_module
+from tuner.config import load_study
+
+REST = "rest"
+OTHER = "optimizer, clipping and rest of the step"
+
+
+class Stopwatch:
+    """Time by part; that of a part within another is taken from the outer one."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self._device = device
+        self._stack = [REST]
+        self._last = time.perf_counter()
+
+    def _note(self) -> None:
+        synchronize(self._device)
+        now = time.perf_counter()
+        self.seconds[self._stack[-1]] += now - self._last
+        self._last = now
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Count the block for a part."""
+        self._note()
+        self._stack.append(name)
+        try:
+            yield
+        finally:
+            self._note()
+            self._stack.pop()
+
+    def start(self) -> None:
+        """Forget what was counted."""
+        self._note()
+        self.seconds.clear()
+
+    def stop(self) -> dict[str, float]:
+        """Seconds of every part."""
+        self._note()
+        return dict(self.seconds)
+
+    def watched(self, call: Callable[..., Any], name: str) -> Callable[..., Any]:
+        """The call, counted for a part."""
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with self.part(name):
+                return call(*args, **kwargs)
+
+        return run
+
+    def iterated(self, call: Callable[..., Iterator[Any]], name: str) -> Callable[..., Any]:
+        """The iterator that a call returns, each item of it counted for a part."""
+
+        def run(*args: Any, **kwargs: Any) -> Iterator[Any]:
+            items = call(*args, **kwargs)
+            while True:
+                with self.part(name):
+                    try:
+                        item = next(items)
+                    except StopIteration:
+                        return
+                yield item
+
+        return run
+
+
+def watch(trainer: Trainer, watch: Stopwatch) -> None:
+    """Count the parts of a trainer's epochs."""
+    source: Any = trainer.source
+    source.train_batches = watch.iterated(source.train_batches, "scenes")
+    patched: Any = trainer
+    patched._train_step = watch.watched(trainer._train_step, OTHER)
+    patched._features = watch.watched(trainer._features, "features")
+    patched.network.forward = watch.watched(trainer.network.forward, "network, forward")
+    patched.loss = watch.watched(trainer.loss, "loss, forward")
+    patched.amp.backward = watch.watched(trainer.amp.backward, "gradient")
+    patched.validate = watch.watched(trainer.validate, "validation, beside the above")
+    module: Any = training_module
+    module.blended_covariance = watch.watched(module.blended_covariance, "loss, forward")
+
+
+def main() -> None:
+    """Run the benchmark and print it."""
+    arguments = parser(__doc__ or "")
+    arguments.set_defaults(rounds=3)
+    arguments.add_argument("--config", type=Path, default=Path("configs/quickstart.yaml"))
+    arguments.add_argument("--set", action="append", default=[], dest="overrides")
+    args = arguments.parse_args()
+    overrides = [
+        *args.overrides,
+        f"training.threads={args.threads}",
+        f"training.epochs={args.rounds + 1}",
+        "training.patience=null",
+    ]
+    study = load_study(args.config, overrides)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    trainer = Trainer(study.trial_config({}, study.seed), device)
+    stopwatch = Stopwatch(device)
+    watch(trainer, stopwatch)
+    start = time.perf_counter()
+    trainer.run_epoch()
+    first = time.perf_counter() - start
+    epochs = []
+    for _ in range(args.rounds):
+        stopwatch.start()
+        trainer.run_epoch()
+        epochs.append(stopwatch.stop())
+    whole = statistics.median(sum(epoch.values()) for epoch in epochs)
+    parts = {
+        name: statistics.median(epoch.get(name, 0.0) for epoch in epochs) for name in epochs[0]
+    }
+    n_scenes = study.data.train_scenes
+    print(
+        f"{args.config}: {n_scenes} scenes an epoch in batches of {study.training.batch_size}, "
+        f"{study.data.val_scenes} to validate, {args.threads} threads on {device}"
+    )
+    print(f"first epoch {first:.2f} s; then {whole:.2f} s, {n_scenes / whole:.0f} scenes/s")
+    for name, seconds in sorted(parts.items(), key=lambda item: -item[1]):
+        print(f"  {name:<44}{seconds:>8.3f} s{seconds / whole:>7.1%}")
+    figures = {
+        "config": str(args.config),
+        "first_epoch_seconds": first,
+        "epoch_seconds": whole,
+        "scenes_per_second": n_scenes / whole,
+        "share": {name: seconds / whole for name, seconds in parts.items()},
+    }
+    save(figures, args.json)
+
+
+if __name__ == "__main__":
+    main()
