@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,7 +74,9 @@ class Cluster:
 
 
 @contextmanager
-def connected(address: str | None, *, start: bool = True) -> Iterator[Cluster]:
+def connected(
+    address: str | None, *, start: bool = True, plugins: Sequence[str] = ()
+) -> Iterator[Cluster]:
     """Connect to the cluster that is named or found, else start Ray here.
 
     Args:
@@ -81,6 +84,8 @@ def connected(address: str | None, *, start: bool = True) -> Iterator[Cluster]:
             RAY_ADDRESS, then a head that `ray start` left on this machine, then ``local``.
         start: False starts nothing: what Ray would find here is looked up, and a cluster is asked
             for its resources only.
+
+        plugins: import paths of the user's own code, which other machines get too.
 
     Raises:
         StudyError: a named cluster that does not answer, in bounded time.
@@ -98,7 +103,7 @@ def connected(address: str | None, *, start: bool = True) -> Iterator[Cluster]:
         options |= {"address": target}
     else:
         # Other machines run this very code, whatever lies on their disks.
-        options |= {"address": target, "runtime_env": {"py_modules": _own_packages()}}
+        options |= {"address": target, "runtime_env": {"py_modules": _packages(plugins)}}
     try:
         context = ray.init(**options)
     except (ConnectionError, RuntimeError, OSError, ValueError) as error:
@@ -249,7 +254,8 @@ def _token_file() -> Path | None:
     return path if path.exists() else None
 
 
-def _own_packages() -> list[str]:
+def _packages(plugins: Sequence[str]) -> list[str]:
+    """Folders and files of what runs on other machines: ristune, and the user's own modules."""
     import model
     import physics
     import tuner
@@ -258,7 +264,11 @@ def _own_packages() -> list[str]:
     for package in (physics, model, tuner):
         assert package.__file__ is not None
         folders.append(str(Path(package.__file__).parent))
-    return folders
+    for path in plugins:
+        top = importlib.import_module(path.partition(":")[0].partition(".")[0])
+        places = [*getattr(top, "__path__", ())] or [top.__file__]
+        folders += [str(place) for place in places if place]
+    return list(dict.fromkeys(folders))
 
 
 def quiet_ray() -> None:

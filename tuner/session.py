@@ -16,6 +16,7 @@ import torch
 from model.data import check_data
 from model.files import write_text
 from model.network import check_plugins
+from model.plugin import plugins_of
 from model.precision import AmpPolicy
 from tuner.command import DONE, Interruption
 from tuner.conclusion import conclude
@@ -120,7 +121,7 @@ def run_session(request: Request) -> int:
         ended = why_ended(ledger, Limits(ledger)) if ledger is not None else None
         if ended is None or (promotion is not None and promotion.has_work):
             if cluster is None and not request.local:
-                cluster = _connect(stack, request)
+                cluster = _connect(stack, request, plugins_of(study))
             interruption.take()
             place = choose_place(study, cluster, notes)
         else:
@@ -168,19 +169,21 @@ def run_session(request: Request) -> int:
         return conclude(folder, ledger, promotion, progress, early, interrupted=interruption.wished)
 
 
-def _connect(stack: ExitStack, request: Request) -> Cluster:
-    return stack.enter_context(_connected(request))
+def _connect(stack: ExitStack, request: Request, plugins: Sequence[str] = ()) -> Cluster:
+    return stack.enter_context(_connected(request, plugins))
 
 
 @contextmanager
-def _connected(request: Request) -> Iterator[Cluster]:
+def _connected(request: Request, plugins: Sequence[str]) -> Iterator[Cluster]:
     """The cluster, neither met nor left in silence."""
     quiet = request.verbosity == "quiet"
     with ExitStack() as inner:
         with waiting("connecting to Ray", quiet=quiet):
             from tuner.cluster import connected
 
-            cluster = inner.enter_context(connected(request.address, start=not request.dry_run))
+            cluster = inner.enter_context(
+                connected(request.address, start=not request.dry_run, plugins=plugins)
+            )
         yield cluster
         with waiting("leaving Ray", quiet=quiet):
             inner.close()

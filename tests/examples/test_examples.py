@@ -6,11 +6,21 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.tuner.clusters import ray_head
 from tests.tuner.support import ROOT
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[str]:
+    """The address of a Ray of our own."""
+    with ray_head("--num-cpus=2") as head:
+        yield head.address
+
 
 QUICK = [
     *("--set", "data.train_scenes=64", "--set", "data.val_scenes=64"),
