@@ -163,8 +163,8 @@ def _children(parent: int) -> list[int]:
 class LostAnswers:
     """A proxy before the server that cuts the line when a transaction has been written.
 
-    While it is `cutting`, every second transaction's answer is lost: the server has done what it
-    was asked to, and the client cannot know.
+    While it is `cutting`, the answer to every second transaction is lost: the server has done what
+    it was asked to, and the client cannot know.
     """
 
     def __init__(self, server: Server) -> None:
