@@ -267,7 +267,9 @@ class Bench:
             if code == DONE:
                 return None
             said = run.output.read_text()
-            found = [] if code == BAD_INPUT and "the disk is full" in said else [said[-500:]]
+            found = (
+                [] if code == BAD_INPUT and "the disk cannot be written" in said else [said[-500:]]
+            )
             grow()
             return found + _resumed(run, self.calm)
 
@@ -275,14 +277,16 @@ class Bench:
         """The kernel refuses to let a file grow, which every user may ask it to."""
         run = self._run()
         process = run.start()
-        limit = self.random.randint(8, 200) * 1024
+        limit = self.random.randint(8, 300) * 1024
         resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
         process.join(_LATEST)
         if process.exitcode == DONE:
             return None
         said = run.output.read_text()
         found = (
-            [] if process.exitcode == BAD_INPUT and "the disk is full" in said else [said[-500:]]
+            []
+            if process.exitcode == BAD_INPUT and "the disk cannot be written" in said
+            else [said[-500:]]
         )
         return found + _resumed(run, self.calm)
 

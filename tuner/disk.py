@@ -12,9 +12,11 @@ from pathlib import Path
 from tuner.errors import StudyError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-# What safetensors, SQLite and Ray say, who keep the number to themselves.
+# What safetensors, SQLite and Ray say, who keep the number to themselves. To SQLite a file that
+# may not grow is an I/O error.
 _WORDS = re.compile(
     r"No space left on device|Disk quota exceeded|File too large|database or disk is full"
+    r"|disk I/O error"
     r"|StorageFull|FileTooLarge|QuotaExceeded"
 )
 
@@ -56,6 +58,6 @@ def full_disk_said(folder: Path) -> Iterator[None]:
 def disk_error(folder: Path, said: str) -> StudyError:
     """The line that ends a session on a full disk."""
     return StudyError(
-        f"the disk is full ({said}); nothing that was finished is lost: make room and go on with: "
+        f"the disk cannot be written ({said}); nothing that was finished is lost: make room and go on with: "
         f"python -m tuner.run --resume {shlex.quote(str(folder))}"
     )
