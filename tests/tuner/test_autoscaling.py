@@ -21,7 +21,6 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from tests.tuner.clusters import STORE, Head, free_port, ray_head
 from tests.tuner.support import read_until, start, wait_for, write_study
-from tuner.autoscaling import autoscaling_config
 from tuner.cluster import connected
 from tuner.config import load_study
 from tuner.study import Ledger
@@ -184,7 +183,6 @@ def test_a_head_without_autoscaler_has_none_and_one_that_cannot_be_read_is_not_k
 ) -> None:
     with ray_head("--num-cpus=1") as head, connected(head.address) as cluster:
         assert cluster.capacity.growth is None
-        assert autoscaling_config(head.address) is None
     config = tmp_path / "bootstrap.yaml"
     port = free_port()
     config.write_text(json.dumps(fake_machines(f"127.0.0.1:{port}")), encoding="utf-8")
@@ -194,7 +192,8 @@ def test_a_head_without_autoscaler_has_none_and_one_that_cannot_be_read_is_not_k
         RAY_enable_autoscaler_v2="0",
         RAY_FAKE_CLUSTER="1",
     ) as head:
-        assert autoscaling_config(head.address) == fake_machines(head.address)
+        with connected(head.address) as cluster:
+            assert (cluster.capacity.known, cluster.n_gpus_possible) == (True, 2)
         config.unlink()
         with connected(head.address) as cluster:
             assert cluster.capacity.growth is not None
