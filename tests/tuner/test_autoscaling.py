@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import ssl
+import subprocess
+import sys
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -13,16 +15,13 @@ from threading import Thread
 from typing import Any
 
 import pytest
-import ray
 import yaml
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from tests.tuner.clusters import STORE, Head, free_port, ray_head
-from tests.tuner.support import read_until, start, wait_for, write_study
-from tuner.autoscaling import autoscaling_config
-from tuner.cluster import connected
+from tests.tuner.support import environment, read_until, start, wait_for, write_study
 from tuner.config import load_study
 from tuner.study import Ledger
 
@@ -63,6 +62,31 @@ def fake_machines(address: str) -> dict[str, Any]:
         "head_start_ray_commands": [],
         "worker_start_ray_commands": [],
     }
+
+
+LOOK = """
+import json, ray, sys
+from tuner.autoscaling import HEAD
+from tuner.cluster import connected
+with connected(sys.argv[1]) as cluster:
+    found = {
+        "head": next(n["NodeID"] for n in ray.nodes() if HEAD in n["Resources"]),
+        "grows": cluster.capacity.growth is not None,
+        "known": cluster.capacity.known,
+    }
+    for name in ("n_cpus", "n_gpus", "n_gpus_possible", "words"):
+        found[name] = getattr(cluster, name)
+print(json.dumps(found))
+"""
+
+
+def looked(address: str) -> dict[str, Any]:
+    """What a session finds there, in a process of its own as a session is."""
+    command = [sys.executable, "-c", LOOK, address]
+    answer = subprocess.run(
+        command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=True
+    )
+    return dict(json.loads(answer.stdout))
 
 
 @pytest.fixture
@@ -126,11 +150,10 @@ def test_the_limits_of_a_cluster_on_kubernetes_are_those_of_its_resource(
     kubernetes: dict[str, str], name: str, gpus: int
 ) -> None:
     # KubeRay starts the head in this way and lets a container beside it scale.
-    head = ray_head("--num-cpus=0", "--no-monitor", **kubernetes, RAY_CLUSTER_NAME=name)
-    with head as started, connected(started.address) as cluster:
-        assert cluster.capacity.growth is not None
-        assert cluster.capacity.known == (name == "ristune")
-        assert (cluster.n_cpus, cluster.n_gpus, cluster.n_gpus_possible) == (0, 0, gpus)
+    with ray_head("--num-cpus=0", "--no-monitor", **kubernetes, RAY_CLUSTER_NAME=name) as head:
+        found = looked(head.address)
+    assert (found["grows"], found["known"]) == (True, name == "ristune")
+    assert (found["n_cpus"], found["n_gpus"], found["n_gpus_possible"]) == (0, 0, gpus)
 
 
 @pytest.fixture
@@ -172,19 +195,16 @@ def test_gpu_nodes_come_for_a_studys_trials_and_go_after_them(
     assert [(trial.number, trial.state) for trial in trials] == [(n, "done") for n in range(4)]
     homes = {metrics["node_id"] for trial in trials for metrics in trial.epochs.values()}
     assert len(homes) == 2, "both nodes were used, and the head was not"
-    with connected(growing.address) as cluster:
-        head = next(n["NodeID"] for n in ray.nodes() if "node:__internal_head__" in n["Resources"])
-        assert head not in homes
-        assert (cluster.n_gpus_possible, cluster.capacity.known) == (2, True)
-        wait_for(lambda: ray.cluster_resources().get("GPU", 0) == 0, timeout=240)
+    assert looked(growing.address)["head"] not in homes
+    wait_for(lambda: looked(growing.address)["n_gpus"] == 0, timeout=240)
+    assert looked(growing.address)["n_gpus_possible"] == 2
 
 
 def test_a_head_without_autoscaler_has_none_and_one_that_cannot_be_read_is_not_known(
     tmp_path: Path,
 ) -> None:
-    with ray_head("--num-cpus=1") as head, connected(head.address) as cluster:
-        assert cluster.capacity.growth is None
-        assert autoscaling_config(head.address) is None
+    with ray_head("--num-cpus=1") as head:
+        assert not looked(head.address)["grows"]
     config = tmp_path / "bootstrap.yaml"
     port = free_port()
     config.write_text(json.dumps(fake_machines(f"127.0.0.1:{port}")), encoding="utf-8")
@@ -194,9 +214,9 @@ def test_a_head_without_autoscaler_has_none_and_one_that_cannot_be_read_is_not_k
         RAY_enable_autoscaler_v2="0",
         RAY_FAKE_CLUSTER="1",
     ) as head:
-        assert autoscaling_config(head.address) == fake_machines(head.address)
+        read = looked(head.address)
+        assert (read["grows"], read["known"], read["n_gpus_possible"]) == (True, True, 2)
         config.unlink()
-        with connected(head.address) as cluster:
-            assert cluster.capacity.growth is not None
-            assert not cluster.capacity.known
-            assert "what its autoscaler may add is not known" in cluster.words
+        unread = looked(head.address)
+        assert (unread["grows"], unread["known"], unread["n_gpus_possible"]) == (True, False, 0)
+        assert "what its autoscaler may add is not known" in unread["words"]
