@@ -58,6 +58,6 @@ def full_disk_said(folder: Path) -> Iterator[None]:
 def disk_error(folder: Path, said: str) -> StudyError:
     """The line that ends a session on a full disk."""
     return StudyError(
-        f"the disk cannot be written ({said}); nothing that was finished is lost: make room and go on with: "
-        f"python -m tuner.run --resume {shlex.quote(str(folder))}"
+        f"the disk cannot be written ({said}); nothing that was finished is lost: make room and "
+        f"go on with: python -m tuner.run --resume {shlex.quote(str(folder))}"
     )

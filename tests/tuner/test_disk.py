@@ -30,7 +30,7 @@ def outcomes(folder: Path) -> list[tuple[Any, ...]]:
 
 # The ledger of some 150 kB does not fit, or a checkpoint of some MB.
 @pytest.mark.slow
-@pytest.mark.parametrize(("file_kb", "width"), [(16, 8), (120, 8), (1000, 64)])
+@pytest.mark.parametrize(("file_kb", "width"), [(16, 8), (1000, 64)])
 def test_a_study_on_a_full_disk_ends_with_a_line_and_goes_on_bit_for_bit(
     tmp_path: Path, file_kb: int, width: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
