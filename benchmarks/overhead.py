@@ -14,6 +14,7 @@ but no epoch's, and are counted. The second part fills ledgers with ended trials
 from __future__ import annotations
 
 import io
+import logging
 import os
 import statistics
 import tempfile
@@ -202,6 +203,7 @@ def on_ray(trials: int, concurrent: list[int]) -> dict[str, Any]:
             num_cpus=max(concurrent),
             include_dashboard=False,
             log_to_driver=False,
+            logging_level=logging.ERROR,
             object_store_memory=100 * 2**20,
             _temp_dir=f"{folder}/ray",
         )

@@ -19,7 +19,8 @@ class TrainingConfig(FrozenModel):
     accumulation: int = Field(
         1,
         ge=1,
-        description="parts in which a step's gradient is computed: less memory, same step; dropout is drawn by part",
+        description="parts in which a step's gradient is computed: less memory, same step "
+        "(dropout is drawn by part)",
     )
     learning_rate: float = Field(1e-3, gt=0, description="peak of the schedule")
     weight_decay: float = Field(1e-4, ge=0, description="of AdamW")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from benchmarks._simulator import (
     Pruner,
     Run,
     Scheduler,
+    Span,
     simulate,
 )
 from benchmarks._surrogate import Curve
@@ -180,6 +182,10 @@ def test_the_time_that_a_target_takes_counts_all_gpus_and_finished_trials_only(
     first = next(end for end, objective in ends if objective <= target)
     assert run.gpu_seconds_to(target) == 3 * first
     assert run.gpu_seconds_to(0.0) == float("inf")
+    stopped, done = Span(0, 0, 0.0, 5.0, 1, 5.0, "pruned", 0.5), run.spans[-1]
+    lower = replace(done, end=9.0, state="done", objective=1.0)
+    assert Run(2, [stopped, lower]).gpu_seconds_to(1.0) == 18.0
+    assert Run(2, [stopped, lower]).best() == 1.0
 
 
 def test_time_that_is_used_up_cuts_what_runs(tmp_path: Path) -> None:

@@ -119,7 +119,7 @@ def test_the_report_draws_the_front_and_all_else(tmp_path: Path) -> None:
     ledger = finished(tmp_path, [(1.0, 10.0), (0.5, 20.0), (0.7, 30.0), (0.8, 5.0)])
     text = page(Material.read(RunFolder(tmp_path), ledger))
     assert "<h2>Pareto front</h2>" in text
-    assert "2 trials of 4 on the front, from 0.8 at 5 flops to 0.5 at 20 flops." in text
+    assert "2 trials of 4 on the front, from 0.8 at 5 flops to 0.5 at 20." in text
     assert "cannot be drawn" not in text
     nothing = finished(tmp_path / "none", [])
     assert "cannot be drawn" not in page(Material.read(RunFolder(tmp_path / "none"), nothing))
