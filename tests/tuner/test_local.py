@@ -180,7 +180,7 @@ def test_a_second_driver_is_refused(tmp_path: Path, capsys: pytest.CaptureFixtur
     try:
         read_until(process, "trial 0000 epoch 1/400")
         assert run_here("--resume", tmp_path / "run", "--local") == 2
-        assert f"another run (process {process.pid}) is at work" in capsys.readouterr().err
+        assert f"another run (process {process.pid} on " in capsys.readouterr().err
         assert run_here("--config", config, "--local", "--out", tmp_path / "run") == 2
     finally:
         kill(process)
