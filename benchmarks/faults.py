@@ -128,6 +128,10 @@ class Run:
             raise TimeoutError(f"a run hangs; see {self.output}")
         return int(process.exitcode)
 
+    def said(self) -> str:
+        """What it has printed."""
+        return self.output.read_text(encoding="utf-8") if self.output.exists() else ""
+
     def trials(self) -> list[TrialRecord]:
         """What the ledger holds; nothing where it was not made yet."""
         if not (self.folder / "study.db").exists() or not (self.folder / "config.yaml").exists():
@@ -185,7 +189,7 @@ class Bench:
         self._count = 0
         started = time.monotonic()
         calm = self._run()
-        assert calm.finish() == DONE, calm.output.read_text()
+        assert calm.finish() == DONE, calm.said()
         self.seconds = time.monotonic() - started
         self.calm = outcome(calm.trials())
         self.head: Head | None = None
@@ -224,7 +228,7 @@ class Bench:
         assert self.head is not None
         run = self._on_ray()
         process = run.start()
-        while process.exitcode is None and not run.trials():
+        while process.exitcode is None and "starts" not in run.said():
             process.join(0.1)
         process.join(self.random.uniform(0.0, self.seconds))
         victims = actors(self.head)
@@ -266,7 +270,7 @@ class Bench:
             code = run.finish()
             if code == DONE:
                 return None
-            said = run.output.read_text()
+            said = run.said()
             found = (
                 [] if code == BAD_INPUT and "the disk cannot be written" in said else [said[-500:]]
             )
@@ -282,7 +286,7 @@ class Bench:
         process.join(_LATEST)
         if process.exitcode == DONE:
             return None
-        said = run.output.read_text()
+        said = run.said()
         found = (
             []
             if process.exitcode == BAD_INPUT and "the disk cannot be written" in said
@@ -336,7 +340,7 @@ class Bench:
         config = write_study(self.folder / "big", **big)
         calm = Run(self.folder / "big-calm", config)
         if not calm.folder.exists():
-            assert calm.finish() == DONE, calm.output.read_text()
+            assert calm.finish() == DONE, calm.said()
         run = self._run(config)
         code = run.finish(limit_mb=self.random.randint(380, 420))
         (trial,), (peaceful,) = run.trials(), calm.trials()

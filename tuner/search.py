@@ -32,7 +32,10 @@ from tuner.watchers import Watcher
 logger = logging.getLogger(__name__)
 
 # Of the trial itself, and of Ray's memory monitor, which kills what fills a machine's memory.
-_OUT_OF_MEMORY = re.compile(r"MemoryExhausted|memory usage threshold")
+# The kernel's own killer leaves no such word: a line of guesses that names it must not match.
+_OUT_OF_MEMORY = re.compile(
+    r"MemoryExhausted|memory usage threshold|running low on memory|memory pressure \(OOM\)"
+)
 
 
 class LedgerSearch(OptunaSearch):
