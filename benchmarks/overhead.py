@@ -293,7 +293,7 @@ def grown(n: int, rounds: int) -> dict[str, tuple[float, float]]:
             clock("limits", limits.look)
             clock("trials.csv", lambda: write_trials(folder, ledger))
             clock("best.json", lambda: write_best(folder, ledger))
-            clock("old checkpoints", lambda: drop_losers(folder, ledger))
+            clock("old checkpoints", lambda: drop_losers(folder, ledger, ledger.best()))
         ledger.close()
         folder.release()
     return {

@@ -19,9 +19,10 @@ class CustomConfig(FamilyConfig):
 
     method = "a network of the user's own"
 
-    family: Literal["custom"] = "custom"
+    family: Literal["custom"] = Field("custom", description="which network judges scenes")
     builder: ImportPath = Field(
-        description="package.module:Class, a SourceNetwork of (config, scene, array)"
+        description="package.module:Class, a SourceNetwork of (config, scene, array)",
+        examples=["examples.extension:SpectrumNetwork"],
     )
     options: dict[str, Option] = Field({}, description="whatever the network reads; searchable")
     rank: int = Field(8, ge=1, description="slots; candidates.count where candidates are found")

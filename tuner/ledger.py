@@ -66,7 +66,12 @@ def read_ledger(folder: RunFolder, study: StudyConfig) -> Ledger:
         _refuse_elsewhere(folder)
         if not folder.database.exists():
             raise StudyError(f"{folder.path}: no study.db there; the study has not begun")
-        return Ledger(folder.database, study, reading=True)
+        try:
+            return Ledger(folder.database, study, reading=True)
+        except KeyError:
+            raise StudyError(
+                f"{folder.database}: the ledger holds no study {study.name}; it has not begun"
+            ) from None
     name = _kept_name(folder)
     if name is None:
         raise StudyError(f"{folder.path}: no study.name there; the study has not begun")

@@ -157,6 +157,8 @@ def _other(model: type[BaseModel], indent: str) -> Iterator[str]:
     yield f"{indent}# Or, {_first_line(model)[:1].lower()}{_first_line(model)[1:]}"
     for key, inner in model.model_fields.items():
         value = inner.get_default(call_default_factory=True)
+        if inner.is_required():
+            value = next(iter(inner.examples or ()))
         for line in _field(key, inner, value, ""):
             text = f"#   {line.removeprefix('# ')}" if line.startswith("#") else f"# {line}"
             yield indent + text

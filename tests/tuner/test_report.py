@@ -151,10 +151,10 @@ def test_the_command_looks_at_a_study_that_runs_and_changes_nothing(tmp_path: Pa
     study = tiny_study(tmp_path)
     folder = RunFolder.fresh(out)  # locked, as by a driver
     (out / "config.yaml").write_text(study.to_yaml())
-    ledger = Ledger(out / "study.db", study, reading=True)  # begun, and nothing proposed yet
-    assert execute(app, [str(out)]) == 0
-    assert ledger.optuna_study.get_trials() == [], "the reader proposed for the driver"
     driver = Ledger(out / "study.db", study)
+    begun = driver.optuna_study.get_trials()
+    assert execute(app, [str(out)]) == 0
+    assert driver.optuna_study.get_trials() == begun, "the reader proposed for the driver"
     trial = driver.ask()
     assert trial is not None
     assert trial.params == study.base_point()

@@ -34,7 +34,7 @@ def test_checkpoints_are_kept_of_the_winner_and_of_what_runs_however_many_trials
     assert running is not None
     assert running.number == 10_000  # its name begins as that of trial 1000, which has ended
     alive, resumed, dead = (checkpoint(n) for n in ("10000", "10000-after-epoch-1", "1000"))
-    drop_losers(folder, ledger)
+    drop_losers(folder, ledger, ledger.best())
     assert [path.exists() for path in (won, alive, resumed)] == [True] * 3
     assert [path.exists() for path in (lost, again, dead)] == [False] * 3
     ledger.close()

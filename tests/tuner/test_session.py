@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.tuner.support import Clock, FakeRun, run_here, write_study
-from tuner import session
+from tuner import conclusion, session
 from tuner.config import load_study
 from tuner.folder import RunFolder
 from tuner.records import Assignment, TrialRecord
@@ -148,6 +148,7 @@ def test_writing_the_results_takes_a_tenth_of_the_drivers_time_and_the_last_ones
     propose = Ledger.ask
     monkeypatch.setattr(Ledger, "ask", asked)
     monkeypatch.setattr(session, "write_trials", slowly)
+    monkeypatch.setattr(conclusion, "write_trials", slowly)
     monkeypatch.setattr(session, "monotonic", lambda: now)
     config = write_study(tmp_path, search={"trials": 8, "scheduler": "none"})
     out = tmp_path / "run"

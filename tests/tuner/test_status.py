@@ -203,8 +203,8 @@ def test_a_reached_target_is_the_end_and_says_what_lifts_it(
         (lambda folder: None, "no such folder"),
         (lambda folder: folder.mkdir(), "holds no study"),
         (lambda folder: _spoilt(folder, b"not a database at all, but long enough" * 40),
-         "study.db: cannot be read"),
-        (lambda folder: _spoilt(folder, b""), "study.db: cannot be read"),
+         "study.db cannot be opened: file is not a database"),
+        (lambda folder: _spoilt(folder, b""), "the ledger holds no study"),
     ],
 )  # fmt: skip
 def test_what_is_no_study_ends_with_2_and_one_line(
