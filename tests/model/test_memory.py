@@ -32,7 +32,7 @@ def faults(how: str) -> int:
 
 def test_blocks_that_are_freed_come_again_without_page_faults() -> None:
     pages = 10 * 3 * 2**24 // 4096
-    assert faults("given back") > pages / 4  # transparent huge pages may save most
+    assert faults("given back") > pages / 10  # transparent huge pages may save most
     assert faults("kept") < pages / 100
 
 

