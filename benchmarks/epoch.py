@@ -99,7 +99,8 @@ def watch(trainer: Trainer, watch: Stopwatch) -> None:
     patched._train_step = watch.watched(trainer._train_step, OTHER)
     patched._features = watch.watched(trainer._features, "features")
     patched.network.forward = watch.watched(trainer.network.forward, "network, forward")
-    patched.loss = watch.watched(trainer.loss, "loss, forward")
+    loss: Any = type(trainer.loss)
+    loss.__call__ = watch.watched(loss.__call__, "loss, forward")
     patched.amp.backward = watch.watched(trainer.amp.backward, "gradient")
     patched.validate = watch.watched(trainer.validate, "validation, beside the above")
     module: Any = training_module

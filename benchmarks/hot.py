@@ -18,7 +18,7 @@ import torch
 from benchmarks._roofline import Machine, synchronize, work_of
 from benchmarks._timing import alternate, machine_name, parser, save
 from model import Trainer, TrialConfig
-from model.blending import blended_covariance
+from model.blending import blended_covariance, jittered_beta
 from physics import (
     PolarGrid,
     SceneConfig,
@@ -92,8 +92,10 @@ def training_calls(family: str, batch: int, threads: int, device: torch.device) 
     def loss(gradient: bool) -> None:
         with trainer.amp.autocast():
             prediction = trainer.network(features)
-        blended = blended_covariance(prediction, features, config.blend, generator)
-        value = trainer.loss(prediction, blended, scenes.scenes, "main", generator)
+        beta = jittered_beta(batch, config.blend, generator)
+        blended = blended_covariance(prediction, features, config.blend, beta)
+        decoys = trainer.loss.draw_decoys("main", generator)
+        value = trainer.loss(prediction, blended, scenes.scenes, "main", decoys)
         if gradient:
             value.total.backward()
 

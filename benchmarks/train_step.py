@@ -103,12 +103,12 @@ def losses(trainer: Trainer, batch: Batch, rounds: int) -> dict[str, float]:
     def run(dense: bool) -> None:
         factor = prediction.factor.clone().requires_grad_()
         p = Prediction(factor, prediction.existence, prediction.log_pointer, prediction.position)
-        draw = torch.Generator().manual_seed(0)
+        decoys = loss.draw_decoys("main", torch.Generator().manual_seed(0))
         if dense:
-            total = dense_loss(trainer, factor, features.ridge, scenes, loss._decoys(draw))
+            total = dense_loss(trainer, factor, features.ridge, scenes, decoys)
         else:
             blended = blended_covariance(p, features, config.blend)
-            total = loss(p, blended, scenes, "main", draw).total
+            total = loss(p, blended, scenes, "main", decoys).total
         total.backward()
         synchronize()
         values["dense" if dense else "factored"] = float(total.detach())
