@@ -53,6 +53,7 @@ def test_scenes_of_other_conventions_have_none() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.slow
 def test_each_finds_more_than_nomp_where_the_model_is_right_and_where_it_is_wrong(
     name: str,
 ) -> None:

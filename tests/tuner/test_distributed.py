@@ -102,6 +102,7 @@ def test_a_study_runs_on_a_cluster_prunes_and_survives_bad_trials(
     assert "\x1b" not in finished.stdout
 
 
+@pytest.mark.slow
 def test_a_trial_whose_actor_is_killed_goes_on_from_its_checkpoint(
     tmp_path: Path, head: Head
 ) -> None:
@@ -126,6 +127,7 @@ def test_a_trial_whose_actor_is_killed_goes_on_from_its_checkpoint(
     assert trials_of(tmp_path / "calm")[0].curve == trial.curve, "not bit for bit"
 
 
+@pytest.mark.slow
 def test_a_killed_driver_loses_nothing_and_repeats_nothing(tmp_path: Path, head: Head) -> None:
     config = write_study(
         tmp_path,
@@ -156,7 +158,9 @@ def test_a_killed_driver_loses_nothing_and_repeats_nothing(tmp_path: Path, head:
     assert_mirrors_the_ledger(out)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_an_interrupted_run_ends_with_130_and_goes_on(
     tmp_path: Path, head: Head, capsys: pytest.CaptureFixture[str], number: signal.Signals
 ) -> None:
@@ -195,6 +199,7 @@ def scraped(head: Head, trial: str) -> dict[str, float]:
     }
 
 
+@pytest.mark.slow
 def test_what_a_trial_last_reported_is_found_on_the_metrics_port(
     tmp_path: Path, head: Head
 ) -> None:
@@ -263,6 +268,7 @@ def test_a_gpu_that_can_never_be_given_is_refused_at_once(tmp_path: Path, head: 
     assert "resources.cpus_per_trial: 3 CPUs a trial asked" in many.stderr
 
 
+@pytest.mark.slow
 def test_ray_is_started_here_where_there_is_no_cluster(tmp_path: Path) -> None:
     mark = f"ristune-test-{uuid.uuid4().hex}"
     out = tmp_path / "run"
@@ -280,6 +286,7 @@ def test_ray_is_started_here_where_there_is_no_cluster(tmp_path: Path) -> None:
     assert [trial.state for trial in trials_of(out)] == ["done", "done"]
 
 
+@pytest.mark.slow
 def test_a_time_budget_on_a_cluster_leaves_trials_that_go_on_and_the_study_can_grow(
     tmp_path: Path,
     head: Head,
