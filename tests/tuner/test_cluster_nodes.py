@@ -21,7 +21,7 @@ from tuner.config import load_study
 from tuner.records import TrialRecord
 from tuner.study import Ledger
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(900)]
 
 EPOCHS = 10
 WORKER = {"num_cpus": 1, "num_gpus": 1}

@@ -19,6 +19,8 @@ from tuner.files import replace_folder, sweep
 from tuner.folder import RunFolder
 from tuner.study import Ledger
 
+pytestmark = pytest.mark.long
+
 
 def outcomes(folder: Path) -> list[tuple[Any, ...]]:
     ledger = Ledger(folder / "study.db", load_study(folder / "config.yaml"))

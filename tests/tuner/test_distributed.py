@@ -319,6 +319,7 @@ def test_a_time_budget_on_a_cluster_leaves_trials_that_go_on_and_the_study_can_g
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
+@pytest.mark.long
 def test_a_promotion_on_a_cluster_survives_a_killed_driver_and_a_killed_actor(
     tmp_path: Path, head: Head
 ) -> None:
@@ -371,6 +372,7 @@ def test_a_promotion_on_a_cluster_survives_a_killed_driver_and_a_killed_actor(
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
+@pytest.mark.long
 def test_two_objectives_have_the_same_front_on_a_cluster_as_locally(
     tmp_path: Path, head: Head, monkeypatch: pytest.MonkeyPatch
 ) -> None:

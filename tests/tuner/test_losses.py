@@ -22,6 +22,8 @@ from tuner.study import Ledger
 from tuner.telemetry import Progress
 from tuner.trainable import CONFIG, GIVE_UP
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def head() -> Iterator[Head]:

@@ -17,6 +17,8 @@ from tuner.records import Assignment, TrialRecord
 from tuner.study import Ledger
 from tuner.trial import MemoryExhausted, TrialRun, is_out_of_memory
 
+pytestmark = pytest.mark.long
+
 # A step of the whole batch takes some 490 MB, one in two parts 340 MB, in four 190 MB.
 BIG: dict[str, Any] = {
     "data": {"train_scenes": 512, "val_scenes": 8},

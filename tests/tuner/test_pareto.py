@@ -30,6 +30,8 @@ from tuner.report import page
 from tuner.study import Ledger
 from tuner.yamlfile import dump_yaml
 
+pytestmark = pytest.mark.long
+
 SPACE = {
     "training.learning_rate": {"type": "float", "low": 1e-4, "high": 1e-2, "log": True},
     "network.width": {"type": "categorical", "choices": [8, 16, 24]},

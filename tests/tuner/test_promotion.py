@@ -32,6 +32,8 @@ from tuner.report import page
 from tuner.study import Ledger
 from tuner.train import app as train_app
 
+pytestmark = pytest.mark.long
+
 NOWHERE = ("--address", "127.0.0.1:1")  # a cluster that is not there: exit 2 where it is asked for
 
 

@@ -16,6 +16,8 @@ from tuner.cluster import connected
 from tuner.errors import StudyError
 from tuner.reach import check_reach
 
+pytestmark = pytest.mark.long
+
 
 def test_a_storage_that_cannot_be_written_is_refused_with_its_name(tmp_path: Path) -> None:
     with pytest.raises(StudyError, match=r"cannot write to gopher://there/runs: .*Unrecognized"):

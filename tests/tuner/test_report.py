@@ -167,6 +167,7 @@ def test_the_command_looks_at_a_study_that_runs_and_changes_nothing(tmp_path: Pa
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_report_can_be_had_while_a_search_runs(tmp_path: Path) -> None:
     config = write_study(tmp_path, training={"epochs": 10_000}, search={"scheduler": "none"})
     search = start("--config", config, "--local", "--out", tmp_path / "run")

@@ -254,6 +254,7 @@ def test_looking_keeps_no_driver_out(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_real_study_is_watched_from_another_process_until_it_ends(tmp_path: Path) -> None:
     config = write_study(
         tmp_path, training={"epochs": 150}, search={"trials": 4, "scheduler": "none"}

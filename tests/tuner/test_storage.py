@@ -47,6 +47,8 @@ from tuner.storage import open_storage, parse_url, sqlite_url
 from tuner.study import Ledger
 from tuner.warmstart import read_prior
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:

@@ -13,6 +13,8 @@ from ray.tune import PlacementGroupFactory
 from tests.tuner.support import ROOT, environment, order
 from tuner.trainable import RESUME, START, TrialActor, allocated_gpus
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(autouse=True)
 def _results_in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
