@@ -12,7 +12,7 @@ from torch import Tensor
 from physics.candidates import Candidates
 from physics.covariance import LowRankCovariance
 from physics.precision import in_full_precision
-from physics.scaling import column_energy
+from physics.scaling import column_energy, divide, divisor, energy, peak, power
 from physics.tikhonov import TikhonovConfig, solve_unchecked
 
 Spectrum = Literal["incoherent", "coherent", "adaptive"]
@@ -100,11 +100,11 @@ def _log_spectra(ridge: Tensor, dictionary: Tensor, wanted: tuple[Spectrum, ...]
 
 
 def _incoherent(ridge: Tensor, matched: Tensor) -> Tensor:
-    return torch.view_as_real(matched).square().sum(-1).mean(-2)
+    return power(matched).mean(-2)
 
 
 def _coherent(ridge: Tensor, matched: Tensor) -> Tensor:
-    return torch.view_as_real(matched.mean(-2)).square().sum(-1)
+    return power(matched.mean(-2))
 
 
 def _adaptive(ridge: Tensor, matched: Tensor) -> Tensor:
@@ -131,7 +131,6 @@ _SPECTRA: dict[Spectrum, Callable[[Tensor, Tensor], Tensor]] = {
 
 def _unit_power(value: Tensor) -> Tensor:
     """Scale each scene to unit mean power; a zero scene stays zero."""
-    peak = value.abs().amax((-2, -1), keepdim=True)
-    value = value / torch.where(peak > 0, peak, torch.ones_like(peak))
-    power = torch.view_as_real(value).square().sum(-1).mean((-2, -1), keepdim=True)
-    return value / torch.where(power > 0, power, torch.ones_like(power)).sqrt()
+    value = divide(value, divisor(peak(value))[:, None, None])
+    mean_power = energy(value) / (value.shape[-2] * value.shape[-1])
+    return divide(value, divisor(mean_power).sqrt()[:, None, None])

@@ -35,7 +35,8 @@ def peak(value: Tensor, n_dims: int = 2) -> Tensor:
     which the result does not depend.
     """
     parts = torch.view_as_real(value.detach().resolve_conj())
-    return parts.abs().amax(tuple(range(-n_dims - 1, 0)))
+    dims = tuple(range(-n_dims - 1, 0))
+    return torch.maximum(parts.amax(dims), -parts.amin(dims))
 
 
 def divisor(scale: Tensor) -> Tensor:
