@@ -5,8 +5,9 @@
 For each, with 0 and 4 processes that read the whole ledger all the time, as the report and
 dashboards do: a report (an epoch's metrics and its checkpoint), a proposal with its end (drawn at
 random, so that the storage is timed and not the sampler), and opening the ledger and reading it.
-Then a writing process is killed with kill -9 again and again: is the ledger readable, is anything
-gone that was said to be written, and how long does it take until it can be written again?
+Then a writing process is killed with kill -9 again and again, or its file may grow no further, as
+on a full disk: is the ledger readable, is anything gone that was said to be written, and how long
+does it take until it can be written again?
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import multiprocessing
 import multiprocessing.context
 import os
+import resource
 import shutil
-import signal
 import sqlite3
 import statistics
 import tempfile
@@ -234,32 +236,47 @@ def speed(name: str, folder: Path, readers: int, rounds: int) -> dict[str, Any]:
         }
 
 
-def _write(name: str, folder: Path, pipe: Any) -> None:
+def _write(name: str, folder: Path, pipe: Any, room: int | None) -> None:
     ledger = opened(name, folder)
     trial = ledger.ask()
     assert trial is not None
+    pipe.send((trial.number, 0))
+    if room is not None:
+        largest = max(path.stat().st_size for path in folder.iterdir())
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest + room, largest + room))
     epoch = 0
     while True:
         epoch += 1
-        ledger.report(trial.number, metrics(epoch))
+        try:
+            ledger.report(trial.number, metrics(epoch))
+        except Exception:  # noqa: BLE001 - what the full disk is called differs by storage
+            os._exit(1)
         pipe.send((trial.number, epoch))
 
 
-def kills(name: str, folder: Path, count: int) -> dict[str, Any]:
-    """kill -9 of a writer in the middle of its writes."""
+def ends(name: str, folder: Path, count: int, *, full: bool) -> dict[str, Any]:
+    """Writers that end in the middle: by kill -9, or by a file that may grow no further.
+
+    Where a file may not grow, as on a full disk, the last write is cut off after some bytes.
+    """
     generator = np.random.default_rng(1)
     context = _processes()
     readable = lost = 0
     again: list[float] = []
+    said: set[str] = set()
     for _ in range(count):
+        room = int(generator.integers(1, 2000)) if full else None
         mine, theirs = context.Pipe(duplex=False)
-        process = context.Process(target=_write, args=(name, folder, theirs))
+        process = context.Process(target=_write, args=(name, folder, theirs, room))
         process.start()
         theirs.close()
         number, written = mine.recv()
-        time.sleep(float(generator.uniform(0.0, 0.5)))
+        if full:
+            process.join(_PAUSE)
+        else:
+            time.sleep(float(generator.uniform(0.0, 0.5)))
         assert process.pid is not None
-        os.kill(process.pid, signal.SIGKILL)
+        process.kill()
         try:
             while True:
                 number, written = mine.recv()
@@ -271,18 +288,22 @@ def kills(name: str, folder: Path, count: int) -> dict[str, Any]:
             lost += max(0, written - ledger.trial(number).epoch)
             ledger.finish(number, "failed", reason="killed")
             ledger.close()
+            opened(name, folder).close()
             readable += 1
             again.append(time.perf_counter() - begun)
-        except Exception as error:  # noqa: BLE001 - what a killed writer left cannot be read
-            print(f"{name}: {type(error).__name__}: {error}")
-    return {"kills": count, "readable": readable, "lost reports": lost, "longest wait": max(again)}
+        except Exception as error:  # noqa: BLE001 - what it left cannot be read
+            said.add(f"{name}: {type(error).__name__}: {error}")
+    for line in sorted(said):
+        print(line)
+    longest = max(again, default=math.inf)
+    return {"ends": count, "readable": readable, "lost reports": lost, "longest wait": longest}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--trials", type=int, nargs="*", default=[100, 1000])
     parser.add_argument("--rounds", type=int, default=60, help="timed reports")
-    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--kills", type=int, default=20, help="of each kind")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE too")
     arguments = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -311,14 +332,16 @@ def main() -> None:
                           + "".join(f"{row[head]:>16.1f}" for head in heads)
                           + f"{row['locked']:>8}{row['reader errors']:>8} of {row['readings']}",
                           flush=True)  # fmt: skip
-    print(f"\n{'storage':<14}{'kill -9':>8}{'readable':>10}{'lost reports':>14}{'longest wait':>14}"
-          )  # fmt: skip
-    for name in STORAGES:
-        with tempfile.TemporaryDirectory() as home:
-            row = kills(name, Path(home), arguments.kills)
-            figures[f"{name}, killed"] = row
-            print(f"{name:<14}{row['kills']:>8}{row['readable']:>10}{row['lost reports']:>14}"
-                  f"{row['longest wait']:>12.1f} s", flush=True)  # fmt: skip
+    for what, full in (("kill -9", False), ("disk full", True)):
+        print(
+            f"\n{'storage':<14}{what:>10}{'readable':>10}{'lost reports':>14}{'longest wait':>14}"
+        )
+        for name in STORAGES:
+            with tempfile.TemporaryDirectory() as home:
+                row = ends(name, Path(home), arguments.kills, full=full)
+                figures[f"{name}, {what}"] = row
+                print(f"{name:<14}{row['ends']:>10}{row['readable']:>14}{row['lost reports']:>14}"
+                      f"{row['longest wait']:>12.1f} s", flush=True)  # fmt: skip
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
 

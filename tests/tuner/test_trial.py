@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +73,20 @@ def test_a_trial_goes_on_from_its_checkpoint_bit_for_bit(tmp_path: Path) -> None
     results = [second.step(), second.step()]
     assert [result["epoch"] for result in results] == [2, 3]
     assert [result["objective"] for result in results] == wanted[1:]
+
+
+def test_one_trial_after_another_leaves_no_trainer_behind(tmp_path: Path) -> None:
+    for _ in range(3):
+        run = TrialRun(config(tmp_path))
+        run.step()
+        trainer = run._trainer
+        assert trainer is not None
+        trainer.itself = trainer  # type: ignore[attr-defined]  # a cycle, as exceptions make
+        seen = weakref.ref(trainer)
+        del trainer
+        run.close()
+        assert seen() is None
+    assert gc.get_freeze_count() > 10_000, "modules are looked through again for every trial"
 
 
 def test_a_damaged_checkpoint_means_a_start_from_the_beginning(tmp_path: Path) -> None:
