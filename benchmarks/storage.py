@@ -237,6 +237,7 @@ def speed(name: str, folder: Path, readers: int, rounds: int) -> dict[str, Any]:
 
 
 def _write(name: str, folder: Path, pipe: Any, room: int | None) -> None:
+    logging.disable()  # a ledger that waits for its disk says so
     ledger = opened(name, folder)
     trial = ledger.ask()
     assert trial is not None
@@ -254,45 +255,49 @@ def _write(name: str, folder: Path, pipe: Any, room: int | None) -> None:
         pipe.send((trial.number, epoch))
 
 
-def ends(name: str, folder: Path, count: int, *, full: bool) -> dict[str, Any]:
+def _ended(name: str, folder: Path, room: int | None, after: float) -> tuple[int, int]:
+    """Number and last written epoch of a trial whose writer ended."""
+    context = _processes()
+    mine, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_write, args=(name, folder, theirs, room))
+    process.start()
+    theirs.close()
+    number, written = mine.recv()
+    process.join(after)
+    process.kill()
+    try:
+        while True:
+            number, written = mine.recv()
+    except EOFError:
+        process.join()
+    return number, written
+
+
+def ends(name: str, count: int, *, full: bool) -> dict[str, Any]:
     """Writers that end in the middle: by kill -9, or by a file that may grow no further.
 
     Where a file may not grow, as on a full disk, the last write is cut off after some bytes.
     """
     generator = np.random.default_rng(1)
-    context = _processes()
     readable = lost = 0
     again: list[float] = []
     said: set[str] = set()
     for _ in range(count):
-        room = int(generator.integers(1, 2000)) if full else None
-        mine, theirs = context.Pipe(duplex=False)
-        process = context.Process(target=_write, args=(name, folder, theirs, room))
-        process.start()
-        theirs.close()
-        number, written = mine.recv()
-        if full:
-            process.join(_PAUSE)
-        else:
-            time.sleep(float(generator.uniform(0.0, 0.5)))
-        assert process.pid is not None
-        process.kill()
-        try:
-            while True:
-                number, written = mine.recv()
-        except EOFError:
-            process.join()
-        begun = time.perf_counter()
-        try:
-            ledger = opened(name, folder)
-            lost += max(0, written - ledger.trial(number).epoch)
-            ledger.finish(number, "failed", reason="killed")
-            ledger.close()
-            opened(name, folder).close()
-            readable += 1
-            again.append(time.perf_counter() - begun)
-        except Exception as error:  # noqa: BLE001 - what it left cannot be read
-            said.add(f"{name}: {type(error).__name__}: {error}")
+        with tempfile.TemporaryDirectory() as home:
+            room = int(generator.integers(1, 2000)) if full else None
+            after = _PAUSE if full else float(generator.uniform(0.0, 0.5))
+            number, written = _ended(name, Path(home), room, after)
+            begun = time.perf_counter()
+            try:
+                ledger = opened(name, Path(home))
+                lost += max(0, written - ledger.trial(number).epoch)
+                ledger.finish(number, "failed", reason="killed")
+                ledger.close()
+                opened(name, Path(home)).close()
+                readable += 1
+                again.append(time.perf_counter() - begun)
+            except Exception as error:  # noqa: BLE001 - what it left cannot be read
+                said.add(f"{name}: {type(error).__name__}: {str(error).split(':')[0]}")
     for line in sorted(said):
         print(line)
     longest = max(again, default=math.inf)
@@ -337,11 +342,10 @@ def main() -> None:
             f"\n{'storage':<14}{what:>10}{'readable':>10}{'lost reports':>14}{'longest wait':>14}"
         )
         for name in STORAGES:
-            with tempfile.TemporaryDirectory() as home:
-                row = ends(name, Path(home), arguments.kills, full=full)
-                figures[f"{name}, {what}"] = row
-                print(f"{name:<14}{row['ends']:>10}{row['readable']:>14}{row['lost reports']:>14}"
-                      f"{row['longest wait']:>12.1f} s", flush=True)  # fmt: skip
+            row = ends(name, arguments.kills, full=full)
+            figures[f"{name}, {what}"] = row
+            print(f"{name:<14}{row['ends']:>10}{row['readable']:>14}{row['lost reports']:>14}"
+                  f"{row['longest wait']:>12.1f} s", flush=True)  # fmt: skip
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
 

@@ -1,7 +1,7 @@
 """Where the ledger lies: a relational database, opened with care and waited for when it is out.
 
-A server that restarts, a network that fails, a disk that is full or a lock that is held are no
-reason to lose a study. Whatever Optuna asks of the database is asked again until it answers, for
+A server that restarts, a network that fails or a lock that is held are no reason to lose a study.
+Whatever Optuna asks of the database is asked again until it answers, for
 PATIENCE at most; here and nowhere else. An answer may be all that was lost: what cannot simply be
 done twice first looks whether it has been done.
 """
@@ -53,7 +53,6 @@ _SQLITE_PASSING = frozenset(
         sqlite3.SQLITE_BUSY,
         sqlite3.SQLITE_LOCKED,
         sqlite3.SQLITE_IOERR,
-        sqlite3.SQLITE_FULL,
         sqlite3.SQLITE_CANTOPEN,
     }
 )
@@ -61,8 +60,21 @@ _SQLITE_PASSING = frozenset(
 _T = TypeVar("_T")
 
 
+# No room on the disk, or, as SQLite says it of a file that may not grow, no writing.
+_SQLITE_NO_ROOM = frozenset({sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_WRITE})
+
+
 class Outage(Exception):
-    """The database does not answer, or cannot write, just now."""
+    """The database does not answer, or cannot write, just now.
+
+    Args:
+        text: what it said.
+        no_room: whether its disk, which is the run folder's too, is full: waiting makes no room.
+    """
+
+    def __init__(self, text: str, *, no_room: bool = False) -> None:
+        super().__init__(text)
+        self.no_room = no_room
 
 
 def parse_url(text: str) -> URL:
@@ -166,7 +178,10 @@ def as_outage(context: ExceptionContext) -> Exception | None:
     error = context.original_exception
     if isinstance(error, sqlite3.Error):
         # The low byte is the kind, the rest its shade.
-        passing = getattr(error, "sqlite_errorcode", 0) & 0xFF in _SQLITE_PASSING
+        code = getattr(error, "sqlite_errorcode", 0)
+        if code in _SQLITE_NO_ROOM:
+            return Outage(_first_line(error), no_room=True)
+        passing = code & 0xFF in _SQLITE_PASSING
     else:
         kinds = [kind.__name__ for kind in type(error).__mro__]
         passing = context.is_disconnect or bool({"OperationalError", "InterfaceError"} & {*kinds})
@@ -239,8 +254,8 @@ class PatientStorage(BaseStorage):
         """What `work` returns; after an outage what `again` does, or `work` once more.
 
         Raises:
-            LedgerLost: the database has been out for PATIENCE, or the user interrupted the
-                waiting; from then on at once.
+            LedgerLost: the database has been out for PATIENCE, its disk is full, or the user
+                interrupted the waiting; from then on at once.
         """
         if self.lost is not None:
             raise self.lost
@@ -262,7 +277,7 @@ class PatientStorage(BaseStorage):
                     f"the ledger at {self.place} was out for {format_duration(spent)}: "
                     f"{error}{self._way_on}"
                 )
-                if spent >= PATIENCE:
+                if error.no_room or spent >= PATIENCE:
                     self.lost = lost
                     raise lost from error
                 if spent >= _SILENCE and not told:

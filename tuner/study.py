@@ -28,6 +28,7 @@ from optuna.trial import FrozenTrial, TrialState
 from model.config import TrialConfig
 from tuner import retries
 from tuner.config import StudyConfig
+from tuner.draft import Draft
 from tuner.errors import LedgerLost
 from tuner.pruners import make_pruner
 from tuner.records import (
@@ -143,10 +144,16 @@ class Ledger:
             if not self._n_left(len(started)):
                 return None
             self._take_sampler(before)
-            trial = self._study.ask()
+            draft, study = Draft.of(self._study)
+            trial = study.ask()
             params = suggest(self._config.search.space, trial)
-            if self._is_new(trial, params, started):
-                return self._assign(trial.number, params)
+            twin = self._twin(params, started)
+            if twin is None:
+                seed = self._prepare(trial)
+                draft.write()
+                return Assignment(trial.number, params, seed)
+            draft.write()
+            self._reject(trial.number, twin)
         logger.warning("the search space holds nothing new: no further trials")
         return None
 
@@ -156,17 +163,23 @@ class Ledger:
         prior = [trial for trial in before if "prior" in trial.user_attrs]
         self._study.sampler = self._sampler(n_asked, prior)
 
-    def _is_new(
-        self, trial: optuna.Trial, params: dict[str, Value], started: list[FrozenTrial]
-    ) -> bool:
-        """Whether no trial has these parameters; a repetition is ended."""
-        twin = next((t for t in started if t.params == params), None)
-        if twin is None:
-            return True
-        trial.set_user_attr("duplicate_of", twin.number)
-        self._study.tell(trial, state=TrialState.FAIL)
-        logger.info("proposal %d repeats trial %d: not run", trial.number, twin.number)
-        return False
+    @staticmethod
+    def _twin(params: dict[str, Value], started: list[FrozenTrial]) -> int | None:
+        """The trial that has had these parameters, if any has."""
+        return next((trial.number for trial in started if trial.params == params), None)
+
+    def _reject(self, number: int, twin: int) -> None:
+        """End a trial that repeats another."""
+        self._storage.set_trial_user_attr(self._id(number), "duplicate_of", twin)
+        self._study.tell(number, state=TrialState.FAIL)
+        logger.info("proposal %d repeats trial %d: not run", number, twin)
+
+    def _prepare(self, trial: optuna.Trial) -> int:
+        """Note what is known of a trial before it runs; its seed."""
+        seed = trial_seed(self._config.seed, trial.number)
+        trial.set_user_attr("seed", seed)
+        trial.set_user_attr("budget", self._config.training.epochs)
+        return seed
 
     def _propose_on(self, frozen: FrozenTrial) -> bool:
         """Propose the rest of a trial amid whose proposal the driver died; False: a repetition.
@@ -184,7 +197,12 @@ class Ledger:
             fixed = trial._is_fixed_param(path, known) or known.single()
             if not fixed and not trial._is_relative_param(path, known):
                 self._study.sampler.sample_independent(self._study, frozen, path, known)
-        return self._is_new(trial, suggest(space, trial), self._started(others))
+        twin = self._twin(suggest(space, trial), self._started(others))
+        if twin is not None:
+            self._reject(trial.number, twin)
+            return False
+        self._prepare(trial)
+        return True
 
     @property
     def has_work(self) -> bool:
@@ -208,23 +226,15 @@ class Ledger:
         """The study's own trials: not waiting, no repetitions, and none of an earlier study."""
         return [t for t in trials if t.state != TrialState.WAITING and not _is_foreign(t)]
 
-    def _assign(self, number: int, params: dict[str, Value]) -> Assignment:
-        seed = trial_seed(self._config.seed, number)
-        identifier = self._id(number)
-        self._storage.set_trial_user_attr(identifier, "seed", seed)
-        self._storage.set_trial_user_attr(identifier, "budget", self._config.training.epochs)
-        return Assignment(number, params, seed)
-
     def orphans(self) -> list[Assignment]:
         """Trials that were running when the last session ended, to be run on."""
         found = []
         for frozen in self._frozen():
             if frozen.state != TrialState.RUNNING:
                 continue
-            if "budget" not in frozen.user_attrs:  # the last of what is known before it runs
-                if not self._propose_on(frozen):
-                    continue
-                self._assign(frozen.number, {})
+            # The budget is the last of what is known before a trial runs.
+            if "budget" not in frozen.user_attrs and not self._propose_on(frozen):
+                continue
             found.append(self.going_on(frozen.number))
         return found
 

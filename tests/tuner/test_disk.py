@@ -5,13 +5,15 @@ from __future__ import annotations
 import errno
 import os
 import sqlite3
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from model.files import PART, write_text
-from tests.tuner.support import run, run_here, tiny_study, write_study
+from tests.tuner.support import ROOT, run, run_here, tiny_study, write_study
 from tuner.config import load_study
 from tuner.disk import full_disk, full_disk_said
 from tuner.errors import StudyError
@@ -51,6 +53,48 @@ def test_a_study_on_a_full_disk_ends_with_a_line_and_goes_on_bit_for_bit(
     assert len(full.stderr.splitlines()) == 1, full.stderr
     assert run_here("--resume", out, "--local") == 0
     assert outcomes(out) == outcomes(tmp_path / "calm")
+
+
+GROWING = """
+import resource, sys, time
+from pathlib import Path
+from tuner.config import load_study
+from tuner.disk import full_disk
+from tuner.errors import LedgerLost
+from tuner.study import Ledger
+path = Path(sys.argv[1])
+ledger = Ledger(path, load_study(Path(sys.argv[2])))
+number = ledger.ask().number
+ledger.report(number, {"epoch": 1, "objective": 1.0})
+size = path.stat().st_size
+resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+begun = time.monotonic()
+try:
+    for epoch in range(2, 1000):
+        ledger.report(number, {"epoch": epoch, "objective": 1.0, "padding": "x" * 500})
+except LedgerLost as lost:
+    print(epoch - 1, time.monotonic() - begun < 30, full_disk(lost) is not None)
+"""
+
+
+def test_a_ledger_that_fills_its_disk_amid_a_study_is_no_outage_to_be_waited_for(
+    tmp_path: Path,
+) -> None:
+    config = write_study(tmp_path)
+    database = tmp_path / "study.db"
+    found = subprocess.run(
+        [sys.executable, "-c", GROWING, str(database), str(config)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=100,
+    )
+    assert found.returncode == 0, found.stderr
+    written, at_once, said = found.stdout.split()
+    assert (at_once, said) == ("True", "True")
+    ledger = Ledger(database, load_study(config))
+    assert ledger.trial(0).epoch == int(written), "what was said to be written is there"
+    ledger.close()
 
 
 def test_a_full_disk_is_found_behind_other_errors() -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import event
 
 from tests.tuner.support import tiny_study
 from tuner.records import Assignment
@@ -25,9 +27,14 @@ class Death(BaseException):
     """kill -9, as far as the ledger can tell."""
 
 
-def ledger_in(folder: Path, sampler: str) -> Ledger:
+# Points of which a parameter is given, and the others are drawn.
+POINTS = [{"blend.beta": 0.05 * index} for index in range(1, 8)]
+
+
+def ledger_in(folder: Path, sampler: str, points: Sequence[dict[str, Any]] = ()) -> Ledger:
     folder.mkdir(exist_ok=True)
     search = {"trials": 8, "startup_trials": 3, "space": SPACE, "sampler": sampler}
+    search["enqueue"] = list(points)
     return Ledger(folder / "study.db", tiny_study(folder, search=search))
 
 
@@ -54,15 +61,58 @@ def dies_in(ledger: Ledger, method: str, after: int) -> None:
     setattr(ledger._storage, method, until)
 
 
+def commits(ledger: Ledger) -> list[list[str]]:
+    """What is brought to the disk from now on: the statements of each transaction that writes."""
+    engine = ledger._storage._backend._backend.engine  # type: ignore[attr-defined]
+    pending: list[str] = []
+    found: list[list[str]] = []
+
+    @event.listens_for(engine, "before_cursor_execute")
+    def note(connection: Any, cursor: Any, statement: str, *rest: Any) -> None:
+        if not statement.startswith(("SELECT", "PRAGMA")):
+            pending.append(statement.split("(")[0])
+
+    @event.listens_for(engine, "commit")
+    def commit(connection: Any) -> None:
+        if pending:
+            found.append(list(pending))
+            pending.clear()
+
+    return found
+
+
 @pytest.mark.parametrize("sampler", ["random", "tpe", "cmaes"])
-@pytest.mark.parametrize("drawn", [0, 3, 4])
 @pytest.mark.parametrize("number", [1, 5])
-def test_what_is_proposed_is_what_would_have_been(
-    tmp_path: Path, sampler: str, drawn: int, number: int
+def test_a_proposal_is_one_commit_and_what_dies_amid_it_leaves_nothing(
+    tmp_path: Path, sampler: str, number: int
 ) -> None:
     whole = ledger_in(tmp_path / "whole", sampler)
     wanted = [finish(whole, whole.ask()) for _ in range(number + 2)]
     cut = ledger_in(tmp_path / "cut", sampler)
+    for _ in range(number):
+        finish(cut, cut.ask())
+    dies_in(cut, "create_new_trial", 0)
+    with pytest.raises(Death):
+        cut.ask()
+    cut.close()
+    again = ledger_in(tmp_path / "cut", sampler)
+    assert again.orphans() == []
+    written = commits(again)
+    trial = again.ask()
+    assert len(written) == 1
+    assert finish(again, trial) == wanted[number]
+    assert again.ask() == wanted[number + 1]
+
+
+@pytest.mark.parametrize("sampler", ["random", "tpe", "cmaes"])
+@pytest.mark.parametrize("drawn", [0, 3, 4])
+@pytest.mark.parametrize("number", [1, 5])
+def test_what_is_proposed_of_an_enqueued_point_is_what_would_have_been(
+    tmp_path: Path, sampler: str, drawn: int, number: int
+) -> None:
+    whole = ledger_in(tmp_path / "whole", sampler, POINTS)
+    wanted = [finish(whole, whole.ask()) for _ in range(number + 2)]
+    cut = ledger_in(tmp_path / "cut", sampler, POINTS)
     for _ in range(number):
         finish(cut, cut.ask())
     method = "set_trial_param" if drawn < len(SPACE) else "set_trial_user_attr"
@@ -70,7 +120,7 @@ def test_what_is_proposed_is_what_would_have_been(
     with pytest.raises(Death):
         cut.ask()
     cut.close()
-    again = ledger_in(tmp_path / "cut", sampler)
+    again = ledger_in(tmp_path / "cut", sampler, POINTS)
     (orphan,) = again.orphans()
     assert orphan == wanted[number]
     assert again.trial(number).budget == 2, "it would never rank"
