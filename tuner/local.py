@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from tuner.checkpoints import reachable
+from tuner.checkpoints import starting_points
 from tuner.folder import RunFolder
 from tuner.records import Assignment, End
 from tuner.retries import exhausted_reason
@@ -51,6 +51,9 @@ def run_local(
     """
     orphans = deque(ledger.orphans())
     while not stop():
+        for ended in ledger.settle():
+            progress.finished(ended.number, ended.state, ended.reason)
+            after()
         trial = orphans.popleft() if orphans else ledger.ask()
         if trial is None:
             return
@@ -80,10 +83,10 @@ def _run_trial(
     home.mkdir(parents=True, exist_ok=True)
     try:
         with (
-            reachable(trial.checkpoint) as checkpoint,
-            closing(TrialRun(config, device, checkpoint)) as run,
+            starting_points(trial.checkpoint, trial.donor) as (checkpoint, donor),
+            closing(TrialRun(config, device, checkpoint, donor)) as run,
         ):
-            _run_epochs(ledger, home, progress, device, number, run, stop)
+            _run_epochs(ledger, home, progress, device, trial, run, stop)
     except MemoryExhausted as error:
         parts = ledger.out_of_memory(number, str(error))
         if parts is None:
@@ -99,11 +102,15 @@ def _run_epochs(
     home: Path,
     progress: Watcher,
     device: str,
-    number: int,
+    trial: Assignment,
     run: TrialRun,
     stop: Callable[[], bool],
 ) -> None:
-    """Step a trial until it has ended or `stop` says so."""
+    """Step a trial until it has ended, is to be handed back, or `stop` says so."""
+    number = trial.number
+    kept = home / "checkpoint"
+    if trial.until is not None:  # heirs may begin where this stretch does: that stays beside it
+        kept = home / f"checkpoint-after-epoch-{trial.epoch}"
     while True:
         result = run.step()
         if result.pop("failed"):
@@ -116,14 +123,17 @@ def _run_epochs(
             metrics = {**result, **place_of(result, device, float(device != "cpu"))}
             ledger.report(number, metrics)  # first: a checkpoint never knows more
             progress.reported(number, metrics)
-            run.save(home / "checkpoint")
-            ledger.checkpointed(number, str(home / "checkpoint"), result["epoch"])
+            run.save(kept)
+            ledger.checkpointed(number, str(kept), result["epoch"])
         if finished:
             _end(ledger, progress, number, "done", objective=result["objective"])
             return
         if ledger.should_prune(number):
             reason = f"stopped after epoch {result['epoch']}"
             _end(ledger, progress, number, "pruned", reason=reason)
+            return
+        if result["epoch"] == trial.until:
+            ledger.hand_back(number)
             return
         if stop():
             return

@@ -165,7 +165,6 @@ def export_winner(folder: RunFolder, best: TrialRecord) -> bool:
 def drop_losers(folder: RunFolder, ledger: Ledger, *winners: TrialRecord | None) -> None:
     """Delete checkpoints that nobody will go on from: all but the winners' and the running."""
     kept = {winner.checkpoint for winner in winners if winner is not None}
-    running = ledger.running()
     # `--local` writes to the run folder whatever storage the study names.
     storages = {Storage.of(folder, ResourcesConfig()), Storage.of(folder, ledger.config.resources)}
     for storage in storages:
@@ -174,8 +173,8 @@ def drop_losers(folder: RunFolder, ledger: Ledger, *winners: TrialRecord | None)
         except OSError as error:
             logger.warning("checkpoints of ended trials stay in %s: %s", storage.root, error)
             continue
-        for number, location in found:
-            if number not in running and location not in kept:
+        for location in ledger.unneeded(found):
+            if location not in kept:
                 drop(location)
 
 

@@ -60,9 +60,12 @@ class FakeRun:
     In the place of tuner.local.TrialRun, where a test is about the search alone.
     """
 
-    def __init__(self, config: TrialConfig, device: str, checkpoint: Path | None) -> None:
+    def __init__(
+        self, config: TrialConfig, device: str, checkpoint: Path | None, donor: Path | None = None
+    ) -> None:
         self.config = config
-        self.epoch = int((checkpoint / "epoch").read_text()) if checkpoint else 0
+        begun = checkpoint or donor
+        self.epoch = int((begun / "epoch").read_text()) if begun else 0
 
     def step(self) -> dict[str, Any]:
         self.epoch += 1
