@@ -463,6 +463,8 @@ def train(
     device: torch.device | str = "cpu",
     report: Report | None = None,
     checkpoint: Path | None = None,
+    donor: Path | None = None,
+    until: int | None = None,
 ) -> Metrics:
     """Train a configuration to the end of its budget.
 
@@ -471,6 +473,8 @@ def train(
         device: where to train.
         report: called after every epoch with (epoch, metrics); what it raises ends the training.
         checkpoint: folder that is saved to after every epoch, and gone on from if it exists.
+        donor: checkpoint of another trial, whose weights are begun with otherwise.
+        until: epoch after which to stop before the end.
 
     Returns:
         The metrics of the last epoch; only ``epoch`` and ``objective`` where the checkpoint was
@@ -482,8 +486,10 @@ def train(
     trainer = Trainer(config, device)
     if checkpoint is not None and has_checkpoint(checkpoint):
         trainer.load(checkpoint)
+    elif donor is not None:
+        trainer.inherit(donor)
     metrics: Metrics = {"epoch": trainer.epoch, "objective": trainer.best_objective}
-    while not trainer.finished:
+    while not trainer.finished and trainer.epoch != until:
         metrics = trainer.run_epoch()
         if checkpoint is not None:
             trainer.save(checkpoint)

@@ -111,6 +111,12 @@ def _run_epochs(
     kept = home / "checkpoint"
     if trial.until is not None:  # heirs may begin where this stretch does: that stays beside it
         kept = home / f"checkpoint-after-epoch-{trial.epoch}"
+        run.build()
+        if trial.checkpoint is not None and run.epoch == trial.until < run.epochs:
+            # Cut between the last checkpoint and the ledger's line about it.
+            ledger.checkpointed(number, trial.checkpoint, run.epoch)
+            ledger.hand_back(number)
+            return
     while True:
         result = run.step()
         if result.pop("failed"):

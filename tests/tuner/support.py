@@ -66,6 +66,10 @@ class FakeRun:
         self.config = config
         begun = checkpoint or donor
         self.epoch = int((begun / "epoch").read_text()) if begun else 0
+        self.epochs = config.training.epochs
+
+    def build(self) -> None:
+        pass
 
     def step(self) -> dict[str, Any]:
         self.epoch += 1
