@@ -125,6 +125,19 @@ class SearchConfig(FrozenModel):
         """Trials that a whole population takes: its members and all their successors."""
         return self.population + self.replaced * len(self.milestones(epochs))
 
+    def planned_trials(self, epochs: int) -> int:
+        """Trials that the study will have if it is let: with PBT those of whole populations."""
+        if self.scheduler != "pbt":
+            return self.trials
+        whole = self.population_trials(epochs)
+        return self.trials // whole * whole
+
+    def epochs_in_all(self, epochs: int) -> int | None:
+        """Epochs that all trials will train, where that is known: with PBT."""
+        if self.scheduler != "pbt":
+            return None
+        return self.trials // self.population_trials(epochs) * self.population * epochs
+
     # Of validators before the type's own, pydantic runs the last one first.
     @field_validator("time_budget", "target", mode="before")
     @classmethod

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,7 @@ def _run_trial(
             _end(ledger, progress, number, "failed", reason=exhausted_reason(str(error)))
             return None
         progress.halved(number, parts, str(error))
-        return ledger.going_on(number)
+        return replace(ledger.going_on(number), until=trial.until)
     return None
 
 
@@ -115,7 +116,7 @@ def _run_epochs(
         if trial.checkpoint is not None and run.epoch == trial.until < run.epochs:
             # Cut between the last checkpoint and the ledger's line about it.
             ledger.checkpointed(number, trial.checkpoint, run.epoch)
-            ledger.hand_back(number)
+            _hand_back(ledger, progress, number)
             return
     while True:
         result = run.step()
@@ -139,10 +140,15 @@ def _run_epochs(
             _end(ledger, progress, number, "pruned", reason=reason)
             return
         if result["epoch"] == trial.until:
-            ledger.hand_back(number)
+            _hand_back(ledger, progress, number)
             return
         if stop():
             return
+
+
+def _hand_back(ledger: Ledger, progress: Watcher, number: int) -> None:
+    ledger.hand_back(number)
+    progress.handed_back(number)
 
 
 def _end(ledger: Ledger, progress: Watcher, number: int, state: End, **details: Any) -> None:

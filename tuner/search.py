@@ -122,6 +122,7 @@ class LedgerSearch(OptunaSearch):
         elif result.get("paused"):
             self._ended.add(trial_id)
             self._ledger.hand_back(self._numbers[trial_id])
+            self._watcher.handed_back(self._numbers[trial_id])
         else:
             state: End = "done" if result.get("finished") else "pruned"
             stopped = None if state == "done" else f"stopped after epoch {result['epoch']}"

@@ -170,6 +170,7 @@ class Progress(Watcher):
         """A trial begins, or goes on."""
         row = self._rows.get(assignment.number) or TrialRow(assignment.number, assignment.params)
         row.epoch, row.waiting_since = assignment.epoch, time.monotonic()
+        row.waits, row.note = False, row.survived
         if assignment.accumulation is not None:
             row.note = row.survived = f"batches in {assignment.accumulation} parts"
         elif assignment.origin is not None:
@@ -189,6 +190,11 @@ class Progress(Watcher):
         pace = f", {row.epoch_seconds:.1f} s" if row.epoch_seconds is not None else ""
         total = self._study.training.epochs
         self._event(number, f"epoch {row.epoch}/{total}: {row.objective:.5f}{pace}{extra}")
+
+    def handed_back(self, number: int) -> None:
+        """A trial waits to be run on."""
+        row = self._rows[number]
+        row.waits, row.note = True, "; ".join(["waits", *([row.survived] if row.survived else [])])
 
     def lost(self, number: int, reason: str) -> None:
         """A machine died under a trial, which will be run on."""

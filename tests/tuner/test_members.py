@@ -13,14 +13,19 @@ from optuna.samplers import RandomSampler
 from optuna.storages import InMemoryStorage
 
 from tests.tuner.support import FakeRun, tiny_study
+from tuner.appraisal import epochs_expected
 from tuner.config import StudyConfig
 from tuner.folder import RunFolder
+from tuner.forecast import Pace, time_left
+from tuner.ledger import open_ledger
 from tuner.local import run_local
 from tuner.members import PopulationLedger
 from tuner.records import HEIR, TrialRecord
 from tuner.results import drop_losers
 from tuner.samplers import WithoutHeirs
 from tuner.study import Ledger
+from tuner.trial import MemoryExhausted
+from tuner.warmstart import read_prior
 from tuner.watchers import Watcher
 
 WRITES = (
@@ -138,14 +143,17 @@ def test_the_worst_end_and_successors_of_the_best_go_on_from_there(tmp_path: Pat
 
 
 @pytest.mark.parametrize("sampler", ["random", "tpe"])
-def test_a_driver_that_dies_anywhere_changes_nothing(tmp_path: Path, sampler: str) -> None:
+@pytest.mark.parametrize("stride", [29, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_driver_that_dies_anywhere_changes_nothing(
+    tmp_path: Path, sampler: str, stride: int
+) -> None:
     study = study_in(tmp_path, sampler=sampler, startup_trials=2, trials=12)
     counting = Mortal()
     counting.left = 10**6
     whole = story(go(counting, study, tmp_path / "whole"))
     n_writes = 10**6 - counting.left
     assert len(whole) == 12
-    for at in range(0, n_writes, 11):
+    for at in range(0, n_writes, stride):
         storage = Mortal()
         storage.left = at
         with pytest.raises(Death):
@@ -294,3 +302,72 @@ def test_a_small_space_founds_what_it_can(tmp_path: Path) -> None:
     assert all(study.search.space["blend.beta"].contains(t.params["blend.beta"]) for t in trials)
     assert not any(t.state == "running" for t in trials)
     assert len([t for t in trials if t.heir]) == 2
+
+
+def test_a_trial_that_ran_out_of_memory_still_ends_its_turn_at_the_milestone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Full(FakeRun):
+        """Has no memory for the second epoch of trial 1 in one part."""
+
+        def step(self) -> dict[str, Any]:
+            narrow = self.config.training.accumulation == 1
+            if self.epoch == 1 and self.config.seed == seeds[1] and narrow:
+                raise MemoryExhausted("epoch 2: no room")
+            return super().step()
+
+    study = study_in(tmp_path)
+    wanted = story(go(InMemoryStorage(), study, tmp_path / "whole"))
+    seeds = [told[3] for told in wanted]
+    monkeypatch.setattr("tuner.local.TrialRun", Full)
+    ledger = go(InMemoryStorage(), study, tmp_path / "full")
+    assert "out of memory in epoch 2" in ledger.trial(1).note
+    assert story(ledger) == wanted
+
+
+@pytest.mark.parametrize("epochs", [1, 5, 9, 14])
+def test_a_stopped_session_goes_on_to_the_same_end(tmp_path: Path, epochs: int) -> None:
+    study = study_in(tmp_path)
+    wanted = story(go(InMemoryStorage(), study, tmp_path / "whole"))
+    storage = InMemoryStorage()
+    cut = PopulationLedger(storage, study)
+
+    def stop() -> bool:
+        return sum(len(trial.curve) for trial in cut.trials()) >= epochs
+
+    home = RunFolder(tmp_path / "cut")
+    run_local(cut, home, Watcher(), device="cpu", stop=stop, after=lambda: None)
+    assert sum(len(trial.curve) for trial in cut.trials()) == epochs
+    assert cut.has_work
+    assert story(go(storage, study, tmp_path / "cut")) == wanted
+
+
+def test_all_epochs_are_known_beforehand(tmp_path: Path) -> None:
+    study = study_in(tmp_path, trials=14)
+    ledger = go(InMemoryStorage(), study, tmp_path)
+    search, epochs = study.search, study.training.epochs
+    assert len(ledger.trials()) == search.planned_trials(epochs) == 12
+    trained = sum(len(trial.curve) for trial in ledger.trials())
+    assert trained == search.epochs_in_all(epochs) == 48
+    assert epochs_expected(search, epochs) == (4.0, 4.0)
+    half = [Pace("running", 3, (2.0,) * 3) for _ in range(8)]
+    left = time_left(half, epochs=6, n_new=4, elapsed=12.0, in_all=48)
+    assert left == pytest.approx((48 - 24) * 2.0 / 4)  # four side by side
+
+
+def test_a_later_study_learns_nothing_from_successors(tmp_path: Path) -> None:
+    folder = RunFolder.fresh(tmp_path / "run")
+    study = study_in(tmp_path)
+    folder.config.write_text(study.to_yaml())
+    ledger = open_ledger(folder, study)
+    assert isinstance(ledger, PopulationLedger)
+    run_local(ledger, folder, Watcher(), device="cpu", stop=lambda: False, after=lambda: None)
+    done = [trial for trial in ledger.trials() if trial.state == "done"]
+    own = [trial for trial in done if trial.heir is None]
+    assert 0 < len(own) < len(done)
+    prior = read_prior(folder.path, tiny_study(tmp_path, training={"epochs": 6}))
+    assert [trial.params for trial in prior.trials] == [trial.params for trial in own]
+    assert f"{len(done) - len(own)} with another's weights" in prior.note
+    assert len(ledger.finished_study().trials) == len(own), "importances are of own weights"
+    ledger.close()
+    folder.release()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -129,6 +131,7 @@ def test_a_longer_training_gives_each_ancestor_its_share(
     assert "as trial" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_cut_training_goes_on_in_the_stage_where_it_was(searched: Path, tmp_path: Path) -> None:
     best = json.loads((searched / "best.json").read_text())
     common = ["--from", searched, "--device", "cpu", "--out", tmp_path / "cut", "--epochs", 80]
@@ -191,15 +194,8 @@ def test_a_population_on_a_cluster_decides_as_the_local_mode_whoever_is_killed(
     process = start("--resume", out, "--address", head.address)
     read_until(process, "epoch 3/4", timeout=300)
     for victim in actors(head):
-        kill_hard(victim)
+        os.kill(victim, signal.SIGKILL)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     assert "Traceback" not in output
     assert story(out) == story(searched)
-
-
-def kill_hard(pid: int) -> None:
-    import os
-    import signal
-
-    os.kill(pid, signal.SIGKILL)
