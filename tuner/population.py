@@ -207,10 +207,11 @@ def population_note(study: StudyConfig) -> str | None:
     needed = search.population_trials(epochs)
     n_populations, left = divmod(search.trials, needed)
     after = ", ".join(map(str, search.milestones(epochs)))
-    one = "1 population" if n_populations == 1 else f"{n_populations} populations, one by one"
+    many = "1 population" if n_populations == 1 else f"{n_populations} populations, one by one,"
+    worst = f"{search.replaced} worst give" if search.replaced > 1 else "worst gives"
     text = (
-        f"pbt: {one} of {search.population}; after epoch {after} the worst {search.replaced} give "
-        f"way to successors of the best: {needed} trials each"
+        f"pbt: {many} of {search.population}; after epoch {after} the {worst} way to successors "
+        f"of the best: {needed} trials a population"
     )
     if left:
         text += f"; {left} of {search.trials} trials are left over"

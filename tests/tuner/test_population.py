@@ -218,7 +218,7 @@ def test_what_is_kept_is_said_beforehand(tmp_path: Path) -> None:
     study = tiny_study(tmp_path, search=PBT | {"trials": 16}, training={"epochs": 4})
     assert perturbed_paths(study) == ["training.learning_rate", "blend.beta"]
     assert population_note(study) == (
-        "pbt: 2 populations, one by one of 4; after epoch 1, 2, 3 the worst 1 give way to "
-        "successors of the best: 7 trials each; 2 of 16 trials are left over; successors keep "
-        "network.heads"
+        "pbt: 2 populations, one by one, of 4; after epoch 1, 2, 3 the worst gives way to "
+        "successors of the best: 7 trials a population; 2 of 16 trials are left over; successors "
+        "keep network.heads"
     )

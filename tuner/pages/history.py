@@ -179,8 +179,8 @@ def _drawn_rungs(
         )
     elif material.study.search.scheduler == "pbt":
         remark = (
-            f"Of each population the worst {material.study.search.replaced} gave way to successors "
-            "of the best, who are first compared at the next rung."
+            "Whoever stopped here gave way to a successor of one of the best of its population, "
+            "which is first compared at the next rung."
         )
     else:
         remark = "Hyperband's brackets begin to stop at different rungs: there is no one cut-off."
