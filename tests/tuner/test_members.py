@@ -20,7 +20,7 @@ from tuner.forecast import Pace, time_left
 from tuner.ledger import open_ledger
 from tuner.local import run_local
 from tuner.members import PopulationLedger
-from tuner.records import HEIR, TrialRecord
+from tuner.records import HEIR, TrialRecord, trial_seed
 from tuner.results import drop_losers
 from tuner.samplers import WithoutHeirs
 from tuner.study import Ledger
@@ -132,7 +132,7 @@ def test_the_worst_end_and_successors_of_the_best_go_on_from_there(tmp_path: Pat
             for path in ("training.learning_rate", "blend.beta")
             if heir.params[path] != donor.params[path]
         }
-        assert heir.seed not in (donor.seed, loser.seed)
+        assert heir.seed == trial_seed(ledger.config.seed, heir.number)
         assert heir.note == f"from trial {donor.number:04d} after epoch {epoch}"
     assert len(list(heirs(ledger))) == 4
     assert [t.number for t in ledger.ranking()] == [
@@ -253,6 +253,7 @@ def test_the_sampler_sees_no_successors(tmp_path: Path) -> None:
     followers = {t.number for t, _, _ in heirs(ledger)}
     assert followers
     study = ledger.optuna_study
+    assert isinstance(study.sampler, WithoutHeirs)
     study.sampler = WithoutHeirs(Recorder())
     asked = study.ask({"x": optuna.distributions.FloatDistribution(0, 1)})
     assert seen == [after_all - followers]
