@@ -22,7 +22,7 @@ Given = tuple[int, int, int, set[int]]
 
 
 def slow_history(size: int, replaced: int, fatal: dict[int, int]) -> list[Given]:
-    """When who gives way, to which new number, and whose successor that may be: if all wait for all.
+    """Who gives way, when, to which number and to whose successor, if all wait for all.
 
     The obvious way, a milestone after the other; `fatal` has the epoch in which a trial fails.
     """
