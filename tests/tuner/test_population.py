@@ -91,7 +91,9 @@ def test_who_gives_way_does_not_depend_on_who_comes_first(seed: int) -> None:
     size = int(random.integers(2, 10))
     replaced = int(random.integers(1, size // 2 + 1))
     numbers = range(size + 3 * replaced)
-    fatal = {n: int(random.integers(1, EPOCHS + 1)) for n in numbers if random.random() < 0.2}
+    # None fails, some do, or so many and so early that not all of them can be replaced.
+    share, last = ((0.0, 1), (0.2, EPOCHS), (0.7, 4))[seed % 3]
+    fatal = {n: int(random.integers(1, last + 1)) for n in numbers if random.random() < share}
     played = Played(size, replaced, fatal)
     while not (verdict := played.verdict()).over:
         turn = verdict.turns[int(random.integers(len(verdict.turns)))]
@@ -112,6 +114,18 @@ def test_only_the_worst_wait_for_a_slow_one() -> None:
     assert {t.number: t.until for t in verdict.turns} == {0: 2} | dict.fromkeys(ranked[:5], 4)
     assert verdict.exploits == ()
     assert verdict.settled == 0
+
+
+def test_nothing_is_decided_later_while_a_successor_is_missing() -> None:
+    members = [
+        Member(0, "running", 4, {2: 0.1, 4: 0.1}),  # went on: its fate was certain
+        Member(1, "running", 4, {2: 0.2, 4: 0.2}),
+        Member(2, "running", 2, {2: 0.3}),
+        Member(3, "running", 2, {2: 0.4}),
+    ]
+    verdict = judge(members, (2, 4), epochs=6, replaced=2)
+    assert [(e.epoch, e.loser) for e in verdict.exploits] == [(2, 2), (2, 3)]
+    assert (verdict.turns, verdict.settled) == ((), 0), "they may be among the worst at 4"
 
 
 def test_what_was_decided_stays_though_a_last_digit_changes() -> None:
