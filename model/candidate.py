@@ -12,6 +12,7 @@ from torch.nn import functional
 from model.features import Features, Spectrum
 from model.prediction import AttentionConfig, Prediction, SourceNetwork
 from physics.candidates import CandidateConfig, Candidates
+from physics.config import Adjustable
 from physics.geometry import PlanarArray
 from physics.precision import full_precision
 from physics.scene import SceneConfig
@@ -26,7 +27,9 @@ class CandidateNetworkConfig(AttentionConfig):
         "candidate", description="judges matching pursuit's candidates"
     )
     depth: int = Field(1, ge=1, description="layers of the encoder over candidates")
-    dropout: float = Field(0.0, ge=0, lt=1, description="share of activations that are zeroed")
+    dropout: Adjustable[float] = Field(
+        0.0, ge=0, lt=1, description="share of activations that are zeroed"
+    )
     candidates: CandidateConfig = CandidateConfig()
 
     @property

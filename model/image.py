@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from model.features import Features, Spectrum
 from model.prediction import FamilyConfig, Prediction, SourceNetwork
+from physics.config import Adjustable
 from physics.geometry import PlanarArray
 from physics.precision import full_precision
 from physics.scene import SceneConfig
@@ -26,7 +27,9 @@ class ImageConfig(FamilyConfig):
     family: Literal["image"] = Field("image", description="reads spectra as an image")
     width: int = Field(48, ge=8, description="channels")
     depth: int = Field(4, ge=1, description="residual blocks")
-    dropout: float = Field(0.0, ge=0, lt=1, description="share of activations that are zeroed")
+    dropout: Adjustable[float] = Field(
+        0.0, ge=0, lt=1, description="share of activations that are zeroed"
+    )
     azimuth_cells: int = Field(32, ge=2, description="of the images")
     elevation_cells: int = Field(16, ge=2, description="of the images")
     range_cells: int = Field(6, ge=1, description="planes of inverse range, which are channels")

@@ -14,7 +14,7 @@ from torch.nn import functional
 from model.plugin import ExtraTerm
 from model.pointing import OwnCells, SharedCells, heat_loss, match_slots
 from model.prediction import Prediction
-from physics.config import FrozenModel
+from physics.config import Adjustable, FrozenModel
 from physics.covariance import LowRankCovariance, nmse, source_covariance
 from physics.geometry import PlanarArray
 from physics.precision import in_full_precision
@@ -38,18 +38,22 @@ TermName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
 class LossConfig(FrozenModel):
     """Weights of the terms beside the NMSE of R_blend, whose weight is 1."""
 
-    cov_pred: float = Field(0.03, ge=0, description="NMSE of R_pred alone")
-    subspace_align: float = Field(0.05, ge=0, description="signal subspace of R_blend")
-    peak_contrast: float = Field(0.1, ge=0, description="MUSIC energy at sources over decoys")
-    existence: float = Field(0.1, ge=0, description="which slots hold a source")
-    position: float = Field(0.1, ge=0, description="where the matched slots point")
-    decoys: int = Field(
+    cov_pred: Adjustable[float] = Field(0.03, ge=0, description="NMSE of R_pred alone")
+    subspace_align: Adjustable[float] = Field(0.05, ge=0, description="signal subspace of R_blend")
+    peak_contrast: Adjustable[float] = Field(
+        0.1, ge=0, description="MUSIC energy at sources over decoys"
+    )
+    existence: Adjustable[float] = Field(0.1, ge=0, description="which slots hold a source")
+    position: Adjustable[float] = Field(0.1, ge=0, description="where the matched slots point")
+    decoys: Adjustable[int] = Field(
         64, ge=1, description="cells that peak_contrast draws a step as decoys; all in evaluation"
     )
-    schedule: bool = Field(
+    schedule: Adjustable[bool] = Field(
         True, description="subspace_align x0.4/1/1.4 and peak_contrast x0.5/1/1.2 over the phases"
     )
-    final_fraction: float = Field(0.2, ge=0, lt=1, description="share of steps in the final phase")
+    final_fraction: Adjustable[float] = Field(
+        0.2, ge=0, lt=1, description="share of steps in the final phase"
+    )
     extra: dict[TermName, ExtraTerm] = Field({}, description="terms of the user's own, by name")
 
     @field_validator("extra")

@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from physics.config import FrozenModel
+from physics.config import Adjustable, FrozenModel
 
 
 class TrainingConfig(FrozenModel):
@@ -22,17 +22,25 @@ class TrainingConfig(FrozenModel):
         description="parts in which a step's gradient is computed: less memory, same step "
         "(dropout is drawn by part)",
     )
-    learning_rate: float = Field(1e-3, gt=0, description="peak of the schedule")
-    weight_decay: float = Field(1e-4, ge=0, description="of AdamW")
-    warmup_fraction: float = Field(0.05, ge=0, lt=1, description="share of optimiser steps")
-    final_learning_rate: float = Field(0.01, ge=0, le=1, description="share of the peak at the end")
-    gradient_clip: float = Field(1.0, gt=0, description="largest gradient norm of a step")
-    ema_decay: float = Field(0.999, ge=0, lt=1, description="decay of the averaged weights")
+    learning_rate: Adjustable[float] = Field(1e-3, gt=0, description="peak of the schedule")
+    weight_decay: Adjustable[float] = Field(1e-4, ge=0, description="of AdamW")
+    warmup_fraction: Adjustable[float] = Field(
+        0.05, ge=0, lt=1, description="share of optimiser steps"
+    )
+    final_learning_rate: Adjustable[float] = Field(
+        0.01, ge=0, le=1, description="share of the peak at the end"
+    )
+    gradient_clip: Adjustable[float] = Field(
+        1.0, gt=0, description="largest gradient norm of a step"
+    )
+    ema_decay: Adjustable[float] = Field(
+        0.999, ge=0, lt=1, description="decay of the averaged weights"
+    )
     patience: int | None = Field(None, ge=1, description="epochs without a gain before stopping")
     max_skipped_steps: int = Field(
         20, ge=1, description="run of non-finite steps that ends a trial as failed"
     )
-    snr_dropout: float = Field(
+    snr_dropout: Adjustable[float] = Field(
         0.1, ge=0, le=1, description="share of training scenes whose SNR is hidden"
     )
     threads: int = Field(1, ge=1, description="CPU threads of the trial")

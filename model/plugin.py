@@ -16,7 +16,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from physics.config import FrozenModel
+from physics.config import Adjustable, FrozenModel
 from physics.geometry import PlanarArray
 from physics.scene import SceneConfig, Scenes
 from physics.simulate import simulate
@@ -82,7 +82,7 @@ class ExtraTerm(FrozenModel):
     """A term of the user's own in the loss."""
 
     term: ImportPath = Field(description="package.module:function of prediction and scenes")
-    weight: float = Field(1.0, ge=0)
+    weight: Adjustable[float] = Field(1.0, ge=0)
     options: dict[str, Option] = Field({}, description="further arguments of the function")
 
     def __call__(self, prediction: Prediction, scenes: Scenes) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from model.features import Features, Spectrum
 from physics.candidates import CandidateConfig
-from physics.config import FrozenModel
+from physics.config import Adjustable, FrozenModel
 from physics.covariance import LowRankCovariance
 from physics.geometry import PlanarArray
 from physics.scene import SceneConfig
@@ -27,7 +27,9 @@ class FamilyConfig(FrozenModel):
 
     width: int = Field(64, ge=8, description="size of a token (d_model)")
     depth: int = Field(2, ge=1, description="layers of the encoder")
-    dropout: float = Field(0.1, ge=0, lt=1, description="share of activations that are zeroed")
+    dropout: Adjustable[float] = Field(
+        0.1, ge=0, lt=1, description="share of activations that are zeroed"
+    )
     azimuth_cells: int = Field(16, ge=2, description="of the dictionary of positions")
     elevation_cells: int = Field(8, ge=2, description="of the dictionary of positions")
     range_cells: int = Field(5, ge=1, description="planes of inverse range")

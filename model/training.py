@@ -10,12 +10,12 @@ from dataclasses import asdict
 from functools import reduce
 from operator import add
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from model.adjustment import first_difference, lasting, undivided
 from model.blending import blended_covariance, jittered_beta
 from model.checkpoint import Checkpoint, CheckpointError, has_checkpoint
 from model.config import TrialConfig
@@ -404,24 +404,47 @@ class Trainer:
             CheckpointError: missing, damaged, of another format, or of another configuration.
         """
         checkpoint = Checkpoint.load(folder, self.device)
-        saved, wanted = _undivided(checkpoint.config), _undivided(self.config)
+        saved, wanted = undivided(checkpoint.config), undivided(self.config)
         if saved != wanted:
             raise CheckpointError(
                 f"{folder}: the checkpoint is of another configuration: "
                 f"{first_difference(saved, wanted)}"
             )
-        state: dict[str, Any] = checkpoint.state
-        self._set_weights(checkpoint.tensors["network"])
-        self.average.load(checkpoint.tensors["average"], state["average_steps"])
-        self.best_weights = checkpoint.tensors.get("best", {})
-        self._load_moments(checkpoint.tensors.get("optimizer", {}))
-        self.amp.load_state_dict(state["scaler"])
-        self.epoch, self.step = state["epoch"], state["step"]
+        self._take_over(checkpoint)
+        state = checkpoint.state
         self.skipped_steps = state["skipped_steps"]
         self._skipped_in_a_row = state["skipped_in_a_row"]
+        self.best_weights = checkpoint.tensors.get("best", {})
         self.best_epoch = state["best_epoch"]
         self.best_objective = math.inf if self.best_epoch is None else state["best_objective"]
         self.best_decision = Decision(**state["best_decision"])
+
+    def inherit(self, folder: Path) -> None:
+        """Begin with the weights, moments and averages of another trial, at the epoch it was in.
+
+        Of this trial are its seed and its adjustable fields (:mod:`model.adjustment`), and from
+        here on its scores: the best epoch is chosen among its own.
+
+        Raises:
+            CheckpointError: missing, damaged, of another format, or of a configuration whose
+                weights are not for this one.
+        """
+        checkpoint = Checkpoint.load(folder, self.device)
+        saved, wanted = lasting(checkpoint.config), lasting(self.config)
+        if saved != wanted:
+            raise CheckpointError(
+                f"{folder}: weights of another kind: {first_difference(saved, wanted)}"
+            )
+        self._take_over(checkpoint)
+
+    def _take_over(self, checkpoint: Checkpoint) -> None:
+        """What the next step needs of the last."""
+        state = checkpoint.state
+        self._set_weights(checkpoint.tensors["network"])
+        self.average.load(checkpoint.tensors["average"], state["average_steps"])
+        self._load_moments(checkpoint.tensors.get("optimizer", {}))
+        self.amp.load_state_dict(state["scaler"])
+        self.epoch, self.step = state["epoch"], state["step"]
         self._untrained = state["untrained_objective"]
 
     def _load_moments(self, moments: dict[str, Tensor]) -> None:
@@ -434,31 +457,14 @@ class Trainer:
         self.optimizer.load_state_dict(state)
 
 
-def _undivided(config: TrialConfig) -> TrialConfig:
-    """The configuration with steps in one part: the parts are a matter of memory."""
-    training = config.training.model_copy(update={"accumulation": 1})
-    return config.model_copy(update={"training": training})
-
-
-def first_difference(saved: TrialConfig, wanted: TrialConfig) -> str:
-    """The first field in which two configurations differ, for messages."""
-    theirs, ours = saved.model_dump(), wanted.model_dump()
-    for section, value in theirs.items():
-        if value == ours[section]:
-            continue
-        if not isinstance(value, dict):
-            return f"{section} is {value!r} there and {ours[section]!r} here"
-        key = next(k for k in value if value[k] != ours[section][k])
-        return f"{section}.{key} is {value[key]!r} there and {ours[section][key]!r} here"
-    return "no field differs"
-
-
 def train(
     config: TrialConfig,
     *,
     device: torch.device | str = "cpu",
     report: Report | None = None,
     checkpoint: Path | None = None,
+    donor: Path | None = None,
+    until: int | None = None,
 ) -> Metrics:
     """Train a configuration to the end of its budget.
 
@@ -467,6 +473,8 @@ def train(
         device: where to train.
         report: called after every epoch with (epoch, metrics); what it raises ends the training.
         checkpoint: folder that is saved to after every epoch, and gone on from if it exists.
+        donor: checkpoint of another trial, whose weights are begun with otherwise.
+        until: epoch after which to stop before the end.
 
     Returns:
         The metrics of the last epoch; only ``epoch`` and ``objective`` where the checkpoint was
@@ -478,8 +486,10 @@ def train(
     trainer = Trainer(config, device)
     if checkpoint is not None and has_checkpoint(checkpoint):
         trainer.load(checkpoint)
+    elif donor is not None:
+        trainer.inherit(donor)
     metrics: Metrics = {"epoch": trainer.epoch, "objective": trainer.best_objective}
-    while not trainer.finished:
+    while not trainer.finished and trainer.epoch != until:
         metrics = trainer.run_epoch()
         if checkpoint is not None:
             trainer.save(checkpoint)

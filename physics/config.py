@@ -1,6 +1,19 @@
 """Base of every configuration section."""
 
+from typing import Annotated, TypeVar
+
 from pydantic import BaseModel, ConfigDict
+
+
+class AmidTraining:
+    """Marks a field whose value may change while a training keeps its weights.
+
+    What shapes the network, what is computed before it, and which scenes make a step may not.
+    """
+
+
+_T = TypeVar("_T")
+Adjustable = Annotated[_T, AmidTraining()]
 
 
 class FrozenModel(BaseModel):

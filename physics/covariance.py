@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from physics.columns import Block, Columns, joined, serves
-from physics.config import FrozenModel
+from physics.config import Adjustable, FrozenModel
 from physics.precision import in_full_precision
 from physics.products import energy_beyond
 from physics.scaling import column_energy, divide, divisor, energy, multiply, peak, power
@@ -20,9 +20,11 @@ from physics.tikhonov import Solver, tikhonov_solve
 class BlendConfig(FrozenModel):
     """How the predicted and the measured covariance are blended."""
 
-    beta: float = Field(0.30, ge=0, le=1, description="weight of R_samp in R_blend")
-    jitter: float = Field(0.05, ge=0, le=1, description="beta +- jitter while training")
-    shrinkage: float = Field(0.0, ge=0, le=1, description="R_samp shrunk to identity by this")
+    beta: Adjustable[float] = Field(0.30, ge=0, le=1, description="weight of R_samp in R_blend")
+    jitter: Adjustable[float] = Field(0.05, ge=0, le=1, description="beta +- jitter while training")
+    shrinkage: Adjustable[float] = Field(
+        0.0, ge=0, le=1, description="R_samp shrunk to identity by this"
+    )
 
 
 class LowRankCovariance:

@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from physics.checks import check_measurement
-from physics.config import FrozenModel
+from physics.config import Adjustable, FrozenModel
 from physics.precision import in_full_precision
 from physics.scaling import divide, divisor, energy, multiply, peak, power
 
@@ -23,7 +23,9 @@ _CHUNK_BYTES = 4 * 2**20  # workspace of one chunk of scenes where one Cholesky 
 class TikhonovConfig(FrozenModel):
     """Regularised least squares of R_samp and of the network's ridge solutions."""
 
-    regularization: float = Field(1e-3, ge=0, description="lambda, relative to tr(Phi^H Phi)/N")
+    regularization: Adjustable[float] = Field(
+        1e-3, ge=0, description="lambda, relative to tr(Phi^H Phi)/N"
+    )
     solver: Solver = Field(
         "auto", description="auto: the fastest that suits; the SVD where it fails"
     )

@@ -16,6 +16,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from physics.config import AmidTraining
 from tuner.config import StudyConfig
 from tuner.explain import sections_of
 from tuner.schema import limits
@@ -29,6 +30,8 @@ HEAD = """# Configuration
 A study is one YAML file of the sections below. What is left out takes its default; an unknown key
 or a value that is not allowed ends the command with exit code 2 and one line that names the field.
 Any field can be changed on the command line: `--set section.field=VALUE`, the value in YAML.
+Fields with a star may change while a network keeps its weights: `search.scheduler: pbt` changes
+those of them that are searched, and `loss.extra.NAME.weight`.
 """
 
 
@@ -84,8 +87,9 @@ def rows(prefix: str, model: type[BaseModel]) -> Iterator[str]:
         if inner:
             yield from rows(path, inner[0])
             continue
+        star = " \\*" if any(isinstance(mark, AmidTraining) for mark in field.metadata) else ""
         yield (
-            f"| `{path}` | {default(field)} | {type_name(field.annotation)} "
+            f"| `{path}`{star} | {default(field)} | {type_name(field.annotation)} "
             f"| {limits(field)} | {escaped(field)} |"
         )
 

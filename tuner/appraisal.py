@@ -127,6 +127,9 @@ def epochs_expected(search: SearchConfig, epochs: int) -> tuple[float, float]:
     ASHA lets one in `reduction_factor` pass a rung; the first ones, who have nobody to be
     compared with, and ties make it more. Of other schedulers only the most is known.
     """
+    if search.scheduler == "pbt":  # a successor trains what is left of a budget
+        each = search.population * epochs / search.population_trials(epochs)
+        return each, each
     rungs = search.rungs(epochs)
     fewest, share, last = 0.0, 1.0, 0
     for rung in [*rungs, epochs]:

@@ -115,6 +115,28 @@ def reachable(location: str | None) -> Iterator[Path | None]:
         yield folder
 
 
+@contextmanager
+def starting_points(
+    checkpoint: str | None, donor: str | None
+) -> Iterator[tuple[Path | None, Path | None]]:
+    """What a trial may go on from, each for as long as the block lasts.
+
+    Yields:
+        Its own checkpoint, as :func:`reachable` has it, and that of its donor, which is brought
+        here where the trial has none of its own yet. One that cannot be had is a path that does
+        not exist: a trial without what it should begin with has failed.
+    """
+    with ExitStack() as stack:
+        own = stack.enter_context(reachable(checkpoint))
+        theirs = Path(donor) if donor else None
+        if donor and checkpoint is None:
+            try:
+                theirs = stack.enter_context(fetched(donor))
+            except OSError as error:
+                logger.warning("a donor's checkpoint cannot be had: %s", error)
+        yield own, theirs
+
+
 def drop(location: str) -> None:
     """Delete a checkpoint; one that cannot be deleted costs room and no more."""
     try:

@@ -16,6 +16,7 @@ from physics.config import FrozenModel
 from tuner.duration import parse_duration
 from tuner.errors import ConfigError
 from tuner.explain import did_you_mean, explain, field_paths
+from tuner.population import refusal
 from tuner.space import SearchSpace, Value, default_space, is_unsearchable, n_points
 from tuner.yamlfile import dump_yaml, parse_yaml, read_yaml
 
@@ -30,7 +31,9 @@ _MAX_JOINT = 4096  # joint choices of one section that are tried before a study 
 class SearchConfig(FrozenModel):
     """What is searched, by whom, and when a trial is stopped."""
 
-    trials: int = Field(16, ge=1, description="trials in the whole study")
+    trials: int = Field(
+        16, ge=1, description="trials in the whole study; with pbt successors count too"
+    )
     time_budget: float | None = Field(
         None,
         gt=0,
@@ -53,13 +56,21 @@ class SearchConfig(FrozenModel):
         None, description="run folder of an earlier study that the sampler learns from"
     )
     startup_trials: int = Field(8, ge=0, description="random trials before the sampler learns")
-    scheduler: Literal["asha", "hyperband", "median", "none"] = Field(
+    scheduler: Literal["asha", "hyperband", "median", "pbt", "none"] = Field(
         "asha",
         description="hyperband: asha in brackets that stop ever later; median: stops what is "
-        "worse than the median of the others",
+        "worse than the median of the others; pbt: the worst of a population give way to "
+        "successors of the best",
     )
     grace_epochs: int = Field(1, ge=1, description="epochs that every trial is given")
     reduction_factor: int = Field(3, ge=2, description="one in so many goes on at each rung")
+    population: int = Field(8, ge=2, description="of pbt: members that live at a time")
+    perturbation_epochs: int | None = Field(
+        None, ge=1, description="of pbt: epochs between two comparisons; null: a fifth of all"
+    )
+    quantile: float = Field(
+        0.25, gt=0, le=0.5, description="of pbt: share of the population that gives way each time"
+    )
     full_epochs: int | None = Field(
         None, ge=1, description="epochs of the final training; null: the search's"
     )
@@ -97,6 +108,35 @@ class SearchConfig(FrozenModel):
         while found[-1] < epochs:
             found.append(found[-1] * self.reduction_factor)
         return found[:-1]
+
+    def milestones(self, epochs: int) -> list[int]:
+        """Epochs after which PBT compares its population; none of other schedulers."""
+        if self.scheduler != "pbt":
+            return []
+        every = self.perturbation_epochs or math.ceil(epochs / 5)
+        return list(range(every, epochs, every))
+
+    @property
+    def replaced(self) -> int:
+        """Members that give way at each milestone."""
+        return max(1, math.floor(self.quantile * self.population))
+
+    def population_trials(self, epochs: int) -> int:
+        """Trials that a whole population takes: its members and all their successors."""
+        return self.population + self.replaced * len(self.milestones(epochs))
+
+    def planned_trials(self, epochs: int) -> int:
+        """Trials that the study will have if it is let: with PBT those of whole populations."""
+        if self.scheduler != "pbt":
+            return self.trials
+        whole = self.population_trials(epochs)
+        return self.trials // whole * whole
+
+    def epochs_in_all(self, epochs: int) -> int | None:
+        """Epochs that all trials will train, where that is known: with PBT."""
+        if self.scheduler != "pbt":
+            return None
+        return self.trials // self.population_trials(epochs) * self.population * epochs
 
     # Of validators before the type's own, pydantic runs the last one first.
     @field_validator("time_budget", "target", mode="before")
@@ -208,6 +248,12 @@ class StudyConfig(TrialConfig):
                 f"search.cost: counts the network alone, and {front_end[0]} changes what precedes "
                 "it; take it out of search.space"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _population_suits(self) -> Self:
+        if (complaint := refusal(self)) is not None:
+            raise ValueError(complaint)
         return self
 
     @model_validator(mode="after")

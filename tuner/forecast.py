@@ -33,6 +33,7 @@ def time_left(
     n_new: int,
     elapsed: float,
     budget: float | None = None,
+    in_all: int | None = None,
 ) -> float | None:
     """About how many seconds the study's trials still run; None while nothing tells it.
 
@@ -47,15 +48,18 @@ def time_left(
         n_new: trials that have not started.
         elapsed: time that the study's trials have run [s].
         budget: time that they may run [s]; what is left of it bounds the answer.
+        in_all: epochs of the whole study, where they are known beforehand.
     """
-    left = _trials_left(paces, epochs, n_new, elapsed)
+    left = _trials_left(paces, epochs, n_new, elapsed, in_all)
     if budget is None:
         return left
     rest = max(0.0, budget - elapsed)
     return rest if left is None else min(left, rest)
 
 
-def _trials_left(paces: Iterable[Pace], epochs: int, n_new: int, elapsed: float) -> float | None:
+def _trials_left(
+    paces: Iterable[Pace], epochs: int, n_new: int, elapsed: float, in_all: int | None
+) -> float | None:
     known = list(paces)
     ended = [pace.epoch for pace in known if pace.state != "running"]
     running = [pace.epoch for pace in known if pace.state == "running"]
@@ -63,13 +67,15 @@ def _trials_left(paces: Iterable[Pace], epochs: int, n_new: int, elapsed: float)
         return 0.0
     timed = [pace for pace in known if pace.seconds]
     n_timed = sum(len(pace.seconds) for pace in timed)
-    if not any(ended) or not n_timed or elapsed <= 0:
+    if not (any(ended) or in_all) or not n_timed or elapsed <= 0:
         return None
     typical = sum(len(pace.seconds) * median(pace.seconds) for pace in timed) / n_timed
+    side_by_side = max(1.0, sum(sum(pace.seconds) for pace in timed) / elapsed)
+    if in_all is not None:
+        return typical * max(0, in_all - n_timed) / side_by_side
     more = [_more(epoch, ended, epochs) for epoch in running]
     more += [sum(ended) / len(ended)] * n_new
-    side_by_side = sum(sum(pace.seconds) for pace in timed) / elapsed
-    lanes = min(max(1.0, side_by_side), len(more))
+    lanes = min(side_by_side, len(more))
     return typical * max(sum(more) / lanes, max(more))
 
 

@@ -13,6 +13,7 @@ from tuner.claim import claim_of
 from tuner.config import StudyConfig
 from tuner.errors import StudyError
 from tuner.folder import RunFolder
+from tuner.members import PopulationLedger
 from tuner.records import PriorTrial
 from tuner.storage import PatientStorage, open_storage, parse_url, shown
 from tuner.study import Ledger
@@ -44,7 +45,7 @@ def open_ledger(
     Raises:
         StudyError: it cannot be opened, is not where it was, or another driver is at work on it.
     """
-    ledger = _shared(folder, study, prior) or Ledger(folder.database, study, prior)
+    ledger = _shared(folder, study, prior) or _kind(study)(folder.database, study, prior)
     attrs = {
         "config": study.model_dump(mode="json"),
         "folder": f"{platform.node()}:{folder.path}",
@@ -67,7 +68,7 @@ def read_ledger(folder: RunFolder, study: StudyConfig) -> Ledger:
         if not folder.database.exists():
             raise StudyError(f"{folder.path}: no study.db there; the study has not begun")
         try:
-            return Ledger(folder.database, study, reading=True)
+            return _kind(study)(folder.database, study, reading=True)
         except KeyError:
             raise StudyError(
                 f"{folder.database}: the ledger holds no study {study.name}; it has not begun"
@@ -75,7 +76,13 @@ def read_ledger(folder: RunFolder, study: StudyConfig) -> Ledger:
     name = _kept_name(folder)
     if name is None:
         raise StudyError(f"{folder.path}: no study.name there; the study has not begun")
-    return Ledger(_holding(study.search.storage, name), study, name=name, reading=True)
+    storage = _holding(study.search.storage, name)
+    return _kind(study)(storage, study, name=name, reading=True)
+
+
+def _kind(study: StudyConfig) -> type[Ledger]:
+    """Whose trials are proposed one by one, or live in populations."""
+    return PopulationLedger if study.search.scheduler == "pbt" else Ledger
 
 
 def _shared(
@@ -97,7 +104,7 @@ def _shared(
     try:
         way_on = f"go on with: python -m tuner.run --resume {shlex.quote(str(folder.path))}"
         storage.hold(claim_of(url, name), way_on)
-        ledger = Ledger(storage, study, prior, name)
+        ledger = _kind(study)(storage, study, prior, name)
         if kept is None:  # only now: a name in the folder is that of a study in the database
             write_text(folder.study_name, name + "\n")
     except BaseException:

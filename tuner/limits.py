@@ -82,7 +82,7 @@ def why_ended(ledger: Ledger, limits: Limits) -> Ended | None:
     """Why the study has nothing to run, if that is so."""
     if not ledger.has_work:
         search = ledger.config.search
-        if n_points(search.space) <= search.trials:
+        if search.scheduler != "pbt" and n_points(search.space) <= search.trials:
             return Ended("every point of search.space has run")
         return Ended("all trials have run", "a larger --trials")
     return limits.reached()

@@ -176,8 +176,9 @@ class StudyView:
         words = ", ".join(f"{count} {state}" for state, count in counts.items())
         head = Table.grid(padding=(0, 1))
         name = Text(self._study.name, style="bold")
-        bar = ProgressBar(total=search.trials, completed=n_ended, width=20)
-        head.add_row(name, *([bar] if bars else []), f"{n_ended} of {search.trials} ended: {words}")
+        planned = search.planned_trials(self._study.training.epochs)
+        bar = ProgressBar(total=planned, completed=n_ended, width=20)
+        head.add_row(name, *([bar] if bars else []), f"{n_ended} of {planned} ended: {words}")
         parts: list[str] = []
         if self._ranked:
             trend = _best_so_far(self._ranked)
@@ -185,7 +186,7 @@ class StudyView:
             line = " " + sparkline(trend, trend[-1], trend[0]) if falling else ""
             best = self._ranked[0]
             parts.append(f"best {best.objective:.5f} (trial {best.number:04d}){line}")
-        running = [row.metrics for row in self._rows if row.state == "running"]
+        running = [r.metrics for r in self._rows if r.state == "running" and not r.waits]
         pace = sum(float(metrics.get("scenes_per_second", 0.0)) for metrics in running)
         if pace:
             parts.append(f"{pace:,.0f} scenes/s")
@@ -209,6 +210,7 @@ class StudyView:
             n_new=max(0, n_new),
             elapsed=self._seconds,
             budget=search.time_budget,
+            in_all=search.epochs_in_all(self._study.training.epochs),
         )
 
 

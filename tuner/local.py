@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tuner.checkpoints import reachable
+from tuner.checkpoints import starting_points
 from tuner.folder import RunFolder
 from tuner.records import Assignment, End
 from tuner.retries import exhausted_reason
@@ -51,6 +52,9 @@ def run_local(
     """
     orphans = deque(ledger.orphans())
     while not stop():
+        for ended in ledger.settle():
+            progress.finished(ended.number, ended.state, ended.reason)
+            after()
         trial = orphans.popleft() if orphans else ledger.ask()
         if trial is None:
             return
@@ -80,17 +84,17 @@ def _run_trial(
     home.mkdir(parents=True, exist_ok=True)
     try:
         with (
-            reachable(trial.checkpoint) as checkpoint,
-            closing(TrialRun(config, device, checkpoint)) as run,
+            starting_points(trial.checkpoint, trial.donor) as (checkpoint, donor),
+            closing(TrialRun(config, device, checkpoint, donor)) as run,
         ):
-            _run_epochs(ledger, home, progress, device, number, run, stop)
+            _run_epochs(ledger, home, progress, device, trial, run, stop)
     except MemoryExhausted as error:
         parts = ledger.out_of_memory(number, str(error))
         if parts is None:
             _end(ledger, progress, number, "failed", reason=exhausted_reason(str(error)))
             return None
         progress.halved(number, parts, str(error))
-        return ledger.going_on(number)
+        return replace(ledger.going_on(number), until=trial.until)
     return None
 
 
@@ -99,11 +103,21 @@ def _run_epochs(
     home: Path,
     progress: Watcher,
     device: str,
-    number: int,
+    trial: Assignment,
     run: TrialRun,
     stop: Callable[[], bool],
 ) -> None:
-    """Step a trial until it has ended or `stop` says so."""
+    """Step a trial until it has ended, is to be handed back, or `stop` says so."""
+    number = trial.number
+    kept = home / "checkpoint"
+    if trial.until is not None:  # heirs may begin where this stretch does: that stays beside it
+        kept = home / f"checkpoint-after-epoch-{trial.epoch}"
+        run.build()
+        if trial.checkpoint is not None and run.epoch == trial.until < run.epochs:
+            # Cut between the last checkpoint and the ledger's line about it.
+            ledger.checkpointed(number, trial.checkpoint, run.epoch)
+            _hand_back(ledger, progress, number)
+            return
     while True:
         result = run.step()
         if result.pop("failed"):
@@ -116,8 +130,8 @@ def _run_epochs(
             metrics = {**result, **place_of(result, device, float(device != "cpu"))}
             ledger.report(number, metrics)  # first: a checkpoint never knows more
             progress.reported(number, metrics)
-            run.save(home / "checkpoint")
-            ledger.checkpointed(number, str(home / "checkpoint"), result["epoch"])
+            run.save(kept)
+            ledger.checkpointed(number, str(kept), result["epoch"])
         if finished:
             _end(ledger, progress, number, "done", objective=result["objective"])
             return
@@ -125,8 +139,16 @@ def _run_epochs(
             reason = f"stopped after epoch {result['epoch']}"
             _end(ledger, progress, number, "pruned", reason=reason)
             return
+        if result["epoch"] == trial.until:
+            _hand_back(ledger, progress, number)
+            return
         if stop():
             return
+
+
+def _hand_back(ledger: Ledger, progress: Watcher, number: int) -> None:
+    ledger.hand_back(number)
+    progress.handed_back(number)
 
 
 def _end(ledger: Ledger, progress: Watcher, number: int, state: End, **details: Any) -> None:

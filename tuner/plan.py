@@ -124,14 +124,17 @@ def _time(study: StudyConfig, place: Place, ledger: Ledger | None, found: Apprai
             n_new=ledger.n_new,
             elapsed=ledger.seconds,
             budget=study.search.time_budget,
+            in_all=study.search.epochs_in_all(study.training.epochs),
         )
         if left is not None:
             return f"{about(left)} left, as the trials so far took"
     if isinstance(found, str):
         return f"not known: {found}"
     search, budget = study.search, study.search.time_budget
-    trials = search.trials if ledger is None else ledger.n_new
-    lanes = max(1, min(place.concurrent, trials))
+    planned = search.planned_trials(study.training.epochs)
+    trials = planned if ledger is None else ledger.n_new
+    side_by_side = search.population if search.scheduler == "pbt" else trials
+    lanes = max(1, min(place.concurrent, side_by_side))
     bounds = epochs_expected(search, study.training.epochs)
     waited = found.search_seconds / lanes
     least, most = (waited + trials * n * found.epoch_seconds / lanes for n in bounds)
@@ -149,8 +152,10 @@ def _time(study: StudyConfig, place: Place, ledger: Ledger | None, found: Apprai
 
 def _disk(study: StudyConfig, place: Place, found: Appraisal | str, folder: Path) -> Iterator[str]:
     base, largest = checkpoint_bytes(study)
-    # Each running trial's, while a new one takes its place, and the winner's.
-    kept = 2 * place.concurrent + 1
+    # Each running trial's, while a new one takes its place, and the winner's. Of a population all
+    # members live, and what each had at its last milestone may be a successor's.
+    population = study.search.population if study.search.scheduler == "pbt" else 0
+    kept = max(2 * place.concurrent, 3 * population) + 1
     size = f"{_bytes(base)} each, {_bytes(largest)} of the largest network"
     yield f"at most {_bytes(kept * largest)} of checkpoints at a time ({size})"
     if not isinstance(found, str) and found.cache_bytes:

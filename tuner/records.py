@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal
@@ -23,11 +23,41 @@ _STATES: dict[TrialState, State] = {
     TrialState.FAIL: "failed",
 }
 REPORTED = "reported_at"  # beside an epoch's metrics: when they came
+HEIR = "heir"  # attribute of a trial that began with the weights of another
+
+
+@dataclass(frozen=True)
+class Heir:
+    """What a trial has from another whose weights it began with.
+
+    Args:
+        donor: the other's number.
+        epoch: after which the weights were taken.
+        location: of the checkpoint that holds them.
+        replaces: the trial that gave way to it.
+        changed: its parameters that are not the donor's: the value there, and here.
+    """
+
+    donor: int
+    epoch: int
+    location: str
+    replaces: int
+    changed: dict[str, list[Value]] = field(default_factory=dict)
+
+    @property
+    def words(self) -> str:
+        """Where it comes from, in a few words."""
+        return f"from trial {self.donor:04d} after epoch {self.epoch}"
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """A trial to run: fresh, or one that was cut and goes on from its checkpoint."""
+    """A trial to run: fresh, or one that was cut and goes on from its checkpoint.
+
+    Args:
+        donor: checkpoint of another trial that this one begins with, in the place of new weights.
+        until: epoch after which the trial is handed back, if it has not ended by then.
+    """
 
     number: int
     params: dict[str, Value]
@@ -36,6 +66,8 @@ class Assignment:
     epoch: int = 0
     accumulation: int | None = None  # where memory was not enough for the configuration's own
     origin: str | None = None  # whose parameters and which seed, where they were not proposed
+    donor: str | None = None
+    until: int | None = None
 
 
 @dataclass(frozen=True)
@@ -64,13 +96,14 @@ class TrialRecord:
     started: datetime | None = None
     finished: datetime | None = None
     accumulation: int | None = None  # where memory was not enough for the configuration's own
-    note: str = ""  # what it survived
+    note: str = ""  # where it comes from, and what it survived
     reported: dict[int, float] = field(default_factory=dict, repr=False)  # Unix time by epoch
+    heir: Heir | None = None  # where it began with another trial's weights
 
     @property
     def epoch(self) -> int:
-        """The last epoch that was reported."""
-        return max(self.epochs, default=0)
+        """The last epoch that was reported, by itself or the trial whose weights it has."""
+        return max(self.epochs, default=self.heir.epoch if self.heir else 0)
 
     @property
     def metrics(self) -> dict[str, Any]:
@@ -122,6 +155,12 @@ def ranked(
     return sorted(ranking, key=lambda t: (t.objective, t.metrics[cost] if cost else 0, t.number))
 
 
+def heir_of(attrs: Mapping[str, Any]) -> Heir | None:
+    """What a trial has from another, by its attributes; None of one that began by itself."""
+    found = attrs.get(HEIR)
+    return Heir(**found) if found else None
+
+
 def finite(value: Any) -> float | None:
     """A finite number as one; None of all else."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
@@ -145,6 +184,8 @@ def record_of(frozen: FrozenTrial) -> TrialRecord:
     values = frozen.intermediate_values
     reached = frozen.values[0] if state == "done" else values[max(values)] if values else None
     checkpoint = attrs.get("checkpoint")
+    heir = heir_of(attrs)
+    notes = [heir.words if heir else "", retries.note(attrs)]
     return TrialRecord(
         number=frozen.number,
         state=state,
@@ -159,6 +200,7 @@ def record_of(frozen: FrozenTrial) -> TrialRecord:
         started=frozen.datetime_start,
         finished=frozen.datetime_complete,
         accumulation=retries.accumulation(attrs),
-        note=retries.note(attrs),
+        note="; ".join(note for note in notes if note),
         reported={epoch: m[REPORTED] for epoch, m in kept.items() if REPORTED in m},
+        heir=heir,
     )

@@ -119,6 +119,12 @@ def write_best(
         "device": device,
         "config": config.model_dump(mode="json"),
     }
+    if best.heir is not None:
+        content["lineage"] = [
+            {"trial": ancestor.number, "epochs": epochs, "params": ancestor.params,
+             "config": source.trial_config(ancestor).model_dump(mode="json")}
+            for ancestor, epochs in lineage(source, best)
+        ]  # fmt: skip
     if winner is not None:
         content["promoted"] = _promoted(winner)
     if (cost := study.search.cost) is not None:
@@ -128,6 +134,15 @@ def write_best(
         ]
     write_text(folder.best_json, json.dumps(content, indent=2) + "\n")
     return best
+
+
+def lineage(ledger: Ledger, trial: TrialRecord) -> list[tuple[TrialRecord, int]]:
+    """The trials whose weights a trial goes back to, and the epoch up to which; the first first."""
+    found: list[tuple[TrialRecord, int]] = []
+    while trial.heir is not None:
+        epoch, trial = trial.heir.epoch, ledger.trial(trial.heir.donor)
+        found.insert(0, (trial, epoch))
+    return found
 
 
 def _promoted(winner: Promoted) -> dict[str, Any]:
@@ -165,7 +180,6 @@ def export_winner(folder: RunFolder, best: TrialRecord) -> bool:
 def drop_losers(folder: RunFolder, ledger: Ledger, *winners: TrialRecord | None) -> None:
     """Delete checkpoints that nobody will go on from: all but the winners' and the running."""
     kept = {winner.checkpoint for winner in winners if winner is not None}
-    running = ledger.running()
     # `--local` writes to the run folder whatever storage the study names.
     storages = {Storage.of(folder, ResourcesConfig()), Storage.of(folder, ledger.config.resources)}
     for storage in storages:
@@ -174,8 +188,8 @@ def drop_losers(folder: RunFolder, ledger: Ledger, *winners: TrialRecord | None)
         except OSError as error:
             logger.warning("checkpoints of ended trials stay in %s: %s", storage.root, error)
             continue
-        for number, location in found:
-            if number not in running and location not in kept:
+        for location in ledger.unneeded(found):
+            if location not in kept:
                 drop(location)
 
 

@@ -28,6 +28,7 @@ class TrialRow:
     note: str = ""
     survived: str = ""  # stays in the note while the trial runs on
     waiting_since: float | None = None  # monotonic: no epoch of this session has been reported
+    waits: bool = False  # whether it has made room and is to be run on later
     ended: float | None = None  # monotonic or unix time, to tell who ended before whom
 
     @classmethod

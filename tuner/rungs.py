@@ -11,7 +11,9 @@ from tuner.config import SearchConfig
 
 
 def rungs_of(search: SearchConfig, epochs: int) -> list[int]:
-    """The epochs after which ASHA or Hyperband may stop a trial; none for other schedulers."""
+    """The epochs after which ASHA, Hyperband or PBT may stop a trial; none for other schedulers."""
+    if search.scheduler == "pbt":
+        return search.milestones(epochs)
     if search.scheduler not in ("asha", "hyperband"):
         return []
     grace, factor = min(search.grace_epochs, epochs), search.reduction_factor

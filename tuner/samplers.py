@@ -7,7 +7,7 @@ ledger alone. CMA-ES keeps its distribution in the trials' attributes, the other
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from itertools import product
 from typing import Any
 
@@ -18,6 +18,7 @@ from optuna.samplers import BaseSampler, CmaEsSampler, GPSampler, RandomSampler,
 from optuna.trial import FrozenTrial, TrialState
 
 from tuner.config import SearchConfig
+from tuner.records import HEIR
 from tuner.space import SearchSpace, Value, n_points, suggest
 
 
@@ -83,6 +84,56 @@ def _distributions(space: SearchSpace) -> dict[str, BaseDistribution]:
     anywhere = optuna.trial.FixedTrial({path: p.probes()[0] for path, p in space.items()})
     suggest(space, anywhere)
     return anywhere.distributions
+
+
+class _Known(optuna.Study):
+    """A study as samplers are to see it: without trials that began with another's weights.
+
+    Their objective is not that of their parameters.
+    """
+
+    def _get_trials(
+        self,
+        deepcopy: bool = True,
+        states: Container[TrialState] | None = None,
+        use_cache: bool = False,
+    ) -> list[FrozenTrial]:
+        found = super()._get_trials(deepcopy, states, use_cache)
+        return [trial for trial in found if HEIR not in trial.user_attrs]
+
+
+class WithoutHeirs(BaseSampler):
+    """A sampler that learns from trials with weights of their own alone."""
+
+    def __init__(self, sampler: BaseSampler) -> None:
+        self._sampler = sampler
+
+    def infer_relative_search_space(
+        self, study: optuna.Study, trial: FrozenTrial
+    ) -> dict[str, BaseDistribution]:
+        """That of the sampler."""
+        return self._sampler.infer_relative_search_space(self._seen(study), trial)
+
+    def sample_relative(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        """What the sampler proposes."""
+        return self._sampler.sample_relative(self._seen(study), trial, search_space)
+
+    def sample_independent(
+        self,
+        study: optuna.Study,
+        trial: FrozenTrial,
+        param_name: str,
+        param_distribution: BaseDistribution,
+    ) -> Any:
+        """What the sampler proposes."""
+        return self._sampler.sample_independent(
+            self._seen(study), trial, param_name, param_distribution
+        )
+
+    def _seen(self, study: optuna.Study) -> optuna.Study:
+        return _Known(study.study_name, study._storage, self._sampler, study.pruner)
 
 
 class SpaceTPESampler(TPESampler):

@@ -26,7 +26,7 @@ from tuner.folder import RunFolder
 from tuner.records import End
 from tuner.retries import exhausted_reason
 from tuner.study import Ledger
-from tuner.trainable import CONFIG, DEVICE, GIVE_UP, NUMBER, RESUME, START, STUDY
+from tuner.trainable import CONFIG, DEVICE, DONOR, GIVE_UP, NUMBER, RESUME, START, STUDY, UNTIL
 from tuner.watchers import Watcher
 
 logger = logging.getLogger(__name__)
@@ -73,13 +73,16 @@ class LedgerSearch(OptunaSearch):
         self._completed_trials = self._ended
 
     def suggest(self, trial_id: str) -> Any:
-        """The next trial: first those that were cut, then new ones, then none."""
+        """The next trial: first those that were cut, then new ones; None while all wait."""
         if self.closed or self.full_disk or self._stop():
             return Searcher.FINISHED
         while True:
+            for ended in self._ledger.settle():
+                self._watcher.finished(ended.number, ended.state, ended.reason)
+                self._after()
             found = self._orphans.popleft() if self._orphans else self._ledger.ask()
             if found is None:
-                return Searcher.FINISHED
+                return None if self._ledger.waits else Searcher.FINISHED
             self._numbers[trial_id] = found.number
             self._watcher.started(found)
             try:
@@ -95,6 +98,8 @@ class LedgerSearch(OptunaSearch):
                 DEVICE: self._device,
                 RESUME: found.checkpoint,
                 START: found.epoch,
+                DONOR: found.donor,
+                UNTIL: found.until,
             }
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
@@ -103,7 +108,7 @@ class LedgerSearch(OptunaSearch):
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
-        """End a trial as what it is: done, pruned, failed or lost."""
+        """End a trial as what it is: done, pruned, failed or lost; or take it back for later."""
         if trial_id not in self._numbers or trial_id in self._ended or self.closed:
             return
         if error or result is None:  # not even an actor to give it up on could be started
@@ -114,6 +119,10 @@ class LedgerSearch(OptunaSearch):
             self._end(
                 trial_id, "failed", reason=result.get("reason"), traceback=result.get("traceback")
             )
+        elif result.get("paused"):
+            self._ended.add(trial_id)
+            self._ledger.hand_back(self._numbers[trial_id])
+            self._watcher.handed_back(self._numbers[trial_id])
         else:
             state: End = "done" if result.get("finished") else "pruned"
             stopped = None if state == "done" else f"stopped after epoch {result['epoch']}"
@@ -257,7 +266,7 @@ _RAY_KEYS = frozenset(
         "config", "date", "done", "experiment_tag", "hostname", "iterations_since_restore",
         "node_ip", "pid", "should_checkpoint", "time_since_restore", "time_this_iter_s",
         "time_total_s", "timestamp", "training_iteration", "trial_id", "failed", "finished",
-        "checkpoint_dir_name",
+        "checkpoint_dir_name", "paused",
     }
 )  # fmt: skip
 

@@ -29,6 +29,7 @@ from tuner.limits import Limits, why_ended
 from tuner.local import run_local
 from tuner.place import Place, check_place, choose_place
 from tuner.plan import show_plan
+from tuner.population import population_note
 from tuner.promotion import Promotion, open_promotion
 from tuner.records import PriorTrial
 from tuner.results import drop_losers, write_best, write_promoted, write_trials
@@ -105,7 +106,7 @@ def run_session(request: Request) -> int:
             if request.config is None and not request.local:
                 cluster = _connect(stack, request)
             study = _load(request, cluster, notes)
-        notes += [note for note in [sampler_note(study.search)] if note]
+        notes += [note for note in [sampler_note(study.search), population_note(study)] if note]
         prior = _prior(study, notes, fresh=folder is None)
         _check_precision(study, request.local)
         check_plugins(study)

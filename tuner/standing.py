@@ -109,7 +109,7 @@ def standing(path: Path) -> Standing:
     with _reading(folder, study, alive=alive) as ledger:
         if ledger is None:
             state: StudyState = "running" if alive else "never started"
-            new = study.search.trials
+            new = study.search.planned_trials(study.training.epochs)
             return Standing(folder, study, state, driver, (), None, new, 0.0, None, None, now)
         trials, n_new = tuple(ledger.trials()), ledger.n_new
         ended = None if alive else why_ended(ledger, Limits(ledger))
@@ -128,6 +128,7 @@ def standing(path: Path) -> Standing:
                 n_new=n_new,
                 elapsed=ledger.seconds,
                 budget=study.search.time_budget,
+                in_all=study.search.epochs_in_all(study.training.epochs),
             ),
             ended=ended,
             now=now,

@@ -15,7 +15,7 @@ import copy
 import logging
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from tuner.draft import Draft
 from tuner.errors import LedgerLost
 from tuner.pruners import make_pruner
 from tuner.records import (
+    HEIR,
     REPORTED,
     Assignment,
     End,
@@ -141,7 +142,7 @@ class Ledger:
         for _ in range(_MAX_DUPLICATES):
             before = self._frozen()
             started = self._started(before)
-            if not self._n_left(len(started)):
+            if not self._n_left(started):
                 return None
             self._take_sampler(before)
             draft, study = Draft.of(self._study)
@@ -209,22 +210,34 @@ class Ledger:
         """Whether a trial is to be run on, or a new one may be proposed."""
         started = self._started(self._frozen())
         running = any(trial.state == TrialState.RUNNING for trial in started)
-        return running or self._n_left(len(started)) > 0
+        return running or self._n_left(started) > 0
 
     @property
     def n_new(self) -> int:
         """Trials that may still be proposed."""
-        return int(self._n_left(len(self._started(self._frozen()))))
+        return int(self._n_left(self._started(self._frozen())))
 
-    def _n_left(self, n_started: int) -> float:
+    def _n_left(self, started: Sequence[FrozenTrial]) -> float:
         """Trials that may still be proposed: of the study's number and of the space."""
         search = self._config.search
-        return max(0, min(search.trials, n_points(search.space)) - n_started)
+        return max(0, min(search.trials, n_points(search.space)) - len(started))
 
     @staticmethod
     def _started(trials: list[FrozenTrial]) -> list[FrozenTrial]:
         """The study's own trials: not waiting, no repetitions, and none of an earlier study."""
         return [t for t in trials if t.state != TrialState.WAITING and not _is_foreign(t)]
+
+    @property
+    def waits(self) -> bool:
+        """Whether there may be more to run once a trial that runs is handed back or ends."""
+        return False
+
+    def settle(self) -> list[TrialRecord]:
+        """Decide what can be before the next trial is asked for; the trials that this ends."""
+        return []
+
+    def hand_back(self, number: int) -> None:
+        """Take back a trial that has trained as long as its assignment said."""
 
     def orphans(self) -> list[Assignment]:
         """Trials that were running when the last session ended, to be run on."""
@@ -369,12 +382,21 @@ class Ledger:
         """One trial."""
         return record_of(self._storage.get_trial(self._id(number)))
 
+    def unneeded(self, checkpoints: Iterable[tuple[int, str]]) -> list[str]:
+        """Locations among these, each with its trial, from which no trial will go on."""
+        running = self.running()
+        return [location for number, location in checkpoints if number not in running]
+
     def finished_study(self) -> optuna.Study:
-        """The study's own finished trials as an Optuna study in memory, for plots."""
+        """The study's own finished trials as an Optuna study in memory, for plots.
+
+        Without those that began with another's weights: their objective is not that of their
+        parameters.
+        """
         study = optuna.create_study(direction="minimize")
         own = self._started(self._frozen())
         for trial in own:
-            if trial.state == TrialState.COMPLETE:
+            if trial.state == TrialState.COMPLETE and HEIR not in trial.user_attrs:
                 alone = copy.copy(trial)  # without its cost
                 alone.values = trial.values[:1]
                 study.add_trial(alone)

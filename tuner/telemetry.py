@@ -93,7 +93,7 @@ class Progress(Watcher):
         self._noun = noun
         self._study, self._clock, self._verbosity = study, clock, verbosity
         self._console = Console(file=stream or sys.stdout, highlight=False, soft_wrap=True)
-        self._rows = {t.number: TrialRow.of(t) for t in history if t.state != "running"}
+        self._rows = {t.number: TrialRow.of(t) for t in history}
 
     def beside(
         self, study: StudyConfig, history: list[TrialRecord], clock: Callable[[], float]
@@ -168,13 +168,16 @@ class Progress(Watcher):
 
     def started(self, assignment: Assignment) -> None:
         """A trial begins, or goes on."""
-        row = TrialRow(assignment.number, assignment.params, epoch=assignment.epoch)
-        row.waiting_since = time.monotonic()
+        row = self._rows.get(assignment.number) or TrialRow(assignment.number, assignment.params)
+        row.epoch, row.waiting_since = assignment.epoch, time.monotonic()
+        row.waits, row.note = False, row.survived
         if assignment.accumulation is not None:
             row.note = row.survived = f"batches in {assignment.accumulation} parts"
+        elif assignment.origin is not None:
+            row.note = row.survived = assignment.origin
         self._rows[assignment.number] = row
         params = ", ".join(f"{path}={short(v)}" for path, v in assignment.params.items())
-        again = f"goes on after epoch {assignment.epoch}" if assignment.epoch else "starts"
+        again = f"goes on after epoch {assignment.epoch}" if assignment.checkpoint else "starts"
         origin = f" ({assignment.origin})" if assignment.origin else ""
         self._event(assignment.number, f"{again}{origin}: {params}")
 
@@ -187,6 +190,11 @@ class Progress(Watcher):
         pace = f", {row.epoch_seconds:.1f} s" if row.epoch_seconds is not None else ""
         total = self._study.training.epochs
         self._event(number, f"epoch {row.epoch}/{total}: {row.objective:.5f}{pace}{extra}")
+
+    def handed_back(self, number: int) -> None:
+        """A trial waits to be run on."""
+        row = self._rows[number]
+        row.waits, row.note = True, "; ".join(["waits", *([row.survived] if row.survived else [])])
 
     def lost(self, number: int, reason: str) -> None:
         """A machine died under a trial, which will be run on."""

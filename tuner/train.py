@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -53,21 +55,31 @@ def train(
     from tuner.errors import StudyError
 
     winner, path = _read_winner(source)
-    config = _configure(winner, epochs, seed, data, set_ or [])
+    config = _configure(winner, winner["config"], epochs, seed, data, set_ or [])
+    # Of trials whose weights it has, each up to some epoch.
+    ancestors = [
+        (_configure(winner, one["config"], epochs, seed, data, set_ or []), one)
+        for one in winner.get("lineage", ())
+    ]
     folder = (out or path.parent / "final").expanduser().resolve()
     chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if chosen.startswith("cuda") and not torch.cuda.is_available():
         raise StudyError(f"--device: {chosen} asked, but this machine has no GPU")
     try:
         with Interruption().watched():
-            return _train(winner, config, folder, chosen, resume)
+            return _train(winner, ancestors, config, folder, chosen, resume)
     except KeyboardInterrupt:
         typer.echo("interrupted; go on with the same command and --resume")
         return INTERRUPTED
 
 
 def _train(
-    winner: dict[str, Any], config: TrialConfig, folder: Path, device: str, resume: bool
+    winner: dict[str, Any],
+    ancestors: list[tuple[TrialConfig, dict[str, Any]]],
+    config: TrialConfig,
+    folder: Path,
+    device: str,
+    resume: bool,
 ) -> int:
     from model.checkpoint import export_best, has_checkpoint
     from model.data import check_data
@@ -79,7 +91,8 @@ def _train(
     check_plugins(config)
     typer.echo(f"data: {check_data(config)}")
     checkpoint = folder / "checkpoint"
-    begun = has_checkpoint(checkpoint)
+    stages = _stages(winner, ancestors, config, checkpoint)
+    begun = any(has_checkpoint(stage.checkpoint) for stage in stages)
     if begun and not resume:
         raise StudyError(
             f"--out: {folder} already holds a training; add --resume or choose another"
@@ -106,11 +119,27 @@ def _train(
     if not begun:
         (folder / "metrics.jsonl").unlink(missing_ok=True)
     try:
-        metrics = train(config, device=device, report=report, checkpoint=checkpoint)
+        metrics = {}
+        donor: Path | None = None
+        for index, stage in enumerate(stages):
+            if not any(has_checkpoint(later.checkpoint) for later in stages[index + 1 :]):
+                if len(stages) > 1:
+                    typer.echo(f"up to epoch {stage.until} as trial {stage.trial:04d}")
+                metrics = train(
+                    stage.config,
+                    device=device,
+                    report=report,
+                    checkpoint=stage.checkpoint,
+                    donor=donor,
+                    until=stage.until,
+                )
+            donor = stage.checkpoint
     except TrialDiverged as error:
         complain(f"the training diverged: {error}")
         return NOTHING_FINISHED
     export_best(checkpoint, folder / "best")
+    for stage in stages[:-1]:
+        shutil.rmtree(stage.checkpoint, ignore_errors=True)
     score = float(metrics["objective"])
     searched = float(winner["objective"])
     result = {
@@ -154,8 +183,40 @@ def _read_winner(source: Path) -> tuple[dict[str, Any], Path]:
     return winner, path.resolve()
 
 
+@dataclass(frozen=True)
+class _Stage:
+    """A part of a training: whose configuration it has, and the epoch after which the next begins.
+
+    Its network goes on with the weights of the stage before.
+    """
+
+    trial: int
+    config: TrialConfig
+    until: int
+    checkpoint: Path
+
+
+def _stages(
+    winner: dict[str, Any],
+    ancestors: list[tuple[TrialConfig, dict[str, Any]]],
+    config: TrialConfig,
+    checkpoint: Path,
+) -> list[_Stage]:
+    """The winner's ancestors and itself; of another number of epochs each has its share."""
+    total, last = config.training.epochs, 0
+    stages = []
+    for index, (theirs, ancestor) in enumerate(ancestors):
+        until = round(ancestor["epochs"] * total / winner["epochs"])
+        if last < until < total:
+            place = checkpoint.with_name(f"{checkpoint.name}-{index}")
+            stages.append(_Stage(ancestor["trial"], theirs, until, place))
+            last = until
+    return [*stages, _Stage(winner["trial"], config, total, checkpoint)]
+
+
 def _configure(
     winner: dict[str, Any],
+    config: dict[str, Any],
     epochs: int | None,
     seed: int | None,
     data: Path | None,
@@ -164,7 +225,7 @@ def _configure(
     from tuner.config import load_trial
 
     return load_trial(
-        winner["config"],
+        config,
         overrides,
         training__epochs=winner.get("full_epochs") if epochs is None else epochs,
         seed=seed,

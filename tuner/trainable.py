@@ -10,13 +10,15 @@ import ray
 from ray import tune
 
 from model.config import TrialConfig
-from tuner.checkpoints import reachable
+from tuner.checkpoints import starting_points
 from tuner.gauges import trial_gauges
 from tuner.trial import TrialRun, place_of
 
 # Keys of the configuration that Ray hands to an actor.
 NUMBER, CONFIG, DEVICE, STUDY = "number", "config", "device", "study"
 RESUME, START = "resume", "start"  # a checkpoint to go on from, and its epoch
+DONOR = "donor"  # checkpoint of another trial, to begin with where there is none of its own
+UNTIL = "until"  # epoch after which the trial makes room, to go on later
 GIVE_UP = "give_up"  # why the trial is to end as failed, if it is
 
 
@@ -41,11 +43,15 @@ class TrialActor(tune.Trainable):
         given = self.trial_resources
         self._gpus = float(given.required_resources.get("GPU", 0.0)) if given else 0.0
         trial = TrialConfig.model_validate(config[CONFIG])
-        self._run = TrialRun(trial, self._device)
+        self._until: int | None = config.get(UNTIL)
         self._give_up: str | None = config.get(GIVE_UP)
-        with reachable(None if self._give_up else config.get(RESUME)) as folder:
-            if folder is not None:
-                self._run.load(folder)
+        if self._give_up:
+            self._run = TrialRun(trial, self._device)
+        else:
+            with starting_points(config.get(RESUME), config.get(DONOR)) as (own, donor):
+                self._run = TrialRun(trial, self._device, own, donor)
+                if own or donor:
+                    self._run.build()
         self._gauges.show({"epoch": self._run.epoch})
 
     def step(self) -> dict[str, Any]:
@@ -55,7 +61,9 @@ class TrialActor(tune.Trainable):
         result = self._run.failure(self._give_up) if self._give_up else self._run.step()
         self._gauges.count("skipped_steps", self._run.skipped_steps - skipped)
         self._gauges.count("solver_fallbacks", result.get("solver_fallbacks", 0))
-        result["done"] = result["failed"] or result["finished"]
+        over = result["failed"] or result["finished"]
+        result["paused"] = not over and result["epoch"] == self._until
+        result["done"] = over or result["paused"]
         result["should_checkpoint"] = not result["failed"]
         result["training_iteration"] = result["epoch"]
         result |= place_of(result, self._device, self._gpus)

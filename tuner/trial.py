@@ -57,14 +57,26 @@ class MemoryExhausted(RuntimeError):
 
 
 class TrialRun:
-    """A trainer with its failures turned into results."""
+    """A trainer with its failures turned into results.
+
+    Args:
+        config: of the trial.
+        device: where it trains.
+        checkpoint: of its own, to go on from.
+        donor: checkpoint of another trial, with whose weights it begins in the place of new ones.
+    """
 
     def __init__(
-        self, config: TrialConfig, device: str = "cpu", checkpoint: Path | None = None
+        self,
+        config: TrialConfig,
+        device: str = "cpu",
+        checkpoint: Path | None = None,
+        donor: Path | None = None,
     ) -> None:
         self._config = config
         self._device = device
         self._checkpoint = checkpoint
+        self._donor = donor
         self._trainer: Trainer | None = None
         self._failed = False
 
@@ -72,6 +84,11 @@ class TrialRun:
     def epoch(self) -> int:
         """Finished epochs."""
         return self._trainer.epoch if self._trainer else 0
+
+    @property
+    def epochs(self) -> int:
+        """Its budget."""
+        return self._config.training.epochs
 
     @property
     def skipped_steps(self) -> int:
@@ -135,7 +152,11 @@ class TrialRun:
 
     def load(self, folder: Path) -> None:
         """Go on from a checkpoint; one that cannot be read means a start from the beginning."""
-        self._checkpoint = folder
+        self._checkpoint, self._trainer = folder, None
+        self.build()
+
+    def build(self) -> None:
+        """Read what the trial goes on from or begins with, as long as it is here."""
         try:
             self._build()
         except Exception as error:  # noqa: BLE001 - not swallowed:
@@ -155,15 +176,27 @@ class TrialRun:
 
     def _build(self) -> Trainer:
         if self._trainer is None:
-            trainer = Trainer(self._config, device=self._device)
-            if self._checkpoint is not None:
-                try:
-                    trainer.load(self._checkpoint)
-                except (CheckpointError, OSError) as error:
-                    logger.warning("starting from the beginning: %s", error)
-                    trainer = Trainer(self._config, device=self._device)
-            self._trainer = trainer
+            self._trainer = self._gone_on() or self._begun()
         return self._trainer
+
+    def _gone_on(self) -> Trainer | None:
+        """A trainer where the trial's own checkpoint was taken, if that can be read."""
+        if self._checkpoint is None:
+            return None
+        trainer = Trainer(self._config, device=self._device)
+        try:
+            trainer.load(self._checkpoint)
+        except (CheckpointError, OSError) as error:
+            logger.warning("starting from the beginning: %s", error)
+            return None
+        return trainer
+
+    def _begun(self) -> Trainer:
+        """A trainer at the trial's beginning: with new weights, or with those of its donor."""
+        trainer = Trainer(self._config, device=self._device)
+        if self._donor is not None:
+            trainer.inherit(self._donor)
+        return trainer
 
     def failure(self, reason: str) -> dict[str, Any]:
         """What :meth:`step` returns of a trial that is given up."""

@@ -42,6 +42,9 @@ def read_prior(path: Path, study: StudyConfig) -> Prior:
         if trial.state != "done" or trial.budget != earlier.training.epochs:
             left[trial.state if trial.state != "done" else "of another budget"] += 1
             continue
+        if trial.heir is not None:  # its objective is not that of its parameters alone
+            left["with another's weights"] += 1
+            continue
         params, outside = _translated(trial, earlier, study)
         if outside is not None:
             left[outside] += 1

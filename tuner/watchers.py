@@ -16,6 +16,9 @@ class Watcher:
     def reported(self, number: int, metrics: dict[str, Any]) -> None:
         """A trial finished an epoch, which is in the ledger."""
 
+    def handed_back(self, number: int) -> None:
+        """A trial has trained as far as it was to, and waits to be run on."""
+
     def lost(self, number: int, reason: str) -> None:
         """A machine died under a trial, which will be run on."""
 
@@ -39,6 +42,10 @@ class Watchers(Watcher):
     def reported(self, number: int, metrics: dict[str, Any]) -> None:
         for watcher in self._watchers:
             watcher.reported(number, metrics)
+
+    def handed_back(self, number: int) -> None:
+        for watcher in self._watchers:
+            watcher.handed_back(number)
 
     def lost(self, number: int, reason: str) -> None:
         for watcher in self._watchers:

@@ -60,16 +60,28 @@ class FakeRun:
     In the place of tuner.local.TrialRun, where a test is about the search alone.
     """
 
-    def __init__(self, config: TrialConfig, device: str, checkpoint: Path | None) -> None:
+    def __init__(
+        self, config: TrialConfig, device: str, checkpoint: Path | None, donor: Path | None = None
+    ) -> None:
         self.config = config
-        self.epoch = int((checkpoint / "epoch").read_text()) if checkpoint else 0
+        begun = checkpoint or donor
+        self.epoch = int((begun / "epoch").read_text()) if begun else 0
+        self.epochs = config.training.epochs
+
+    def build(self) -> None:
+        pass
 
     def step(self) -> dict[str, Any]:
-        self.epoch += 1
+        repeated = self.epoch >= self.epochs  # cut between the last epoch and the ledger's line
+        self.epoch += not repeated
         lost = abs(math.log10(self.config.training.learning_rate) + 3) + self.config.blend.beta
-        finished = self.epoch >= self.config.training.epochs
-        objective = lost + 1 / self.epoch
-        return {"epoch": self.epoch, "objective": objective, "finished": finished, "failed": False}
+        return {
+            "epoch": self.epoch,
+            "objective": lost + 1 / self.epoch,
+            "finished": self.epoch >= self.epochs,
+            "failed": False,
+            **({"repeated": True} if repeated else {}),
+        }
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,7 @@ from pyarrow.fs import FileSelector, FileSystem
 
 from tests.tuner.clusters import ray_head
 from tests.tuner.support import kill, read_until, run, start, write_study
-from tuner.checkpoints import Storage, drop, fetched, open_location, reachable
+from tuner.checkpoints import Storage, drop, fetched, open_location, reachable, starting_points
 from tuner.config import ResourcesConfig, load_study
 from tuner.folder import RunFolder
 from tuner.records import TrialRecord
@@ -176,3 +176,22 @@ def test_a_study_keeps_its_checkpoints_in_an_s3_store(tmp_path: Path, store: Sto
     assert calm.returncode == 0, calm.stderr
     wanted = [(t.params, t.curve) for t in trials_of(tmp_path / "calm")]
     assert [(t.params, t.curve) for t in trials] == wanted, "not bit for bit"
+
+
+def test_a_donors_checkpoint_is_brought_only_to_whoever_has_none(tmp_path: Path) -> None:
+    own, donor = tmp_path / "own", tmp_path / "donor"
+    for folder in (own, donor):
+        folder.mkdir()
+    with starting_points(None, str(donor)) as points:
+        assert points == (None, donor)
+    with starting_points(None, donor.as_uri()) as points:
+        assert points == (None, donor)
+    with starting_points(str(own), str(donor)) as points:
+        assert points == (own, donor)
+    with starting_points(None, None) as points:
+        assert points == (None, None)
+    donor.rmdir()
+    with starting_points(None, str(donor)) as (checkpoint, begun):
+        assert checkpoint is None
+        assert begun is not None, "it would begin with new weights"
+        assert not begun.exists()

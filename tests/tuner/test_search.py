@@ -8,10 +8,11 @@ from ray.tune.search import Searcher
 
 from tests.tuner.support import tiny_study
 from tuner.folder import RunFolder
+from tuner.members import PopulationLedger
 from tuner.search import LedgerSearch
 from tuner.study import Ledger
 from tuner.telemetry import Progress
-from tuner.trainable import CONFIG, NUMBER, RESUME, START
+from tuner.trainable import CONFIG, DONOR, NUMBER, RESUME, START, UNTIL
 
 
 def ledger_in(folder: Path, **changes: Any) -> Ledger:
@@ -94,3 +95,41 @@ def test_a_proposal_carries_the_trials_whole_configuration(tmp_path: Path) -> No
 def test_the_bridge_is_not_pickled_with_rays_snapshots(tmp_path: Path) -> None:
     search = search_over(ledger_in(tmp_path), tmp_path)
     assert isinstance(pickle.loads(pickle.dumps(search)), str)
+
+
+def test_members_of_a_population_take_turns_and_the_worst_gives_way(tmp_path: Path) -> None:
+    population = {"scheduler": "pbt", "population": 2, "perturbation_epochs": 1, "trials": 3}
+    study = tiny_study(tmp_path, search=population)
+    ledger = PopulationLedger(tmp_path / "study.db", study)
+    ended: list[int] = []
+    search = search_over(ledger, tmp_path, after=lambda: ended.extend(ended_in(ledger)))
+
+    def report(trial_id: str, number: int, objective: float, **more: Any) -> None:
+        result = epoch(number, objective, **more)
+        search.reported(trial_id, result)
+        search.checkpointed(trial_id, f"/kept/{trial_id}", number)
+        search.on_trial_complete(trial_id, result)
+
+    first, second = search.suggest("a"), search.suggest("b")
+    assert [order[NUMBER] for order in (first, second)] == [0, 1]
+    assert [order[UNTIL] for order in (first, second)] == [1, 1]
+    assert search.suggest("c") is None, "one waits for the other"
+    report("a", 1, 2.0, paused=True)
+    assert search.suggest("d") is None, "its fate is not certain"
+    report("b", 1, 1.0, paused=True)
+    assert ended == []
+    third = search.suggest("e")
+    assert ended == [0]
+    assert (third[NUMBER], third[RESUME], third[START], third[UNTIL]) == (1, "/kept/b", 1, 2)
+    heir = search.suggest("f")
+    assert (heir[NUMBER], heir[RESUME], heir[START]) == (2, None, 1)
+    assert (heir[DONOR], heir[UNTIL]) == ("/kept/b", 2)
+    report("e", 2, 0.9, finished=True)
+    assert search.suggest("g") is None
+    report("f", 2, 0.8, finished=True)
+    assert search.suggest("h") == Searcher.FINISHED
+    assert [trial.state for trial in ledger.trials()] == ["pruned", "done", "done"]
+
+
+def ended_in(ledger: Ledger) -> list[int]:
+    return [trial.number for trial in ledger.trials() if trial.state == "pruned"]

@@ -11,7 +11,7 @@ import pytest
 from ray.tune import PlacementGroupFactory
 
 from tests.tuner.support import ROOT, environment, order
-from tuner.trainable import RESUME, START, TrialActor, allocated_gpus
+from tuner.trainable import DONOR, RESUME, START, UNTIL, TrialActor, allocated_gpus
 
 pytestmark = pytest.mark.long
 
@@ -80,6 +80,26 @@ def test_an_actor_goes_on_from_the_ledgers_checkpoint(tmp_path: Path) -> None:
     first.save(str(tmp_path / "checkpoint"))
     again = TrialActor(order(tmp_path, 1) | {RESUME: str(tmp_path / "checkpoint"), START: 1})
     assert again.train()["epoch"] == 2
+
+
+def test_an_actor_begins_with_its_donors_weights_and_makes_room_at_its_milestone(
+    tmp_path: Path,
+) -> None:
+    long = {"training": {"epochs": 4}}
+    donor = TrialActor(order(tmp_path, 1, **long))
+    results = [donor.train() for _ in range(2)]
+    assert [result["paused"] for result in results] == [False, False]
+    donor.save(str(tmp_path / "donor"))
+    heir = order(tmp_path, 2, **long) | {DONOR: str(tmp_path / "donor"), START: 2, UNTIL: 3}
+    actor = TrialActor(heir)
+    result = actor.train()
+    assert (result["epoch"], result["paused"], result["done"]) == (3, True, True)
+    assert result["should_checkpoint"]
+    actor.save(str(tmp_path / "own"))
+    restarted = TrialActor(heir | {UNTIL: 4})  # a machine was lost, and Ray restores
+    restarted.restore(str(tmp_path / "own"))
+    result = restarted.train()
+    assert (result["epoch"], result["paused"], result["finished"]) == (4, False, True)
 
 
 def test_without_ray_no_gpu_is_known(tmp_path: Path) -> None:

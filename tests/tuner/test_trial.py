@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gc
 import math
+import shutil
 import weakref
 from pathlib import Path
 from typing import Any
@@ -110,3 +111,64 @@ def test_a_trial_cut_after_its_last_epoch_only_tells_its_score(tmp_path: Path) -
     assert again["finished"]
     assert again["repeated"]
     assert (again["epoch"], again["objective"]) == (2, objective)
+
+
+def donor_in(folder: Path) -> Path:
+    """A checkpoint of another trial after two epochs."""
+    donor = TrialRun(config(folder, training={"epochs": 4}))
+    donor.step()
+    donor.step()
+    assert donor.save(folder / "donor")
+    return folder / "donor"
+
+
+def heir_config(folder: Path) -> TrialConfig:
+    changed = {"training": {"epochs": 4, "learning_rate": 2e-3}, "blend": {"beta": 0.1}}
+    return tiny_study(folder, **changed).trial_config({}, seed=6)
+
+
+def test_an_heir_begins_with_its_donors_weights_and_goes_on_from_its_own(tmp_path: Path) -> None:
+    donor = donor_in(tmp_path)
+    trainer = Trainer(heir_config(tmp_path))
+    trainer.inherit(donor)
+    wanted = [trainer.run_epoch()["objective"] for _ in range(2)]
+    heir = TrialRun(heir_config(tmp_path), donor=donor)
+    first = heir.step()
+    assert (first["epoch"], first["objective"]) == (3, wanted[0])
+    heir.save(tmp_path / "own")
+    shutil.rmtree(donor)
+    second = TrialRun(heir_config(tmp_path), checkpoint=tmp_path / "own", donor=donor).step()
+    assert (second["epoch"], second["objective"]) == (4, wanted[1])
+
+
+def test_the_beginning_of_an_heir_is_its_donor_and_nothing_else(tmp_path: Path) -> None:
+    donor = donor_in(tmp_path)
+    torn = tmp_path / "torn"
+    torn.mkdir()
+    (torn / "checkpoint.safetensors").write_bytes(b"torn")
+    again = TrialRun(heir_config(tmp_path), checkpoint=torn, donor=donor).step()
+    assert again["epoch"] == 3
+    shutil.rmtree(donor)
+    for checkpoint in (None, torn):
+        lost = TrialRun(heir_config(tmp_path), checkpoint=checkpoint, donor=donor).step()
+        assert lost["failed"], "it began with new weights"
+        assert "no such file" in lost["reason"]
+
+
+def test_an_heir_of_another_network_fails_with_the_field(tmp_path: Path) -> None:
+    wide = config(tmp_path, training={"epochs": 4}, network={"width": 16})
+    result = TrialRun(wide, donor=donor_in(tmp_path)).step()
+    assert result["failed"]
+    assert "weights of another kind: network.width is 8 there and 16 here" in result["reason"]
+
+
+def test_a_later_checkpoint_takes_the_place_of_what_was_begun_with(tmp_path: Path) -> None:
+    donor = donor_in(tmp_path)
+    before = TrialRun(heir_config(tmp_path), donor=donor)
+    before.step()
+    before.save(tmp_path / "own")
+    again = TrialRun(heir_config(tmp_path), donor=donor)
+    again.build()
+    assert again.epoch == 2
+    again.load(tmp_path / "own")
+    assert again.epoch == 3

@@ -177,6 +177,11 @@ def _drawn_rungs(
             "trial was judged by those that were at the rung before it, so that early ones may "
             "have gone on from above the line."
         )
+    elif material.study.search.scheduler == "pbt":
+        remark = (
+            "Whoever stopped here gave way to a successor of one of the best of its population, "
+            "which is first compared at the next rung."
+        )
     else:
         remark = "Hyperband's brackets begin to stop at different rungs: there is no one cut-off."
     told = "; ".join(

@@ -22,7 +22,8 @@ _SAMPLERS = {
     "grid": "a grid",
 }
 _SCHEDULERS = {
-    "asha": "ASHA", "hyperband": "Hyperband", "median": "the median rule", "none": "nobody",
+    "asha": "ASHA", "hyperband": "Hyperband", "median": "the median rule",
+    "pbt": "population-based training", "none": "nobody",
 }  # fmt: skip
 
 
@@ -196,6 +197,11 @@ def winner(material: Material) -> Markup:
         f"The fields of trial {best.number:04d} that differ from the defaults: the search set "
         f"{n_chosen}, the study's own configuration {len(rows) - n_chosen}.{kept}"
     )
+    if best.heir is not None:
+        text += (
+            f" Its weights come {best.heir.words}; what they were trained with until then is under "
+            "lineage in best.json."
+        )
     return Markup(note(text) + table(["field", "default → winner", "set by"], rows, most=200))
 
 

@@ -29,7 +29,7 @@ def trials(material: Material) -> Markup:
     )
     paths = list(material.study.search.space)
     heads = ["trial", "state", "objective", "F1", "GOSPA [m]", "epochs", "seconds", "skipped"]
-    heads += ["fallbacks", "where", *paths, "reason"]
+    heads += ["fallbacks", "where", *paths, "reason", "note"]
     won = next((i for i, t in enumerate(shown) if t is material.best), None)
     left_out = (
         note(f"The best {len(best)} and the latest of {len(every):,} trials; all: trials.csv.")
@@ -55,4 +55,5 @@ def _row(trial: TrialRecord, paths: list[str]) -> list[object]:
         place_of(metrics) if metrics else "",
         *(trial.params.get(path) for path in paths),
         trial.reason or "",
+        trial.note,
     ]
