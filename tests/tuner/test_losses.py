@@ -27,8 +27,8 @@ pytestmark = pytest.mark.long
 
 @pytest.fixture(scope="module")
 def head() -> Iterator[Head]:
-    """One for all tests here."""
-    with started_head() as found:
+    """One for all tests here, whose processes give freed memory back: they need it again."""
+    with started_head(MALLOC_ARENA_MAX="1", MALLOC_MMAP_THRESHOLD_="65536") as found:
         yield found
 
 
