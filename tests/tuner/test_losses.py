@@ -145,7 +145,7 @@ def test_an_actor_without_memory_is_followed_by_one_with_half_the_batch(
     for wanted in ("epoch 1/6", "epoch 4/6")[:times]:
         read_until(process, wanted)
         for victim in actors(head):
-            confine(victim, 2**20)
+            confine(victim, 2**26)  # enough for Ray, not for a step
     output, _ = process.communicate(timeout=240)
     (trial,) = trials_of(out)
     assert trial.accumulation == 2, output
