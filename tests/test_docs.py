@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
 from pathlib import Path
@@ -103,3 +104,28 @@ def test_the_conventions_table_holds_the_defaults() -> None:
         assert getattr(getattr(study, section), field) == yaml.safe_load(value) or float(
             value
         ) == getattr(getattr(study, section), field)
+
+
+def _citations(docstring: str) -> set[str]:
+    """What must stand in the references: quoted titles of sources, and (author, year)."""
+    flat = " ".join(docstring.split())
+    found = set()
+    for source in re.findall(r"(?:Source: |\([A-Z][a-z]+ and [A-Z][a-z]+, \").*", flat):
+        found |= {title.rstrip(",.") for title in re.findall(r'"([A-Z][^"]{8,})"', source)}
+    for authors, year in re.findall(r"([A-Z]\w+(?: and [A-Z]\w+)?), (\d{4})\b", flat):
+        found.add(f"{authors} ({year})")
+    return found
+
+
+def test_every_source_that_a_docstring_cites_is_listed_in_the_references() -> None:
+    text = " ".join((ROOT / "docs" / "references.md").read_text(encoding="utf-8").split())
+    listed = text.replace("ä", "a").replace("ü", "u").lower()
+    cited = set()
+    for path in (
+        p for package in ("physics", "model", "tuner") for p in (ROOT / package).rglob("*.py")
+    ):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module):
+                cited |= _citations(ast.get_docstring(node) or "")
+    assert len(cited) > 20
+    assert {citation for citation in cited if citation.lower() not in listed} == set()
