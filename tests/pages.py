@@ -51,6 +51,10 @@ class Block:
         """What is typed at the prompts of a session."""
         return _PROMPT.findall(self.text) if self.language == "console" else []
 
+    def says(self) -> list[str]:
+        """What a session at a debugger says for certain: the lines of code that it stands at."""
+        return re.findall(r"(?m)^>? ?((?:->|\S+\(\d+\)) ?.*)$", self.text) if self.typed() else []
+
 
 def without_comment(command: str) -> str:
     """A command of the shell, without the comment behind it."""

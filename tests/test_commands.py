@@ -21,6 +21,7 @@ from pathlib import Path
 import click
 import optuna
 import pytest
+import typer
 import yaml
 from packaging.requirements import Requirement
 from ray.scripts.scripts import cli as ray_cli
@@ -28,6 +29,8 @@ from ray.scripts.scripts import cli as ray_cli
 from tests.cluster_files import check_schema, read
 from tests.pages import ROOT, Block, blocks
 from tests.sandbox import Sandbox, sandbox
+from tuner.config import load_study
+from tuner.run import app
 
 Check = Callable[[str, Sandbox], None]
 
@@ -57,8 +60,20 @@ def cluster_file(command: str, _: Sandbox) -> None:
             known = known.commands[word]
         elif word.startswith("--"):
             assert any(word in p.opts + p.secondary_opts for p in known.params), word
-        else:
+        elif word.endswith(".yaml"):
             check_schema(read(word))
+
+
+def understood(command: str, sandbox: Sandbox) -> None:
+    """The tuner takes the options, and the study with them is a valid one."""
+    given = typer.main.get_command(app).make_context("run", shlex.split(command)[3:]).params
+    study = load_study(
+        sandbox.tree / given["config"],
+        given["set_"] or (),
+        resources__gpus_per_trial=given["gpus_per_trial"],
+        search__time_budget=given["time_budget"],
+    )
+    assert study.resources.gpus_per_trial == given["gpus_per_trial"]
 
 
 def installed_by_pip(command: str, _: Sandbox) -> None:
@@ -103,6 +118,8 @@ def manifest(command: str, _: Sandbox) -> None:
     words = shlex.split(command)
     if words[1] == "apply":
         assert (ROOT / words[words.index("-f") + 1]).is_file()
+    elif words[1] == "delete":
+        assert ("RayJob", words[3]) in kinds, kinds
     elif words[1] == "logs":
         job = words[words.index("-l") + 1].removeprefix("job-name=")
         assert ("Job", job) in kinds or ("RayJob", job) in kinds, kinds
@@ -117,6 +134,8 @@ RUN = (
     Run(r"make (lint|format|docs)$"),
     Run(r"python -m tuner\.run .*--dry-run"),
     Run(r"python -m tuner\.run --resume (?!.*--trials)"),
+    Run(r"python -m tuner\.run --resume .*--trials", "--trials 3"),
+    Run(r"python -m pdb "),
     Run(r"python -m tuner\.run (?!.*--resume)", "--trials 2"),
     Run(r"python -m tuner\.(status|config|report) "),
     Run(r"python -m tuner\.evaluate .*--data "),
@@ -127,18 +146,21 @@ RUN = (
         "--seeds 1 --random 1 --scenes 16 --jobs 1 --threads 1",
     ),
     Run(r"create(user|db) "),
+    Run(r"python3 tools/ensure_venv\.py "),  # the copy has its environment: see furnish
+    Run(r"ray get-auth-token "),
     Run(r"export "),
     Run(r"ray job (submit|logs|stop) "),
     Run(r"ray exec \S+\.yaml (--tmux )?'"),  # what is in the quotes, here instead of on the head
 )
 
 ELSEWHERE = (
-    Elsewhere(r"ray (up|down|dashboard) ", cluster_file),  # machines or a cloud
+    Elsewhere(r"ray (up|down|dashboard|rsync-down|start) ", cluster_file),  # machines or a cloud
+    Elsewhere(r"python -m tuner\.run .*--gpus-per-trial ", understood),  # a GPU
     Elsewhere(r"pip install ", installed_by_pip),  # would change the environment of the tests
     Elsewhere(r"tensorboard ", event_files),  # not installed; serves until it is stopped
     Elsewhere(r"optuna-dashboard ", optuna_study),  # the same
     Elsewhere(r"docker (build|push) ", image),
-    Elsewhere(r"kubectl (apply|logs|port-forward) ", manifest),
+    Elsewhere(r"kubectl (apply|delete|logs|port-forward) ", manifest),
 )
 
 # What a reader has when a page begins, for blocks of Python that use it.
@@ -155,7 +177,7 @@ RUNNING = [b for b in blocks() if b.commands() or b.language == "python"]
 
 def entry_for(command: str) -> Run | Elsewhere:
     """The first entry that a command is for."""
-    return next(e for e in (*RUN, *ELSEWHERE) if re.match(e.pattern, command))
+    return next(e for e in (*ELSEWHERE, *RUN) if re.match(e.pattern, command))
 
 
 def test_every_command_is_run_or_named_as_one_that_cannot_be() -> None:
@@ -191,4 +213,6 @@ def test_a_block_does_what_the_page_says(block: Block, place: Sandbox) -> None:
         if isinstance(entry, Elsewhere):
             entry.check(command, place)
         else:
-            place.shell(command, entry.added, typed=block.typed())
+            printed = place.shell(command, entry.added, typed=block.typed())
+            for said in block.says():
+                assert said in printed, printed

@@ -48,7 +48,7 @@ SEED = 7
 
 # Colours that can be told apart by most eyes (Okabe and Ito), on white.
 BLUE, ORANGE, GREEN, GREY = "#0072b2", "#d55e00", "#009e73", "#777777"
-STYLE = {
+STYLE: Any = {
     "figure.facecolor": "white",
     "axes.grid": True,
     "axes.spines.right": False,
@@ -82,11 +82,13 @@ def geometry(n_scenes: int, n_points: int) -> Figure:
     points = to_cartesian(scenes.position[0])  # (K, 3) x, y, z
     azimuth, elevation, range_m = scenes.position[0].unbind(-1)
     figure = Figure(figsize=(8.0, 4.2), layout="constrained")
-    views = (("x [m]", 0, config.azimuth_deg, "from above"),)
-    views += (("y [m]", 1, config.elevation_deg, "from the side"),)
+    views = (
+        ("x [m]", 0, config.azimuth_deg, "from above"),
+        ("y [m]", 1, config.elevation_deg, "from the side"),
+    )
     axes = figure.subplots(1, 2, sharex=True)
     for axis, (label, across, bounds, title) in zip(axes, views, strict=True):
-        elements = array.elements[:, across]
+        elements = array.elements[:, across].unique()
         axis.plot([0.0] * len(elements), elements, "s", color=GREY, ms=3, label="elements")
         for bound in bounds:
             reach = config.range_m[1] * torch.tensor([0.0, 1.0])
@@ -148,10 +150,12 @@ def focus(n_scenes: int, n_points: int) -> Figure:
     target = at(20.0, 0.0, 2.5)
     figure = Figure(figsize=(8.0, 3.5), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
-    chosen: tuple[tuple[Wavefront, str], ...]
-    chosen = (("spherical", "spherical: focused at 2.5 m"), ("planar", "planar: steered to 20°"))
-    for axis, (model, title) in zip(axes, chosen, strict=True):
-        power = (field.conj() @ steering_vector(target, array, model)).abs().square()
+    panels = (
+        ("spherical: focused at 2.5 m", steering_vector(target, array, "spherical")),
+        ("planar: steered to 20°", steering_vector(target, array, "planar")),
+    )
+    for axis, (title, code) in zip(axes, panels, strict=True):
+        power = (field.conj() @ code).abs().square()
         level = 10.0 * power.clamp_min(1e-4).log10()
         mesh = axis.pcolormesh(z, x, level, vmin=-25, vmax=0, rasterized=True, shading="nearest")
         place = to_cartesian(target)
@@ -219,8 +223,10 @@ def spectrum(n_scenes: int, n_points: int) -> Figure:
     extent = (*config.azimuth_deg, *config.elevation_deg)
     figure = Figure(figsize=(8.0, 3.0), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
-    panels = (("$R_{samp}$", sample_covariance(scenes.y, scenes.H, scenes.codes)),)
-    panels += (("$R_{blend}$, the shipped network's", blended),)
+    panels = (
+        ("$R_{samp}$", sample_covariance(scenes.y, scenes.H, scenes.codes)),
+        ("$R_{blend}$, the shipped network's", blended),
+    )
     for axis, (title, covariance) in zip(axes, panels, strict=True):
         level = mvdr_spectrum(covariance, grid, array)[0].amax(-1)  # highest over range
         image = 10.0 * (level / level.max()).log10().mT
@@ -295,6 +301,9 @@ def rungs(n_scenes: int, n_points: int) -> Figure:
     axis.plot([], [], color=BLUE, label="trained")
     axis.plot([], [], "x", color=ORANGE, label="stopped")
     axis.plot([], [], color=GREY, lw=0.6, label="what it would have become")
+    every = [value for curve in curves_of(recorded) for value in curve]
+    middle = float(torch.tensor([curve[0] for curve in curves_of(recorded)]).quantile(0.8))
+    axis.set_ylim(min(every) - 0.01, middle + 0.02)  # a few begin far above
     axis.set(xscale="log", xlabel="epoch (dotted: rungs)", ylabel="objective: GOSPA [m]")
     axis.set_xticks([1, 3, 9, 27], labels=["1", "3", "9", "27"])
     axis.set_xticks([], minor=True)
