@@ -1,4 +1,4 @@
-"""The figures of the concepts are drawn by tools/figures.py, all of them, and stand in the pages."""
+"""The figures of the concepts are those that tools/figures.py draws, and stand in the pages."""
 
 from __future__ import annotations
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import html
 import posixpath
 import re
+import textwrap
 from pathlib import Path
 
 from latex2mathml.converter import convert
@@ -17,6 +18,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
+from nbconvert import MarkdownExporter
 
 NAMED = {
     "README.md": "index.md",
@@ -68,15 +70,31 @@ def as_page(root: Path, path: str) -> str:
     """Markdown of a file or folder outside of docs/."""
     file = root / path
     if file.is_dir():
-        names = sorted(p.name for p in file.iterdir() if p.suffix in LANGUAGES and p.stat().st_size)
+        shown = (p for p in file.iterdir() if p.suffix in (*LANGUAGES, ".ipynb"))
+        names = sorted(p.name for p in shown if p.name != "__init__.py")
         return f"# {path}/\n\n" + "".join(
             f"- [{n}]({posixpath.basename(path)}/{n})\n" for n in names
         )
+    if file.suffix == ".ipynb":
+        return _from_notebook(file)[0]
     text = file.read_text(encoding="utf-8")
     if file.suffix == ".md":
         return text
     fence = "````"
     return f"# {path}\n\n{fence}{LANGUAGES.get(file.suffix, 'text')}\n{text}{fence}\n"
+
+
+def _from_notebook(file: Path) -> tuple[str, dict[str, bytes]]:
+    """A notebook with its outputs as Markdown, and the images that it shows, by name."""
+    body, resources = MarkdownExporter().from_filename(str(file))  # type: ignore[no-untyped-call]
+    parts = re.split(r"(?ms)(^```.*?^```$)", body)  # every second one is code
+    # What a cell prints comes indented.
+    parts[::2] = [re.sub(r"(?m)(?:^    .*\n)+", _as_text, part) for part in parts[::2]]
+    return "".join(parts), resources["outputs"]
+
+
+def _as_text(printed: re.Match[str]) -> str:
+    return f"```text\n{textwrap.dedent(printed[0])}```\n"
 
 
 def with_mathml(page: str) -> str:
@@ -108,8 +126,12 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         sources[path] = site_path(path)
         content = as_page(root, path)
         files.append(File.generated(config, site_path(path), content=content))
-        if path.endswith(".md") or (root / path).is_dir():
+        if path.endswith((".ipynb", ".md")) or (root / path).is_dir():
             waiting += linked(content, path)
+        if path.endswith(".ipynb"):
+            folder = posixpath.dirname(site_path(path))
+            for name, image in _from_notebook(root / path)[1].items():
+                files.append(File.generated(config, f"{folder}/{name}", content=image))
     config.extra["repository"] = sources
     return files
 
