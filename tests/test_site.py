@@ -65,6 +65,11 @@ def test_formulas_become_mathml_and_text_stays() -> None:
     assert page.startswith("<p>a <math")
 
 
+def test_bold_and_script_letters_are_letters_of_their_own() -> None:
+    page = with_mathml(r'<span class="arithmatex">\(\mathbf H \boldsymbol\Phi \mathcal L\)</span>')
+    assert all(letter in page for letter in "𝐇𝚽ℒ")
+
+
 def test_a_formula_that_cannot_be_drawn_ends_the_build() -> None:
     with pytest.raises(PluginError, match="nosuchcommand"):
         with_mathml(r'<span class="arithmatex">\(\nosuchcommand x\)</span>')

@@ -209,7 +209,7 @@ def filter_factors(n_scenes: int, n_points: int) -> Figure:
     held.set(yticks=[], zorder=0)
     held.spines["right"].set_visible(False)
     axis.set(zorder=1, facecolor="none")
-    axis.legend(loc="upper left", title=f"grey: {n_scenes} channels")
+    axis.legend(loc=(0.01, 0.06), title=f"grey: {n_scenes} channels")
     return figure
 
 

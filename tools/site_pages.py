@@ -11,6 +11,7 @@ import html
 import posixpath
 import re
 import textwrap
+import unicodedata
 from pathlib import Path
 
 from latex2mathml.converter import convert
@@ -32,6 +33,7 @@ _INLINE = re.compile(r'<span class="arithmatex">\\\((.*?)\\\)</span>', re.DOTALL
 _FOREIGN = re.compile(
     r'<(?:script|img|iframe|link rel="stylesheet")[^>]*? (?:src|href)="(https?:[^"]+)'
 )
+_VARIANT = re.compile(r'<m[io] mathvariant="(bold|bold-italic|script)">(&#x\w+;|.)</m[io]>')
 _DISPLAY = re.compile(r'<div class="arithmatex">\s*\\\[(.*?)\\\]\s*</div>', re.DOTALL)
 
 
@@ -97,6 +99,23 @@ def _as_text(printed: re.Match[str]) -> str:
     return f"```text\n{textwrap.dedent(printed[0])}```\n"
 
 
+def _letter(found: re.Match[str]) -> str:
+    """A bold or script letter of its own, in place of an attribute that browsers leave unread."""
+    kind, letter = found[1], html.unescape(found[2])
+    if not letter.isalpha():
+        return found[0]
+    name = (
+        unicodedata.name(letter).replace("LATIN ", "").replace("GREEK ", "").replace(" LETTER", "")
+    )
+    style = "SCRIPT" if kind == "script" else "BOLD"
+    for full in (f"MATHEMATICAL {style} {name}", f"{style} {name}"):
+        try:
+            return f"<mi>{unicodedata.lookup(full)}</mi>"
+        except KeyError:  # a few letters stand outside of the block
+            continue
+    return found[0]
+
+
 def with_mathml(page: str) -> str:
     """HTML in which every formula is MathML."""
 
@@ -105,6 +124,7 @@ def with_mathml(page: str) -> str:
         mathml = convert(latex, display="block" if display else "inline")
         if "\\" in mathml:
             raise PluginError(f"the formula {latex!r} holds a command that latex2mathml lacks")
+        mathml = _VARIANT.sub(_letter, mathml)
         return f'<div class="formula">{mathml}</div>' if display else mathml
 
     page = _DISPLAY.sub(lambda found: formula(found, True), page)
