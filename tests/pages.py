@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 LANGUAGES = {"", "bash", "console", "python", "text", "yaml"}
 
-_BLOCK = re.compile(r"(?ms)^```([^\n]*)\n(.*?)^```$")
+_BLOCK = re.compile(r"(?ms)^( *)```([^\n]*)\n(.*?)^\1```$")  # indented in a list
 _PROMPT = re.compile(r"(?m)^\(Pdb\) ?(.*)$")
 
 
@@ -70,4 +71,4 @@ def blocks(*pages: Path) -> Iterator[Block]:
         text = page.read_text(encoding="utf-8")
         for found in _BLOCK.finditer(text):
             line = text.count("\n", 0, found.start()) + 1
-            yield Block(name_of(page), line, found[1], found[2])
+            yield Block(name_of(page), line, found[2], textwrap.dedent(found[3]))
