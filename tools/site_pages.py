@@ -88,7 +88,7 @@ def as_page(root: Path, path: str) -> str:
 
 def _from_notebook(file: Path) -> tuple[str, dict[str, bytes]]:
     """A notebook with its outputs as Markdown, and the images that it shows, by name."""
-    body, resources = MarkdownExporter().from_filename(str(file))  # type: ignore[no-untyped-call]
+    body, resources = MarkdownExporter().from_filename(str(file))
     parts = re.split(r"(?ms)(^```.*?^```$)", body)  # every second one is code
     # What a cell prints comes indented.
     parts[::2] = [re.sub(r"(?m)(?:^    .*\n)+", _as_text, part) for part in parts[::2]]
