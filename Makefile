@@ -15,14 +15,14 @@ ARGS ?=
 # Packages of another Python must not shadow those of .venv.
 unexport PYTHONHOME PYTHONPATH
 
-.PHONY: help setup dev run test test-slow lint format bench clean
+.PHONY: help setup dev documenting run test test-slow lint format docs bench clean
 
 help:  ## show this list
 	@echo "usage: make TARGET [ARGS=...]"
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 ifeq ($(strip $(PYTHON)),)
-setup dev:
+setup dev documenting:
 	@echo "[setup] no python3 on PATH: install Python 3.11, 3.12 or 3.13" \
 		"(Debian and Ubuntu: apt install python3 python3-venv)" >&2; exit 1
 else
@@ -31,6 +31,9 @@ setup:  ## make .venv with what running needs
 
 dev:  ## make .venv with what developing needs
 	@"$(PYTHON)" tools/ensure_venv.py --extra dev
+
+documenting:
+	@"$(PYTHON)" tools/ensure_venv.py --extra docs
 endif
 
 run: setup  ## tune a small network on simulated scenes, in minutes, on any machine
@@ -50,6 +53,10 @@ lint: dev  ## check style and types
 format: dev  ## rewrite the code in the project's style
 	@$(VENV)/ruff check --fix .
 	@$(VENV)/ruff format .
+
+docs: documenting  ## build the documentation site in site/
+	@NO_MKDOCS_2_WARNING=1 $(VENV)/python -m mkdocs --quiet build --strict $(ARGS)
+	@echo "site/index.html"
 
 bench: setup  ## measure the speed of everything and renew docs/performance.md
 	@$(VENV)/python -m benchmarks.suite --write $(ARGS)

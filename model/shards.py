@@ -137,7 +137,9 @@ class ShardSplit:
         name: ``train``, ``val`` or ``test``.
         array: the surface that the data were made with.
         wavefront: the steering model that they were made with.
-        n_antennas, n_snapshots, max_sources: sizes that the configuration expects.
+        n_antennas: M that the configuration expects.
+        n_snapshots: L that it expects.
+        max_sources: K that a scene may hold.
 
     Raises:
         DataError: a missing folder, or a shard that is damaged, foreign or of other sizes.
@@ -389,7 +391,8 @@ def write_shards(
         folder: data folder; the split's folder is made in it.
         name: ``train``, ``val`` or ``test``.
         scenes: what to write.
-        array, wavefront: convention of the true covariance R.
+        array: the surface of the true covariance R.
+        wavefront: its steering model.
         shard_size: scenes in a file.
 
     Returns:

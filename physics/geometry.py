@@ -42,7 +42,8 @@ class PlanarArray:
     element ``n = v * n_horizontal + h``.
 
     Args:
-        n_horizontal, n_vertical: element counts along x and y.
+        n_horizontal: elements along x.
+        n_vertical: elements along y.
         spacing: distance of neighbours [m].
         wavelength: carrier wavelength [m].
         offset: centre of the element grid (x, y) [m]; (0, 0) puts it on the origin.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
 from pathlib import Path
@@ -12,13 +13,11 @@ import typer
 import yaml
 from ray.scripts.scripts import cli as ray_cli
 
-from tuner.config import StudyConfig
+from tests.pages import LANGUAGES, PAGES, ROOT, Block, blocks, name_of
+from tuner.config import StudyConfig, load_study
 from tuner.explain import field_paths
 from tuner.gauges import COUNTERS, GAUGES, PREFIX
 from tuner.run import app
-
-ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def test_the_configuration_page_is_up_to_date() -> None:
@@ -29,14 +28,14 @@ def test_the_configuration_page_is_up_to_date() -> None:
     )
 
 
-@pytest.mark.parametrize("path", PAGES, ids=lambda p: p.name)
+@pytest.mark.parametrize("path", PAGES, ids=name_of)
 def test_links_lead_to_files_that_exist(path: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text(encoding="utf-8")):
         if not target.startswith("http"):
             assert (path.parent / target).exists(), f"{path.name}: {target}"
 
 
-@pytest.mark.parametrize("path", PAGES, ids=lambda p: p.name)
+@pytest.mark.parametrize("path", PAGES, ids=name_of)
 def test_commands_name_modules_and_files_that_exist(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     for module in re.findall(r"python -m ((?:tuner|model|benchmarks|tools)\.\w+)", text):
@@ -45,15 +44,32 @@ def test_commands_name_modules_and_files_that_exist(path: Path) -> None:
         assert (ROOT / config).exists(), config
 
 
-def blocks(text: str) -> list[str]:
-    """The commands of a page, one a line."""
-    found = re.findall(r"(?ms)^```\w*\n(.*?)^```$", text.replace("\\\n", " "))
-    return [line for block in found for line in block.splitlines()]
+def test_every_block_says_what_it_holds() -> None:
+    assert {str(block) for block in blocks() if block.language not in LANGUAGES} == set()
 
 
-@pytest.mark.parametrize("path", PAGES, ids=lambda p: p.name)
+# YAML of others: the first key of each.
+FOREIGN_YAML = {"scrape_configs"}
+
+
+@pytest.mark.parametrize("block", [b for b in blocks() if b.language == "yaml"], ids=str)
+def test_a_piece_of_yaml_is_a_valid_piece_of_a_study(block: Block, tmp_path: Path) -> None:
+    content = yaml.safe_load(block.text)
+    if FOREIGN_YAML & content.keys():
+        return
+    if all("." in key for key in content):  # what stands in a search space
+        content = {"search": {"space": content}}
+    # The default space is for the default network.
+    space = {"training.learning_rate": {"type": "float", "low": 1e-4, "high": 1e-2}}
+    content["search"] = {"space": space} | content.get("search", {})
+    path = tmp_path / "piece.yaml"
+    path.write_text(yaml.safe_dump(content), encoding="utf-8")
+    load_study(path)
+
+
+@pytest.mark.parametrize("path", PAGES, ids=name_of)
 def test_the_tuners_commands_have_only_options_that_it_knows(path: Path) -> None:
-    for line in blocks(path.read_text(encoding="utf-8")):
+    for line in (command for block in blocks(path) for command in block.commands()):
         for given in re.findall(r"python -m tuner\.run ([^#]*)", line):
             if given.count("'") % 2:  # the end of a command within quotes
                 given = given.rstrip().removesuffix("'")
@@ -61,9 +77,9 @@ def test_the_tuners_commands_have_only_options_that_it_knows(path: Path) -> None
             typer.main.get_command(app).make_context("run", arguments)  # raises
 
 
-@pytest.mark.parametrize("path", PAGES, ids=lambda p: p.name)
+@pytest.mark.parametrize("path", PAGES, ids=name_of)
 def test_rays_commands_and_their_options_exist_in_this_ray(path: Path) -> None:
-    for line in blocks(path.read_text(encoding="utf-8")):
+    for line in (command for block in blocks(path) for command in block.commands()):
         if not line.startswith("ray "):
             continue
         words = shlex.split(line.partition(" -- ")[0], comments=True)
@@ -103,3 +119,28 @@ def test_the_conventions_table_holds_the_defaults() -> None:
         assert getattr(getattr(study, section), field) == yaml.safe_load(value) or float(
             value
         ) == getattr(getattr(study, section), field)
+
+
+def _citations(docstring: str) -> set[str]:
+    """What must stand in the references: quoted titles of sources, and (author, year)."""
+    flat = " ".join(docstring.split())
+    found = set()
+    for source in re.findall(r"(?:Source: |\([A-Z][a-z]+ and [A-Z][a-z]+, \").*", flat):
+        found |= {title.rstrip(",.") for title in re.findall(r'"([A-Z][^"]{8,})"', source)}
+    for authors, year in re.findall(r"([A-Z]\w+(?: and [A-Z]\w+)?), (\d{4})\b", flat):
+        found.add(f"{authors} ({year})")
+    return found
+
+
+def test_every_source_that_a_docstring_cites_is_listed_in_the_references() -> None:
+    text = " ".join((ROOT / "docs" / "references.md").read_text(encoding="utf-8").split())
+    listed = text.replace("ä", "a").replace("ü", "u").lower()
+    cited = set()
+    for path in (
+        p for package in ("physics", "model", "tuner") for p in (ROOT / package).rglob("*.py")
+    ):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module):
+                cited |= _citations(ast.get_docstring(node) or "")
+    assert len(cited) > 20
+    assert {citation for citation in cited if citation.lower() not in listed} == set()

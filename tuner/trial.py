@@ -13,6 +13,7 @@ import logging
 import math
 import platform
 import traceback
+from bdb import BdbQuit
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -123,6 +124,8 @@ class TrialRun:
             metrics = dict(trainer.run_epoch())
             if on_gpu:
                 metrics["gpu_memory_bytes"] = torch.cuda.max_memory_allocated(self._device)
+        except BdbQuit:  # who leaves the debugger ends the session, as Ctrl-C does: no fault of it
+            raise KeyboardInterrupt from None
         except TrialDiverged as error:
             return self._failure(f"diverged: {error}", error)
         except DataError as error:

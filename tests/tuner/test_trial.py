@@ -4,6 +4,7 @@ import gc
 import math
 import shutil
 import weakref
+from bdb import BdbQuit
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,17 @@ def test_bad_data_fails_the_trial_with_words(tmp_path: Path) -> None:
     assert result["failed"]
     assert result["reason"].startswith("data: ")
     assert "absent" in result["reason"]
+
+
+def test_leaving_the_debugger_ends_the_session_and_fails_no_trial(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def left(self: Trainer) -> dict[str, Any]:
+        raise BdbQuit
+
+    monkeypatch.setattr(Trainer, "run_epoch", left)
+    with pytest.raises(KeyboardInterrupt):
+        TrialRun(config(tmp_path)).step()
 
 
 def test_an_exception_of_the_users_own_fails_the_trial_with_its_traceback(
