@@ -342,7 +342,7 @@ class Bench:
         if not calm.folder.exists():
             assert calm.finish() == DONE, calm.said()
         run = self._run(config)
-        code = run.finish(limit_mb=self.random.randint(380, 420))
+        code = run.finish(limit_mb=self.random.randint(220, 320))
         (trial,), (peaceful,) = run.trials(), calm.trials()
         if trial.accumulation is None and code == DONE:
             return None
