@@ -202,6 +202,7 @@ def place(origin_shards: Path) -> Iterator[Sandbox]:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("block", RUNNING, ids=str)
 def test_a_block_does_what_the_page_says(block: Block, place: Sandbox) -> None:
