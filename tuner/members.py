@@ -71,11 +71,6 @@ class PopulationLedger(Ledger):
         self._handed_out.discard(number)
         return super().finish(number, state, **details)
 
-    @property
-    def waits(self) -> bool:
-        """Whether a trial is with somebody who runs it."""
-        return bool(self._handed_out)
-
     def orphans(self) -> list[Assignment]:
         """None that would have to run first; a proposal that was cut is made whole."""
         super().orphans()

@@ -62,7 +62,8 @@ class LedgerSearch(OptunaSearch):
         self._orphans = deque(ledger.orphans())
         self._numbers: dict[str, int] = {}
         self._ended: set[str] = set()
-        self._in_a_row: dict[str, int] = {}  # losses without a finished epoch between them
+        self._in_a_row: dict[int, int] = {}  # losses without a finished epoch between them
+        self._counted: set[str] = set()  # whose last loss is counted, with no epoch after it
         self._given_up: dict[str, str] = {}
         self.closed = False
         self.full_disk: str | None = None  # what a trial met that could not be saved
@@ -82,7 +83,8 @@ class LedgerSearch(OptunaSearch):
                 self._after()
             found = self._orphans.popleft() if self._orphans else self._ledger.ask()
             if found is None:
-                return None if self._ledger.waits else Searcher.FINISHED
+                # A trial that runs may be handed back yet.
+                return None if self._numbers.keys() - self._ended else Searcher.FINISHED
             self._numbers[trial_id] = found.number
             self._watcher.started(found)
             try:
@@ -90,6 +92,7 @@ class LedgerSearch(OptunaSearch):
             except ValueError as error:
                 self._end(trial_id, "failed", reason=f"configuration: {error}")
                 self._ended.discard(trial_id)
+                del self._numbers[trial_id]  # the next one takes Ray's trial
                 continue
             return {
                 NUMBER: found.number,
@@ -111,10 +114,8 @@ class LedgerSearch(OptunaSearch):
         """End a trial as what it is: done, pruned, failed or lost; or take it back for later."""
         if trial_id not in self._numbers or trial_id in self._ended or self.closed:
             return
-        if error or result is None:  # not even an actor to give it up on could be started
-            self._end(
-                trial_id, "failed", reason=self._given_up.get(trial_id, "its machine was lost")
-            )
+        if error or result is None:
+            self._abandoned(trial_id)
         elif result.get("failed"):
             self._end(
                 trial_id, "failed", reason=result.get("reason"), traceback=result.get("traceback")
@@ -127,6 +128,21 @@ class LedgerSearch(OptunaSearch):
             state: End = "done" if result.get("finished") else "pruned"
             stopped = None if state == "done" else f"stopped after epoch {result['epoch']}"
             self._end(trial_id, state, objective=result.get("objective"), reason=stopped)
+
+    def _abandoned(self, trial_id: str) -> None:
+        """Ray does not try the trial again, although nobody has given it up.
+
+        An actor that dies while it takes a trial is reported twice: as an actor that died, upon
+        which Ray puts the trial back into its queue, and as a failed task of a trial in the
+        queue, which Ray ends. The trial goes on as another of Ray's.
+        """
+        if trial_id not in self._given_up and trial_id not in self._counted:
+            self.lost(trial_id, "its process ended while it took the trial")
+        if trial_id in self._given_up:  # and not even an actor to say so could be started
+            self._end(trial_id, "failed", reason=self._given_up[trial_id])
+            return
+        self._ended.add(trial_id)
+        self._ledger.hand_back(self._numbers[trial_id])
 
     def lost(self, trial_id: str, reason: str) -> dict[str, Any]:
         """The trial's process has ended without a word and Ray starts another.
@@ -146,7 +162,8 @@ class LedgerSearch(OptunaSearch):
             self._watcher.halved(number, parts, reason)
             config = self._ledger.trial_config(self._ledger.going_on(number))
             return {CONFIG: config.model_dump(mode="json")}
-        self._in_a_row[trial_id] = times = self._in_a_row.get(trial_id, 0) + 1
+        self._in_a_row[number] = times = self._in_a_row.get(number, 0) + 1
+        self._counted.add(trial_id)
         self._ledger.lost(number, reason)
         if times > self._ledger.config.resources.max_failures:
             return self._give_up(
@@ -167,7 +184,8 @@ class LedgerSearch(OptunaSearch):
         if number is None or trial_id in self._ended or self.closed:
             return
         if not result.get("failed") and not result.get("repeated"):
-            self._in_a_row.pop(trial_id, None)
+            self._in_a_row.pop(number, None)
+            self._counted.discard(trial_id)
             metrics = own_metrics(result)
             self._ledger.report(number, metrics)
             self._watcher.reported(number, metrics)

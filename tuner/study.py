@@ -15,6 +15,7 @@ import copy
 import logging
 import time
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,7 @@ class Ledger:
             self._study = optuna.create_study(**known, directions=directions, load_if_exists=True)
         self._pruner = make_pruner(study.search, study.training.epochs)
         self._ids: dict[int, int] = {}
+        self._handed_back: deque[int] = deque()
         if not reading and not self._started(self._frozen()):
             self._enqueue()
             self._learn(prior())
@@ -138,7 +140,9 @@ class Ledger:
     # Proposing
 
     def ask(self) -> Assignment | None:
-        """A new trial, or None when the budget of trials or the space is used up."""
+        """One that was handed back, or a new one; None when the budget or the space is used up."""
+        if self._handed_back:
+            return self.going_on(self._handed_back.popleft())
         for _ in range(_MAX_DUPLICATES):
             before = self._frozen()
             started = self._started(before)
@@ -227,17 +231,13 @@ class Ledger:
         """The study's own trials: not waiting, no repetitions, and none of an earlier study."""
         return [t for t in trials if t.state != TrialState.WAITING and not _is_foreign(t)]
 
-    @property
-    def waits(self) -> bool:
-        """Whether there may be more to run once a trial that runs is handed back or ends."""
-        return False
-
     def settle(self) -> list[TrialRecord]:
         """Decide what can be before the next trial is asked for; the trials that this ends."""
         return []
 
     def hand_back(self, number: int) -> None:
-        """Take back a trial that has trained as long as its assignment said."""
+        """Take back a trial that runs; it is the next to be asked for."""
+        self._handed_back.append(number)
 
     def orphans(self) -> list[Assignment]:
         """Trials that were running when the last session ended, to be run on."""

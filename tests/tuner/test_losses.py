@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ray.tune.search import Searcher
 
 from tests.tuner.clusters import Head, actors, started_head
 from tests.tuner.support import read_until, run, start, tiny_study, wait_for, write_study
@@ -20,7 +21,7 @@ from tuner.records import TrialRecord
 from tuner.search import LedgerSearch
 from tuner.study import Ledger
 from tuner.telemetry import Progress
-from tuner.trainable import CONFIG, GIVE_UP
+from tuner.trainable import CONFIG, GIVE_UP, NUMBER
 
 pytestmark = pytest.mark.long
 
@@ -83,6 +84,46 @@ def test_a_trial_that_not_even_an_actor_could_be_had_for_ends_with_its_reason(
     trial = ledger.trial(0)
     assert trial.state == "failed"
     assert str(trial.reason).startswith("lost: its process ended 1 times in a row")
+
+
+def test_a_death_that_ray_reports_twice_is_one_and_the_trial_goes_on(tmp_path: Path) -> None:
+    ledger, search = search_in(tmp_path, search={"trials": 1})
+    first = search.suggest("a")
+    search.lost("a", "gone")
+    search.on_trial_complete("a", None, error=True)
+    assert ledger.trial(0).state == "running"
+    again = search.suggest("b")
+    assert again[NUMBER] == first[NUMBER] == 0
+    assert again[CONFIG] == first[CONFIG]
+    assert ledger.trial(0).note == "machine lost once (last: gone)"
+    assert search.suggest("c") is None, "it may be handed back once more"
+    search.reported("b", {"epoch": 1, "objective": 1.0})
+    search.on_trial_complete("b", {"epoch": 2, "objective": 1.0, "finished": True})
+    assert ledger.trial(0).state == "done"
+    assert search.suggest("c") == Searcher.FINISHED
+
+
+def test_a_trial_that_ray_abandons_again_and_again_is_given_up(tmp_path: Path) -> None:
+    ledger, search = search_in(tmp_path, search={"trials": 1}, resources={"max_failures": 2})
+    for name in ("a", "b", "c"):
+        assert search.suggest(name)[NUMBER] == 0
+        search.on_trial_complete(name, None, error=True)
+    trial = ledger.trial(0)
+    assert trial.state == "failed"
+    assert "3 times in a row before it had finished an epoch" in str(trial.reason)
+    assert search.suggest("d") == Searcher.FINISHED
+
+
+def test_the_last_trial_that_cannot_be_built_ends_the_search(tmp_path: Path) -> None:
+    ledger, search = search_in(tmp_path, search={"trials": 1})
+    with pytest.MonkeyPatch.context() as patched:
+
+        def refused(found: object) -> object:
+            raise ValueError("no such network")
+
+        patched.setattr(ledger, "trial_config", refused)
+        assert search.suggest("a") == Searcher.FINISHED
+    assert ledger.trial(0).reason == "configuration: no such network"
 
 
 @pytest.mark.slow

@@ -177,7 +177,7 @@ def test_many_slots_decide_as_one_does(tmp_path: Path, seed: int) -> None:
             assert found.number not in busy
             busy[found.number] = run, found.until
         if not busy:
-            assert not ledger.waits
+            assert not ledger.has_work
             break
         number = int(random.choice(list(busy)))
         run, until = busy[number]

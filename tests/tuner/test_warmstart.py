@@ -131,7 +131,7 @@ def test_ray_is_given_the_studys_own_trials_alone(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "study.db", study, lambda: prior)
     search = LedgerSearch(ledger, Progress(study, []), RunFolder(tmp_path), device="cpu")
     assert [search.suggest("a")[NUMBER], search.suggest("b")[NUMBER]] == [0, 4]
-    assert search.suggest("c") == "FINISHED"
+    assert search.suggest("c") is None
     assert not any(LedgerASHA(ledger).rungs.values())
 
 
