@@ -159,6 +159,26 @@ def test_a_trial_that_ends_its_process_every_time_is_given_up(tmp_path: Path, he
     assert trial.note.startswith("machine lost 2 times (last: ")
 
 
+@pytest.mark.slow
+def test_a_trial_whose_actor_dies_while_it_takes_it_goes_on(tmp_path: Path, head: Head) -> None:
+    """Ray reports that twice; whether the kill meets it is a matter of milliseconds."""
+    config = write_study(
+        tmp_path, training={"epochs": 1}, search={"trials": 8, "scheduler": "none"}
+    )
+    out = tmp_path / "run"
+    command = ("--config", config, "--address", head.address, "--out", out)
+    process = start(*command, "--concurrent", 1)
+    for number in range(1, 8):
+        read_until(process, f"trial {number:04d} starts")
+        for victim in actors(head):
+            os.kill(victim, signal.SIGKILL)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    trials = trials_of(out)
+    assert [trial.state for trial in trials] == ["done"] * 8, output
+    assert sum("machine lost" in trial.note for trial in trials) > 0, "nobody was hit"
+
+
 def confine(pid: int, spare: int) -> None:
     """Let a process have so many more bytes and no more."""
     pages = int(Path(f"/proc/{pid}/statm").read_text().split()[0])
