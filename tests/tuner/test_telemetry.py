@@ -3,9 +3,11 @@ from __future__ import annotations
 import io
 import logging
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from tests.tuner.support import tiny_study
 from tuner.records import Assignment
@@ -124,3 +126,28 @@ def test_no_color_is_heeded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         play(progress)
     colours = re.findall(r"\x1b\[(?:\d+;)*(?:3|9)\d(?:;\d+)*m", stream.getvalue())
     assert not colours
+
+
+def test_a_trial_that_makes_room_is_said_to_wait_and_keeps_its_curve(tmp_path: Path) -> None:
+    stream = Terminal()
+    progress = Progress(tiny_study(tmp_path), [], stream)
+    turn = Assignment(4, {}, seed=1, epoch=1, origin="from trial 0002 after epoch 1", until=2)
+    progress.started(turn)
+    progress.reported(4, {"epoch": 2, "objective": 2.0, "scenes_per_second": 50.0})
+    progress.handed_back(4)
+    (row,) = progress._rows.values()
+    assert row.note == "waits; from trial 0002 after epoch 1"
+    assert row.waits
+    assert "50 scenes/s" not in drawn(progress), "nobody trains"
+    progress.started(replace(turn, epoch=2, checkpoint="somewhere", until=3))
+    (row,) = progress._rows.values()
+    assert row.note == "from trial 0002 after epoch 1"
+    assert not row.waits
+    assert row.curve == {2: 2.0}
+    assert "50 scenes/s" in drawn(progress)
+
+
+def drawn(progress: Progress) -> str:
+    console = Console(file=io.StringIO(), width=160)
+    console.print(progress._draw())
+    return console.file.getvalue()  # type: ignore[attr-defined,no-any-return]
