@@ -8,22 +8,25 @@ ledger, sampler, scheduler and pruner are the real ones (benchmarks/_simulator.p
 of configs/full.yaml. The measure is the sequential search with TPE and a median pruner, one GPU,
 ``--trials`` trials; the others are let run for ``--beyond`` times its GPU-hours. GPU-hours are
 those for which GPUs are held, idle or not. Searches with one seed have the same noise for the same
-trial number. The driver's cost is measured on a ledger in memory and passes in virtual time.
+trial number. The driver's cost is measured, on ledgers in memory and in SQLite, and passes in
+virtual time.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
+import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import optuna
-from optuna.trial import TrialState, create_trial
+from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from benchmarks._curves import recorded_study
 from benchmarks._simulator import (
@@ -42,6 +45,7 @@ from benchmarks._timing import parser, save, verdict
 from tuner.config import StudyConfig
 from tuner.records import Assignment
 from tuner.space import suggest
+from tuner.study import Ledger
 
 TARGET = 1.0 / 3.0
 _LARGE = 10_000  # trials of the driver's part
@@ -206,10 +210,8 @@ def summary(rows: list[dict[str, Any]], counts: list[int], beyond: float) -> dic
 # The driver
 
 
-def filled(n: int) -> MemoryLedger:
-    """A ledger of n trials that ended as ASHA ends them: one in three goes on at every rung."""
-    study = study_of("asha", "tpe", _ENDLESS, 0)
-    ledger = MemoryLedger(study)
+def ended(study: StudyConfig, n: int) -> list[FrozenTrial]:
+    """Trials as ASHA ends them: one in three goes on at every rung."""
     random = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     rng = np.random.default_rng(0)
     trials = []
@@ -229,32 +231,80 @@ def filled(n: int) -> MemoryLedger:
                 user_attrs={"seed": number, "budget": 27},
             )
         )
-    ledger.optuna_study.add_trials(trials)
-    return ledger
+    return trials
 
 
-def ask_seconds(ledger: MemoryLedger, times: int = 7) -> float:
-    """CPU seconds of a proposal; those that were made stay running, as on a cluster."""
+def seconds_of(call: Callable[[], Any], times: int = 7) -> float:
+    """CPU seconds: the median."""
     spent = []
     for _ in range(times):
         start = time.process_time()
-        ledger.ask()
+        call()
         spent.append(time.process_time() - start)
     return statistics.median(spent)
 
 
-def driver(gpu_counts: list[int], sizes: list[int], report: float) -> dict[str, Any]:
+def ask_seconds(n: int) -> float:
+    """Of a proposal after n trials, on a ledger in memory.
+
+    Those that were made stay running, as on a cluster.
+    """
+    study = study_of("asha", "tpe", _ENDLESS, 0)
+    ledger = MemoryLedger(study)
+    ledger.optuna_study.add_trials(ended(study, n))
+    return seconds_of(ledger.ask)
+
+
+def database_seconds(running: int) -> dict[str, float]:
+    """What SQLite adds to a proposal, and what an epoch and an end take there, by CPU.
+
+    After 100 trials, while others run that have reported some epochs each.
+    """
+    study = study_of("asha", "tpe", _ENDLESS, 0)
+    with tempfile.TemporaryDirectory() as folder:
+        ledger = Ledger(Path(folder) / "study.db", study)
+        ledger.optuna_study.add_trials(ended(study, 100))
+        metrics = {f"metric_{index}": 0.123456789 for index in range(20)}
+
+        def epoch(number: int, count: int) -> None:
+            ledger.report(number, metrics | {"epoch": count, "objective": 0.5})
+            ledger.checkpointed(number, "/mnt/ristune/runs/full/trials/0001/checkpoint", count)
+
+        numbers = []
+        for _ in range(running):
+            trial = ledger.ask()
+            assert trial is not None
+            numbers.append(trial.number)
+            for count in range(1, 9):
+                epoch(trial.number, count)
+        found = {
+            "ask": max(0.0, seconds_of(ledger.ask) - ask_seconds(100)),
+            "report": seconds_of(partial(epoch, numbers[0], 9)),
+            "end": seconds_of(lambda: ledger.finish(numbers.pop(), "pruned", reason="stopped")),
+        }
+        ledger.close()
+    return found
+
+
+def driver(gpu_counts: list[int], sizes: list[int], ray: float) -> dict[str, Any]:
     """What a proposal costs, and the GPUs that wait for it."""
-    measured = {n: ask_seconds(filled(n)) for n in sizes}
+    measured = {n: ask_seconds(n) for n in sizes}
     for n, seconds in measured.items():
         print(f"TPE, a proposal after {n} trials: {1e3 * seconds:.1f} ms")
+    database = database_seconds(64)
+    report = database["report"] + ray
+    print(
+        f"SQLite: {1e3 * database['ask']:.1f} ms more for a proposal, "
+        f"{1e3 * database['report']:.1f} ms an epoch, {1e3 * database['end']:.1f} ms an end; "
+        f"Ray: {1e3 * ray:g} ms an epoch"
+    )
 
     def ask(n: int) -> float:
-        return float(np.interp(n, list(measured), list(measured.values())))
+        return database["ask"] + float(np.interp(n, list(measured), list(measured.values())))
 
-    result: dict[str, Any] = {"ask_seconds": measured, "report_seconds": report, "idle": {}}
+    result: dict[str, Any] = {"ask_seconds": measured, "database": database, "idle": {}}
     print(
-        f"\n{_LARGE} trials, one in three going on at each rung, {1e3 * report:g} ms a report; "
+        f"\n{_LARGE} trials, one in three going on at each rung; "
         "share of GPU time spent waiting (of the driver's time at work)\n\n| s an epoch | "
         + " | ".join(f"{gpus} GPUs" for gpus in gpu_counts)
         + " |\n|"
@@ -271,7 +321,7 @@ def driver(gpu_counts: list[int], sizes: list[int], report: float) -> dict[str, 
                 trials,
                 partial(_even, seconds),
                 gpus=gpus,
-                cost=DriverCost(ask=ask, report=report),
+                cost=DriverCost(ask=ask, report=report, end=lambda n: database["end"]),
             )
             # Until the last trial has begun: GPUs that find no more trials are no fault of the
             # driver's.
@@ -310,7 +360,7 @@ def main() -> None:
     arguments.add_argument("--jobs", type=int, default=2, help="processes (%(default)s)")
     arguments.add_argument("--only", choices=["quality", "driver"])
     arguments.add_argument(
-        "--report", type=float, default=0.02, help="seconds of an epoch's report (%(default)s)"
+        "--ray", type=float, default=0.005, help="Ray's own seconds for an epoch (%(default)s)"
     )
     args = arguments.parse_args()
     figures: dict[str, Any] = {}
@@ -330,7 +380,7 @@ def main() -> None:
         figures["quality"] = summary(rows, args.gpus, args.beyond) | {"seeds": rows}
         print()
     if args.only != "quality":
-        figures["driver"] = driver([1, 8, 64, 1024], [10, 100, 1000, _LARGE], args.report)
+        figures["driver"] = driver([1, 8, 64, 1024], [10, 100, 1000, _LARGE], args.ray)
     save(figures, args.json)
 
 

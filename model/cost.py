@@ -2,12 +2,35 @@
 
 from __future__ import annotations
 
+import json
+
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from model.adjustment import lasting
+from model.config import TrialConfig
 from model.features import Features
 from model.prediction import SourceNetwork
+
+_COUNTED: dict[str, int] = {}  # by what gives a network its shape
+
+
+def trial_flops(config: TrialConfig, network: SourceNetwork, features: Features) -> int:
+    """:func:`forward_flops` of a trial's network, counted once for all of its shape.
+
+    The counting takes some forward passes' time, and an actor takes one trial after another.
+
+    Args:
+        config: of the trial.
+        network: its own.
+        features: of a batch.
+    """
+    fixed = lasting(config)
+    shape = json.dumps([fixed[part] for part in ("network", "scene", "array")], default=str)
+    if shape not in _COUNTED:
+        _COUNTED[shape] = forward_flops(network, features)
+    return _COUNTED[shape]
 
 
 def forward_flops(network: SourceNetwork, features: Features) -> int:

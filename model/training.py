@@ -19,7 +19,7 @@ from model.adjustment import first_difference, lasting, undivided
 from model.blending import blended_covariance, jittered_beta
 from model.checkpoint import Checkpoint, CheckpointError, has_checkpoint
 from model.config import TrialConfig
-from model.cost import forward_flops
+from model.cost import trial_flops
 from model.data import Batch, open_source
 from model.decision import Decision, Judged, choose, judge
 from model.decode import detect
@@ -139,9 +139,8 @@ class Trainer:
         if self._untrained is None:
             self._untrained = self._objective(self.validate())
         if self._flops is None:
-            self._flops = forward_flops(
-                self.network, self._features(self.source.validation()[slice(0, 1)])
-            )
+            features = self._features(self.source.validation()[slice(0, 1)])
+            self._flops = trial_flops(self.config, self.network, features)
         started = time.perf_counter()
         self._seed_epoch(self.epoch + 1)
         train = self._train_epoch()

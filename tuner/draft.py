@@ -7,9 +7,8 @@ driver that dies amid it leaves nothing.
 
 from __future__ import annotations
 
-import abc
 import copy
-from collections.abc import Callable, Container
+from collections.abc import Container
 from datetime import datetime
 from typing import Any
 
@@ -17,6 +16,8 @@ import optuna
 from optuna.distributions import BaseDistribution
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
+
+from tuner.owned import forward
 
 _DRAFT = -1  # the trial's id, as long as the database has given it none
 
@@ -122,15 +123,5 @@ class Draft(BaseStorage):
             draft.system_attrs = {**draft.system_attrs, key: value}
 
 
-def _forwarded(name: str) -> Callable[..., Any]:
-    def method(self: Draft, *args: Any, **kwargs: Any) -> Any:
-        return getattr(self._backend, name)(*args, **kwargs)
-
-    return method
-
-
-# What speaks of studies is the storage's own. A trial's method that Optuna's base class makes of
-# those above stays; one that is abstract there and missing above is never asked of a draft.
-for _name in sorted(BaseStorage.__abstractmethods__ - vars(Draft).keys()):
-    setattr(Draft, _name, _forwarded(_name))
-abc.update_abstractmethods(Draft)  # type: ignore[type-abstract]
+# One that is abstract and missing above is never asked of a draft.
+forward(Draft)  # type: ignore[type-abstract]

@@ -135,7 +135,7 @@ class Promotion(Ledger):
 
     def __init__(self, search: Ledger) -> None:
         name = f"{search.optuna_study.study_name}-promoted"
-        super().__init__(search._storage, promotion_study(search.config), name=name)
+        super().__init__(search._database, promotion_study(search.config), name=name)
         self._search = search
 
     @property

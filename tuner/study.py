@@ -31,6 +31,7 @@ from tuner import retries
 from tuner.config import StudyConfig
 from tuner.draft import Draft
 from tuner.errors import LedgerLost
+from tuner.owned import OwnedStorage
 from tuner.pruners import make_pruner
 from tuner.records import (
     HEIR,
@@ -79,7 +80,9 @@ class Ledger:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             optuna.logging.set_verbosity(optuna.logging.ERROR)
-            self._storage = _patient(storage)
+            self._database = _patient(storage)
+        # Whoever only looks must look again each time: another process writes.
+        self._storage = self._database if reading else OwnedStorage(self._database)  # type: ignore[abstract]
         known: dict[str, Any] = {
             "storage": self._storage,
             "study_name": name or study.name,
@@ -417,16 +420,16 @@ class Ledger:
 
     def close(self) -> None:
         """Let go of the database."""
-        self._storage.remove_session()
+        self._database.remove_session()
 
     def announce(self, say: Callable[[str, int], None]) -> None:
         """Tell the user by `say(text, level)` when the database is out, and when it is back."""
-        self._storage.say = say
+        self._database.say = say
 
     @property
     def database_lost(self) -> LedgerLost | None:
         """That the database stayed out for too long, if it did: nothing is recorded any more."""
-        return self._storage.lost
+        return self._database.lost
 
     def _frozen(self) -> list[FrozenTrial]:
         return self._study.get_trials(deepcopy=False)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from model import cost
 from model.config import TrialConfig
 from model.cost import forward_flops
 from model.training import Trainer
@@ -66,3 +67,19 @@ def test_every_epoch_reports_it() -> None:
     one = trainer()
     metrics = one.run_epoch()
     assert metrics["flops"] == flops(one)
+
+
+def test_networks_of_one_shape_are_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted: list[nn.Module] = []
+
+    def counting(network: Any, features: Any) -> int:
+        counted.append(network)
+        return forward_flops(network, features)
+
+    monkeypatch.setattr(cost, "_COUNTED", {})
+    monkeypatch.setattr(cost, "forward_flops", counting)
+    one, other = trainer(0, dropout=0.0), trainer(7, dropout=0.2)
+    wider = trainer(0, width=16)
+    found = [of.run_epoch()["flops"] for of in (one, other, wider)]
+    assert found == [flops(of) for of in (one, other, wider)]
+    assert counted == [one.network, wider.network]

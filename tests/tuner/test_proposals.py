@@ -63,7 +63,7 @@ def dies_in(ledger: Ledger, method: str, after: int) -> None:
 
 def commits(ledger: Ledger) -> list[list[str]]:
     """What is brought to the disk from now on: the statements of each transaction that writes."""
-    engine = ledger._storage._backend._backend.engine  # type: ignore[attr-defined]
+    engine = ledger._database._backend._backend.engine  # type: ignore[attr-defined]
     pending: list[str] = []
     found: list[list[str]] = []
 
