@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 Split = Literal["train", "val", "test"]
 _BRANCH: dict[Split, int] = {"train": 0, "val": 1, "test": 2}
-_CHUNK = 256  # simulated scenes per seed: the stream does not depend on the batch size
+CHUNK = 256  # simulated scenes per seed: the stream does not depend on the batch size
 CONVENTION_SHARE = 0.999
 
 
@@ -127,13 +127,13 @@ def simulate_split(
         PluginError: a simulator that cannot be imported.
     """
     simulate = simulator_of(config.simulator)
-    for chunk, start in enumerate(range(0, n_scenes, _CHUNK)):
+    for chunk, start in enumerate(range(0, n_scenes, CHUNK)):
         generator = torch.Generator(device)
         generator.manual_seed(simulation_seed(config.seed, split, epoch, chunk))
-        scenes = simulate(_CHUNK, scene, array, generator=generator, device=device)
+        scenes = simulate(CHUNK, scene, array, generator=generator, device=device)
         if config.simulator is not None:
             _check_simulated(config.simulator, scenes, scene, array)
-        yield scenes[slice(0, min(_CHUNK, n_scenes - start))]
+        yield scenes[slice(0, min(CHUNK, n_scenes - start))]
 
 
 def _check_simulated(path: str, scenes: Scenes, scene: SceneConfig, array: PlanarArray) -> None:
@@ -142,11 +142,11 @@ def _check_simulated(path: str, scenes: Scenes, scene: SceneConfig, array: Plana
         raise PluginError(f"{path}: made {type(scenes).__name__}; expected physics.Scenes")
     L, M, N, K = scene.n_snapshots, scene.n_antennas, array.size, scene.max_sources
     expected = {
-        "y": (_CHUNK, L, M),
-        "H": (_CHUNK, M, N),
-        "codes": (_CHUNK, L, N),
-        "position": (_CHUNK, K, 3),
-        "power": (_CHUNK, K),
+        "y": (CHUNK, L, M),
+        "H": (CHUNK, M, N),
+        "codes": (CHUNK, L, N),
+        "position": (CHUNK, K, 3),
+        "power": (CHUNK, K),
     }
     for name, shape in expected.items():
         found = tuple(getattr(scenes, name).shape)
@@ -228,8 +228,8 @@ class SimulatedScenes:
     def validation(self) -> Batch:
         if self._validation is None:
             scenes = _simulated_validation(self.config, self.scene, self.array)
-            starts = range(0, len(scenes), _CHUNK)
-            chunks = [scenes[slice(start, start + _CHUNK)].to(self.device) for start in starts]
+            starts = range(0, len(scenes), CHUNK)
+            chunks = [scenes[slice(start, start + CHUNK)].to(self.device) for start in starts]
             self._validation = self._examine.every(chunks, "val")
         return self._validation
 
@@ -296,8 +296,8 @@ class ShardScenes:
 
     def _chunks(self, split: Split, count: int) -> Iterator[Batch]:
         shards = self.train if split == "train" else self.val
-        for start in range(0, count, _CHUNK):
-            index = np.arange(start, min(start + _CHUNK, count), dtype=np.int64)
+        for start in range(0, count, CHUNK):
+            index = np.arange(start, min(start + CHUNK, count), dtype=np.int64)
             yield self._examine(shards.read(index).to(self.device), split, 0, start)
 
 

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from tuner.config import StudyConfig
 from tuner.duration import format_duration
+from tuner.finding import candidates_found
 from tuner.forecast import about, time_left
 from tuner.records import State
 from tuner.rows import TrialRow
@@ -180,6 +181,13 @@ class StudyView:
         bar = ProgressBar(total=planned, completed=n_ended, width=20)
         head.add_row(name, *([bar] if bars else []), f"{n_ended} of {planned} ended: {words}")
         parts: list[str] = []
+        found = self._candidates()
+        if found:
+            head.add_row(
+                "candidates",
+                *([ProgressBar(total=found[1], completed=found[0], width=20)] if bars else []),
+                f"{found[0]:,} of {found[1]:,} scenes",
+            )
         if self._ranked:
             trend = _best_so_far(self._ranked)
             falling = bars and trend[-1] < trend[0]
@@ -200,6 +208,13 @@ class StudyView:
         if left:
             parts.append(f"{about(left)} left")
         return [head, Text("; ".join(parts), style="bold", overflow="fold", no_wrap=False)]
+
+    def _candidates(self) -> tuple[int, int] | None:
+        """Of how many scenes candidates were found, as long as no trial has had an epoch."""
+        since = [row.waiting_since for row in self._rows if row.waiting_since is not None]
+        if not since or any(row.epoch for row in self._rows):
+            return None
+        return candidates_found(self._study, time.time() - (time.monotonic() - min(since)))
 
     def _left(self) -> float | None:
         search = self._study.search

@@ -396,7 +396,7 @@ def test_every_batch_holds_the_candidates_of_its_own_scenes(tmp_path: Path, fres
 def test_a_fixed_set_is_the_same_at_whatever_chunk_a_process_begins(
     process: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(data_module, "_CHUNK", 8)
+    monkeypatch.setattr(data_module, "CHUNK", 8)
     monkeypatch.setattr(os, "getpid", lambda: process)
     config = tiny_candidate_config(
         data={"cache": tmp_path, "train_scenes": 20, "val_scenes": 17, "fresh": False},
