@@ -55,9 +55,14 @@ class SceneConfig(FrozenModel):
     phase_error_deg: float = Field(0.0, ge=0, description="std of element phase error [deg]")
     amplitude_error_db: float = Field(0.0, ge=0, description="std of element amplitude [dB]")
     dropout: float = Field(0.0, ge=0, lt=1, description="probability that an element is dead")
+    true_wavefront: Wavefront | None = Field(
+        None,
+        description="waves that the measurement is made of, where everybody assumes those of "
+        "wavefront; null: the same",
+    )
     error_levels: Literal["fixed", "varied"] = Field(
         "fixed",
-        description="the four errors above in every scene as they are, or in each scene either "
+        description="the five errors above in every scene as they are, or in each scene either "
         "absent or at levels of its own up to these, by even chances (domain randomisation)",
     )
 

@@ -33,8 +33,9 @@ def simulate(
     fluctuating sources, ``|g_k s_k|^2`` for constant ones. The noise meets the drawn SNR in every
     scene; a scene without sources holds noise of unit variance.
 
-    Hardware errors of ``config`` (element jitter, phase and amplitude errors, dead elements) act
-    on the measurement only: H, codes and R_true stay nominal, as an estimator would know them.
+    Hardware errors of ``config`` (element jitter, phase and amplitude errors, dead elements), and
+    waves that differ from the model, act on the measurement only: H, codes and R_true stay nominal,
+    as an estimator would know them.
 
     Args:
         n_scenes: B.
@@ -138,7 +139,7 @@ def _hardware(
         config.dropout,
     )
     if not any(errors):
-        return steering_vector(position, array, config.wavefront), None
+        return _arriving(config, array, position, None, generator), None
     share = position.new_ones(1, 4)
     if config.error_levels == "varied":
         share = (2.0 * uniform(batch, 4) - 1.0).clamp_min(0.0)
@@ -147,10 +148,27 @@ def _hardware(
     displacement = None
     if config.element_jitter:
         displacement = jitter[..., None, None] * normal(batch, 1, array.size, 3)
-    response = steering_vector(position, array, config.wavefront, displacement)
     if not any(errors[1:]):
-        return response, None
+        return _arriving(config, array, position, displacement, generator), None
     level = 10.0 ** (level_db / 20.0 * normal(batch, array.size))
     phase = torch.deg2rad(phase_deg) * normal(batch, array.size)
     alive = uniform(batch, array.size) >= dropout
+    response = _arriving(config, array, position, displacement, generator)
     return response, torch.polar(level * alive, phase)
+
+
+def _arriving(
+    config: SceneConfig,
+    array: PlanarArray,
+    position: Tensor,  # (B, K, 3) real
+    displacement: Tensor | None,  # (B, 1, N, 3) real
+    generator: torch.Generator | None,
+) -> Tensor:
+    """Steering vectors (B, K, N) of the waves that arrive: in each scene of one model."""
+    assumed, true = config.wavefront, config.true_wavefront or config.wavefront
+    response = steering_vector(position, array, true, displacement)
+    if true == assumed or config.error_levels == "fixed":
+        return response
+    drawn = torch.rand(len(position), generator=generator, device=position.device)
+    nominal = steering_vector(position, array, assumed, displacement)
+    return torch.where((drawn < 0.5)[:, None, None], nominal, response)

@@ -37,7 +37,7 @@ def evaluate(
     suite: Annotated[
         list[str] | None,
         typer.Option(
-            help="nominal, ideal, jitter, phase-error, dropout, low-snr, near, many, "
+            help="nominal, ideal, jitter, phase-error, dropout, wavefront, low-snr, near, many, "
             "origin-paraxial, or all; may be repeated."
         ),
     ] = None,

@@ -48,6 +48,7 @@ _IDEAL: dict[str, Any] = {
     "phase_error_deg": 0.0,
     "amplitude_error_db": 0.0,
     "dropout": 0.0,
+    "true_wavefront": None,
     "error_levels": "fixed",
 }
 
@@ -59,6 +60,9 @@ SUITES: dict[str, Suite] = {
     ),
     "phase-error": Suite("element phases off by 20 degrees", _IDEAL | {"phase_error_deg": 20.0}),
     "dropout": Suite("one element in ten dead", _IDEAL | {"dropout": 0.1}),
+    "wavefront": Suite(
+        "paraxial waves, whatever model is configured", _IDEAL | {"true_wavefront": "paraxial"}
+    ),
     "low-snr": Suite("SNR from -15 to 0 dB", {"snr_db": (-15.0, 0.0)}),
     "near": Suite("sources at 0.5 to 2 m", {"range_m": (0.5, 2.0)}),
     "many": Suite("4 or 5 sources", {"min_sources": 4, "max_sources": 5}),

@@ -194,6 +194,45 @@ def test_varied_errors_are_absent_or_have_levels_of_their_own_in_every_scene() -
     )
 
 
+def test_waves_of_another_model_change_the_measurement_alone() -> None:
+    common = {"count": 40, "n_antennas": 48, "max_sources": 1, "source_mode": "constant"}
+    common |= {"range_m": (0.5, 2.0)}
+    nominal = clean(**common)
+    near = clean(**common, true_wavefront="paraxial")
+    for name in set(FIELDS) - {"y"}:
+        assert torch.equal(getattr(near, name), getattr(nominal, name))
+    assert torch.equal(clean(**common, true_wavefront="spherical").y, nominal.y)
+    # What arrives at the elements is the paraxial steering vector, up to the source's symbol.
+    x = surface_signal(near)[:, 0]
+    a = steering_vector(near.position[:, 0], ARRAY, "paraxial").to(x.dtype)
+    along = (a.conj() * x).sum(-1).abs().square() / x.abs().square().sum(-1)
+    assert float(along.min()) > 1.0 - 1e-6
+    assumed = steering_vector(near.position[:, 0], ARRAY, "spherical").to(x.dtype)
+    off = (assumed.conj() * x).sum(-1).abs().square() / x.abs().square().sum(-1)
+    assert float(off.mean()) < 0.9
+
+
+def test_varied_errors_leave_half_of_the_scenes_their_nominal_waves() -> None:
+    common = {"count": 300, "n_antennas": 48, "max_sources": 1, "source_mode": "constant"}
+    errors = {"true_wavefront": "paraxial", "error_levels": "varied"}
+    y = {
+        "nominal": clean(**common).y,
+        "paraxial": clean(**common, true_wavefront="paraxial").y,
+        "varied": clean(**common, **errors).y,
+    }
+
+    def same(one: str, other: str) -> Tensor:
+        return torch.isclose(y[one], y[other]).flatten(1).all(-1)
+
+    assert bool((same("varied", "nominal") ^ same("varied", "paraxial")).all())
+    share = same("varied", "nominal").double().mean()
+    assert float(share) == pytest.approx(0.5, abs=0.12)  # four standard deviations
+    both = clean(**common, **errors, phase_error_deg=20.0)
+    alone = clean(**common, error_levels="varied", phase_error_deg=20.0)
+    kept = torch.isclose(both.y, alone.y).flatten(1).all(-1).double().mean()
+    assert float(kept) == pytest.approx(0.5, abs=0.12), "the other errors are drawn as before"
+
+
 def test_the_same_seed_gives_the_same_scenes() -> None:
     a, b, c = scenes(seed=3), scenes(seed=3), scenes(seed=4)
     for name in FIELDS:
@@ -263,6 +302,7 @@ def test_batches_join_and_split_without_change() -> None:
         {"code_bits": 0},
         {"n_snapshots": 0},
         {"wavefront": "cubic"},
+        {"true_wavefront": "cubic"},
         {"sources": 3},
     ],
 )
