@@ -62,8 +62,8 @@ class OwnedStorage(BaseStorage):
 
     def _known(self, study_id: int) -> list[FrozenTrial]:
         if study_id not in self._studies:
-            # Shared with nobody: what the backend keeps of trials that run may change.
-            trials = copy.deepcopy(self._backend.get_all_trials(study_id, deepcopy=False))
+            # Not copied: Optuna's storages do not change a trial in place either.
+            trials = list(self._backend.get_all_trials(study_id, deepcopy=False))
             self._studies[study_id] = trials
             self._places |= {t._trial_id: (study_id, t.number) for t in trials}
         return self._studies[study_id]
