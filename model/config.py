@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from collections.abc import Mapping
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -26,6 +27,13 @@ OBJECTIVES: dict[Objective, str] = {
     "f1": "1 - F1 on the validation scenes",
     "gospa": "validation GOSPA [m]",
 }
+
+
+def score(objective: Objective, metrics: Mapping[str, Any]) -> float:
+    """What is minimised, of an epoch's validation metrics."""
+    if objective == "f1":
+        return 1.0 - metrics["f1"]
+    return metrics["gospa" if objective == "gospa" else "nmse_pred"]
 
 
 class TrialConfig(FrozenModel):

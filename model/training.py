@@ -18,7 +18,7 @@ from torch import Tensor
 from model.adjustment import first_difference, lasting, undivided
 from model.blending import blended_covariance, jittered_beta
 from model.checkpoint import Checkpoint, CheckpointError, has_checkpoint
-from model.config import TrialConfig
+from model.config import TrialConfig, score
 from model.cost import trial_flops
 from model.data import Batch, open_source
 from model.decision import Decision, Judged, choose, judge
@@ -172,9 +172,7 @@ class Trainer:
 
     def _objective(self, validation: dict[str, float]) -> float:
         """What is minimised, of validation metrics."""
-        if self.config.objective == "f1":
-            return 1.0 - validation["f1"]
-        return validation["gospa" if self.config.objective == "gospa" else "nmse_pred"]
+        return score(self.config.objective, validation)
 
     def _seed_epoch(self, epoch: int) -> None:
         """Seed weights (epoch 0), dropout and jitter of an epoch."""

@@ -80,6 +80,7 @@ def evaluate(
     arguments, data or checkpoint; 130 interrupted.
     """
     import torch
+    from rich.console import Console
 
     from tuner.errors import StudyError
     from tuner.evaluation import evaluate_suite, evaluation_of, write_evaluation
@@ -93,6 +94,7 @@ def evaluate(
         raise StudyError(f"--device: no device {chosen!r}; expected cpu or cuda") from None
     if chosen.startswith("cuda") and not torch.cuda.is_available():
         raise StudyError(f"--device: {chosen} asked, but this machine has no GPU")
+    console = Console(highlight=False)
     names = _suite_names(suite or ["nominal"])
     localizer, conventions = _conventions(checkpoint, config, set_ or [], data, seed, chosen)
     if conventions.data.shards is not None and (suite or scenes is not None or seed is not None):
@@ -106,7 +108,7 @@ def evaluate(
         with Interruption().watched():
             found: dict[str, Any] = {}
             for name in names:
-                with counting() as advance:
+                with counting(console=console) as advance:
                     found[name] = evaluate_suite(
                         name,
                         conventions,
@@ -116,10 +118,10 @@ def evaluate(
                         references=reference,
                         snr_known=not unknown_snr,
                         device=chosen,
-                        say=typer.echo,
+                        say=lambda text: console.print(text, markup=False, soft_wrap=True),
                         advance=advance,
                     )
-                print_tables(found[name])
+                print_tables(found[name], console if console.is_terminal else None)
             content = evaluation_of(
                 found,
                 conventions,

@@ -46,6 +46,14 @@ def open_ledger(
         StudyError: it cannot be opened, is not where it was, or another driver is at work on it.
     """
     ledger = _shared(folder, study, prior) or _kind(study)(folder.database, study, prior)
+    n_begun = len(ledger.trials())
+    if n_begun > study.search.trials:
+        ledger.close()
+        raise StudyError(
+            f"search.trials (--trials): got {study.search.trials}, and {n_begun} trials of "
+            f"{folder.path} have begun; a study can be extended, not cut: leave --trials out, or "
+            f"name {n_begun} or more"
+        )
     attrs = {
         "config": study.model_dump(mode="json"),
         "folder": f"{platform.node()}:{folder.path}",

@@ -24,6 +24,7 @@ import optuna
 from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
 
+from model.config import Objective, score
 from tuner.perturbation import perturbed
 from tuner.population import Exploit, Member, Verdict, judge, perturbed_paths
 from tuner.records import HEIR, Assignment, End, Heir, TrialRecord, heir_of, record_of, trial_seed
@@ -162,7 +163,8 @@ class PopulationLedger(Ledger):
     def _current(self) -> list[Member]:
         """The members of the last population."""
         populations = self._populations()
-        return [_member(trial) for trial in populations[-1]] if populations else []
+        objective = self.config.objective
+        return [_member(trial, objective) for trial in populations[-1]] if populations else []
 
     def _populations(self) -> list[list[FrozenTrial]]:
         """Each one's members with their successors."""
@@ -245,7 +247,14 @@ class PopulationLedger(Ledger):
         ]
 
 
-def _member(frozen: FrozenTrial) -> Member:
+def _own_score(objective: Objective, metrics: Mapping[str, Any], reported: float) -> float:
+    try:
+        return score(objective, metrics)
+    except KeyError:  # an epoch that says no more than the best so far
+        return reported
+
+
+def _member(frozen: FrozenTrial, objective: Objective) -> Member:
     trial = record_of(frozen)
     own = frozen.user_attrs.get("checkpoint")
     begun = trial.heir.epoch if trial.heir else 0
@@ -253,6 +262,10 @@ def _member(frozen: FrozenTrial) -> Member:
         trial.number,
         trial.state,
         reached=own["epoch"] if own else begun,
-        objectives=dict(frozen.intermediate_values),
+        # Of the weights that a successor would get: what is reported is the best epoch so far.
+        objectives={
+            epoch: _own_score(objective, trial.epochs.get(epoch, {}), reported)
+            for epoch, reported in frozen.intermediate_values.items()
+        },
         replaces=trial.heir.replaces if trial.heir else None,
     )

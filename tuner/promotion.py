@@ -144,7 +144,9 @@ class Promotion(Ledger):
         return self._search
 
     def ask(self) -> Assignment | None:
-        """The next run of a configuration's next seed, the search's best first; None after all."""
+        """One that was handed back, or the run of a next seed, the search's best first; or None."""
+        if self._handed_back:
+            return self.going_on(self._handed_back.popleft())
         parent, repeat = next(self._left(), (None, 0))
         if parent is None:
             return None

@@ -111,6 +111,12 @@ class TrialRecord:
         return self.epochs[self.epoch] if self.epochs else {}
 
     @property
+    def scored(self) -> dict[str, Any]:
+        """What the epoch reported whose weights were scored: the best one, not always the last."""
+        return next((m for _, m in sorted(self.epochs.items())
+                     if m.get("objective") == self.objective), self.metrics)  # fmt: skip
+
+    @property
     def curve(self) -> list[tuple[int, float]]:
         """The objective by epoch."""
         pairs = ((epoch, finite(m.get("objective"))) for epoch, m in sorted(self.epochs.items()))

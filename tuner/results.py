@@ -21,7 +21,7 @@ from tuner.study import Ledger
 
 logger = logging.getLogger(__name__)
 
-_SCORES = ("nmse_blend", "f1", "gospa", "count_accuracy")  # of the last epoch
+_SCORES = ("nmse_blend", "f1", "gospa", "count_accuracy")  # of the best epoch
 _COLUMNS = (
     "trial", "state", "objective", "epochs", "seed", "seconds", "gpu_seconds", "node", "device",
     "skipped_steps", "solver_fallbacks", "flops", *_SCORES, "reason", "note",
@@ -39,7 +39,7 @@ def write_trials(folder: RunFolder, ledger: Ledger) -> None:
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow([*_COLUMNS, *paths])
     for trial in ledger.trials():
-        metrics = trial.metrics
+        metrics, scored = trial.metrics, trial.scored
         writer.writerow(
             [
                 trial.number,
@@ -54,7 +54,7 @@ def write_trials(folder: RunFolder, ledger: Ledger) -> None:
                 metrics.get("skipped_steps", ""),
                 "" if trial.fallbacks is None else f"{trial.fallbacks:.0f}",
                 metrics.get("flops", ""),
-                *(_cell(metrics.get(name, "")) for name in _SCORES),
+                *(_cell(scored.get(name, "")) for name in _SCORES),
                 trial.reason or "",
                 trial.note,
                 *(_cell(trial.params.get(path, "")) for path in paths),
@@ -77,7 +77,8 @@ def write_promoted(folder: RunFolder, promotion: Promotion) -> None:
                 *(rank, trial.number, promoted.mean, promoted.std, trial.objective),
                 *(run.number, run.seed, run.state, run.objective, run.epoch),
                 *("" if s is None else f"{s:.1f}" for s in (run.seconds, run.gpu_seconds)),
-                *(metrics.get(name) for name in ("node", "device", *_SCORES)),
+                *(metrics.get(name) for name in ("node", "device")),
+                *(run.scored.get(name) for name in _SCORES),
                 *(run.reason, run.note),
                 *(trial.params[path] for path in paths),
             ]
@@ -111,7 +112,7 @@ def write_best(
         "study": study.name,
         "trial": best.number if winner is None else winner.trial.number,
         "objective": best.objective,
-        "metrics": {k: _plain(v) for k, v in best.metrics.items()},
+        "metrics": {k: _plain(v) for k, v in best.scored.items()},
         "params": best.params,
         "seed": best.seed,
         "epochs": trained.training.epochs,

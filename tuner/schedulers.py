@@ -59,6 +59,7 @@ class LedgerASHA(AsyncHyperBandScheduler):
             reduction_factor=search.reduction_factor,
             brackets=brackets,
         )
+        self._names: dict[int, str] = {}  # Ray's, of each trial that it has had
         self._replay(ledger)
 
     def bracket_of(self, number: int) -> int:
@@ -88,9 +89,12 @@ class LedgerASHA(AsyncHyperBandScheduler):
         super().on_trial_add(tune_controller, trial)
         number = int(trial.config[NUMBER])
         bracket = self._trial_info[trial.trial_id] = self._brackets[self.bracket_of(number)]
+        # One whose actor died while it took it goes on as another of Ray's.
+        before = self._names.get(number, _key(number))
+        self._names[number] = trial.trial_id
         for _, recorded in bracket._rungs:
-            if _key(number) in recorded:
-                recorded[trial.trial_id] = recorded.pop(_key(number))
+            if before in recorded:
+                recorded[trial.trial_id] = recorded.pop(before)
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
         """Judge a sound result; a failed one stops by itself and enters no rung."""
@@ -152,6 +156,7 @@ class LedgerMedian(MedianStoppingRule):
             grace_period=min(search.grace_epochs, epochs),
             min_samples_required=MEDIAN_OVER,
         )
+        self._names: dict[int, Trial | str] = {}  # Ray's, of each trial that it has had
         for number, curve in _history(ledger):
             if curve:
                 self._results[_key(number)] = [{"epoch": e, "objective": v} for e, v in curve]
@@ -167,9 +172,11 @@ class LedgerMedian(MedianStoppingRule):
     def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
         """Give a resumed trial the results that it had before."""
         super().on_trial_add(tune_controller, trial)
-        key = _key(int(trial.config[NUMBER]))
-        if key in self._results:
-            self._results[trial] = self._results.pop(key)
+        number = int(trial.config[NUMBER])
+        before = self._names.get(number, _key(number))
+        self._names[number] = trial
+        if before in self._results:
+            self._results[trial] = self._results.pop(before)
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
         """Judge a sound result; a failed one stops by itself and is compared with nobody."""

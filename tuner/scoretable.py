@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 _WIDTH = 240
 
@@ -23,7 +24,7 @@ def print_tables(content: dict[str, Any], console: Console | None = None) -> Non
         ("all sources found, by their number", "by_k", _k_label, "all_found"),
         ("recall by true range [m]", "by_range", _range_label, "recall"),
     ):
-        table = Table(title=title, title_justify="left")
+        table = Table(title=Text(title), title_justify="left")
         table.add_column("method")
         rows = next(iter(methods.values()))[key]
         for row in rows:
@@ -42,14 +43,15 @@ def print_tables(content: dict[str, Any], console: Console | None = None) -> Non
 
 def _overall(content: dict[str, Any]) -> Table:
     methods, paired = content["methods"], content["paired_f1"]
-    table = Table(title=f"{content['description']}", title_justify="left")
+    table = Table(title=Text(content["description"]), title_justify="left")
     table.add_column("method", no_wrap=True)
     less = [f"less {reference}'s" for reference in paired]
     for head in (
         "F1 [95 %]", *less, "gated recall", "GOSPA [m]", "K right", "all found", "|err|/CRB",
         "NMSE", "scenes/s",
     ):  # fmt: skip
-        table.add_column(head, justify="right", no_wrap=True)
+        # Words and intervals go onto lines of their own where there is no room.
+        table.add_column(Text(head), justify="right", overflow="fold")
     for name, report in methods.items():
         numbers = report["overall"]
         low, high = numbers["f1_interval"]

@@ -63,7 +63,7 @@ class LedgerSearch(OptunaSearch):
         self._numbers: dict[str, int] = {}
         self._ended: set[str] = set()
         self._in_a_row: dict[int, int] = {}  # losses without a finished epoch between them
-        self._counted: set[str] = set()  # whose last loss is counted, with no epoch after it
+        self._counted: set[str] = set()  # whose last loss is dealt with, with no epoch after it
         self._given_up: dict[str, str] = {}
         self.closed = False
         self.full_disk: str | None = None  # what a trial met that could not be saved
@@ -152,6 +152,7 @@ class LedgerSearch(OptunaSearch):
             its next actor.
         """
         number = self._numbers[trial_id]
+        self._counted.add(trial_id)
         if speaks_of_full_disk(reason):
             self.full_disk = reason  # which is no trial's fault: the session ends
             return {}
@@ -163,7 +164,6 @@ class LedgerSearch(OptunaSearch):
             config = self._ledger.trial_config(self._ledger.going_on(number))
             return {CONFIG: config.model_dump(mode="json")}
         self._in_a_row[number] = times = self._in_a_row.get(number, 0) + 1
-        self._counted.add(trial_id)
         self._ledger.lost(number, reason)
         if times > self._ledger.config.resources.max_failures:
             return self._give_up(

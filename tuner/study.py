@@ -174,7 +174,9 @@ class Ledger:
     @staticmethod
     def _twin(params: dict[str, Value], started: list[FrozenTrial]) -> int | None:
         """The trial that has had these parameters, if any has."""
-        return next((trial.number for trial in started if trial.params == params), None)
+        # A successor in a population has had them only for a part of its training.
+        own = (trial for trial in started if HEIR not in trial.user_attrs)
+        return next((trial.number for trial in own if trial.params == params), None)
 
     def _reject(self, number: int, twin: int) -> None:
         """End a trial that repeats another."""

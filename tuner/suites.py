@@ -69,7 +69,12 @@ SUITES: dict[str, Suite] = {
     "origin-paraxial": Suite(
         "the origin's scenes: paraxial waves, constant symbols, Rayleigh channel, array off its "
         "centre by half a spacing; the classical estimators are told",
-        {"wavefront": "paraxial", "source_mode": "constant", "k_factor_db": -100.0},
+        {
+            "wavefront": "paraxial",
+            "true_wavefront": None,
+            "source_mode": "constant",
+            "k_factor_db": -100.0,
+        },
         told=True,
         offset=(-0.5, -0.5),
     ),

@@ -58,11 +58,16 @@ class TrialActor(tune.Trainable):
         """One epoch, in the words of Ray Tune."""
         assert self._run is not None
         skipped = self._run.skipped_steps
-        result = self._run.failure(self._give_up) if self._give_up else self._run.step()
+        if self._give_up:
+            result = self._run.failure(self._give_up)
+        elif self._until is not None and self._run.epoch >= self._until:
+            result = self._run.again()  # cut between its checkpoint and the ledger's line about it
+        else:
+            result = self._run.step()
         self._gauges.count("skipped_steps", self._run.skipped_steps - skipped)
         self._gauges.count("solver_fallbacks", result.get("solver_fallbacks", 0))
         over = result["failed"] or result["finished"]
-        result["paused"] = not over and result["epoch"] == self._until
+        result["paused"] = not over and self._until is not None and result["epoch"] >= self._until
         result["done"] = over or result["paused"]
         result["should_checkpoint"] = not result["failed"]
         result["training_iteration"] = result["epoch"]

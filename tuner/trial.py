@@ -111,13 +111,7 @@ class TrialRun:
         try:
             trainer = self._build()
             if trainer.finished:  # cut between its last epoch and the ledger's line
-                return {
-                    "epoch": trainer.epoch,
-                    "objective": trainer.best_objective,
-                    "repeated": True,
-                    "finished": True,
-                    "failed": False,
-                }
+                return self.again()
             on_gpu = self._device.startswith("cuda")
             if on_gpu:
                 torch.cuda.reset_peak_memory_stats(self._device)
@@ -140,6 +134,17 @@ class TrialRun:
         if not isinstance(objective, int | float) or not math.isfinite(objective):
             return self._failure(f"diverged: objective is {objective}", None)
         return {**metrics, "finished": bool(trainer.finished), "failed": False}
+
+    def again(self) -> dict[str, Any]:
+        """What :meth:`step` returned of the last epoch, as far as it matters a second time."""
+        trainer = self._build()
+        return {
+            "epoch": trainer.epoch,
+            "objective": trainer.best_objective,
+            "repeated": True,
+            "finished": bool(trainer.finished),
+            "failed": False,
+        }
 
     def save(self, folder: Path) -> bool:
         """Write the whole state; nothing to save before the first epoch or after a failure."""

@@ -154,6 +154,9 @@ def test_every_suite_changes_what_it_says(name: str) -> None:
     assert (scene == configured) == (name == "nominal")
     scenes = simulate(3, scene, suite.array(PlanarArray()))
     assert torch.isfinite(torch.view_as_real(scenes.y)).all()
+    other = suite.scene(SceneConfig(wavefront="fresnel", true_wavefront="spherical"))
+    if suite.told:
+        assert other.true_wavefront is None, "those who are told are told of all"
     many = SUITES["many"].scene(SceneConfig(max_sources=2))
     assert (many.min_sources, many.max_sources) == (4, 5)
 

@@ -372,3 +372,23 @@ def test_a_later_study_learns_nothing_from_successors(tmp_path: Path) -> None:
     assert len(ledger.finished_study().trials) == len(own), "importances are of own weights"
     ledger.close()
     folder.release()
+
+
+def test_members_are_compared_by_the_weights_that_a_successor_would_get(tmp_path: Path) -> None:
+    """Not by the best so far: the first had that long ago."""
+    ledger = PopulationLedger(InMemoryStorage(), study_in(tmp_path))
+    ledger.settle()
+    own = [[0.1, 0.9], [0.5, 0.4], [0.6, 0.5], [0.7, 0.6]]
+    for curve in own:
+        found = ledger.ask()
+        assert found is not None
+        for epoch, value in enumerate(curve, start=1):
+            metrics = {"epoch": epoch, "objective": min(curve[:epoch]), "nmse_pred": value}
+            ledger.report(found.number, metrics)
+            ledger.checkpointed(found.number, f"/kept/{found.number}", epoch)
+        ledger.hand_back(found.number)
+    (ended,) = ledger.settle()
+    assert ended.number == 0
+    heir = ledger.trial(4).heir
+    assert heir is not None
+    assert heir.donor == 1

@@ -156,6 +156,15 @@ def test_a_run_that_was_cut_comes_back_as_it_was(tmp_path: Path) -> None:
     ]
 
 
+def test_a_run_whose_actor_died_while_it_took_it_is_asked_for_again(tmp_path: Path) -> None:
+    promotion = promotion_of(tmp_path, 1.0, 2.0)
+    first = promotion.ask()
+    assert first is not None
+    promotion.hand_back(first.number)
+    assert promotion.ask() == first
+    assert promotion.ask() != first
+
+
 def test_a_larger_promotion_keeps_what_has_run(tmp_path: Path) -> None:
     promotion = promotion_of(tmp_path, 2.0, 1.0, 3.0, promote=1, promote_seeds=2)
     for found in asked(promotion):

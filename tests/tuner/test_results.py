@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import csv
+import json
 from pathlib import Path
 
 from optuna.storages import InMemoryStorage
@@ -7,7 +9,7 @@ from optuna.trial import TrialState, create_trial
 
 from tests.tuner.support import tiny_study
 from tuner.folder import RunFolder
-from tuner.results import drop_losers
+from tuner.results import drop_losers, write_best, write_trials
 from tuner.study import Ledger
 
 
@@ -37,4 +39,20 @@ def test_checkpoints_are_kept_of_the_winner_and_of_what_runs_however_many_trials
     drop_losers(folder, ledger, ledger.best())
     assert [path.exists() for path in (won, alive, resumed)] == [True] * 3
     assert [path.exists() for path in (lost, again, dead)] == [False] * 3
+    ledger.close()
+
+
+def test_the_winners_measures_are_those_of_the_weights_that_are_kept(tmp_path: Path) -> None:
+    folder = RunFolder.fresh(tmp_path / "run")
+    ledger = Ledger(InMemoryStorage(), tiny_study(tmp_path))
+    assert ledger.ask() is not None
+    for epoch, (best, f1) in enumerate([(2.0, 0.5), (1.0, 0.75), (1.0, 0.625)], start=1):
+        ledger.report(0, {"epoch": epoch, "objective": best, "f1": f1, "skipped_steps": epoch})
+    ledger.finish(0, "done", objective=1.0)
+    write_best(folder, ledger)
+    best = json.loads(folder.best_json.read_text())
+    assert (best["metrics"]["epoch"], best["metrics"]["f1"]) == (2, 0.75)
+    write_trials(folder, ledger)
+    (row,) = csv.DictReader(folder.trials_csv.open(newline=""))
+    assert (row["f1"], row["epochs"], row["skipped_steps"]) == ("0.75", "3", "3")
     ledger.close()

@@ -154,3 +154,35 @@ def test_a_failed_result_is_judged_by_nobody(tmp_path: Path) -> None:
             judge.on_trial_add(None, trial)
             getattr(judge, call)(None, trial, epoch(1, float("nan"), failed=True))
         assert not any(state_of(judge).values())
+
+
+@pytest.mark.parametrize("scheduler", ["asha", "hyperband", "median"])
+def test_a_trial_that_goes_on_as_another_of_rays_is_judged_once(
+    tmp_path: Path, scheduler: str
+) -> None:
+    judges = []
+    for restarts in (False, True):
+        ledger = ledger_in(tmp_path / str(restarts), **ASHA, scheduler=scheduler)
+        judge: Any = make_scheduler(ledger)
+        for number in (1, 2, 3):
+            play(judge, number, [4.0 + number] * 4)
+        trial: Any = RayTrial("ray-0", {NUMBER: 0})
+        judge.on_trial_add(None, trial)
+        decisions = []
+        for index, objective in enumerate([5.5, 5.2, 4.9, 4.8], start=1):
+            if index == 3 and restarts:  # its actor died while it took it; an epoch is run again
+                judge.on_trial_remove(None, trial)
+                trial = RayTrial("ray-0b", {NUMBER: 0})
+                judge.on_trial_add(None, trial)
+                decisions.append(judge.on_trial_result(None, trial, epoch(2, 5.2)))
+            decisions.append(judge.on_trial_result(None, trial, epoch(index, objective)))
+        judges.append((set(decisions), sorted(map(sorted, values_of(judge)))))
+    assert judges[0] == judges[1]
+    assert any(judges[0][1])
+
+
+def values_of(judge: Any) -> list[list[float]]:
+    """What is compared with, whoever it is of."""
+    if isinstance(judge, LedgerMedian):
+        return [[objective for _, objective in curve] for curve in judge.results.values()]
+    return [list(recorded.values()) for recorded in judge.rungs.values()]

@@ -121,3 +121,17 @@ def test_members_of_a_population_take_turns_and_the_worst_gives_way(tmp_path: Pa
 
 def ended_in(ledger: Ledger) -> list[int]:
     return [trial.number for trial in ledger.trials() if trial.state == "pruned"]
+
+
+def test_memory_that_ran_out_while_an_actor_took_a_trial_is_no_lost_machine_too(
+    tmp_path: Path,
+) -> None:
+    ledger = ledger_in(tmp_path, resources={"max_failures": 0})
+    search = search_over(ledger, tmp_path)
+    search.suggest("a")
+    assert search.lost("a", "MemoryExhausted: epoch 1: no memory").keys() == {CONFIG}
+    search.on_trial_complete("a", None, error=True)  # Ray's second report of the same death
+    again = search.suggest("b")
+    assert again[NUMBER] == 0
+    assert again[CONFIG]["training"]["accumulation"] == 2
+    assert ledger.trial(0).state == "running"

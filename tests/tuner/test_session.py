@@ -157,3 +157,21 @@ def test_writing_the_results_takes_a_tenth_of_the_drivers_time_and_the_last_ones
     assert len((out / "trials.csv").read_text(encoding="utf-8").splitlines()) == 9
     kept = [path.parent.name for path in (out / "trials").glob("*/checkpoint*")]
     assert len(kept) == 1
+
+
+def test_a_study_is_not_cut_below_what_has_begun(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write_study(
+        tmp_path, search={"trials": 3, "scheduler": "none"}, training={"epochs": 1}
+    )
+    out = tmp_path / "run"
+    assert run_here("--config", config, "--local", "--out", out) == 0
+    kept = (out / "config.yaml").read_text()
+    capsys.readouterr()
+    assert run_here("--resume", out, "--local", "--trials", 2) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert "search.trials (--trials): got 2, and 3 trials" in told
+    assert (out / "config.yaml").read_text() == kept
+    assert run_here("--resume", out, "--local", "--trials", 3) == 0

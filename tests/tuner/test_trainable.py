@@ -102,6 +102,17 @@ def test_an_actor_begins_with_its_donors_weights_and_makes_room_at_its_milestone
     assert (result["epoch"], result["paused"], result["finished"]) == (4, False, True)
 
 
+def test_an_actor_that_was_cut_at_its_milestone_only_says_so_again(tmp_path: Path) -> None:
+    long = {"training": {"epochs": 4}}
+    first = TrialActor(order(tmp_path, 1, **long) | {UNTIL: 2})
+    assert [first.train()["paused"] for _ in range(2)] == [False, True]
+    first.save(str(tmp_path / "kept"))  # and the ledger never heard of it
+    again = TrialActor(order(tmp_path, 1, **long) | {RESUME: str(tmp_path / "kept"), UNTIL: 2})
+    result = again.train()
+    assert (result["epoch"], result["paused"], result["repeated"]) == (2, True, True)
+    assert result["should_checkpoint"], "so that heirs find it"
+
+
 def test_without_ray_no_gpu_is_known(tmp_path: Path) -> None:
     assert allocated_gpus() == ""
     assert "gpu" not in TrialActor(order(tmp_path, 1)).train()

@@ -152,7 +152,7 @@ def _facts(material: Material) -> Markup:
     if begun and ended:
         rows.append(("From, to", f"{min(begun):%Y-%m-%d %H:%M} to {max(ended):%Y-%m-%d %H:%M}"))
     if best is not None:
-        metrics = best.metrics
+        metrics = best.scored
         scores = [f"{OBJECTIVES[study.objective]} {short(best.objective, 6)}"]
         scores += [
             f"{name} {metrics[key]:.3f}"

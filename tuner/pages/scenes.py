@@ -39,7 +39,7 @@ def scenes(material: Material) -> Markup:
         "by what was found. Background: MVDR of the blended covariance below its peak, over "
         "directions in the planes of the ranges that were found, and along the range in each "
         "source's direction. A ring is a source, a cross what the winner found; a cross in a ring "
-        "is a hit."
+        "agrees in direction, and is a hit where its range agrees too."
     )
     views = [_view(content, view) for view in content["views"]]
     return Markup(note(how) + grid(views, 420))
