@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -18,17 +19,14 @@ def print_tables(content: dict[str, Any], console: Console | None = None) -> Non
         if not console.is_terminal:  # a file has no width
             console = Console(width=_WIDTH)
     methods = content["methods"]
-    console.print(_overall(content))
+    console.print(_found(content))
+    console.print(_measures(content))
     for title, key, label, value in (
         ("F1 by SNR [dB]", "by_snr", _snr_label, "f1"),
         ("all sources found, by their number", "by_k", _k_label, "all_found"),
         ("recall by true range [m]", "by_range", _range_label, "recall"),
     ):
-        table = Table(title=Text(title), title_justify="left")
-        table.add_column("method")
-        rows = next(iter(methods.values()))[key]
-        for row in rows:
-            table.add_column(label(row), justify="right")
+        table = _table(title, [label(row) for row in next(iter(methods.values()))[key]])
         for name, report in methods.items():
             table.add_row(name, *(_number(row.get(value)) for row in report[key]))
         console.print(table)
@@ -41,24 +39,30 @@ def print_tables(content: dict[str, Any], console: Console | None = None) -> Non
         )
 
 
-def _overall(content: dict[str, Any]) -> Table:
-    methods, paired = content["methods"], content["paired_f1"]
-    table = Table(title=Text(content["description"]), title_justify="left")
-    table.add_column("method", no_wrap=True)
-    less = [f"less {reference}'s" for reference in paired]
-    for head in (
-        "F1 [95 %]", *less, "gated recall", "GOSPA [m]", "K right", "all found", "|err|/CRB",
-        "NMSE", "scenes/s",
-    ):  # fmt: skip
-        # Words and intervals go onto lines of their own where there is no room.
-        table.add_column(Text(head), justify="right", overflow="fold")
-    for name, report in methods.items():
+def _found(content: dict[str, Any]) -> Table:
+    """F1 with its interval, and its paired differences."""
+    paired = content["paired_f1"]
+    less = [f"less {reference}'s [95 %]" for reference in paired]
+    table = _table(content["description"], ["F1 [95 %]", *less])
+    for name, report in content["methods"].items():
         numbers = report["overall"]
         low, high = numbers["f1_interval"]
         table.add_row(
             name,
             f"{numbers['f1']:.3f} [{low:.3f}, {high:.3f}]",
             *(_signed(differences.get(name)) for differences in paired.values()),
+        )
+    return table
+
+
+def _measures(content: dict[str, Any]) -> Table:
+    """All else that has one number."""
+    heads = ["gated recall", "GOSPA [m]", "K right", "all found", "|err| /CRB", "NMSE", "scenes /s"]
+    table = _table("", heads)
+    for name, report in content["methods"].items():
+        numbers = report["overall"]
+        table.add_row(
+            name,
             _number(numbers["gated_recall"]),
             _number(numbers["gospa_m"]),
             # Who is told K cannot be wrong about it, nor right.
@@ -68,6 +72,22 @@ def _overall(content: dict[str, Any]) -> Table:
             _number(numbers.get("nmse")),
             f"{report['scenes_per_second']:.1f}",
         )
+    return table
+
+
+def _table(title: str, heads: list[str]) -> Table:
+    """A table of methods that fits 80 columns: words of a head may go onto lines of their own."""
+    table = Table(
+        title=Text(title) if title else None,
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
+    table.add_column("method", no_wrap=True)
+    for head in heads:
+        longest = max(map(len, head.split()))
+        table.add_column(Text(head), justify="right", overflow="fold", min_width=min(longest, 6))
     return table
 
 

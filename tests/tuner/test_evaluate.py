@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 from dataclasses import replace
@@ -492,3 +493,21 @@ def test_matching_of_the_scoreboard_is_that_of_the_metrics() -> None:
     scored = score(estimator, truth)
     expected = match(scored.found, truth.scenes.position, truth.scenes.present)
     assert torch.equal(scored.matching.detection, expected.detection)
+
+
+def test_a_terminal_of_80_columns_shows_every_number() -> None:
+    content = evaluate_suite("nominal", tiny_config(), None, n_scenes=8, say=len)
+    methods = content["methods"]
+    methods["network+refinement"] = methods["nomp"]  # the longest name
+    stream = io.StringIO()
+    print_tables(content, Console(file=stream, width=80))
+    text = stream.getvalue()
+    assert "…" not in text
+    assert max(map(len, text.splitlines())) <= 80
+    for unit in ("[dB]", "[m]", "[95 %]"):
+        assert unit in text
+    for report in methods.values():
+        numbers = report["overall"]
+        for value in (numbers["f1"], *numbers["f1_interval"], numbers["gospa_m"]):
+            assert f"{value:.3f}" in text
+        assert f"{report['scenes_per_second']:.1f}" in text
