@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shlex
 from collections import Counter
@@ -118,24 +119,38 @@ def _score_winner(folder: RunFolder, progress: Progress) -> None:
 
     if not (folder.best / "config.json").exists():
         return  # its checkpoint was out of reach, which has been said
-    localizer = Localizer.load(folder.best)
-    with progress.counting() as advance:
-        found = evaluate_suite(
-            "nominal",
-            localizer.config,
-            localizer,
-            n_scenes=_SCORED_SCENES,
-            classical=[REFERENCE],
-            say=logger.info,
-            advance=advance,
-        )
-        content = evaluation_of({"nominal": found}, localizer.config, checkpoint=folder.best)
-        write_evaluation(folder.evaluation, content)
+    fingerprint = folder.fingerprint()
+    found = _scored_before(folder, fingerprint)
+    if found is None:
+        localizer = Localizer.load(folder.best)
+        with progress.counting() as advance:
+            found = evaluate_suite(
+                "nominal",
+                localizer.config,
+                localizer,
+                n_scenes=_SCORED_SCENES,
+                classical=[REFERENCE],
+                say=logger.info,
+                advance=advance,
+            )
+            content = evaluation_of({"nominal": found}, localizer.config, checkpoint=folder.best)
+            write_evaluation(folder.evaluation, {"network": fingerprint, **content})
     progress.say(f"winner beside NOMP; scenes: {found['scenes']}")
     for name, report in found["methods"].items():
         numbers = report["overall"]
         progress.say(f"{name}: F1 {numbers['f1']:.3f}, GOSPA {numbers['gospa_m']:.2f} m")
     progress.say(f"scoreboard: {folder.path / 'evaluation.html'}")
+
+
+def _scored_before(folder: RunFolder, fingerprint: str) -> dict[str, Any] | None:
+    """The scores of an earlier session, if the winner is the same network."""
+    try:
+        content = json.loads(folder.evaluation.read_text(encoding="utf-8"))
+        if content["network"] != fingerprint:
+            return None
+        return dict(content["suites"]["nominal"])
+    except (OSError, ValueError, KeyError, TypeError):  # absent, damaged or of another form
+        return None
 
 
 def _attempt(work: Callable[[], Any], progress: Progress, what: str) -> None:

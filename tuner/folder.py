@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import os
 import platform
 import re
@@ -69,6 +70,13 @@ class RunFolder:
     def best(self) -> Path:
         """The winner's network."""
         return self.path / "best"
+
+    def fingerprint(self) -> str:
+        """Of the winner's network: weights, configuration and decision."""
+        digest = hashlib.sha256()
+        for path in sorted(self.best.iterdir()):
+            digest.update(path.name.encode() + path.read_bytes())
+        return digest.hexdigest()
 
     @property
     def report(self) -> Path:

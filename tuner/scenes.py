@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from dataclasses import replace
@@ -40,7 +39,7 @@ def ensure_scenes(folder: RunFolder) -> bool:
     """
     if not (folder.best / "config.json").exists():
         return False
-    fingerprint = _fingerprint(folder)
+    fingerprint = folder.fingerprint()
     try:
         if json.loads(folder.scenes.read_text(encoding="utf-8"))["network"] == fingerprint:
             return True
@@ -51,14 +50,6 @@ def ensure_scenes(folder: RunFolder) -> bool:
     content = {"network": fingerprint, **drawn_scenes(Localizer.load(folder.best))}
     write_text(folder.scenes, json.dumps(content, allow_nan=False) + "\n")
     return True
-
-
-def _fingerprint(folder: RunFolder) -> str:
-    """Of all that the scenes follow from: weights, configuration and decision."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.best.iterdir()):
-        digest.update(path.name.encode() + path.read_bytes())
-    return digest.hexdigest()
 
 
 @torch.no_grad()

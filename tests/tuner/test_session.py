@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.tuner.support import Clock, FakeRun, run_here, write_study
-from tuner import conclusion, session
+from tuner import conclusion, evaluation, session
 from tuner.config import load_study
 from tuner.folder import RunFolder
 from tuner.records import Assignment, TrialRecord
 from tuner.study import Ledger
+from tuner.telemetry import Progress
 
+SCORE_WINNER = conclusion._score_winner
 NOWHERE = ("--address", "127.0.0.1:1")  # a cluster that is not there: exit 2 where it is asked for
 
 
@@ -175,3 +178,41 @@ def test_a_study_is_not_cut_below_what_has_begun(
     assert "search.trials (--trials): got 2, and 3 trials" in told
     assert (out / "config.yaml").read_text() == kept
     assert run_here("--resume", out, "--local", "--trials", 3) == 0
+
+
+def test_a_winner_that_stays_is_scored_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(conclusion, "_score_winner", SCORE_WINNER)
+    scored: list[str] = []
+    real = evaluation.evaluate_suite
+
+    def counting(*arguments: Any, **named: Any) -> dict[str, Any]:
+        scored.append(arguments[0])
+        return real(*arguments, **named)
+
+    def told() -> list[str]:
+        return [line for line in capsys.readouterr().out.splitlines() if "F1" in line]
+
+    monkeypatch.setattr(evaluation, "evaluate_suite", counting)
+    search = {"trials": 1, "scheduler": "none"}
+    config = write_study(tmp_path, search=search, training={"epochs": 1})
+    out = tmp_path / "run"
+    assert run_here("--config", config, "--local", "--out", out) == 0
+    first = told()
+    assert len(first) == 3
+    assert run_here("--resume", out, "--local") == 0
+    assert told() == first
+    assert len(scored) == 1
+    for damaged in ("{", "[]", '{"network": 3}'):
+        (out / "evaluation.json").write_text(damaged)
+        assert run_here("--resume", out, "--local") == 0
+        assert told() == first
+    assert len(scored) == 4
+    progress = Progress(load_study(out / "config.yaml"), [])
+    decision = json.loads((out / "best" / "decision.json").read_text())
+    (out / "best" / "decision.json").write_text(json.dumps(decision | {"threshold": 0.9}))
+    SCORE_WINNER(RunFolder(out), progress)
+    assert len(scored) == 5, "another network"
+    SCORE_WINNER(RunFolder(out), progress)
+    assert len(scored) == 5
