@@ -74,6 +74,13 @@ def _read(path: Path) -> Measurement:
     from model.shards import GAIN, DataError
 
     try:
+        with path.open("rb") as file:
+            start = file.read(6)
+        if not zipfile.is_zipfile(path) and start != b"\x93NUMPY":
+            # NumPy takes whatever it does not know for a pickle, and tells how to load one.
+            raise DataError(
+                f"{path}: is no .npz file, or cut off; one with y, H and codes is expected"
+            )
         loaded = np.load(path, allow_pickle=False)
         if not isinstance(loaded, np.lib.npyio.NpzFile):
             raise DataError(f"{path}: holds one array; an .npz with y, H and codes is expected")

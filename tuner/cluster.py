@@ -238,7 +238,7 @@ def _here() -> Cluster:
 
     n_cpus, n_gpus = float(get_num_cpus()), float(torch.cuda.device_count())
     return Cluster(
-        description="Ray on this machine, which would be started",
+        description="a Ray that would be started on this machine",
         capacity=Capacity(Machine(n_cpus, n_gpus)),
         dashboard=None,
         token_file=None,

@@ -193,13 +193,15 @@ def test_files_and_arguments_that_cannot_be_used_are_named(
     tmp_path: Path, plain: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "text.npz").write_text("not an archive")
+    (tmp_path / "cut.npz").write_bytes(plain.read_bytes()[:500])
     np.save(tmp_path / "one.npy", np.zeros(3))
     (tmp_path / "one.npy").rename(tmp_path / "one.npz")
     (tmp_path / "empty" / "val").mkdir(parents=True)
     np.savez(tmp_path / "empty" / "val" / "shard_000.npz", x=np.zeros(1))
     for arguments, words in (
         ([tmp_path / "absent.npz"], "absent.npz: no such file or folder"),
-        ([tmp_path / "text.npz"], "text.npz: cannot be read as .npz"),
+        ([tmp_path / "text.npz"], "text.npz: is no .npz file"),
+        ([tmp_path / "cut.npz"], "cut.npz: is no .npz file, or cut off"),
         ([tmp_path / "one.npz"], "holds one array"),
         ([tmp_path / "empty"], f"holds no .npz; take {tmp_path / 'empty' / 'val'}"),
         ([plain, "--out", "sources.txt"], "--out: got sources.txt; expected a name that ends in"),

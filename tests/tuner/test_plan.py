@@ -44,7 +44,7 @@ def test_a_dry_run_shows_the_study_and_starts_nothing(
     assert line(lines, "search space: ") == "search space: 3 parameters, endlessly many points"
     row = line(lines, " network.heads")
     assert row.split() == ["network.heads", "categorical", "1,", "2,", "4", "2"]
-    assert "Ray on this machine, which would be started: " in "\n".join(lines)
+    assert "a Ray that would be started on this machine: " in "\n".join(lines)
     assert "if asha stops what it may, about" in line(lines, "time: ")
     assert any("of checkpoints at a time" in text for text in lines)
     assert lines[-1].startswith("nothing was started, and nothing written (--dry-run)")
