@@ -2,7 +2,8 @@
 
 Optuna reads all trials that run from the database whenever it is asked for trials, which a single
 proposal does some seven times: with 64 of them 0.6 s of the driver went into each proposal. The
-driver alone writes its study (:mod:`tuner.claim`), so it reads once and then knows.
+driver alone writes its study (the run folder's lock or :mod:`tuner.claim` sees to that), so it
+reads once and then knows.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Population-based training: who goes on, who gives way, and to whose successor.
 
 A population of trials trains side by side. At every milestone its members are compared by the
-objective that each had at that same epoch: the worst give way, and for each a successor begins
+score of that same epoch's weights: the worst give way, and for each a successor begins
 with the weights of one of the best. The result follows from the objectives alone. Neither the
 number of machines nor who comes first changes it, so that a study of one slot, one of many and one
 that was interrupted all decide alike.
