@@ -6,6 +6,10 @@ from model.data import CHUNK
 from model.front_end import default_cache
 from tuner.config import StudyConfig
 
+#: A file's time is that of the kernel's last tick, up to 10 ms before the clock's (CONFIG_HZ=100):
+#: a file that was written after ``since`` may bear a time just before it. Seconds.
+_TICK = 0.02
+
 
 def candidates_found(study: StudyConfig, since: float) -> tuple[int, int] | None:
     """Simulated scenes whose candidates were found since a time, and all of a first epoch.
@@ -31,7 +35,7 @@ def candidates_found(study: StudyConfig, since: float) -> tuple[int, int] | None
     ]
     try:
         files = [*(data.cache or default_cache()).glob("*.safetensors")]
-        n_new = sum(path.stat().st_mtime >= since for path in files)
+        n_new = sum(path.stat().st_mtime >= since - _TICK for path in files)
     except OSError:  # somebody clears the folder
         return None
     return (sum(sizes[:n_new]), sum(sizes)) if n_new else None

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,18 @@ def test_all_is_found_when_a_trial_has_what_an_epoch_needs(tmp_path: Path, fresh
         pass
     assert candidates_found(study, begun) == (30, 30)
     assert candidates_found(study, time.time() + 10.0) is None, "those of before do not count"
+
+
+def test_a_file_written_within_the_kernels_tick_counts(tmp_path: Path) -> None:
+    study = study_in(tmp_path)
+    (tmp_path / "cache").mkdir()
+    kept = tmp_path / "cache" / "one.safetensors"
+    kept.touch()
+    now = time.time()
+    os.utime(kept, (now - 0.01, now - 0.01))
+    assert candidates_found(study, now) == (8, 30)
+    os.utime(kept, (now - 1.0, now - 1.0))
+    assert candidates_found(study, now) is None
 
 
 def test_families_without_candidates_look_for_none(tmp_path: Path) -> None:
