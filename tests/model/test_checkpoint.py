@@ -15,12 +15,39 @@ from typing import Any
 import pytest
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from model import Trainer
-from model.checkpoint import Checkpoint, CheckpointError, export_best, read_config
+from model.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    export_best,
+    load_tensors,
+    read_config,
+    save_tensors,
+)
 from model.files import replacing, write_text
 from tests.tiny import tiny_config
+
+TENSORS = {
+    "weight": torch.arange(6.0).reshape(2, 3).T,
+    "scalar": torch.tensor(3),
+    "empty": torch.zeros(0, 3),
+    "mask": torch.tensor([True, False]),
+    "symbols": torch.tensor([1.0 + 2.0j, -1.0j]),
+    "fp16": torch.tensor([0.5], dtype=torch.float16),
+}
+
+
+@pytest.mark.parametrize("more", [{}, {"bf16": torch.tensor([1.5, -2.0], dtype=torch.bfloat16)}])
+def test_tensors_come_back_as_they_were(tmp_path: Path, more: dict[str, torch.Tensor]) -> None:
+    tensors = TENSORS | more
+    save_tensors(tmp_path / "ours", tensors, {"a": "b", "c": "d"})
+    back, metadata = load_tensors(tmp_path / "ours")
+    assert metadata == {"a": "b", "c": "d"}
+    torch.testing.assert_close(back, dict(sorted(tensors.items())), rtol=0, atol=0)
+    save_file({k: v.contiguous() for k, v in tensors.items()}, tmp_path / "torch", metadata)
+    assert load_file(tmp_path / "torch").keys() == back.keys()
 
 
 def test_a_failure_while_writing_leaves_the_old_file_whole(tmp_path: Path) -> None:
