@@ -68,6 +68,22 @@ def f1_interval(
     return bootstrap_interval(statistic, len(matching), **options)
 
 
+def mean_interval(
+    values: Tensor, minus: Tensor | None = None, **options: Any
+) -> tuple[float, float]:
+    """:func:`bootstrap_interval` of the mean of ``values`` (S,), or of its difference.
+
+    The difference from the mean of ``minus`` (S,) is paired: both are of the same scenes in the
+    same order (else ValueError, as far as their number tells). ``options`` are as for
+    :func:`f1_interval`.
+    """
+    if minus is not None and minus.shape != values.shape:
+        got = f"values of {len(values)} and {len(minus)} scenes"
+        raise ValueError(f"got {got}; expected the same scenes in the same order")
+    each = (values if minus is None else values - minus).detach().cpu().double()
+    return bootstrap_interval(lambda indices: each[indices].mean(-1), len(each), **options)
+
+
 def resampled_f1(matching: Matching, indices: Tensor) -> Tensor:
     """Pooled F1 (R,) of the scenes in each row of ``indices`` (R, n_scenes) int64."""
     hits, whole = (

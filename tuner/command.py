@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import _thread
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -12,6 +14,7 @@ from typing import Any
 import typer
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_AGAIN = 0.1  # seconds after which an interruption that got lost is tried again
 DONE, NOTHING_FINISHED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 
@@ -77,12 +80,28 @@ class Interruption:
 
     @contextmanager
     def watched(self) -> Iterator[Interruption]:
-        """Take both signals for the time of the block."""
+        """Take both signals for the time of the block.
+
+        One that arrives while a destructor or a callback runs interrupts nothing: Python drops
+        what is raised there. It is raised again a moment later.
+        """
         before: dict[int, Any] = {number: signal.getsignal(number) for number in _SIGNALS}
+        unraisable = sys.unraisablehook
+
+        def raise_again(dropped: sys.UnraisableHookArgs) -> None:
+            if not issubclass(dropped.exc_type, KeyboardInterrupt):
+                unraisable(dropped)
+                return
+            again = threading.Timer(_AGAIN, _thread.interrupt_main)
+            again.daemon = True
+            again.start()
+
         self.take()
+        sys.unraisablehook = raise_again
         try:
             yield self
         finally:
+            sys.unraisablehook = unraisable
             for number, handler in before.items():
                 signal.signal(number, handler)
 

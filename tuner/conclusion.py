@@ -116,6 +116,7 @@ def _score_winner(folder: RunFolder, progress: Progress) -> None:
     from model.localizer import Localizer
     from tuner.evaluation import evaluate_suite, evaluation_of, write_evaluation
     from tuner.scoreboard import REFERENCE
+    from tuner.scoretable import signed
 
     if not (folder.best / "config.json").exists():
         return  # its checkpoint was out of reach, which has been said
@@ -139,6 +140,9 @@ def _score_winner(folder: RunFolder, progress: Progress) -> None:
     for name, report in found["methods"].items():
         numbers = report["overall"]
         progress.say(f"{name}: F1 {numbers['f1']:.3f}, GOSPA {numbers['gospa_m']:.2f} m")
+    if f1 := found["paired_f1"].get(REFERENCE, {}).get("network"):
+        cost = found["paired_gospa_m"][REFERENCE]["network"]
+        progress.say(f"winner less NOMP [95 %]: F1 {signed(f1)}, GOSPA {signed(cost)} m")
     progress.say(f"scoreboard: {folder.path / 'evaluation.html'}")
 
 
@@ -146,9 +150,8 @@ def _scored_before(folder: RunFolder, fingerprint: str) -> dict[str, Any] | None
     """The scores of an earlier session, if the winner is the same network."""
     try:
         content = json.loads(folder.evaluation.read_text(encoding="utf-8"))
-        if content["network"] != fingerprint:
-            return None
-        return dict(content["suites"]["nominal"])
+        found = dict(content["suites"]["nominal"])
+        return found if content["network"] == fingerprint and "paired_gospa_m" in found else None
     except (OSError, ValueError, KeyError, TypeError):  # absent, damaged or of another form
         return None
 

@@ -335,10 +335,9 @@ def load_study(path: Path | None, overrides: Sequence[str] = (), **options: Any)
     Raises:
         ConfigError: in one line, with the field, what it held and what is allowed.
     """
-    source = str(path) if path else "configuration"
     data = read_yaml(path) if path else {}
-    _override(data, overrides, options)
-    study = _resolve(_validate(data, source))
+    said = _override(data, overrides, options)
+    study = _resolve(_validate(data, str(path) if path else "configuration", said))
     check_space(study)
     return study
 
@@ -348,26 +347,39 @@ def load_trial(
 ) -> TrialConfig:
     """A trial's configuration from its saved form, overridden like a study's."""
     changed = copy.deepcopy(dict(data))
-    _override(changed, overrides, options)
+    said = _override(changed, overrides, options)
     try:
         config = TrialConfig.model_validate(changed)
     except ValidationError as error:
-        raise ConfigError(explain(error, TrialConfig)) from error
+        raise ConfigError(explain(error, TrialConfig, said=said)) from error
     if config.data.shards is None:
         return config
     changed["data"]["shards"] = config.data.shards.expanduser().resolve()
     return TrialConfig.model_validate(changed)
 
 
-def _override(data: dict[str, Any], overrides: Sequence[str], options: Mapping[str, Any]) -> None:
+def flag_of(option: str) -> str:
+    """The command line's name of an option, such as `--epochs` of `training__epochs`."""
+    name = {"data__shards": "data"}.get(option, option.rpartition("__")[2])
+    return f"--{name.replace('_', '-')}"
+
+
+def _override(
+    data: dict[str, Any], overrides: Sequence[str], options: Mapping[str, Any]
+) -> dict[str, str]:
+    """Change fields; what changed each, by dotted path."""
+    said: dict[str, str] = {}
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator or not key.strip():
             raise ConfigError(f"--set {override}: expected a.b=VALUE")
         _assign(data, key.strip(), parse_yaml(text, f"--set {override}"))
+        said[key.strip()] = "--set"
     for option, value in options.items():
         if value is not None:
             _assign(data, option.replace("__", "."), value)
+            said[option.replace("__", ".")] = flag_of(option)
+    return said
 
 
 def check_space(study: StudyConfig) -> None:
@@ -423,11 +435,13 @@ def _blames_field(error: ConfigError, path: str) -> bool:
     return str(error).startswith(path + ":")
 
 
-def _validate(data: dict[str, Any], source: str) -> StudyConfig:
+def _validate(
+    data: dict[str, Any], source: str, said: Mapping[str, str] | None = None
+) -> StudyConfig:
     try:
         return StudyConfig.model_validate(data)
     except ValidationError as error:
-        raise ConfigError(f"{source}: {explain(error, StudyConfig)}") from error
+        raise ConfigError(explain(error, StudyConfig, source, said)) from error
 
 
 def _resolve(study: StudyConfig) -> StudyConfig:

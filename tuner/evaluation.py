@@ -17,7 +17,7 @@ from model.data import check_convention, open_split, simulate_split
 from model.files import write_text
 from model.localizer import Localizer
 from model.shards import refuse_leaks
-from physics.bootstrap import f1_interval
+from physics.bootstrap import f1_interval, mean_interval
 from physics.geometry import PlanarArray
 from physics.nomp import estimate_snr_db
 from physics.scene import SceneConfig, Scenes
@@ -134,7 +134,8 @@ def evaluate_suite(
         "scenes": origin,
         "gated_share": float(truth.gated.sum() / max(1, int(drawn.present.sum()))),
         "methods": {s.name: full_report(s, truth) for s in scores},
-        "paired_f1": {name: _paired(scores, name) for name in beside},
+        "paired_f1": {name: _paired_f1(scores, name) for name in beside},
+        "paired_gospa_m": {name: _paired_gospa(scores, name) for name in beside},
         "snr_estimate": _snr_estimate(truth, surface, believed),
         "curves": {s.name: _curves(s, truth) for s in scores},
     }
@@ -161,13 +162,26 @@ def _references(names: list[str], asked: list[str] | None) -> list[str]:
     return list(dict.fromkeys(asked))
 
 
-def _paired(scores: list[Score], name: str) -> dict[str, Any]:
+def _paired_f1(scores: list[Score], name: str) -> dict[str, Any]:
     """F1 less that of one estimator on the same scenes, with its bootstrap interval."""
     reference = next(s for s in scores if s.name == name)
     return {
         s.name: {
             "difference": s.matching.f1 - reference.matching.f1,
             "interval": list(f1_interval(s.matching, reference.matching)),
+        }
+        for s in scores
+        if s is not reference
+    }
+
+
+def _paired_gospa(scores: list[Score], name: str) -> dict[str, Any]:
+    """The same of the mean GOSPA [m]."""
+    reference = next(s for s in scores if s.name == name)
+    return {
+        s.name: {
+            "difference": float((s.gospa - reference.gospa).mean()),
+            "interval": list(mean_interval(s.gospa, reference.gospa)),
         }
         for s in scores
         if s is not reference

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from itertools import chain
 from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from model.network import FAMILIES
 
 _SPACES = ("float", "int", "categorical")
 _LONGEST = 80
+_MOST = 3  # problems that are said
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -36,26 +38,67 @@ def field_paths(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
         yield from dict.fromkeys(chain.from_iterable(paths))
 
 
-def explain(error: ValidationError, model: type[BaseModel]) -> str:
-    """The first thing that is wrong: dotted field, what it held, what is allowed."""
+def explain(
+    error: ValidationError,
+    model: type[BaseModel],
+    source: str = "",
+    said: Mapping[str, str] | None = None,
+) -> str:
+    """What is wrong, in one line: where from, dotted field, what it held, what is allowed.
+
+    Args:
+        error: of pydantic.
+        model: that was validated.
+        source: where the data came from, such as a file.
+        said: what gave a field another value, by dotted path, such as ``--trials``.
+    """
+    problems: dict[str, list[str]] = {}
     details = error.errors(include_url=False)
-    first = details[0]
-    location = first["loc"]
-    where = _dotted(location)
-    more = f" (and {len(details) - 1} more)" if len(details) > 1 else ""
-    if first["type"] == "extra_forbidden":
+    for detail in details[:_MOST]:
+        blamed = _blamed(_place(detail), source, said or {})
+        problems.setdefault(blamed, []).append(_problem(detail, model))
+    text = "; ".join(
+        (f"{blamed}: " if blamed else "") + "; ".join(found) for blamed, found in problems.items()
+    )
+    return text + (f" (and {len(details) - _MOST} more)" if len(details) > _MOST else "")
+
+
+def _blamed(where: str, source: str, said: Mapping[str, str]) -> str:
+    """Who gave the value at a place: an option at it or above, or the source, with those below."""
+    here = where.replace("[", ".").replace("]", "")
+    above = [path for path in said if f"{here}.".startswith(f"{path}.")]
+    if above:
+        return said[max(above, key=len)]
+    below = [label for path, label in said.items() if not here or path.startswith(f"{here}.")]
+    return " with ".join([source] * bool(source) + [", ".join(dict.fromkeys(below))] * bool(below))
+
+
+def _place(detail: ErrorDetails) -> str:
+    """The dotted field; of a section of unknown kind the one that names its kind."""
+    where = _dotted(detail["loc"])
+    if detail["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        where += "." + detail["ctx"]["discriminator"].strip("'")
+    return where
+
+
+def _problem(detail: ErrorDetails, model: type[BaseModel]) -> str:
+    location, where = detail["loc"], _place(detail)
+    if detail["type"] == "extra_forbidden":
         known = _known_fields(model, location[:-1])
         hint = did_you_mean(str(location[-1]), known)
         listed = hint or (f"; known here: {', '.join(sorted(known))}" if known else "")
-        return f"{where}: unknown field{listed}{more}"
-    if first["type"] == "missing":
-        return f"{where}: is missing{more}"
-    message = first["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
+        return f"{where}: unknown field{listed}"
+    if detail["type"] in ("missing", "union_tag_not_found"):
+        return f"{where}: is missing"
+    if detail["type"] == "union_tag_invalid":
+        allowed = detail["ctx"]["expected_tags"]
+        return f"{where}: got {_short(detail['ctx']['tag'])}; expected one of {allowed}"
+    message = detail["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
     message = message[:1].lower() + message[1:]
-    held = first["input"]
-    if isinstance(held, BaseModel) or (isinstance(held, dict) and first["type"] == "value_error"):
-        return f"{where}: {message}{more}" if where else f"{message}{more}"
-    return f"{where}: got {_short(held)}; {message}{more}"
+    held = detail["input"]
+    if isinstance(held, BaseModel) or (isinstance(held, dict) and detail["type"] == "value_error"):
+        return f"{where}: {message}" if where else message
+    return f"{where}: got {_short(held)}; {message}"
 
 
 def _short(value: Any) -> str:

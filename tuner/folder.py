@@ -152,13 +152,20 @@ class RunFolder:
             raise StudyError(
                 f"--out: cannot write to {folder.path}: {error.strerror or error}"
             ) from error
-        if folder.holds_study:
+        try:
+            folder.refuse_study()
+        except StudyError:
             folder.release()
-            raise StudyError(
-                f"--out: {folder.path} already holds a study; go on with --resume "
-                f"{folder.path}, or choose another folder"
-            )
+            raise
         return folder
+
+    def refuse_study(self) -> None:
+        """Raise StudyError where a study was started here."""
+        if self.holds_study:
+            raise StudyError(
+                f"--out: {self.path} already holds a study; go on with --resume "
+                f"{self.path}, or choose another folder"
+            )
 
     @classmethod
     def existing(cls, path: Path, *, lock: bool = True) -> RunFolder:

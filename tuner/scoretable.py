@@ -50,7 +50,7 @@ def _found(content: dict[str, Any]) -> Table:
         table.add_row(
             name,
             f"{numbers['f1']:.3f} [{low:.3f}, {high:.3f}]",
-            *(_signed(differences.get(name)) for differences in paired.values()),
+            *(signed(differences.get(name)) for differences in paired.values()),
         )
     return table
 
@@ -91,7 +91,7 @@ def _table(title: str, heads: list[str]) -> Table:
     return table
 
 
-def _signed(difference: dict[str, Any] | None) -> str:
+def signed(difference: dict[str, Any] | None) -> str:
     if difference is None:  # from itself
         return ""
     low, high = difference["interval"]

@@ -20,7 +20,7 @@ from model.plugin import plugins_of
 from model.precision import AmpPolicy
 from tuner.command import DONE, Interruption
 from tuner.conclusion import conclude
-from tuner.config import StudyConfig, load_study
+from tuner.config import StudyConfig, flag_of, load_study
 from tuner.disk import full_disk_said
 from tuner.errors import ConfigError, StudyError
 from tuner.folder import RunFolder
@@ -49,6 +49,7 @@ logger = logging.getLogger(__name__)
 _BETWEEN_WRITES = 9  # times what writing the results took: the driver has more to do
 
 _CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+_WITHOUT_GPU, _WITH_GPU = _CONFIGS / "quickstart.yaml", _CONFIGS / "full.yaml"
 # What a study may still change when it goes on; the rest decides its trials' results.
 _RESUMABLE = {
     "search__trials",
@@ -58,13 +59,6 @@ _RESUMABLE = {
     "search__promote",
     "resources__concurrent",
     "resources__gpus_per_trial",
-}
-_FLAGS = {
-    "training__epochs": "--epochs",
-    "data__shards": "--data",
-    "resources__cpus_per_trial": "--cpus-per-trial",
-    "search__warm_start": "--warm-start",
-    "seed": "--seed",
 }
 
 
@@ -94,6 +88,8 @@ def run_session(request: Request) -> int:
     """
     if request.local and request.address:
         raise StudyError("--local: uses no Ray, so that --address has no meaning beside it")
+    if request.resume is None:
+        _refuse_early(request)
     with ExitStack() as stack:
         interruption = stack.enter_context(Interruption().watched())
         cluster: Cluster | None = None
@@ -170,6 +166,21 @@ def run_session(request: Request) -> int:
         return conclude(folder, ledger, promotion, progress, early, interrupted=interruption.wished)
 
 
+def _refuse_early(request: Request) -> None:
+    """Refuse what no cluster can mend before one is asked for."""
+    if request.out is not None:
+        RunFolder(request.out).refuse_study()
+    if request.config is None:  # which of them it is follows from the cluster
+        refusals: list[ConfigError] = []
+        for path in (_WITHOUT_GPU, _WITH_GPU):
+            try:
+                load_study(path, request.overrides, **request.options)
+            except ConfigError as error:
+                refusals.append(error)
+        if len(refusals) == 2:
+            raise refusals[0]
+
+
 def _connect(stack: ExitStack, request: Request, plugins: Sequence[str] = ()) -> Cluster:
     return stack.enter_context(_connected(request, plugins))
 
@@ -222,7 +233,7 @@ def _load(request: Request, cluster: Cluster | None, notes: list[str]) -> StudyC
     if path is None:
         gpus = cluster.n_gpus_possible if cluster else float(torch.cuda.is_available())
         where = cluster.description if cluster else "this machine"
-        path = _CONFIGS / ("full.yaml" if gpus else "quickstart.yaml")
+        path = _WITH_GPU if gpus else _WITHOUT_GPU
         has = "has" if cluster is None or cluster.n_gpus == gpus else "may grow to"
         why = f"{where} {has} {gpus:g} GPUs" if gpus else f"{where} has no GPU"
         notes.append(f"study: {path.name}, as {why} (choose another with --config)")
@@ -235,7 +246,8 @@ def _reopen(
     stack: ExitStack, request: Request, path: Path, notes: list[str]
 ) -> tuple[RunFolder, StudyConfig]:
     """Take the folder of an earlier session and its study, with what may change changed."""
-    refused = [_FLAGS[key] for key in _FLAGS if request.options.get(key) is not None]
+    changed = [key for key, value in request.options.items() if value is not None]
+    refused = [flag_of(key) for key in changed if key not in _RESUMABLE]
     refused += ["--config"] if request.config else []
     refused += ["--out"] if request.out else []
     refused += ["--set"] if request.overrides else []

@@ -49,6 +49,11 @@ class Standing:
         return max(0.0, self.now - max(times)) if times else None
 
     @property
+    def concluding(self) -> bool:
+        """Whether the search has ended and its driver is still at work."""
+        return self.state == "running" and self.ended is not None
+
+    @property
     def next_command(self) -> str | None:
         """What to type now."""
         where = shlex.quote(str(self.folder.path))
@@ -112,7 +117,8 @@ def standing(path: Path) -> Standing:
             new = study.search.planned_trials(study.training.epochs)
             return Standing(folder, study, state, driver, (), None, new, 0.0, None, None, now)
         trials, n_new = tuple(ledger.trials()), ledger.n_new
-        ended = None if alive else why_ended(ledger, Limits(ledger))
+        at_work = alive and any(trial.state == "running" for trial in trials)
+        ended = None if at_work else why_ended(ledger, Limits(ledger))
         return Standing(
             folder=folder,
             study=study,

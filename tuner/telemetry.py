@@ -189,7 +189,8 @@ class Progress(Watcher):
         extra += f", {row.fallbacks} solver fallbacks" if row.fallbacks else ""
         pace = f", {row.epoch_seconds:.1f} s" if row.epoch_seconds is not None else ""
         total = self._study.training.epochs
-        self._event(number, f"epoch {row.epoch}/{total}: {row.objective:.5f}{pace}{extra}")
+        shown = f"lowest so far {row.objective:.5f}"
+        self._event(number, f"epoch {row.epoch}/{total}: {shown}{pace}{extra}")
 
     def handed_back(self, number: int) -> None:
         """A trial waits to be run on."""

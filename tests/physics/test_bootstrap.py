@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from physics.bootstrap import bootstrap_interval, f1_interval, resampled_f1
+from physics.bootstrap import bootstrap_interval, f1_interval, mean_interval, resampled_f1
 from physics.metrics import Matching
 
 
@@ -111,3 +111,20 @@ def test_a_paired_difference_sees_what_two_intervals_hide() -> None:
     for other in (worse[:399], worse[torch.arange(400).flip(0)]):
         with pytest.raises(ValueError, match="same scenes in the same order"):
             f1_interval(worse, other)
+
+
+def test_the_interval_of_a_mean_is_that_of_the_normal_and_pairing_narrows_a_difference() -> None:
+    generator = torch.Generator().manual_seed(3)
+    scene = torch.randn(2000, generator=generator, dtype=torch.float64)
+    one, two = (scene + 0.1 * torch.randn(2000, generator=generator) for _ in range(2))
+    low, high = mean_interval(one, n_resamples=4000)
+    half = 1.96 * float(one.std()) / math.sqrt(2000)
+    assert (low, high) == pytest.approx(
+        (float(one.mean()) - half, float(one.mean()) + half), abs=half / 8
+    )
+    low, high = mean_interval(one, two + 1.0, n_resamples=4000)
+    half = 1.96 * float((one - two).std()) / math.sqrt(2000)
+    middle = float((one - two).mean()) - 1.0
+    assert (low, high) == pytest.approx((middle - half, middle + half), abs=half / 8)
+    with pytest.raises(ValueError, match="2000 and 3 scenes"):
+        mean_interval(one, two[:3])

@@ -56,6 +56,40 @@ def test_an_error_names_the_field_what_it_held_and_what_is_allowed(
         assert words in message
 
 
+@pytest.mark.parametrize(
+    ("overrides", "options", "complaint"),
+    [
+        (["training.learning_rate=-1"], {}, "--set: training.learning_rate: got -1; "),
+        ([], {"search__trials": 0}, "--trials: search.trials: got 0; "),
+        ([], {"resources__cpus_per_trial": 0}, "--cpus-per-trial: resources.cpus_per_trial: got 0"),
+        ([], {"data__shards": 3}, "--data: data.shards: got 3; "),
+        (["network={family: foo}"], {}, "--set: network.family: got 'foo'; expected one of 'snap"),
+        (["network.family=foo"], {}, "--set: network.family: got 'foo'; expected one of 'snap"),
+        (["search.space.blend.beta.type=flat"], {}, "--set: search.space[blend.beta].type: got "),
+        (["network.heads=3"], {}, "{path} with --set: network: width 8 is not a multiple"),
+    ],
+)
+def test_an_error_blames_what_gave_the_value(
+    tmp_path: Path, overrides: list[str], options: dict[str, Any], complaint: str
+) -> None:
+    path = write_study(tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        load_study(path, overrides, **options)
+    assert str(caught.value).startswith(complaint.format(path=path))
+
+
+def test_several_problems_are_told_at_once_each_with_who_gave_it(tmp_path: Path) -> None:
+    path = write_study(tmp_path, training={"epochs": -1}, loss={"cov_pred": "much"})
+    with pytest.raises(ConfigError) as caught:
+        load_study(path, ["seed=-1"], search__trials=0)
+    text = str(caught.value)
+    assert f"{path}: loss.cov_pred: got 'much'" in text
+    assert "; training.epochs: got -1" in text
+    assert "--set: seed: got -1" in text
+    assert text.endswith(" (and 1 more)")
+    assert "\n" not in text
+
+
 def test_an_override_wins_over_the_file_and_reads_yaml(tmp_path: Path) -> None:
     study = load_study(
         write_study(tmp_path),

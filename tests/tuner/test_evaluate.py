@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import html
 import io
 import json
 import math
@@ -209,6 +210,10 @@ def test_a_network_and_its_refinement_stand_beside_the_classical_ones(
         assert difference["difference"] == pytest.approx(expected)
         low, high = difference["interval"]
         assert low <= expected <= high
+        cost = content["suites"]["nominal"]["paired_gospa_m"]["nomp"][name]
+        expected = methods[name]["overall"]["gospa_m"] - methods["nomp"]["overall"]["gospa_m"]
+        assert cost["difference"] == pytest.approx(expected)
+        assert cost["interval"][0] <= expected <= cost["interval"][1]
     rows = list(csv.DictReader(out.with_suffix(".csv").open()))
     assert {row["group"] for row in rows} == {"overall", "snr_db", "n_sources", "range_m"}
     overall = next(r for r in rows if r["method"] == "nomp" and r["group"] == "overall")
@@ -285,7 +290,7 @@ def test_whoever_is_named_is_compared_with(
     page = out.with_suffix(".html").read_text()
     for name in ("somp", "nomp"):
         assert f"less {name}'s" in shown
-        assert f"less {name}&#x27;s F1" in page or f"less {name}'s F1" in page
+        assert html.unescape(page).count(f"less {name}'s [95 %]") == 2  # F1 and GOSPA
     paired = json.loads(out.read_text())["suites"]["nominal"]["paired_f1"]
     assert list(paired) == ["somp", "nomp"]
     assert paired["nomp"] == alone["paired_f1"]["nomp"]

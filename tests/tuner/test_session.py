@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,24 @@ def test_a_study_with_nothing_left_connects_to_no_cluster(
     assert run_here("--resume", out, *NOWHERE) == 0, "the space is used up"
 
 
+def test_mistakes_are_told_before_a_cluster_is_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write_study(tmp_path)
+    out = RunFolder.fresh(tmp_path / "run")
+    out.config.write_text("")
+    out.release()
+    for arguments, complaint in (
+        (("--config", config, "--out", out.path), "--out: .* already holds a study"),
+        (("--config", config, "--out", out.path, "--dry-run"), "--out: .* already holds a study"),
+        (("--set", "training.learning_rat=1"), "--set: training.learning_rat: unknown field"),
+        (("--trials", 0), "--trials: search.trials: got 0"),
+    ):
+        assert run_here(*arguments, *NOWHERE) == 2
+        told = capsys.readouterr().err
+        assert re.fullmatch(f"error: {complaint}.*\n", told), told
+
+
 def test_writing_the_results_takes_a_tenth_of_the_drivers_time_and_the_last_ones_are_whole(
     tmp_path: Path, fake_trials: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -200,7 +219,8 @@ def test_a_winner_that_stays_is_scored_once(
     out = tmp_path / "run"
     assert run_here("--config", config, "--local", "--out", out) == 0
     first = told()
-    assert len(first) == 3
+    assert len(first) == 4
+    assert first[-1].startswith("winner less NOMP [95 %]: F1 ")
     assert run_here("--resume", out, "--local") == 0
     assert told() == first
     assert len(scored) == 1

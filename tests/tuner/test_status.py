@@ -144,6 +144,30 @@ def test_a_driver_is_seen_at_work_and_seen_to_be_killed(
     assert f"process {driver.pid} was cut off" in capsys.readouterr().out
 
 
+def test_a_driver_that_scores_the_winner_is_not_said_to_have_trials_left(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = begun(tmp_path, search={"trials": 3})
+    driver = [sys.executable, "-c", HOLD, str(folder.path)]
+    held = subprocess.Popen(driver, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True)
+    try:
+        assert held.stdout is not None
+        assert held.stdout.readline() == "held\n"
+        assert looked(capsys, folder.path)["ended"] is None
+        ledger = Ledger(folder.database, tiny_study(tmp_path, search={"trials": 3}))
+        ledger.finish(2, "pruned", reason="stopped")
+        ledger.close()
+        seen = looked(capsys, folder.path)
+        assert seen["state"] == "running"
+        assert seen["ended"] == "all trials have run"
+        assert execute(app, [str(folder.path)]) == 0
+        out = capsys.readouterr().out
+        assert "the winner is scored and the report drawn" in out
+        assert "time left" not in out
+    finally:
+        kill(held)
+
+
 def test_a_driver_elsewhere_whose_lock_does_not_show_here_is_known_by_what_it_writes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -40,8 +40,8 @@ def test_a_pipe_gets_one_plain_line_an_event(tmp_path: Path) -> None:
     text = stream.getvalue()
     assert not progress.is_live
     assert "\x1b" not in text
-    assert "trial 0000 epoch 1/2: 2.50000, 1.2 s, 3 steps skipped\n" in text
-    assert "trial 0000 epoch 2/2: 2.00000, 4 solver fallbacks\n" in text
+    assert "trial 0000 epoch 1/2: lowest so far 2.50000, 1.2 s, 3 steps skipped\n" in text
+    assert "trial 0000 epoch 2/2: lowest so far 2.00000, 4 solver fallbacks\n" in text
     assert "trial 0000 done after epoch 2: 2.00000 (best so far)\n" in text
     assert "trial 0001 failed after epoch 0: diverged: NaN\n" in text
     assert "trial 0002 lost its machine" in text
@@ -100,7 +100,7 @@ def test_verbose_shows_events_and_log_lines_once_each(tmp_path: Path) -> None:
         play(progress)
         logging.getLogger("model.training").warning("step [7] skipped")
     text = stream.getvalue()
-    assert text.count("trial 0000 epoch 1/2: 2.50000") == 1
+    assert text.count("trial 0000 epoch 1/2: lowest so far 2.50000") == 1
     assert text.count("WARNING model.training: step [7] skipped") == 1
     logging.getLogger("model.training").warning("nobody hears this")
     assert "nobody hears" not in stream.getvalue()

@@ -9,9 +9,11 @@ from tuner.config import plain_of
 from tuner.duration import format_duration
 from tuner.pages.chart import STATE_WORDS
 from tuner.pages.markup import Markup, counted, escape, listed, note, pairs, short, table
+from tuner.scoretable import signed
 
 if TYPE_CHECKING:
     from tuner.pages.material import Material
+    from tuner.records import TrialRecord
 
 _UNITS = {"nmse": "", "f1": "", "gospa": " m"}
 _SAMPLERS = {
@@ -101,6 +103,7 @@ def _found(material: Material) -> str:
         change = best.objective / untrained - 1
         text += f", {abs(change):.0%} {'below' if change < 0 else 'above'} the untrained network"
     text += "; it is the best of many on the same validation scenes, and so a little optimistic."
+    text += _beside_start(material, best)
     scores = _scores(material)
     if scores:
         suite = next(iter(material.evaluation["suites"].values()))  # type: ignore[index]
@@ -108,12 +111,29 @@ def _found(material: Material) -> str:
         text += f"{scores['network']['f1']:.3f} and GOSPA {scores['network']['gospa_m']:.2f} m"
         if other := scores.get("nomp"):
             text += f"; NOMP with {other['f1']:.3f} and {other['gospa_m']:.2f} m"
-        difference = suite["paired_f1"].get("nomp", {}).get("network")
-        if difference:
-            low, high = difference["interval"]
-            text += f" (F1 {difference['difference']:+.3f}, 95 % {low:+.3f} to {high:+.3f})"
-        text += "."
+        beside = [
+            f"{name} {signed(found)}{unit}"
+            for name, key, unit in (("F1", "paired_f1", ""), ("GOSPA", "paired_gospa_m", " m"))
+            if (found := suite.get(key, {}).get("nomp", {}).get("network"))
+        ]
+        text += f"; the difference with its 95 % interval: {', '.join(beside)}." if beside else "."
     return text
+
+
+def _beside_start(material: Material, best: TrialRecord) -> str:
+    """What the search gained over the study's own values, if a trial ran them."""
+    start = material.study.base_point()
+    own = next((trial for trial in material.trials if trial.params == start), None)
+    if own is None or not start:
+        return ""
+    if own is best:
+        return " It ran the study's own values: none that the search proposed did better."
+    name = f"the study's own values (trial {own.number:04d})"
+    if own.state != "done" or own.objective is None or best.objective is None:
+        return f" Trial {own.number:04d} ran the study's own values: {STATE_WORDS[own.state]}."
+    gain = 1 - best.objective / own.objective if own.objective > 0 else 0.0
+    unit = _UNITS[material.study.objective]
+    return f" That is {gain:.1%} below {short(own.objective, 5)}{unit} of {name}."
 
 
 def _scores(material: Material) -> dict[str, Any]:

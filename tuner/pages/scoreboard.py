@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from tuner.pages.chart import chart, grid
 from tuner.pages.markup import Markup, Number, listed, note, short, table
+from tuner.scoretable import signed
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -29,8 +30,6 @@ _COLUMNS = (
     ("precision", "precision"),
     ("recall", "recall"),
     ("gated recall", "gated_recall"),
-    ("GOSPA [m]", "gospa_m"),
-    ("K right", "count_accuracy"),
     ("all found", "all_found"),
     ("|err|/CRB", "median_error_over_crb"),
     ("NMSE", "nmse"),
@@ -98,30 +97,33 @@ def suite_charts(suite: dict[str, Any]) -> Markup:
 
 
 def _overall(suite: dict[str, Any]) -> Markup:
-    paired = suite["paired_f1"]
-    heads = ["method", "how", "F1 [95 %]", *(head for head, _ in _COLUMNS)]
-    heads += [f"less {name}'s F1 [95 %]" for name in paired] + ["scenes/s"]
+    """What methods are compared by, with intervals; below it all else that has one number."""
+    f1, gospa = suite["paired_f1"], suite.get("paired_gospa_m", {})
+    heads = ["method", "how", "F1 [95 %]", *(f"less {name}'s [95 %]" for name in f1)]
+    heads += ["GOSPA [m]", *(f"less {name}'s [95 %]" for name in gospa), "K right"]
     rows: list[list[object]] = []
+    others: list[list[object]] = []
     for name, report in suite["methods"].items():
         numbers = report["overall"]
         low, high = numbers["f1_interval"]
-        row: list[object] = [name, report["note"]]
-        row.append(Number(f"{numbers['f1']:.3f} [{low:.3f}, {high:.3f}]"))
-        for _, key in _COLUMNS:
-            told = key == "count_accuracy" and "K told" in report["note"]
-            value = numbers.get(key)
-            row.append(Number("told" if told else "" if value is None else f"{value:.3f}"))
-        row += [Number(_signed(differences.get(name))) for differences in paired.values()]
-        row.append(Number(f"{report['scenes_per_second']:.1f}"))
-        rows.append(row)
-    return table(heads, rows)
+        told = "K told" in report["note"]
+        rows.append([
+            name,
+            report["note"],
+            Number(f"{numbers['f1']:.3f} [{low:.3f}, {high:.3f}]"),
+            *(Number(signed(differences.get(name))) for differences in f1.values()),
+            _number(numbers.get("gospa_m")),
+            *(Number(signed(differences.get(name))) for differences in gospa.values()),
+            Number("told") if told else _number(numbers.get("count_accuracy")),
+        ])  # fmt: skip
+        others.append([name, *(_number(numbers.get(key)) for _, key in _COLUMNS),
+                       Number(f"{report['scenes_per_second']:.1f}")])  # fmt: skip
+    more = table(["method", *(head for head, _ in _COLUMNS), "scenes/s"], others)
+    return Markup(table(heads, rows) + more)
 
 
-def _signed(difference: dict[str, Any] | None) -> str:
-    if difference is None:  # from itself
-        return ""
-    low, high = difference["interval"]
-    return f"{difference['difference']:+.3f} [{low:+.3f}, {high:+.3f}]"
+def _number(value: float | None) -> Number:
+    return Number("" if value is None else f"{value:.3f}")
 
 
 def _f1_by_snr(methods: dict[str, Any]) -> Markup:

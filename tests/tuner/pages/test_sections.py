@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 import json
 import re
 from pathlib import Path
@@ -37,6 +38,21 @@ def test_the_overview_says_what_was_asked_and_found(tmp_path: Path) -> None:
     best = record(3).objective
     assert best is not None
     assert f"The best is trial 0003 with {best:.5g}, {1 - best / 9:.0%} below the untrained" in text
+
+
+def test_the_overview_says_what_the_search_gained_over_the_studys_own_values(
+    tmp_path: Path,
+) -> None:
+    own = material(tmp_path).study.base_point()
+    assert len(own) == 3
+    for state, level, said in (
+        ("done", 4.0, "below 6 of the study's own values (trial 0000)."),
+        ("done", 0.1, "It ran the study's own values: none that the search proposed did better."),
+        ("pruned", 4.0, "Trial 0000 ran the study's own values: stopped early."),
+    ):
+        start = record(0, state, params=own, level=level)  # type: ignore[arg-type]
+        assert said in html.unescape(overview(material(tmp_path, start, record(3))))
+    assert "own values" not in overview(material(tmp_path, record(0), record(3)))
 
 
 def test_an_overview_without_a_winner_says_so(tmp_path: Path) -> None:
