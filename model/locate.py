@@ -267,6 +267,7 @@ def _run(asked: argparse.Namespace) -> int:
 
     from model.files import write_text
     from model.localizer import Localizer
+    from model.wording import counted
 
     try:
         on_gpu = torch.device(asked.device).type == "cuda"
@@ -295,7 +296,7 @@ def _run(asked: argparse.Namespace) -> int:
     else:
         write_text(asked.out, text)
         n_sources = sum(len(scene["sources"]) for scene in scenes)
-        print(f"{n_sources} sources in {len(scenes)} scenes: {asked.out}")
+        print(f"{counted(n_sources, 'source')} in {counted(len(scenes), 'scene')}: {asked.out}")
     if asked.picture is not None:
         from model.picture import draw_scene
 

@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 import ray
 import torch
 
+from model.wording import counted
 from tuner.autoscaling import HEAD, find_growth
 from tuner.capacity import Capacity, Machine
 from tuner.config import ResourcesConfig
@@ -62,12 +63,12 @@ class Cluster:
     @property
     def words(self) -> str:
         """What there is and may be, for people."""
-        there = f"{self.n_cpus:g} CPUs, {self.n_gpus:g} GPUs"
+        there = f"{counted(self.n_cpus, 'CPU')}, {counted(self.n_gpus, 'GPU')}"
         growth = self.capacity.growth
         if growth is None:
             return there
         cpus = self.capacity.possible(lambda machine: machine.cpus)
-        may = f"up to {cpus:g} CPUs, {self.n_gpus_possible:g} GPUs"
+        may = f"up to {counted(cpus, 'CPU')}, {counted(self.n_gpus_possible, 'GPU')}"
         if growth.known:
             return f"{there} now, {may} with its autoscaler"
         return f"{there} now; what its autoscaler may add is not known"

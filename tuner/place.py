@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from model.wording import counted
 from tuner.config import StudyConfig
 from tuner.errors import StudyError
 from tuner.folder import RunFolder
@@ -62,7 +63,7 @@ def _place_on(cluster: Cluster, study: StudyConfig, notes: list[str]) -> Place:
     resources = study.resources
     gpus, concurrent = trial_resources(cluster, resources, study.search.trials)
     notes.append(
-        f"{cluster.description}: {cluster.words}; {concurrent} trials side by side, "
+        f"{cluster.description}: {cluster.words}; {counted(concurrent, 'trial')} side by side, "
         f"{gpus:g} GPU and {resources.cpus_per_trial} CPU each"
     )
     if not gpus:

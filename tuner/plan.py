@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from rich.console import Console
 from rich.table import Table
 
+from model.wording import counted
 from tuner.appraisal import Appraisal, appraise, checkpoint_bytes, epochs_expected
 from tuner.config import StudyConfig, held_value, plain_of
 from tuner.duration import format_duration
@@ -99,9 +100,11 @@ def _plain(value: Any) -> str:
 def _space_table(study: StudyConfig) -> Table:
     space = study.search.space
     points = n_points(space)
-    many = "endlessly many points" if math.isinf(points) else f"{points:.0f} points"
+    many = "endlessly many points" if math.isinf(points) else counted(int(points), "point")
     table = Table(
-        title=f"search space: {len(space)} parameters, {many}", title_justify="left", box=None
+        title=f"search space: {counted(len(space), 'parameter')}, {many}",
+        title_justify="left",
+        box=None,
     )
     for head in ("parameter", "type", "values", "configured"):
         table.add_column(head, no_wrap=True)

@@ -21,6 +21,7 @@ import numpy as np
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
+from model.wording import counted
 from tuner.config import StudyConfig
 from tuner.records import Assignment, TrialRecord
 from tuner.study import Ledger
@@ -192,7 +193,7 @@ class Promotion(Ledger):
         if not found:
             return []
         epochs, winner = self.config.training.epochs, self.winner()
-        lines = [f"promoted, {epochs} epochs; mean ± standard deviation over seeds:"]
+        lines = [f"promoted, {counted(epochs, 'epoch')}; mean ± standard deviation over seeds:"]
         lines += [
             f"{rank}. trial {promoted.trial.number:04d}: {promoted.words}"
             for rank, promoted in enumerate(found, start=1)

@@ -67,6 +67,7 @@ def write_report(folder: RunFolder, ledger: Ledger) -> None:
 
 def page(material: Material) -> str:
     """The page as text."""
+    from model.wording import counted
     from tuner.pages.chart import attempted
     from tuner.pages.overview import tiles
     from tuner.pages.shell import Section, document
@@ -76,7 +77,7 @@ def page(material: Material) -> str:
         Section(title, attempted(partial(draw, material), title))
         for title, draw in sections(material.study)
     ]
-    title = f"{material.study.name}: {len(material.trials):,} trials"
+    title = f"{material.study.name}: {counted(len(material.trials), 'trial')}"
     return document(title, tiles(material), drawn, made)
 
 

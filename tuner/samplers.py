@@ -17,6 +17,7 @@ from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler, CmaEsSampler, GPSampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState
 
+from model.wording import counted
 from tuner.config import SearchConfig
 from tuner.records import HEIR
 from tuner.space import SearchSpace, Value, n_points, suggest
@@ -55,7 +56,8 @@ def sampler_note(search: SearchConfig) -> str | None:
     """What a user should know before this sampler's first proposal, in one line."""
     if search.sampler == "grid":
         points = int(n_points(search.space))
-        return f"sampler grid: {points} points, of which {min(points, search.trials)} will run"
+        run = min(points, search.trials)
+        return f"sampler grid: {counted(points, 'point')}, of which {run} will run"
     if search.sampler not in ("gp", "cmaes"):
         return None
     said = []

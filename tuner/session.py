@@ -18,6 +18,7 @@ from model.files import write_text
 from model.network import check_plugins
 from model.plugin import plugins_of
 from model.precision import AmpPolicy
+from model.wording import counted
 from tuner.command import DONE, Interruption
 from tuner.conclusion import conclude
 from tuner.config import StudyConfig, flag_of, load_study
@@ -235,7 +236,7 @@ def _load(request: Request, cluster: Cluster | None, notes: list[str]) -> StudyC
         where = cluster.description if cluster else "this machine"
         path = _WITH_GPU if gpus else _WITHOUT_GPU
         has = "has" if cluster is None or cluster.n_gpus == gpus else "may grow to"
-        why = f"{where} {has} {gpus:g} GPUs" if gpus else f"{where} has no GPU"
+        why = f"{where} {has} {counted(gpus, 'GPU')}" if gpus else f"{where} has no GPU"
         notes.append(f"study: {path.name}, as {why} (choose another with --config)")
     else:
         notes.append(f"study: {path}")
@@ -302,8 +303,8 @@ def _promote(
     search, study = promotion.search.config.search, promotion.config
     count = min(search.promote, len(promotion.search.ranking()))
     progress.say(
-        f"promotion: the search's best {count}, with {search.promote_seeds} seeds each and "
-        f"{study.training.epochs} epochs"
+        f"promotion: the search's best {count}, with {counted(search.promote_seeds, 'seed')} each "
+        f"and {counted(study.training.epochs, 'epoch')}"
         + (f" (--promote {search.promote}: no more have finished)" * (count < search.promote))
     )
     runs = folder.promotion()

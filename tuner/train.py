@@ -86,6 +86,7 @@ def _train(
     from model.files import write_text
     from model.network import check_plugins
     from model.training import TrialDiverged, train
+    from model.wording import counted
     from tuner.errors import StudyError
 
     check_plugins(config)
@@ -105,7 +106,8 @@ def _train(
     except OSError as error:
         raise StudyError(f"--out: cannot write to {folder}: {error.strerror}") from error
     total = config.training.epochs
-    typer.echo(f"trial {winner['trial']:04d} of {winner['study']}: {total} epochs on {device}")
+    budget = counted(total, "epoch")
+    typer.echo(f"trial {winner['trial']:04d} of {winner['study']}: {budget} on {device}")
 
     def report(epoch: int, metrics: dict[str, Any]) -> None:
         typer.echo(

@@ -192,7 +192,7 @@ def test_gpu_nodes_come_for_a_studys_trials_and_go_after_them(
     out = tmp_path / "run"
     process = start("--config", config, "--out", out, RAY_ADDRESS=growing.address)
     said = "".join(read_until(process, "side by side", timeout=240))
-    assert "1 CPUs, 0 GPUs now, up to 3 CPUs, 2 GPUs with its autoscaler" in said
+    assert "1 CPU, 0 GPUs now, up to 3 CPUs, 2 GPUs with its autoscaler" in said
     assert "2 trials side by side, 1 GPU and 1 CPU each" in said
     output, _ = process.communicate(timeout=600)
     assert process.returncode == 0, output

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+from model.wording import counted
 from tuner.pages.chart import (
     STATE_COLOURS,
     STATE_WORDS,
@@ -15,7 +16,7 @@ from tuner.pages.chart import (
     opacity_of,
     thinned,
 )
-from tuner.pages.markup import Markup, counted, details, escape, note, short, table
+from tuner.pages.markup import Markup, details, escape, note, short, table
 
 if TYPE_CHECKING:
     from tuner.pages.material import Material

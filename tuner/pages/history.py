@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from model.wording import counted
 from tuner.pages.chart import (
     STATE_COLOURS,
     STATE_SYMBOLS,
@@ -14,7 +15,7 @@ from tuner.pages.chart import (
     opacity_of,
     thinned,
 )
-from tuner.pages.markup import Markup, counted, note, short, table
+from tuner.pages.markup import Markup, note, short, table
 from tuner.rungs import cut_off, rungs_of
 
 if TYPE_CHECKING:

@@ -87,11 +87,6 @@ def short(value: Any, digits: int = 4) -> str:
     return str(value)
 
 
-def counted(count: int, singular: str, plural: str | None = None) -> str:
-    """1 trial, 2 trials."""
-    return f"{count:,} {singular if count == 1 else plural or singular + 's'}"
-
-
 def listed(words: Sequence[str]) -> str:
     """a, b and c."""
     return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else list(words))

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from model.config import OBJECTIVES, TrialConfig
+from model.wording import counted
 from tuner.config import plain_of
 from tuner.duration import format_duration
 from tuner.pages.chart import STATE_WORDS
-from tuner.pages.markup import Markup, counted, escape, listed, note, pairs, short, table
+from tuner.pages.markup import Markup, escape, listed, note, pairs, short, table
 from tuner.scoretable import signed
 
 if TYPE_CHECKING:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from model.wording import counted
 from tuner.pages.chart import axis_for, chart, grid
-from tuner.pages.markup import Markup, counted, note, short, table
+from tuner.pages.markup import Markup, note, short, table
 
 if TYPE_CHECKING:
     import optuna

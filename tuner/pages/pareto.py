@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from model.wording import counted
 from tuner.pages.chart import chart
-from tuner.pages.markup import Markup, counted, note, short, table
+from tuner.pages.markup import Markup, note, short, table
 from tuner.pareto import front_of
 
 if TYPE_CHECKING:

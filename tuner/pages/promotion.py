@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from model.wording import counted
 from tuner.pages.markup import Markup, note, short, table
 
 if TYPE_CHECKING:
@@ -17,11 +18,12 @@ def promoted(material: Material) -> Markup:
     if promotion is None or not found:
         return note("Nothing has been promoted yet: the search goes on, or no trial has finished.")
     text = (
-        f"The search's best, trained again over {promotion.config.training.epochs} epochs with "
-        f"{found[0].seeds} seeds each that the search never used; mean and standard deviation of "
-        "the objective on the validation scenes. A configuration with a seed that failed ranks "
-        "below all without. The search's own objective is of one seed and of the best of many "
-        "trials, and so too good."
+        "The search's best, trained again over "
+        f"{counted(promotion.config.training.epochs, 'epoch')} with "
+        f"{counted(found[0].seeds, 'seed')} each that the search never used; mean and standard "
+        "deviation of the objective on the validation scenes. A configuration with a seed that "
+        "failed ranks below all without. The search's own objective is of one seed and of the best "
+        "of many trials, and so too good."
     )
     if promotion.has_work:
         text += " Not all runs have ended yet: the order may change."

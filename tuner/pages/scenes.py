@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from model.wording import counted
 from tuner.pages.chart import chart, grid
-from tuner.pages.markup import Markup, counted, note, short, table
+from tuner.pages.markup import Markup, note, short, table
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go

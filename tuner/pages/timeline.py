@@ -6,9 +6,10 @@ from datetime import datetime
 from html import escape
 from typing import TYPE_CHECKING
 
+from model.wording import counted
 from tuner.duration import format_duration
 from tuner.pages.chart import STATE_COLOURS, STATE_WORDS, chart
-from tuner.pages.markup import Markup, counted, note, table
+from tuner.pages.markup import Markup, note, table
 from tuner.pages.timing import Segment, slots_of
 
 if TYPE_CHECKING:
