@@ -53,6 +53,7 @@ def appraise(study: StudyConfig, device: str) -> Appraisal | str:
         The appraisal, or why there is none, in one line.
     """
     config = study.trial_config({}, study.seed)
+    threads = torch.get_num_threads()
     try:
         with _limited(LIMIT), tempfile.TemporaryDirectory(prefix="ristune-") as folder:
             return _measure(config, device, Path(folder))
@@ -60,11 +61,14 @@ def appraise(study: StudyConfig, device: str) -> Appraisal | str:
         return f"two epochs of a few scenes take longer than {LIMIT:g} s here"
     except (RuntimeError, ValueError, OSError) as error:
         return " ".join(str(error).split())[:200]
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _measure(config: TrialConfig, device: str, folder: Path) -> Appraisal:
     searched = config.network.front_end is not None
     data, training = config.data, config.training
+    torch.set_num_threads(training.threads)  # as in a trial, which has built its network by now
     most = _SEARCHED if searched else _SCENES
     n_train = min(data.train_scenes, most)
     n_val = min(data.val_scenes, _SEARCHED if searched else _VAL_SCENES)

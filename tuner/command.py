@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _thread
+import os
 import signal
 import sys
 import threading
@@ -12,6 +13,12 @@ from types import FrameType
 from typing import Any
 
 import typer
+
+# A thread of libgomp that waits for its peers spins, by default for milliseconds. Beside other busy
+# processes it holds the core that a peer waits for, in every loop: docs/performance.md. libgomp
+# reads this once, as PyTorch is loaded; processes that are started from here get it too.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _AGAIN = 0.1  # seconds after which an interruption that got lost is tried again

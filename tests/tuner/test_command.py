@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import time
 
 import pytest
 
+from tests.tuner.support import ROOT
 from tuner.command import Interruption
 
 
@@ -64,3 +66,26 @@ def test_inside_gracefully_only_the_second_signal_interrupts() -> None:
         assert interruption.wished
         with pytest.raises(KeyboardInterrupt):
             interrupted_twice()
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ({}, "1000 None"),
+        ({"GOMP_SPINCOUNT": "7"}, "7 None"),
+        ({"OMP_WAIT_POLICY": "active"}, "None active"),
+    ],
+)
+def test_threads_that_wait_spin_for_a_moment_unless_the_user_says_otherwise(
+    given: dict[str, str], found: str
+) -> None:
+    names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    clean = {name: value for name, value in os.environ.items() if name not in names}
+    said = (
+        "import sys, tuner.run, os; assert 'torch' not in sys.modules; "
+        f"print(*(os.environ.get(name) for name in {names!r}))"
+    )
+    shown = subprocess.run(
+        [sys.executable, "-c", said], cwd=ROOT, env=clean | given, capture_output=True, text=True
+    )
+    assert shown.stdout.strip() == found, shown.stderr

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
 import torch
 
+from model.data import open_source
 from tests.tuner.support import run_here, tiny_study, write_study
 from tests.tuner.test_status import begun, contents
 from tuner import appraisal
@@ -105,6 +107,36 @@ def test_an_appraisal_is_of_the_study_on_this_machine_and_leaves_nothing(
     assert isinstance(larger, Appraisal), larger
     # 32 of 48,008 scenes were looked at, and 32 of 56: bytes are exact to the file's head.
     assert larger.cache_bytes / found.cache_bytes == pytest.approx(48_008 / 56, rel=0.01)
+
+
+def test_an_appraisal_has_the_threads_of_a_trial_and_gives_back_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: list[int] = []
+
+    def opened(*arguments: Any) -> Any:
+        used.append(torch.get_num_threads())
+        return open_source(*arguments)
+
+    monkeypatch.setattr(appraisal, "open_source", opened)
+    network = {
+        "family": "candidate",
+        "width": 8,
+        "depth": 1,
+        "heads": 2,
+        "candidates": {"count": 2},
+    }
+    data = {"train_scenes": 16, "val_scenes": 8, "fresh": False}
+    study = tiny_study(tmp_path, data=data).replaced({"network": network, "search.space": {}})
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        assert isinstance(appraise(study, "cpu"), Appraisal)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert used == [study.training.threads]
+    assert used == [1]
 
 
 def test_an_appraisal_that_cannot_be_made_says_why(
