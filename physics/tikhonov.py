@@ -13,7 +13,7 @@ from torch import Tensor
 from physics.checks import check_measurement
 from physics.config import Adjustable, FrozenModel
 from physics.precision import in_full_precision
-from physics.scaling import divide, divisor, energy, multiply, peak, power
+from physics.scaling import divide, divisor, energy, peak, power
 
 Solver = Literal["auto", "dual", "lstsq", "gram", "svd"]
 
@@ -134,19 +134,18 @@ def solve_unchecked(
     y, H, codes = (
         t.expand(*batch, *t.shape[-2:]).reshape(n_scenes, *t.shape[-2:]) for t in (y, H, codes)
     )
-    y_scale, H_scale = (divisor(peak(t))[:, None, None] for t in (y, H))
-    y, H = divide(y, y_scale), divide(H, H_scale)
+    # The solution is linear in y, which takes the scales of the others upon itself.
+    H_scale = divisor(peak(H))[:, None, None]
+    y, H = divide(y, H_scale), divide(H, H_scale)
     if unit_modulus is None:
         unit_modulus = is_unit_modulus(codes)
     if unit_modulus:
         trace = energy(H).unsqueeze(-1)
-        back = y_scale / H_scale
     else:
         code_scale = divisor(peak(codes, 1)).unsqueeze(-1)  # (B, L, 1)
-        codes = divide(codes, code_scale)
+        y, codes = divide(y, code_scale), divide(codes, code_scale)
         column_power = power(H).sum(-2)  # (B, N)
         trace = (power(codes) @ column_power.unsqueeze(-1)).squeeze(-1)
-        back = y_scale / H_scale / code_scale
     # A zero channel or code has the solution 0, which any positive alpha gives.
     alpha = torch.where(trace > 0, regularization * trace / n_elements, torch.ones_like(trace))
     alpha = alpha if unit_modulus else alpha.expand(y.shape[:2])  # (B, 1) or (B, L)
@@ -174,7 +173,6 @@ def solve_unchecked(
             *(_zero_non_finite(t[failed]) for t in (y, H, codes, alpha.expand(y.shape[:2]))),
         )
         a[failed] = _zero_non_finite(again)
-    a = multiply(a, back)
     return a.reshape(*batch, *a.shape[-2:]), SolveReport(
         resolved, unit_modulus, failed.reshape(batch)
     )
@@ -205,10 +203,11 @@ def _substitute(cholesky: Tensor, right: Tensor) -> Tensor:
 
 def _dual_shared(y: Tensor, H: Tensor, codes: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
     """Dual form for unit-modulus codes: one M x M factorisation a scene."""
-    eye = torch.eye(H.shape[-2], dtype=H.dtype, device=H.device)
-    cholesky, failed = _factorize(H @ H.mH + alpha.unsqueeze(-1) * eye)
+    kernel = H @ H.mH
+    kernel.diagonal(dim1=-2, dim2=-1).add_(alpha)
+    cholesky, failed = _factorize(kernel)
     z = _substitute(cholesky, y.mT)  # (B, M, L)
-    return (z.mT @ H.conj()) * codes.conj(), failed
+    return ((z.mH @ H) * codes).conj_physical(), failed  # H and codes are conjugated in no copy
 
 
 def _in_chunks(
