@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tuner.errors import StudyError
+from tuner.errors import LedgerLost, StudyError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # What safetensors, SQLite and Ray say, who keep the number to themselves. To SQLite a file that
@@ -27,9 +27,14 @@ def speaks_of_full_disk(text: str) -> bool:
 
 
 def full_disk(error: BaseException) -> str | None:
-    """What an exception, or one that it came from, says of a full disk; None if it does not."""
+    """What an exception, or one that it came from, says of a full disk; None if it does not.
+
+    That a database server's disk is full is an outage of the server.
+    """
     seen: BaseException | None = error
     while seen is not None:
+        if isinstance(seen, LedgerLost) and not seen.no_room:
+            return None
         if isinstance(seen, OSError) and seen.errno in _FULL:
             where = f": {seen.filename}" if seen.filename else ""
             return f"{seen.strerror}{where}"

@@ -12,6 +12,15 @@ class ConfigError(StudyError):
 
 
 class LedgerLost(StudyError):
-    """The ledger's database stayed out: the run was interrupted, and can be gone on with."""
+    """The ledger's database stayed out: the run was interrupted, and can be gone on with.
+
+    Args:
+        text: what happened, and the way on.
+        no_room: whether the disk is full that the run folder lies on too.
+    """
 
     code = 130
+
+    def __init__(self, text: str, *, no_room: bool = False) -> None:
+        super().__init__(text)
+        self.no_room = no_room

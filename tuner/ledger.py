@@ -113,6 +113,7 @@ def _shared(
         way_on = f"go on with: python -m tuner.run --resume {shlex.quote(str(folder.path))}"
         storage.hold(claim_of(url, name), way_on)
         ledger = _kind(study)(storage, study, prior, name)
+        storage.sign(ledger.optuna_study._study_id)
         if kept is None:  # only now: a name in the folder is that of a study in the database
             write_text(folder.study_name, name + "\n")
     except BaseException:

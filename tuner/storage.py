@@ -13,6 +13,7 @@ import inspect
 import logging
 import sqlite3
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -34,6 +35,7 @@ logger = logging.getLogger(__name__)
 PATIENCE = 300.0  # seconds that an outage may last
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0  # seconds between two attempts: doubled each time
 _SILENCE = 1.0  # seconds of an outage that nobody needs to be told of
+_SIGNATURE = "ristune:driver"
 _OPENINGS = 3  # of a database whose tables another study may be making at the same time
 
 _DRIVERS = {"postgresql": "postgresql+psycopg", "postgres": "postgresql+psycopg"}
@@ -209,6 +211,7 @@ class PatientStorage(BaseStorage):
         self._backend = backend
         self._release = release
         self._claim: Claim | None = None
+        self._signature: tuple[int, str] | None = None
         self._way_on = ""
 
     def hold(self, claim: Claim, way_on: str) -> None:
@@ -216,6 +219,28 @@ class PatientStorage(BaseStorage):
         claim.take()
         self._claim = claim
         self._way_on = f"; {way_on}"
+
+    def sign(self, study_id: int) -> None:
+        """Leave word in a study of who drives it, by which a driver knows its study again."""
+        self._signature = study_id, uuid.uuid4().hex
+        self.set_study_system_attr(study_id, _SIGNATURE, self._signature[1])
+
+    def _make_sure(self) -> None:
+        """After an outage: that no other driver has had the study meanwhile.
+
+        Raises:
+            Outage: the database does not answer, or another driver has the study now.
+            LedgerLost: another one has had it: what this one knows of its trials may be old.
+        """
+        if self._claim is None or not self._claim.renew() or self._signature is None:
+            return
+        study_id, signature = self._signature
+        if self._backend.get_study_system_attrs(study_id).get(_SIGNATURE) != signature:
+            self.lost = LedgerLost(
+                f"another run has driven the study in {self.place} while this one was cut off from "
+                f"it{self._way_on}"
+            )
+            raise self.lost
 
     def create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> int:
         """Make a trial, once; one whose number is known beforehand spares a look at all others."""
@@ -267,8 +292,7 @@ class PatientStorage(BaseStorage):
             try:
                 if begun is None:
                     return work()
-                if self._claim is not None:
-                    self._claim.renew()
+                self._make_sure()
                 found = (again or work)()
             except Outage as error:
                 now = time.monotonic()
@@ -277,7 +301,8 @@ class PatientStorage(BaseStorage):
                 logger.info("%s is out since %.1f s: %s", self.place, spent, error)
                 lost = LedgerLost(
                     f"the ledger at {self.place} was out for {format_duration(spent)}: "
-                    f"{error}{self._way_on}"
+                    f"{error}{self._way_on}",
+                    no_room=error.no_room,
                 )
                 if error.no_room or spent >= PATIENCE:
                     self.lost = lost

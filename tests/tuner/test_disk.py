@@ -16,7 +16,7 @@ from model.files import PART, write_text
 from tests.tuner.support import ROOT, run, run_here, tiny_study, write_study
 from tuner.config import load_study
 from tuner.disk import full_disk, full_disk_said
-from tuner.errors import StudyError
+from tuner.errors import LedgerLost, StudyError
 from tuner.files import replace_folder, sweep
 from tuner.folder import RunFolder
 from tuner.study import Ledger
@@ -104,6 +104,19 @@ def test_a_full_disk_is_found_behind_other_errors() -> None:
     assert full_disk(sqlite3.OperationalError("database or disk is full"))
     assert full_disk(OSError(errno.EACCES, "Permission denied")) is None
     assert full_disk(ValueError("no space")) is None
+
+
+def test_a_database_server_without_room_is_an_outage_of_the_server(tmp_path: Path) -> None:
+    said = "the ledger at db was out for 5m: could not extend file: No space left on device"
+    lost = LedgerLost(said)
+    lost.__cause__ = RuntimeError("could not extend file: No space left on device")
+    with pytest.raises(LedgerLost) as caught, full_disk_said(tmp_path):
+        raise lost
+    assert caught.value.code == 130
+    assert str(caught.value) == said
+    with pytest.raises(StudyError, match="make room") as refused, full_disk_said(tmp_path):
+        raise LedgerLost("the disk is this machine's: database or disk is full", no_room=True)
+    assert refused.value.code == 2
 
 
 def test_another_error_is_left_as_it_is(tmp_path: Path) -> None:

@@ -216,6 +216,29 @@ def test_a_claim_that_went_to_another_in_the_outage_ends_the_first_driver(
     ledger.close()
 
 
+def test_a_driver_whose_study_another_has_driven_meanwhile_writes_no_more(
+    tmp_path: Path, server: Server
+) -> None:
+    ledger = driver(tmp_path / "run", server.fresh())
+    first = ledger.ask()
+    assert first is not None
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    server.kill()
+    server.start()
+    # As of a machine that slept: its connections are gone, and another took its study over.
+    second = open_ledger(RunFolder(tmp_path / "copy"), load_study(tmp_path / "copy/config.yaml"))
+    second.finish(first.number, "failed", reason="taken over")
+    second.close()
+    with pytest.raises(LedgerLost, match="another run has driven the study"):
+        ledger.report(first.number, {"epoch": 1, "objective": 1.0})
+    with pytest.raises(LedgerLost, match="--resume"):
+        ledger.ask()
+    ledger.close()
+    third = open_ledger(RunFolder(tmp_path / "copy"), load_study(tmp_path / "copy/config.yaml"))
+    assert [(t.state, t.epoch) for t in third.trials()] == [("failed", 0)]
+    third.close()
+
+
 def test_a_claim_in_sqlite_is_a_locked_file(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'team.db'}"
     ledger = driver(tmp_path / "run", url)
