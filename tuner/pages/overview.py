@@ -103,8 +103,8 @@ def _found(material: Material) -> str:
     if isinstance(untrained, float) and untrained > 0 and best.objective is not None:
         change = best.objective / untrained - 1
         text += f", {abs(change):.0%} {'below' if change < 0 else 'above'} the untrained network"
-    text += "; it is the best of many on the same validation scenes, and so a little optimistic."
-    text += _beside_start(material, best)
+    text += f".{_beside_start(material, best)}"
+    text += " It is the best of many on the same validation scenes, and so a little optimistic."
     scores = _scores(material)
     if scores:
         suite = next(iter(material.evaluation["suites"].values()))  # type: ignore[index]
@@ -134,7 +134,7 @@ def _beside_start(material: Material, best: TrialRecord) -> str:
         return f" Trial {own.number:04d} ran the study's own values: {STATE_WORDS[own.state]}."
     gain = 1 - best.objective / own.objective if own.objective > 0 else 0.0
     unit = _UNITS[material.study.objective]
-    return f" That is {gain:.1%} below {short(own.objective, 5)}{unit} of {name}."
+    return f" That is {gain:.1%} below {name}, {short(own.objective, 5)}{unit}."
 
 
 def _scores(material: Material) -> dict[str, Any]:

@@ -46,7 +46,7 @@ def test_the_overview_says_what_the_search_gained_over_the_studys_own_values(
     own = material(tmp_path).study.base_point()
     assert len(own) == 3
     for state, level, said in (
-        ("done", 4.0, "below 6 of the study's own values (trial 0000)."),
+        ("done", 4.0, "below the study's own values (trial 0000), 6."),
         ("done", 0.1, "It ran the study's own values: none that the search proposed did better."),
         ("pruned", 4.0, "Trial 0000 ran the study's own values: stopped early."),
     ):
