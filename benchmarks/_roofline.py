@@ -17,6 +17,7 @@ import time
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 _COPY_BYTES = [2**k for k in range(16, 29, 2)]  # 64 KiB to 256 MiB: from the caches to memory
-_MATRIX = 768  # of the product that measures arithmetic
+_MATRICES = (256, 512, 1024, 2048)  # sizes of the products that measure arithmetic
 _LAUNCHES = 2000
 _COMPLEX_MULTIPLY_ADD = 4  # real ones in a complex one
 _ELEMENTS = 2**16  # of the vectors that measure functions: they stay in the cache
@@ -47,7 +48,7 @@ class Machine:
     launch: float  # [s] of the smallest operation
     copy_bytes: list[int]  # sizes of operands and results together
     copy_rates: list[float]  # [byte/s] at these sizes
-    flops: float  # [1/s] real operations in a product of complex64 matrices
+    flops: float  # [1/s] real operations in products of float32 and complex64 matrices
     functions: float  # [1/s] cosines of float32
     draws: float  # [1/s] normal numbers of float32
 
@@ -228,11 +229,15 @@ def _element_rate(
 
 
 def _flops(device: torch.device) -> float:
+    """The best of products of several sizes, since none is the fastest on every machine."""
     generator = torch.Generator(device).manual_seed(0)
-    shape = (_MATRIX, _MATRIX)
-    a, b = (
-        torch.randn(shape, dtype=torch.complex64, device=device, generator=generator)
-        for _ in range(2)
-    )
-    seconds = _median_seconds(lambda: a @ b, device, 7)
-    return 2.0 * _COMPLEX_MULTIPLY_ADD * _MATRIX**3 / seconds
+    best = 0.0
+    for dtype, factor in ((torch.float32, 1), (torch.complex64, _COMPLEX_MULTIPLY_ADD)):
+        for n in _MATRICES:
+            a, b = (
+                torch.randn((n, n), dtype=dtype, device=device, generator=generator)
+                for _ in range(2)
+            )
+            seconds = _median_seconds(partial(torch.matmul, a, b), device, 5)
+            best = max(best, 2.0 * factor * n**3 / seconds)
+    return best

@@ -10,12 +10,14 @@ add up. On a GPU where there is one; there the device is waited for at the borde
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -114,7 +116,15 @@ def main() -> None:
     arguments.add_argument("--config", type=Path, default=Path("configs/quickstart.yaml"))
     arguments.add_argument("--set", action="append", default=[], dest="overrides")
     args = arguments.parse_args()
+    with TemporaryDirectory(prefix="ristune-") as cache:
+        figures = measured(args, Path(cache))
+    save(figures, args.json)
+
+
+def measured(args: argparse.Namespace, cache: Path) -> dict[str, Any]:
+    """The figures; what is found in a first epoch is kept below ``cache``, and nothing is there."""
     overrides = [
+        f"data.cache={cache}",
         *args.overrides,
         f"training.threads={args.threads}",
         f"training.epochs={args.rounds + 1}",
@@ -145,14 +155,13 @@ def main() -> None:
     print(f"first epoch {first:.2f} s; then {whole:.2f} s, {n_scenes / whole:.0f} scenes/s")
     for name, seconds in sorted(parts.items(), key=lambda item: -item[1]):
         print(f"  {name:<44}{seconds:>8.3f} s{seconds / whole:>7.1%}")
-    figures = {
+    return {
         "config": str(args.config),
         "first_epoch_seconds": first,
         "epoch_seconds": whole,
         "scenes_per_second": n_scenes / whole,
         "share": {name: seconds / whole for name, seconds in parts.items()},
     }
-    save(figures, args.json)
 
 
 if __name__ == "__main__":
