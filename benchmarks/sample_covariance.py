@@ -72,7 +72,7 @@ def unavoidable(y: Tensor, H: Tensor, codes: Tensor) -> Tensor:
     cholesky, _ = torch.linalg.cholesky_ex(kernel)
     z = torch.linalg.solve_triangular(cholesky, y.mT, upper=False)
     z = torch.linalg.solve_triangular(cholesky.mH, z, upper=True)
-    return z.mT @ H.conj()
+    return z.mH @ H  # conjugated: that comes with the product with the codes
 
 
 def largest_error(scenes: tuple[Tensor, Tensor, Tensor], solver: Solver) -> float:

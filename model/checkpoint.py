@@ -86,7 +86,10 @@ def save_tensors(
     path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
 ) -> None:
     """Write tensors as safetensors, in one step."""
-    whole = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+    whole = {
+        name: tensor.detach().resolve_conj().resolve_neg().contiguous().cpu()
+        for name, tensor in tensors.items()
+    }
     with replacing(path) as fresh:
         try:  # the same bytes as from torch, in 0.6 of the time where tensors are small and many
             of_numpy.save_file({name: t.numpy() for name, t in whole.items()}, fresh, metadata)

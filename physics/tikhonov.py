@@ -136,14 +136,18 @@ def solve_unchecked(
     )
     # The solution is linear in y, which takes the scales of the others upon itself.
     H_scale = divisor(peak(H))[:, None, None]
-    y, H = divide(y, H_scale), divide(H, H_scale)
+    H = divide(H, H_scale)
     if unit_modulus is None:
         unit_modulus = is_unit_modulus(codes)
     if unit_modulus:
+        y = divide(y, H_scale)
         trace = energy(H).unsqueeze(-1)
     else:
         code_scale = divisor(peak(codes, 1)).unsqueeze(-1)  # (B, L, 1)
-        y, codes = divide(y, code_scale), divide(codes, code_scale)
+        codes = divide(codes, code_scale)
+        # In double precision, where neither scale takes y out of range before the other.
+        both = H_scale.double() * code_scale.double()
+        y = divide(y.to(torch.complex128), both).to(y.dtype)
         column_power = power(H).sum(-2)  # (B, N)
         trace = (power(codes) @ column_power.unsqueeze(-1)).squeeze(-1)
     # A zero channel or code has the solution 0, which any positive alpha gives.

@@ -68,7 +68,8 @@ def appraise(study: StudyConfig, device: str) -> Appraisal | str:
 def _measure(config: TrialConfig, device: str, folder: Path) -> Appraisal:
     searched = config.network.front_end is not None
     data, training = config.data, config.training
-    torch.set_num_threads(training.threads)  # as in a trial, which has built its network by now
+    if device == "cpu":
+        torch.set_num_threads(training.threads)  # which a trial does as it builds its network
     most = _SEARCHED if searched else _SCENES
     n_train = min(data.train_scenes, most)
     n_val = min(data.val_scenes, _SEARCHED if searched else _VAL_SCENES)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import _thread
 import os
 import signal
 import sys
@@ -84,6 +83,7 @@ class Interruption:
     def __init__(self) -> None:
         self.wished = False
         self._graceful = False
+        self._again: threading.Timer | None = None
 
     @contextmanager
     def watched(self) -> Iterator[Interruption]:
@@ -99,18 +99,31 @@ class Interruption:
             if not issubclass(dropped.exc_type, KeyboardInterrupt):
                 unraisable(dropped)
                 return
-            again = threading.Timer(_AGAIN, _thread.interrupt_main)
-            again.daemon = True
-            again.start()
+            self._again = threading.Timer(_AGAIN, self._interrupt)
+            self._again.daemon = True
+            self._again.start()
 
         self.take()
         sys.unraisablehook = raise_again
         try:
             yield self
         finally:
+            self.settle()
             sys.unraisablehook = unraisable
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    def settle(self) -> None:
+        """Nothing is interrupted again: who could be interrupted has seen the wish."""
+        if self._again is not None:
+            self._again.cancel()
+            self._again = None
+
+    def _interrupt(self) -> None:
+        # A real signal, sent to the thread that may be blocked in a system call.
+        main = threading.main_thread().ident
+        assert main is not None
+        signal.pthread_kill(main, signal.SIGINT)
 
     def take(self) -> None:
         """Take the signals (again: connecting to Ray installs handlers of its own)."""

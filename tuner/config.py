@@ -373,7 +373,11 @@ def _override(
         key, separator, text = override.partition("=")
         if not separator or not key.strip():
             raise ConfigError(f"--set {override}: expected a.b=VALUE")
-        _assign(data, key.strip(), parse_yaml(text, f"--set {override}"))
+        value = parse_yaml(text, f"--set {override}")
+        try:
+            _assign(data, key.strip(), value)
+        except ConfigError as error:
+            raise ConfigError(f"--set: {error}") from error
         said[key.strip()] = "--set"
     for option, value in options.items():
         if value is not None:

@@ -51,7 +51,7 @@ def evaluate(
     reference: Annotated[
         list[str] | None,
         typer.Option(
-            help="Method whose F1 is taken from that of the others; may be repeated. Default: nomp."
+            help="Method that the others are compared with; may be repeated. Default: nomp."
         ),
     ] = None,
     config: Annotated[

@@ -53,7 +53,9 @@ def explain(
         said: what gave a field another value, by dotted path, such as ``--trials``.
     """
     problems: dict[str, list[str]] = {}
-    details = error.errors(include_url=False)
+    # Of the branches of a union that one item of a list fits none of, the first one tells.
+    details = list({_item(d["loc"]): d for d in reversed(error.errors(include_url=False))}.values())
+    details.reverse()
     for detail in details[:_MOST]:
         blamed = _blamed(_place(detail), source, said or {})
         problems.setdefault(blamed, []).append(_problem(detail, model))
@@ -69,8 +71,24 @@ def _blamed(where: str, source: str, said: Mapping[str, str]) -> str:
     above = [path for path in said if f"{here}.".startswith(f"{path}.")]
     if above:
         return said[max(above, key=len)]
-    below = [label for path, label in said.items() if not here or path.startswith(f"{here}.")]
+    below = [
+        label
+        for path, label in said.items()
+        if not here or path.startswith(f"{here}.") or here.startswith(_kind_of(path))
+    ]
     return " with ".join([source] * bool(source) + [", ".join(dict.fromkeys(below))] * bool(below))
+
+
+def _kind_of(path: str) -> tuple[str, ...]:
+    """The start of the fields that exist by the value at a path: of `network.family` `network.`."""
+    section, _, name = path.rpartition(".")
+    return (f"{section}.",) if name in ("family", "type") else ()
+
+
+def _item(location: tuple[int | str, ...]) -> tuple[int | str, ...]:
+    """A location without the branch of a union that was tried for an item of a list."""
+    is_branch = [isinstance(part, int) for part in location[-2:]] == [True, False]
+    return location[:-1] if is_branch else location
 
 
 def _place(detail: ErrorDetails) -> str:

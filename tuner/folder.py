@@ -149,9 +149,7 @@ class RunFolder:
             folder.path.mkdir(parents=True, exist_ok=True)
             folder._acquire()
         except OSError as error:
-            raise StudyError(
-                f"--out: cannot write to {folder.path}: {error.strerror or error}"
-            ) from error
+            raise folder._unwritable(error) from error
         try:
             folder.refuse_study()
         except StudyError:
@@ -160,12 +158,19 @@ class RunFolder:
         return folder
 
     def refuse_study(self) -> None:
-        """Raise StudyError where a study was started here."""
-        if self.holds_study:
+        """Raise StudyError where a study was started here, or nobody can tell."""
+        try:
+            held = self.holds_study
+        except OSError as error:
+            raise self._unwritable(error) from error
+        if held:
             raise StudyError(
                 f"--out: {self.path} already holds a study; go on with --resume "
                 f"{self.path}, or choose another folder"
             )
+
+    def _unwritable(self, error: OSError) -> StudyError:
+        return StudyError(f"--out: cannot write to {self.path}: {error.strerror or error}")
 
     @classmethod
     def existing(cls, path: Path, *, lock: bool = True) -> RunFolder:

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from model.adjustment import adjustable_paths
+from model.wording import counted
 from tuner.space import n_points
 
 if TYPE_CHECKING:
@@ -157,7 +158,7 @@ def refusal(study: StudyConfig) -> str | None:
     needed = search.population_trials(epochs)
     if needed > search.trials:
         return (
-            f"search.trials: {search.trials} trials are no whole population; "
+            f"search.trials: {counted(search.trials, 'trial')} make no whole population; "
             f"{search.population} members, and {search.replaced} successors after each of the "
             f"epochs {', '.join(map(str, milestones))}, are {needed}"
         )
@@ -211,7 +212,7 @@ def population_note(study: StudyConfig) -> str | None:
     worst = f"{search.replaced} worst give" if search.replaced > 1 else "worst gives"
     text = (
         f"pbt: {many} of {search.population}; after epoch {after} the {worst} way to successors "
-        f"of the best: {needed} trials a population"
+        f"of the best: {counted(needed, 'trial')} a population"
     )
     if left:
         text += f"; {left} of {search.trials} trials are left over"

@@ -163,6 +163,7 @@ def run_session(request: Request) -> int:
             where = shlex.quote(str(folder.path))
             progress.say(f"cut short by an error; go on with: python -m tuner.run --resume {where}")
             raise
+        interruption.settle()
         early = limits.reached() if place is not None and ledger.has_work else None
         return conclude(folder, ledger, promotion, progress, early, interrupted=interruption.wished)
 

@@ -117,8 +117,7 @@ def standing(path: Path) -> Standing:
             new = study.search.planned_trials(study.training.epochs)
             return Standing(folder, study, state, driver, (), None, new, 0.0, None, None, now)
         trials, n_new = tuple(ledger.trials()), ledger.n_new
-        at_work = alive and any(trial.state == "running" for trial in trials)
-        ended = None if at_work else why_ended(ledger, Limits(ledger))
+        ended = why_ended(ledger, Limits(ledger))
         return Standing(
             folder=folder,
             study=study,

@@ -92,9 +92,10 @@ def _show(look: Standing, console: Console) -> None:
         say(f"and {len(failed) - _FAILURES} more that failed: trials.csv has them all")
     if look.report_age is not None and look.state == "running":
         say(f"last report: {format_duration(round(look.report_age))} ago")
-    if look.concluding:
-        promotion = "the best are trained again, then " if look.study.search.promote else ""
-        say(f"all trials have ended; {promotion}the winner is scored and the report drawn")
+    if look.concluding and look.ended is not None:
+        after = "promotion, " if look.study.search.promote else ""
+        why = look.ended.reason
+        say(f"the search has ended: {why}; {after}its winner's scores and report follow")
     elif look.seconds_left is not None and look.state != "finished" and not drawn:
         when = "" if look.state == "running" else ", once it goes on"
         say(f"time left: {about(look.seconds_left)}{when}")

@@ -222,8 +222,9 @@ class PatientStorage(BaseStorage):
 
     def sign(self, study_id: int) -> None:
         """Leave word in a study of who drives it, by which a driver knows its study again."""
-        self._signature = study_id, uuid.uuid4().hex
-        self.set_study_system_attr(study_id, _SIGNATURE, self._signature[1])
+        signature = uuid.uuid4().hex
+        self.set_study_system_attr(study_id, _SIGNATURE, signature)
+        self._signature = study_id, signature  # now that it can be read
 
     def _make_sure(self) -> None:
         """After an outage: that no other driver has had the study meanwhile.
@@ -232,7 +233,9 @@ class PatientStorage(BaseStorage):
             Outage: the database does not answer, or another driver has the study now.
             LedgerLost: another one has had it: what this one knows of its trials may be old.
         """
-        if self._claim is None or not self._claim.renew() or self._signature is None:
+        if self._claim is not None:
+            self._claim.renew()
+        if self._signature is None:
             return
         study_id, signature = self._signature
         if self._backend.get_study_system_attrs(study_id).get(_SIGNATURE) != signature:

@@ -35,6 +35,8 @@ TENSORS = {
     "empty": torch.zeros(0, 3),
     "mask": torch.tensor([True, False]),
     "symbols": torch.tensor([1.0 + 2.0j, -1.0j]),
+    "conjugated": torch.tensor([1.0 + 2.0j, -1.0j]).conj(),
+    "negated": torch.tensor([1.0 + 2.0j]).conj().imag,
     "fp16": torch.tensor([0.5], dtype=torch.float16),
 }
 
@@ -46,8 +48,14 @@ def test_tensors_come_back_as_they_were(tmp_path: Path, more: dict[str, torch.Te
     back, metadata = load_tensors(tmp_path / "ours")
     assert metadata == {"a": "b", "c": "d"}
     torch.testing.assert_close(back, dict(sorted(tensors.items())), rtol=0, atol=0)
-    save_file({k: v.contiguous() for k, v in tensors.items()}, tmp_path / "torch", metadata)
+    whole = {k: v.resolve_conj().resolve_neg().contiguous() for k, v in tensors.items()}
+    save_file(whole, tmp_path / "torch", metadata)
     assert load_file(tmp_path / "torch").keys() == back.keys()
+    (ours, theirs) = ((tmp_path / name).read_bytes() for name in ("ours", "torch"))
+    # Metadata come in no order: what follows the head is the same to the byte.
+    assert len(ours) == len(theirs)
+    head = 8 + int.from_bytes(ours[:8], "little")
+    assert ours[head:] == theirs[head:]
 
 
 def test_a_failure_while_writing_leaves_the_old_file_whole(tmp_path: Path) -> None:

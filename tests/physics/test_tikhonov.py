@@ -182,6 +182,20 @@ def test_general_codes_of_any_size_change_nothing_but_scale() -> None:
         assert report.n_fallbacks == 0
 
 
+@pytest.mark.parametrize(
+    "scales", [(1e20, 1e-30, 1e30), (1e-20, 1e30, 1e-30), (1e-20, 1e-25, 1e-15)]
+)
+def test_scales_that_cancel_take_no_general_code_out_of_range(
+    scales: tuple[float, float, float],
+) -> None:
+    y, H, codes = problem(unit=False, dtype=torch.complex64)
+    a, _ = tikhonov_solve(y, H, codes)
+    scaled, report = tikhonov_solve(y * scales[0], H * scales[1], codes * scales[2])
+    back = scales[1] * scales[2] / scales[0]
+    assert relative_error(scaled.to(torch.complex128) * back, a) < 1e-4
+    assert report.n_fallbacks == 0
+
+
 @pytest.mark.parametrize("scale", [1e-42, 1e-38, 1e38])
 def test_subnormal_and_largest_numbers_stay_finite(scale: float) -> None:
     y, H, codes = problem(dtype=torch.complex64)

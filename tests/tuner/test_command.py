@@ -21,20 +21,14 @@ class Interrupted:
             pass
 
 
-def wait(seconds: float) -> None:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        time.sleep(0.01)
-
-
 def interrupted_amid_a_destructor() -> None:
     Interrupted()
-    wait(10.0)
+    time.sleep(10.0)  # one system call, which only a real signal ends
 
 
 def interrupted_twice() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
-    wait(10.0)
+    time.sleep(10.0)
 
 
 def test_an_interruption_amid_a_destructor_is_not_lost() -> None:
@@ -44,6 +38,17 @@ def test_an_interruption_amid_a_destructor_is_not_lost() -> None:
             interrupted_amid_a_destructor()
         assert interruption.wished
     assert time.monotonic() < started + 5.0
+
+
+def test_who_has_seen_the_wish_is_not_interrupted_again() -> None:
+    with Interruption().watched() as interruption:
+        Interrupted()
+        assert interruption.wished
+        interruption.settle()
+        time.sleep(0.3)
+    with Interruption().watched():
+        Interrupted()
+    time.sleep(0.3)  # nor is what comes after the block
 
 
 def test_other_errors_of_destructors_are_told_as_ever(monkeypatch: pytest.MonkeyPatch) -> None:

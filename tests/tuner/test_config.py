@@ -67,6 +67,8 @@ def test_an_error_names_the_field_what_it_held_and_what_is_allowed(
         (["network.family=foo"], {}, "--set: network.family: got 'foo'; expected one of 'snap"),
         (["search.space.blend.beta.type=flat"], {}, "--set: search.space[blend.beta].type: got "),
         (["network.heads=3"], {}, "{path} with --set: network: width 8 is not a multiple"),
+        (["network.family=image"], {}, "{path} with --set: network.heads: unknown field"),
+        (["training.epochs.x=3"], {}, "--set: training.epochs.x: epochs holds 2"),
     ],
 )
 def test_an_error_blames_what_gave_the_value(
@@ -76,6 +78,15 @@ def test_an_error_blames_what_gave_the_value(
     with pytest.raises(ConfigError) as caught:
         load_study(path, overrides, **options)
     assert str(caught.value).startswith(complaint.format(path=path))
+
+
+def test_an_item_that_fits_no_branch_of_a_union_is_one_problem(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_study(write_study(tmp_path), ["search.space.network.heads.choices=[[1]]", "seed=-1"])
+    text = str(caught.value)
+    assert text.count("choices[0]") == 1, text
+    assert "seed: got -1" in text
+    assert "more)" not in text
 
 
 def test_several_problems_are_told_at_once_each_with_who_gave_it(tmp_path: Path) -> None:

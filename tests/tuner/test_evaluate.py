@@ -27,6 +27,7 @@ from physics.fit import Measurement, normal_equations, position_of
 from physics.metrics import match
 from tests.tiny import TINY, tiny_config
 from tests.tuner.support import run
+from tuner import evaluation_page
 from tuner.command import execute
 from tuner.evaluate import app
 from tuner.evaluation import evaluate_suite, suite_scenes, write_evaluation
@@ -213,6 +214,9 @@ def test_whoever_is_named_is_compared_with(
     assert one["difference"] == -two["difference"]
     assert one["interval"] == pytest.approx([-end for end in reversed(two["interval"])])
     assert "somp" not in paired["somp"]
+    content = json.loads(out.read_text())
+    del content["suites"]["nominal"]["paired_gospa_m"]  # as an earlier version wrote it
+    assert html.unescape(evaluation_page.page(content)).count("less nomp's [95 %]") == 1
 
 
 def test_several_suites_make_one_result(study: Path, tmp_path: Path) -> None:

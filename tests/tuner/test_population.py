@@ -157,7 +157,7 @@ PBT: dict[str, Any] = {"scheduler": "pbt", "population": 4, "trials": 7, "pertur
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"search": {"trials": 6}}, "search.trials: 6 trials are no whole population"),
+        ({"search": {"trials": 6}}, "search.trials: 6 trials make no whole population"),
         ({"search": {"population": 9, "trials": 9}}, "are 15"),
         ({"training": {"epochs": 1}}, "training.epochs is 1"),
         ({"search": {"perturbation_epochs": 4}}, "every 4 epochs, and training.epochs is 4"),

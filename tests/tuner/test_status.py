@@ -144,6 +144,24 @@ def test_a_driver_is_seen_at_work_and_seen_to_be_killed(
     assert f"process {driver.pid} was cut off" in capsys.readouterr().out
 
 
+def test_a_search_that_ran_out_of_time_amid_a_trial_is_followed_by_its_scores(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = begun(tmp_path, search={"trials": 5, "time_budget": 60.0, "promote": 1})
+    driver = [sys.executable, "-c", HOLD, str(folder.path)]
+    held = subprocess.Popen(driver, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True)
+    try:
+        assert held.stdout is not None
+        assert held.stdout.readline() == "held\n"
+        assert execute(app, [str(folder.path)]) == 0
+        out = capsys.readouterr().out
+        assert "the search has ended: the time budget of 1m is used up" in out
+        assert "; promotion, its winner's scores and report follow" in out
+        assert "time left" not in out
+    finally:
+        kill(held)
+
+
 def test_a_driver_that_scores_the_winner_is_not_said_to_have_trials_left(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -162,7 +180,7 @@ def test_a_driver_that_scores_the_winner_is_not_said_to_have_trials_left(
         assert seen["ended"] == "all trials have run"
         assert execute(app, [str(folder.path)]) == 0
         out = capsys.readouterr().out
-        assert "the winner is scored and the report drawn" in out
+        assert "the search has ended: all trials have run; its winner's scores and report" in out
         assert "time left" not in out
     finally:
         kill(held)

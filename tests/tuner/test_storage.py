@@ -43,7 +43,7 @@ from tuner.errors import LedgerLost, StudyError
 from tuner.folder import RunFolder
 from tuner.ledger import open_ledger, read_ledger
 from tuner.records import Assignment, TrialRecord
-from tuner.storage import open_storage, parse_url, sqlite_url
+from tuner.storage import Outage, PatientStorage, open_storage, parse_url, sqlite_url
 from tuner.study import Ledger
 from tuner.warmstart import read_prior
 
@@ -237,6 +237,49 @@ def test_a_driver_whose_study_another_has_driven_meanwhile_writes_no_more(
     third = open_ledger(RunFolder(tmp_path / "copy"), load_study(tmp_path / "copy/config.yaml"))
     assert [(t.state, t.epoch) for t in third.trials()] == [("failed", 0)]
     third.close()
+
+
+class Held:
+    """A claim that nothing takes away."""
+
+    def take(self) -> None: ...
+
+    def renew(self) -> None: ...
+
+    def release(self) -> None: ...
+
+
+def test_no_outage_amid_the_look_at_who_drives_lets_an_old_driver_write(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(storage_module, "_FIRST_PAUSE", 0.01)
+    backend = optuna.storages.InMemoryStorage()
+    study = backend.create_new_study([optuna.study.StudyDirection.MINIMIZE], "shared")
+    outages = {"set_study_user_attr": 1, "get_study_system_attrs": 2, "set_study_system_attr": 1}
+    for name in outages:
+        monkeypatch.setattr(backend, name, flapping(name, getattr(backend, name), outages))
+    storage = PatientStorage(backend, "the server")  # type: ignore[abstract]
+    storage.hold(Held(), "go on with --resume")
+    storage.sign(study)
+    storage.set_study_user_attr(study, "mine", 1)
+    assert set(outages.values()) == {0}, "the line was cut amid each of them"
+    PatientStorage(backend, "the server").sign(study)  # type: ignore[abstract]
+    outages |= {"set_study_user_attr": 1, "get_study_system_attrs": 2}
+    with pytest.raises(LedgerLost, match="another run has driven the study in the server"):
+        storage.set_study_user_attr(study, "mine", 2)
+    assert backend.get_study_user_attrs(study) == {"mine": 1}
+
+
+def flapping(name: str, work: Any, outages: dict[str, int]) -> Any:
+    """A method that is out as often as it is said there."""
+
+    def method(*args: Any) -> Any:
+        if outages[name]:
+            outages[name] -= 1
+            raise Outage(f"{name} is out")
+        return work(*args)
+
+    return method
 
 
 def test_a_claim_in_sqlite_is_a_locked_file(tmp_path: Path) -> None:

@@ -46,13 +46,30 @@ def test_the_overview_says_what_the_search_gained_over_the_studys_own_values(
     own = material(tmp_path).study.base_point()
     assert len(own) == 3
     for state, level, said in (
-        ("done", 4.0, "below the study's own values (trial 0000), 6."),
+        ("done", 4.0, "That is 57.5% below the study's own values (trial 0000), 6."),
         ("done", 0.1, "It ran the study's own values: none that the search proposed did better."),
         ("pruned", 4.0, "Trial 0000 ran the study's own values: stopped early."),
     ):
         start = record(0, state, params=own, level=level)  # type: ignore[arg-type]
         assert said in html.unescape(overview(material(tmp_path, start, record(3))))
     assert "own values" not in overview(material(tmp_path, record(0), record(3)))
+
+
+def test_the_overview_puts_the_winner_beside_nomp_with_intervals(tmp_path: Path) -> None:
+    config = material(tmp_path).study.trial_config(record(0).params, record(0).seed)
+    numbers = {"f1": 0.7, "gospa_m": 1.4}
+    suite: dict[str, Any] = {
+        "scenes": "256 simulated",
+        "methods": {name: {"overall": numbers} for name in ("network", "nomp")},
+        "paired_f1": {"nomp": {"network": {"difference": 0.05, "interval": [0.01, 0.09]}}},
+        "paired_gospa_m": {"nomp": {"network": {"difference": -0.2, "interval": [-0.3, -0.1]}}},
+    }
+    evaluation = {"config": config.model_dump(mode="json"), "suites": {"nominal": suite}}
+    text = overview(material(tmp_path, record(0), evaluation=evaluation))
+    difference = "the difference with its 95 % interval: F1 +0.050 [+0.010, +0.090]"
+    assert f"{difference}, GOSPA -0.200 [-0.300, -0.100] m." in text
+    del suite["paired_gospa_m"]  # as an earlier version wrote it
+    assert f"{difference}." in overview(material(tmp_path, record(0), evaluation=evaluation))
 
 
 def test_an_overview_without_a_winner_says_so(tmp_path: Path) -> None:
