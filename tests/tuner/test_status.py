@@ -10,6 +10,8 @@ import sqlite3
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +73,24 @@ def begun(folder: Path, **changes: Any) -> RunFolder:
     return run_folder
 
 
+@contextmanager
+def driven(folder: RunFolder) -> Iterator[int]:
+    """A process holds the folder as a driver does, and is killed at the block's end."""
+    driver = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(folder.path)],
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert driver.stdout is not None
+        assert driver.stdout.readline() == "held\n"
+        yield driver.pid
+    finally:
+        kill(driver)
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
@@ -123,54 +143,35 @@ def test_a_driver_is_seen_at_work_and_seen_to_be_killed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = begun(tmp_path)
-    driver = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(folder.path)],
-        cwd=ROOT,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert driver.stdout is not None
-    assert driver.stdout.readline() == "held\n"
-    found = looked(capsys, folder.path)
-    assert found["state"] == "running"
-    assert (found["driver"]["pid"], found["driver"]["host"]) == (driver.pid, platform.node())
-    assert 0 <= time.time() - found["driver"]["since"] < 60
-    assert found["next"] is None
-    kill(driver)
+    with driven(folder) as pid:
+        found = looked(capsys, folder.path)
+        assert found["state"] == "running"
+        assert (found["driver"]["pid"], found["driver"]["host"]) == (pid, platform.node())
+        assert 0 <= time.time() - found["driver"]["since"] < 60
+        assert found["next"] is None
     found = looked(capsys, folder.path)
     assert found["state"] == "interrupted"
     assert execute(app, [str(folder.path)]) == 0
-    assert f"process {driver.pid} was cut off" in capsys.readouterr().out
+    assert f"process {pid} was cut off" in capsys.readouterr().out
 
 
 def test_a_search_that_ran_out_of_time_amid_a_trial_is_followed_by_its_scores(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = begun(tmp_path, search={"trials": 5, "time_budget": 60.0, "promote": 1})
-    driver = [sys.executable, "-c", HOLD, str(folder.path)]
-    held = subprocess.Popen(driver, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True)
-    try:
-        assert held.stdout is not None
-        assert held.stdout.readline() == "held\n"
+    with driven(folder):
         assert execute(app, [str(folder.path)]) == 0
         out = capsys.readouterr().out
         assert "the search has ended: the time budget of 1m is used up" in out
         assert "; promotion, its winner's scores and report follow" in out
         assert "time left" not in out
-    finally:
-        kill(held)
 
 
 def test_a_driver_that_scores_the_winner_is_not_said_to_have_trials_left(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = begun(tmp_path, search={"trials": 3})
-    driver = [sys.executable, "-c", HOLD, str(folder.path)]
-    held = subprocess.Popen(driver, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True)
-    try:
-        assert held.stdout is not None
-        assert held.stdout.readline() == "held\n"
+    with driven(folder):
         assert looked(capsys, folder.path)["ended"] is None
         ledger = Ledger(folder.database, tiny_study(tmp_path, search={"trials": 3}))
         ledger.finish(2, "pruned", reason="stopped")
@@ -182,8 +183,6 @@ def test_a_driver_that_scores_the_winner_is_not_said_to_have_trials_left(
         out = capsys.readouterr().out
         assert "the search has ended: all trials have run; its winner's scores and report" in out
         assert "time left" not in out
-    finally:
-        kill(held)
 
 
 def test_a_driver_elsewhere_whose_lock_does_not_show_here_is_known_by_what_it_writes(
