@@ -36,8 +36,11 @@ documenting:
 	@"$(PYTHON)" tools/ensure_venv.py --extra docs
 endif
 
+# A study that goes on, or another one, is named in ARGS.
+NAMED := $(filter --resume --resume=% --config --config=%,$(ARGS))
+
 run: setup  ## tune a small network on simulated scenes, in minutes, on any machine
-	@$(VENV)/python -m tuner.run --config configs/quickstart.yaml $(ARGS)
+	@$(VENV)/python -m tuner.run $(if $(NAMED),,--config configs/quickstart.yaml) $(ARGS)
 
 test: dev  ## run the tests
 	@$(VENV)/python -m pytest $(ARGS)

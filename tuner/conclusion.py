@@ -9,8 +9,10 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+from model.config import OBJECTIVES
 from tuner.command import DONE, INTERRUPTED, NOTHING_FINISHED
 from tuner.folder import RunFolder
+from tuner.gain import gain_of
 from tuner.limits import Ended
 from tuner.pareto import pareto_front
 from tuner.promotion import Promotion
@@ -71,6 +73,9 @@ def conclude(
         progress.say(
             f"{where_best}: trial {first.number:04d}, objective {first.objective:.5f}{beside}"
         )
+        if gain := gain_of(ledger.config, ledger.trials(), first):
+            what = OBJECTIVES[ledger.config.objective]
+            progress.say(f"{gain} (objective: {what}; less is better)")
     if study_cost := ledger.config.search.cost:
         front = ", ".join(f"{t.number:04d}" for t in pareto_front(ledger))
         progress.say(f"Pareto front, cheapest in {study_cost} first: {front or 'no trial'}")
@@ -92,7 +97,10 @@ def conclude(
         with progress.waiting("finding sources in scenes for the report"):
             _attempt(lambda: ensure_scenes(folder), progress, "scenes.json")
     except KeyboardInterrupt:
-        progress.say("the winner's scoring was interrupted; tuner.evaluate does it at any time")
+        progress.say(
+            "the winner's scoring was interrupted; it is made up for with: "
+            f"python -m tuner.run --resume {where}"
+        )
     _draw_report(folder, ledger, progress)
     progress.say(f"report: {folder.report}")
     if promotion is None or promotion.winner() is None:

@@ -57,7 +57,8 @@ def explain(
     details = list({_item(d["loc"]): d for d in reversed(error.errors(include_url=False))}.values())
     details.reverse()
     for detail in details[:_MOST]:
-        blamed = _blamed(_place(detail), source, said or {})
+        place, new = _place(detail), detail["type"] == "extra_forbidden"
+        blamed = _blamed(place, source, said or {}, new=new)
         problems.setdefault(blamed, []).append(_problem(detail, model))
     text = "; ".join(
         (f"{blamed}: " if blamed else "") + "; ".join(found) for blamed, found in problems.items()
@@ -65,12 +66,16 @@ def explain(
     return text + (f" (and {len(details) - _MOST} more)" if len(details) > _MOST else "")
 
 
-def _blamed(where: str, source: str, said: Mapping[str, str]) -> str:
-    """Who gave the value at a place: an option at it or above, or the source, with those below."""
+def _blamed(where: str, source: str, said: Mapping[str, str], *, new: bool) -> str:
+    """Who gave the value at a place: an option at it or above, or the source, with those below.
+
+    A field that is ``new``, since no such field is known, is made by an option below it alone.
+    """
     here = where.replace("[", ".").replace("]", "")
     above = [path for path in said if f"{here}.".startswith(f"{path}.")]
-    if above:
-        return said[max(above, key=len)]
+    made = [path for path in said if new and here and path.startswith(f"{here}.")]
+    if above or made:
+        return said[max(above or made, key=len)]
     below = [
         label
         for path, label in said.items()

@@ -16,6 +16,12 @@ from tuner.space import Value
 
 End = Literal["done", "pruned", "failed"]
 State = Literal["running"] | End
+STATE_WORDS = {
+    "running": "unfinished",
+    "done": "done",
+    "pruned": "stopped early",
+    "failed": "failed",
+}
 _STATES: dict[TrialState, State] = {
     TrialState.RUNNING: "running",
     TrialState.COMPLETE: "done",

@@ -81,7 +81,10 @@ def _show(look: Standing, console: Console) -> None:
         console.print(StudyView(look.study, rows, look.seconds))
     else:
         counts = look.counts()
-        parts = [f"{count} {name.replace('_', ' ')}" for name, count in counts.items()]
+        words = {"to_start": "to start"}
+        if look.state != "running":
+            words["running"] = "to go on"
+        parts = [f"{count} {words.get(name, name)}" for name, count in counts.items()]
         say(f"trials: {', '.join(parts)}")
         if look.best is not None:
             say(f"best: trial {look.best.number:04d}, objective {look.best.objective:.5f}")

@@ -68,6 +68,7 @@ def test_an_error_names_the_field_what_it_held_and_what_is_allowed(
         (["search.space.blend.beta.type=flat"], {}, "--set: search.space[blend.beta].type: got "),
         (["network.heads=3"], {}, "{path} with --set: network: width 8 is not a multiple"),
         (["network.family=image"], {}, "{path} with --set: network.heads: unknown field"),
+        (["trainig.epochs=3"], {}, "--set: trainig: unknown field (did you mean training?)"),
         (["training.epochs.x=3"], {}, "--set: training.epochs.x: epochs holds 2"),
     ],
 )

@@ -121,6 +121,8 @@ def test_a_study_with_nothing_left_connects_to_no_cluster(
     config = write_study(tmp_path, search={"space": space})
     out = tmp_path / "run"
     assert run_here("--config", config, "--local", "--trials", 1, "--out", out) == 0
+    said = capsys.readouterr().out
+    assert "It ran the study's own values: none that the search proposed did better. (objec" in said
     (out / "report.html").unlink()
     capsys.readouterr()
     assert run_here("--resume", out, *NOWHERE) == 0

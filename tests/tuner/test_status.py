@@ -131,7 +131,7 @@ def test_a_study_that_was_cut_off_says_what_is_left_and_how_it_goes_on(
     said = capsys.readouterr().out.splitlines()
     assert said == [
         "tiny: interrupted: trials are left to run",
-        "trials: 1 running, 1 done, 0 pruned, 1 failed, 2 to start",
+        "trials: 1 to go on, 1 done, 0 pruned, 1 failed, 2 to start",
         "best: trial 0000, objective 1.00000",
         "trial 0001 failed after epoch 0: diverged: NaN",
         "time left: about 1m, once it goes on",

@@ -29,12 +29,6 @@ STATE_COLOURS = {
     "running": "var(--running)",
 }
 STATE_SYMBOLS = {"running": "circle-open", "done": "circle", "pruned": "x", "failed": "cross"}
-STATE_WORDS = {
-    "running": "unfinished",
-    "done": "done",
-    "pruned": "stopped early",
-    "failed": "failed",
-}
 _FAULTS = (
     ArithmeticError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError,
 )  # fmt: skip

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 from model.wording import counted
 from tuner.pages.chart import (
     STATE_COLOURS,
-    STATE_WORDS,
     axis_for,
     chart,
     grid,
@@ -17,6 +16,7 @@ from tuner.pages.chart import (
     thinned,
 )
 from tuner.pages.markup import Markup, details, escape, note, short, table
+from tuner.records import STATE_WORDS
 
 if TYPE_CHECKING:
     from tuner.pages.material import Material

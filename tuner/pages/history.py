@@ -8,7 +8,6 @@ from model.wording import counted
 from tuner.pages.chart import (
     STATE_COLOURS,
     STATE_SYMBOLS,
-    STATE_WORDS,
     axis_for,
     chart,
     joined,
@@ -16,6 +15,7 @@ from tuner.pages.chart import (
     thinned,
 )
 from tuner.pages.markup import Markup, note, short, table
+from tuner.records import STATE_WORDS
 from tuner.rungs import cut_off, rungs_of
 
 if TYPE_CHECKING:

@@ -8,13 +8,13 @@ from model.config import OBJECTIVES, TrialConfig
 from model.wording import counted
 from tuner.config import plain_of
 from tuner.duration import format_duration
-from tuner.pages.chart import STATE_WORDS
+from tuner.gain import gain_of
 from tuner.pages.markup import Markup, escape, listed, note, pairs, short, table
+from tuner.records import STATE_WORDS
 from tuner.scoretable import signed
 
 if TYPE_CHECKING:
     from tuner.pages.material import Material
-    from tuner.records import TrialRecord
 
 _UNITS = {"nmse": "", "f1": "", "gospa": " m"}
 _SAMPLERS = {
@@ -103,7 +103,8 @@ def _found(material: Material) -> str:
     if isinstance(untrained, float) and untrained > 0 and best.objective is not None:
         change = best.objective / untrained - 1
         text += f", {abs(change):.0%} {'below' if change < 0 else 'above'} the untrained network"
-    text += f".{_beside_start(material, best)}"
+    gain = gain_of(material.study, material.trials, best)
+    text += f". {gain}" if gain else "."
     text += " It is the best of many on the same validation scenes, and so a little optimistic."
     scores = _scores(material)
     if scores:
@@ -119,22 +120,6 @@ def _found(material: Material) -> str:
         ]
         text += f"; the difference with its 95 % interval: {', '.join(beside)}." if beside else "."
     return text
-
-
-def _beside_start(material: Material, best: TrialRecord) -> str:
-    """What the search gained over the study's own values, if a trial ran them."""
-    start = material.study.base_point()
-    own = next((trial for trial in material.trials if trial.params == start), None)
-    if own is None or not start:
-        return ""
-    if own is best:
-        return " It ran the study's own values: none that the search proposed did better."
-    name = f"the study's own values (trial {own.number:04d})"
-    if own.state != "done" or own.objective is None or best.objective is None:
-        return f" Trial {own.number:04d} ran the study's own values: {STATE_WORDS[own.state]}."
-    gain = 1 - best.objective / own.objective if own.objective > 0 else 0.0
-    unit = _UNITS[material.study.objective]
-    return f" That is {gain:.1%} below {name}, {short(own.objective, 5)}{unit}."
 
 
 def _scores(material: Material) -> dict[str, Any]:

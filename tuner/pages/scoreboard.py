@@ -47,8 +47,9 @@ def scoreboard(material: Material) -> Markup:
     """The winner beside the classical methods, from evaluation.json."""
     content, best = material.evaluation, material.best
     if content is None:
-        why = "no trial has finished" if best is None else "a search scores its winner at its end"
-        return note(f"No evaluation.json: {why}; tuner.evaluate does it at any time.")
+        if best is None:
+            return note("No trial has finished: there is nothing to score.")
+        return note("No evaluation.json: a search scores its winner at its end.")
     if not usable(content):
         return note("evaluation.json is of another form; tuner.evaluate writes it anew.")
     parts: list[str] = []

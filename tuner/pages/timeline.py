@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 from model.wording import counted
 from tuner.duration import format_duration
-from tuner.pages.chart import STATE_COLOURS, STATE_WORDS, chart
+from tuner.pages.chart import STATE_COLOURS, chart
 from tuner.pages.markup import Markup, note, table
 from tuner.pages.timing import Segment, slots_of
+from tuner.records import STATE_WORDS
 
 if TYPE_CHECKING:
     from tuner.pages.material import Material

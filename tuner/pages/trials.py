@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tuner.pages.chart import STATE_WORDS
 from tuner.pages.failures import fallbacks_of
 from tuner.pages.markup import Markup, Number, note, table
 from tuner.pages.timing import place_of
+from tuner.records import STATE_WORDS
 
 if TYPE_CHECKING:
     from tuner.pages.material import Material
