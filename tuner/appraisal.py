@@ -23,10 +23,11 @@ from tuner.space import Value
 from tuner.trial import TrialRun
 
 LIMIT = 10.0  # seconds of waiting that a measurement may take
-_SCENES, _VAL_SCENES = 128, 32  # of the measurement
+_SCENES = (16, 128)  # of the measurement: a few, then as many as tell more if there is time
+_VALIDATED = 4  # of so many one is a validation scene
 # Of a checkpoint: weights, their average, the best of it, and AdamW's two moments, 4 bytes each.
 _COPIES, _BYTES = 5, 4
-_SEARCHED = 24  # scenes, training and validation each, where candidates are looked for
+_SEARCHED = (4, 24)  # the same, and as many validation scenes, where candidates are looked for
 
 
 @dataclass(frozen=True)
@@ -54,25 +55,30 @@ def appraise(study: StudyConfig, device: str) -> Appraisal | str:
     """
     config = study.trial_config({}, study.seed)
     threads = torch.get_num_threads()
+    found: Appraisal | str = f"two epochs of a few scenes take longer than {LIMIT:g} s here"
+    begun = time.perf_counter()
     try:
         with _limited(LIMIT), tempfile.TemporaryDirectory(prefix="ristune-") as folder:
-            return _measure(config, device, Path(folder))
+            few, more = _SCENES if config.network.front_end is None else _SEARCHED
+            found = _measure(config, device, Path(folder) / "few", few)
+            if (time.perf_counter() - begun) * more / few < LIMIT:
+                found = _measure(config, device, Path(folder) / "more", more)
+        return found
     except _TooLong:
-        return f"two epochs of a few scenes take longer than {LIMIT:g} s here"
+        return found
     except (RuntimeError, ValueError, OSError) as error:
         return " ".join(str(error).split())[:200]
     finally:
         torch.set_num_threads(threads)
 
 
-def _measure(config: TrialConfig, device: str, folder: Path) -> Appraisal:
+def _measure(config: TrialConfig, device: str, folder: Path, n_scenes: int) -> Appraisal:
     searched = config.network.front_end is not None
     data, training = config.data, config.training
     if device == "cpu":
         torch.set_num_threads(training.threads)  # which a trial does as it builds its network
-    most = _SEARCHED if searched else _SCENES
-    n_train = min(data.train_scenes, most)
-    n_val = min(data.val_scenes, _SEARCHED if searched else _VAL_SCENES)
+    n_train = min(data.train_scenes, n_scenes)
+    n_val = min(data.val_scenes, n_scenes if searched else n_scenes // _VALIDATED)
     changes = {
         "train_scenes": n_train,
         "val_scenes": n_val,

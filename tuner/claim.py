@@ -29,8 +29,12 @@ class Claim(Protocol):
     def take(self) -> None:
         """Get it, or raise StudyError where another driver has it."""
 
-    def renew(self) -> None:
-        """Get it back after the database was out, or raise Outage where that is not possible."""
+    def renew(self) -> bool:
+        """Make sure of it after the database was out, or raise Outage where another has it.
+
+        Returns:
+            Whether it was gone, so that another driver may have had it meanwhile.
+        """
 
     def release(self) -> None:
         """Let another driver have it."""
@@ -86,16 +90,17 @@ class ServerClaim:
                 )
             time.sleep(_PAUSE)
 
-    def renew(self) -> None:
+    def renew(self) -> bool:
         if self._connection is not None:
             try:
                 self._connection.exec_driver_sql("SELECT 1")
             except Outage:
                 self._drop()
             else:
-                return
+                return False
         if not self._got():
             raise Outage("the study is claimed by another connection")
+        return True
 
     def release(self) -> None:
         self._drop()
@@ -137,8 +142,9 @@ class FileClaim:
         except OSError as error:
             raise StudyError(f"{self._lock.path}: cannot be written: {error.strerror}") from error
 
-    def renew(self) -> None:
-        """Nothing: a file's lock outlives what happens to the file beside it."""
+    def renew(self) -> bool:
+        """Nothing is gone: a file's lock outlives what happens to the file beside it."""
+        return False
 
     def release(self) -> None:
         self._lock.release()

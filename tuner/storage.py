@@ -212,6 +212,7 @@ class PatientStorage(BaseStorage):
         self._release = release
         self._claim: Claim | None = None
         self._signature: tuple[int, str] | None = None
+        self._is_sure = True  # that nobody else has driven the study since it was signed
         self._way_on = ""
 
     def hold(self, claim: Claim, way_on: str) -> None:
@@ -233,9 +234,9 @@ class PatientStorage(BaseStorage):
             Outage: the database does not answer, or another driver has the study now.
             LedgerLost: another one has had it: what this one knows of its trials may be old.
         """
-        if self._claim is not None:
-            self._claim.renew()
-        if self._signature is None:
+        if self._claim is not None and self._claim.renew():
+            self._is_sure = False
+        if self._is_sure or self._signature is None:
             return
         study_id, signature = self._signature
         if self._backend.get_study_system_attrs(study_id).get(_SIGNATURE) != signature:
@@ -244,6 +245,7 @@ class PatientStorage(BaseStorage):
                 f"it{self._way_on}"
             )
             raise self.lost
+        self._is_sure = True  # as long as the claim stays
 
     def create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> int:
         """Make a trial, once; one whose number is known beforehand spares a look at all others."""

@@ -239,12 +239,17 @@ def test_a_driver_whose_study_another_has_driven_meanwhile_writes_no_more(
     third.close()
 
 
-class Held:
-    """A claim that nothing takes away."""
+class Flapping:
+    """A claim that was gone in an outage, and is held from then on."""
+
+    def __init__(self) -> None:
+        self.gone = True
 
     def take(self) -> None: ...
 
-    def renew(self) -> None: ...
+    def renew(self) -> bool:
+        gone, self.gone = self.gone, False
+        return gone
 
     def release(self) -> None: ...
 
@@ -259,12 +264,14 @@ def test_no_outage_amid_the_look_at_who_drives_lets_an_old_driver_write(
     for name in outages:
         monkeypatch.setattr(backend, name, flapping(name, getattr(backend, name), outages))
     storage = PatientStorage(backend, "the server")  # type: ignore[abstract]
-    storage.hold(Held(), "go on with --resume")
+    claim = Flapping()
+    storage.hold(claim, "go on with --resume")
     storage.sign(study)
     storage.set_study_user_attr(study, "mine", 1)
     assert set(outages.values()) == {0}, "the line was cut amid each of them"
     PatientStorage(backend, "the server").sign(study)  # type: ignore[abstract]
     outages |= {"set_study_user_attr": 1, "get_study_system_attrs": 2}
+    claim.gone = True
     with pytest.raises(LedgerLost, match="another run has driven the study in the server"):
         storage.set_study_user_attr(study, "mine", 2)
     assert backend.get_study_user_attrs(study) == {"mine": 1}
