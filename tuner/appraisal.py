@@ -60,9 +60,9 @@ def appraise(study: StudyConfig, device: str) -> Appraisal | str:
     try:
         with _limited(LIMIT), tempfile.TemporaryDirectory(prefix="ristune-") as folder:
             few, more = _SCENES if config.network.front_end is None else _SEARCHED
-            found = _measure(config, device, Path(folder) / "few", few)
-            if (time.perf_counter() - begun) * more / few < LIMIT:
-                found = _measure(config, device, Path(folder) / "more", more)
+            found, seconds = _measure(config, device, Path(folder) / "few", few)
+            if seconds * more / few < LIMIT - (time.perf_counter() - begun):
+                found, _ = _measure(config, device, Path(folder) / "more", more)
         return found
     except _TooLong:
         return found
@@ -72,7 +72,10 @@ def appraise(study: StudyConfig, device: str) -> Appraisal | str:
         torch.set_num_threads(threads)
 
 
-def _measure(config: TrialConfig, device: str, folder: Path, n_scenes: int) -> Appraisal:
+def _measure(
+    config: TrialConfig, device: str, folder: Path, n_scenes: int
+) -> tuple[Appraisal, float]:
+    """An appraisal by so many scenes, and the seconds that grow with them."""
     searched = config.network.front_end is not None
     data, training = config.data, config.training
     if device == "cpu":
@@ -94,8 +97,10 @@ def _measure(config: TrialConfig, device: str, folder: Path, n_scenes: int) -> A
         }
     )
     search_seconds, cache_bytes = 0.0, 0
+    begun = time.perf_counter()
     if searched:
         search_seconds, cache_bytes = _search(sample, config, device)
+    searching = time.perf_counter() - begun
     run = TrialRun(sample, device)
     try:
         for _ in range(2):  # the first one builds and warms up
@@ -110,11 +115,12 @@ def _measure(config: TrialConfig, device: str, folder: Path, n_scenes: int) -> A
         run.close()
     per_train = 1.0 / result["scenes_per_second"]
     per_val = max(0.0, seconds - n_train * per_train) / n_val
-    return Appraisal(
+    found = Appraisal(
         epoch_seconds=data.train_scenes * per_train + data.val_scenes * per_val,
         search_seconds=search_seconds,
         cache_bytes=cache_bytes,
     )
+    return found, searching + 2 * seconds
 
 
 def _search(sample: TrialConfig, config: TrialConfig, device: str) -> tuple[float, int]:
