@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from pathlib import Path
 
@@ -22,8 +23,14 @@ ROOT = Path(__file__).resolve().parent.parent
 def test_make_run_names_the_quickstart_unless_another_study_is_named(
     arguments: str, names_a_study: bool
 ) -> None:
+    # Not as a part of the make that may run this test.
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
     shown = subprocess.run(
-        ["make", "-n", "run", f"ARGS={arguments}"], cwd=ROOT, capture_output=True, text=True
+        ["make", "-n", "run", f"ARGS={arguments}"],
+        cwd=ROOT,
+        env=clean,
+        capture_output=True,
+        text=True,
     )
     command = shown.stdout.splitlines()[-1]
     assert "-m tuner.run" in command
