@@ -107,6 +107,16 @@ class ServerClaim:
         self._engine.dispose()
 
     def _got(self) -> bool:
+        try:
+            got = self._asked()
+        except Outage:
+            self._drop()  # it would connect anew by itself, without the lock
+            raise
+        if not got:
+            self._drop()  # a connection that is kept is one that has the lock
+        return got
+
+    def _asked(self) -> bool:
         from sqlalchemy import text
 
         if self._connection is None:
@@ -115,10 +125,7 @@ class ServerClaim:
             for setting in ("idle = 30", "interval = 10", "count = 3"):
                 self._connection.exec_driver_sql(f"SET tcp_keepalives_{setting}")
         query = text("SELECT pg_try_advisory_lock(:key)")
-        got = bool(self._connection.execute(query, {"key": self._key}).scalar())
-        if not got:
-            self._drop()  # a connection that is kept is one that has the lock
-        return got
+        return bool(self._connection.execute(query, {"key": self._key}).scalar())
 
     def _drop(self) -> None:
         connection, self._connection = self._connection, None

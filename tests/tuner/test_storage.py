@@ -37,6 +37,7 @@ from tests.tuner.support import (
 )
 from tuner import report as report_page
 from tuner import storage as storage_module
+from tuner.claim import ServerClaim, claim_of
 from tuner.command import execute
 from tuner.config import load_study
 from tuner.errors import LedgerLost, StudyError
@@ -287,6 +288,28 @@ def flapping(name: str, work: Any, outages: dict[str, int]) -> Any:
         return work(*args)
 
     return method
+
+
+def test_a_claim_that_was_asked_for_in_vain_is_not_taken_for_one(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claim = claim_of(parse_url(server.fresh()), "shared")
+    failing = {"left": 1}
+    asked = ServerClaim._asked
+
+    def cut(asking: ServerClaim) -> bool:
+        got = asked(asking)
+        if failing["left"]:
+            failing["left"] -= 1
+            raise Outage("the answer was lost")
+        return got
+
+    monkeypatch.setattr(ServerClaim, "_asked", cut)
+    with pytest.raises(Outage):
+        claim.renew()
+    assert claim.renew(), "it was not held meanwhile"
+    assert not claim.renew()
+    claim.release()
 
 
 def test_a_claim_in_sqlite_is_a_locked_file(tmp_path: Path) -> None:
