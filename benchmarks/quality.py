@@ -42,6 +42,7 @@ from model.decode import detect
 from model.features import compute_features
 from model.front_end import FrontEnd
 from model.localizer import Localizer
+from model.loss import LossConfig, ScenesLoss
 from model.pointing import OwnCells, match_slots
 from model.training import Trainer
 from physics.baselines import music, mvdr
@@ -57,7 +58,8 @@ from tuner.space import suggest
 # A run's number of scenes, and its score (R,) on resampled ones (R, S).
 Resampled = tuple[int, Callable[[Tensor], Tensor]]
 
-METRICS = ("nmse_pred", "nmse_blend", "f1", "gospa", "count_accuracy")
+METRICS = ("gospa", "f1", "count_accuracy", "nll", "nmse_blend", "nmse_pred", "subspace_error")
+_GAINS = ("f1", "count_accuracy")  # of which more is better
 _BATCH = 256
 
 
@@ -109,6 +111,40 @@ def random_point(study: StudyConfig, number: int) -> TrialConfig:
     return study.trial_config(suggest(study.search.space, quiet.ask()), seed=number)
 
 
+@torch.no_grad()
+def likelihood_and_subspace(trainer: Trainer) -> dict[str, float]:
+    """Validation metrics that no study reports, of a training's averaged weights.
+
+    ``nll`` is the negative log-likelihood of a slot: of whether it holds a source, and of the cell
+    and the interval that it puts that source's position in. ``subspace_error`` is ``1 - ||U_K^H
+    Q||^2 / K`` of the dominant subspace of R_blend. Neither depends on a weight of the loss.
+    """
+    loss = ScenesLoss(
+        LossConfig(),
+        trainer.array,
+        trainer.config.scene.wavefront,
+        trainer.network.dictionary,
+        trainer.network.cell_size,
+        trainer.network.directions,
+    )
+    validation = trainer.source.validation()
+    raw = {name: value.detach().clone() for name, value in trainer.network.named_parameters()}
+    trainer._set_weights(trainer.average.weights)
+    trainer.network.eval()
+    totals = {"nll": 0.0, "subspace_error": 0.0}
+    for start in range(0, len(validation), _BATCH):
+        part = validation[slice(start, start + _BATCH)]
+        features = trainer._features(part)
+        prediction = trainer.network(features)
+        blended = blended_covariance(prediction, features, trainer.config.blend)
+        terms = loss(prediction, blended, part.scenes).terms
+        share = len(part) / len(validation)
+        totals["nll"] += share * float(terms["existence"] + terms["position"])
+        totals["subspace_error"] += share * float(terms["subspace_align"])
+    trainer._set_weights(raw)
+    return totals
+
+
 def by_nomp(config: TrialConfig, scenes: Scenes) -> Detections:
     """NOMP told the SNR and the nominal model."""
     result = nomp(
@@ -134,14 +170,15 @@ def objectives(args: argparse.Namespace) -> dict[str, Any]:
         while not trainer.finished:
             metrics = trainer.run_epoch()
             if trainer.epoch == study.search.grace_epochs:
-                early = {name: float(metrics[name]) for name in METRICS}
+                known = metrics | likelihood_and_subspace(trainer)
+                early = {name: float(known[name]) for name in METRICS}
         matching = match(located(trainer, batch), *sources)
         rows.append(early | {"final_f1": matching.f1})
         print(f"trial {number:2d}: " + "  ".join(f"{k} {v:.4f}" for k, v in rows[-1].items()))
     final = [row["final_f1"] for row in rows]
     found: dict[str, float] = {}
     for name in METRICS:
-        sign = 1.0 if name in ("f1", "count_accuracy") else -1.0
+        sign = 1.0 if name in _GAINS else -1.0
         found[name] = float(spearmanr([sign * row[name] for row in rows], final).statistic)
         print(
             f"{name} after {study.search.grace_epochs} epochs: rank correlation {found[name]:.2f}"

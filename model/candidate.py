@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar, Literal
 
 import torch
@@ -16,6 +17,8 @@ from physics.config import Adjustable
 from physics.geometry import PlanarArray
 from physics.precision import full_precision
 from physics.scene import SceneConfig
+
+_FARTHEST = math.radians(9.0)  # that a direction is moved
 
 
 class CandidateNetworkConfig(AttentionConfig):
@@ -52,10 +55,11 @@ class CandidateNetwork(SourceNetwork):
     """Judges the candidates of an overcomplete matching pursuit, each beside the others.
 
     A slot is a candidate. The network says whether a source stands in its direction, tempers and
-    tilts the likelihood of its range, corrects its power, and widens or narrows the ellipse of its
-    direction. A small transformer encoder lets the
-    candidates of a scene see one another: what one source may be depends on how strong and how
-    near the others are.
+    tilts the likelihood of its range, corrects its power, widens or narrows the ellipse of its
+    direction and the interval of its range, and moves the direction, in the fit's own standard
+    deviations: where the model is wrong, what fits best lies beside the source. A small
+    transformer encoder lets the candidates of a scene see one another: what one source may be
+    depends on how strong and how near the others are.
 
     The factor of R_pred is the posterior mean on the manifold: column i is
     ``sqrt(q_i p_i) sum_s w_is a(p_is)`` with existence q, power p and the weights w of the cells.
@@ -90,8 +94,9 @@ class CandidateNetwork(SourceNetwork):
         )
         self.existence = nn.Linear(width, 1)
         # Sharpness of the likelihood; centre, weight and slope of a prior on log range; power;
-        # standard deviations of the direction over those that the fit predicts.
-        self.judgement = nn.Linear(width, 6)
+        # standard deviations of direction and range over those that fit and posterior predict;
+        # reach and share of it by which the direction is moved.
+        self.judgement = nn.Linear(width, 10)
         nn.init.zeros_(self.judgement.weight)
         nn.init.zeros_(self.judgement.bias)
 
@@ -110,7 +115,9 @@ class CandidateNetwork(SourceNetwork):
         judgement = self.judgement(hidden)
         with full_precision():
             existence, judgement = existence.float(), judgement.float()
-            sharpness, centre, weight, slope, log_power, log_spread = judgement.unbind(-1)
+            sharpness, centre, weight, slope, log_power, log_spread, log_interval, log_reach = (
+                judgement[..., :8].unbind(-1)
+            )
             log_range = torch.log(found.range_m)
             prior = (
                 slope.unsqueeze(-1) * log_range
@@ -121,27 +128,28 @@ class CandidateNetwork(SourceNetwork):
             # softplus(0.54) is 1: the likelihood as it is.
             sharpness = functional.softplus(sharpness.unsqueeze(-1) + 0.54)
             log_pointer = torch.log_softmax(sharpness * log_likelihood + prior, dim=-1)
-            cells = _cells(found)
+            std = found.covariance[..., :2, :2].diagonal(dim1=-2, dim2=-1).clamp_min(0.0).sqrt()
+            reach = (log_reach.exp().unsqueeze(-1) * std).clamp(max=_FARTHEST)
+            step = reach * torch.tanh(judgement[..., 8:])
+            direction = found.coordinates[..., :2] + step
+            cells = _cells(direction, found.range_m)
             pointer = log_pointer.exp()
             log_weight = functional.logsigmoid(existence) + log_power + _log(found.power)
             factor = self.manifold_factor(cells, pointer, log_weight)
             position = torch.cat(
-                [
-                    found.coordinates[..., :2],
-                    (pointer / found.range_m).sum(-1, keepdim=True),
-                ],
-                dim=-1,
+                [direction, (pointer / found.range_m).sum(-1, keepdim=True)], dim=-1
             )
             spread = (2.0 * log_spread).exp()[..., None, None]
             angles = spread * found.covariance[..., :2, :2]
-        return Prediction(factor, existence, log_pointer, position, cells, angles)
+        return Prediction(
+            factor, existence, log_pointer, position, cells, angles, log_interval.exp()
+        )
 
 
-def _cells(found: Candidates) -> Tensor:
+def _cells(direction: Tensor, ranges: Tensor) -> Tensor:
     """Azimuth, elevation [rad], range [m] (B, P, S, 3) of every candidate's cells."""
-    n_cells = found.range_m.shape[-1]
-    directions = found.coordinates[:, :, None, :2].expand(-1, -1, n_cells, -1)
-    return torch.cat([directions, found.range_m.unsqueeze(-1)], dim=-1)
+    directions = direction.unsqueeze(-2).expand(*ranges.shape, 2)
+    return torch.cat([directions, ranges.unsqueeze(-1)], dim=-1)
 
 
 def _log(value: Tensor) -> Tensor:

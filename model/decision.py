@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from pydantic import Field
@@ -11,17 +10,12 @@ from scipy.stats import chi2
 from torch import Tensor
 
 from model.prediction import Prediction
+from model.ranging import REACH, Goal, named_range
 from physics.config import FrozenModel
 from physics.detections import Detections
 from physics.metrics import Matching, Tolerance, gospa, match, squared_mahalanobis
 from physics.scene import Scenes
 
-Goal = Literal["f1", "gospa", "count"]
-
-# What a range error d is worth is 1 - (d / reach)^2 within the reach, and 0 beyond: the GOSPA
-# cutoff of 2 m makes this the cost that GOSPA saves; for F1 it is a smooth tolerance of 1 m.
-_REACH = {"f1": 1.25, "gospa": 2.0, "count": 2.0}
-_ASCENTS = 4  # steps that move a range to the mean of what lies within reach
 _LEVEL = 0.9  # of the ellipsoids that are calibrated
 _GRID = torch.arange(0.05, 0.96, 0.025, dtype=torch.float64)  # thresholds that are tried
 
@@ -83,28 +77,17 @@ def judge(prediction: Prediction, goal: Goal) -> Judged:
     """
     assert prediction.cells is not None
     assert prediction.angle_covariance is not None
-    weight, ranges = prediction.log_pointer.exp(), prediction.cells[..., 2]
-    reach = _REACH[goal]
-
-    def worth(at: Tensor) -> Tensor:
-        """Of every range in ``at`` (B, r, T)."""
-        off = (ranges.unsqueeze(-2) - at.unsqueeze(-1)) / reach
-        return ((1.0 - off.square()).clamp_min(0.0) * weight.unsqueeze(-2)).sum(-1)
-
-    best = worth(ranges).argmax(-1, keepdim=True)
-    chosen = ranges.gather(-1, best)
-    for _ in range(_ASCENTS):
-        near = weight * ((ranges - chosen).abs() < reach)
-        near = near / near.sum(-1, keepdim=True)
-        chosen = (near * ranges).sum(-1, keepdim=True)
+    named = named_range(prediction.log_pointer, prediction.cells[..., 2], REACH[goal])
     probability = torch.sigmoid(prediction.existence)
-    score = probability if goal == "count" else probability * worth(chosen).squeeze(-1)
-    cell = (ranges[..., -1] - ranges[..., 0]) / max(1, ranges.shape[-1] - 1)
-    variance = (near * (ranges - chosen).square()).sum(-1) + cell.square() / 12.0
+    score = probability if goal == "count" else probability * named.worth
+    variance = named.variance
+    if prediction.range_spread is not None:
+        variance = variance * prediction.range_spread.square()
     covariance = torch.nn.functional.pad(prediction.angle_covariance, (0, 1, 0, 1))
     covariance = covariance + torch.diag_embed(torch.nn.functional.pad(variance[..., None], (2, 0)))
     directions = prediction.cells[:, :, 0, :2]
-    return Judged(torch.cat([directions, chosen], dim=-1), covariance, score, probability)
+    position = torch.cat([directions, named.at.unsqueeze(-1)], dim=-1)
+    return Judged(position, covariance, score, probability)
 
 
 def choose(judged: Judged, scenes: Scenes, goal: Goal) -> Decision:

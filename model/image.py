@@ -51,7 +51,7 @@ class ImageNetwork(SourceNetwork):
     """Finds sources as peaks of a map over directions; no search, no iteration.
 
     Every direction of the grid gets a logit that a source stands there, an offset within its
-    cell with a standard deviation, a distribution over bins of range and a power. The slots are
+    cell with a standard deviation, a distribution over bins of range, and a power. The slots are
     the highest local peaks of the map. The factor of R_pred is the posterior mean on the
     manifold, as for candidates.
 
@@ -80,7 +80,7 @@ class ImageNetwork(SourceNetwork):
         )
         self.heat = nn.Conv2d(width, 1, 1)
         nn.init.constant_(self.heat.bias, _RARE)  # type: ignore[arg-type]
-        self.detail = nn.Conv2d(width, 4 + config.range_bins, 1)
+        self.detail = nn.Conv2d(width, 5 + config.range_bins, 1)
 
     def forward(self, features: Features) -> Prediction:
         """Predict B scenes. Runs under autocast; what leaves it is in full precision."""
@@ -95,8 +95,8 @@ class ImageNetwork(SourceNetwork):
             chosen = detail.flatten(2).mT.gather(
                 1, index.unsqueeze(-1).expand(-1, -1, len(detail[0]))
             )
-            offset, log_power, log_spread, logits = chosen.split(
-                [2, 1, 1, self.config.range_bins], dim=-1
+            offset, log_power, log_spread, log_range_spread, logits = chosen.split(
+                [2, 1, 1, 1, self.config.range_bins], dim=-1
             )
             direction = self.directions.flatten(0, 1)[index]
             direction = direction + torch.tanh(offset) * self.cell_size[:2]
@@ -124,6 +124,7 @@ class ImageNetwork(SourceNetwork):
             torch.cat([direction, inverse_range], dim=-1),
             cells,
             within,
+            log_range_spread.squeeze(-1).exp(),
             heat,
         )
 

@@ -14,6 +14,7 @@ from torch.nn import functional
 from model.plugin import ExtraTerm
 from model.pointing import OwnCells, SharedCells, heat_loss, match_slots
 from model.prediction import Prediction
+from model.ranging import REACH
 from physics.config import Adjustable, FrozenModel
 from physics.covariance import LowRankCovariance, nmse, source_covariance
 from physics.geometry import PlanarArray
@@ -117,8 +118,9 @@ class ScenesLoss:
       scene by more than a half do not count;
     - ``existence``: binary cross-entropy of the slots after matching, and of the map over
       directions where there is one;
-    - ``position``: cross-entropy of a matched slot's pointer to the cells around its source; with
-      shared cells, plus the Huber distance of its position in cells (:mod:`model.pointing`);
+    - ``position``: cross-entropy of a matched slot's pointer to the cells around its source, plus
+      the Huber distance of its position or direction, and with cells of its own the quantile losses
+      of its ellipsoid (:mod:`model.pointing`);
     - those of ``loss.extra``, at their weights in every phase (:mod:`model.plugin`).
 
     Every term is a sum over scenes, sources or slots divided by their number. Given the numbers of
@@ -132,6 +134,7 @@ class ScenesLoss:
         dictionary: (G, N) complex steering vectors of the network's cells.
         cell_size: (3,) size of a cell [rad, rad, 1/m].
         directions: (A, E, 2) of a network with a map over them.
+        reach: error beyond which a range is a miss [m] (:mod:`model.ranging`).
     """
 
     temperature = 0.1
@@ -144,8 +147,10 @@ class ScenesLoss:
         dictionary: Tensor,
         cell_size: Tensor,
         directions: Tensor | None = None,
+        reach: float = REACH["f1"],
     ) -> None:
         self.config, self.array, self.wavefront = config, array, wavefront
+        self.reach = reach
         self.dictionary, self.directions = dictionary, directions
         self.cell_size = cell_size.clamp_min(torch.finfo(cell_size.dtype).tiny)
 
@@ -305,8 +310,7 @@ class ScenesLoss:
         self, prediction: Prediction, scenes: Scenes, steering: Tensor
     ) -> SharedCells | OwnCells:
         if prediction.cells is not None:
-            moving = prediction.heat is not None
-            return OwnCells(prediction, prediction.cells, scenes.position, moving)
+            return OwnCells(prediction, prediction.cells, scenes.position, self.reach)
         overlap = overlap_of(self.dictionary, steering)
         return SharedCells(prediction, overlap, scenes.position, self.cell_size)
 

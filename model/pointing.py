@@ -7,15 +7,19 @@ from dataclasses import dataclass
 
 import torch
 from scipy.optimize import linear_sum_assignment
+from scipy.stats import chi2
 from torch import Tensor
 from torch.nn import functional
 
 from model.prediction import Prediction
+from model.ranging import REACH, named_range
 
 _SHARPNESS = 20.0  # of the target over shared cells
 _GATE = math.radians(5.0)  # a candidate farther from a source in either angle is not of it
-_LEVEL = 0.9  # of the ellipses that directions are to lie in
-_REACH = -2.0 * math.log1p(-_LEVEL)  # their squared radius: the chi-square quantile, two degrees
+_LEVEL = 0.9  # of the ellipses and intervals that directions and ranges are to lie in
+_SMALL = 1e-9  # squared error and variance of a range that count as none [m^2]
+# Their squared radii: chi-square quantiles of two degrees of freedom and of one.
+_ELLIPSE, _INTERVAL = (float(chi2.ppf(_LEVEL, df=degrees)) for degrees in (2, 1))
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,7 @@ class OwnCells:
     prediction: Prediction
     cells: Tensor  # (B, r, G, 3) azimuth, elevation [rad], range [m]
     position: Tensor  # (B, K, 3)
-    moving: bool = False  # whether directions are learned too
+    reach: float = REACH["f1"]  # error beyond which a range is a miss [m]
 
     def score(self) -> Tensor:
         """Nearness (B, r, K) in angle, 1 where the directions agree; -inf beyond the gate.
@@ -73,13 +77,14 @@ class OwnCells:
     def loss(self, source: Tensor) -> Tensor:
         """Loss (B, r) of the slots if they hold the sources (B, r) int64.
 
-        Cross-entropy to the two cells around the range, evenly spaced; the quantile loss that puts
-        nine in ten directions inside their 90 % ellipse; and the Huber distance of directions that
-        are learned, in gates.
+        Cross-entropy to the two cells around the range, evenly spaced; the quantile losses that put
+        nine in ten directions inside their 90 % ellipse, and nine in ten ranges that are within
+        reach inside their 90 % interval; and the Huber distance of the directions, in gates.
 
         Source: Koenker and Bassett, "Regression quantiles", Econometrica 46(1), 1978.
         """
-        truth = self.position[..., 2].gather(1, source).unsqueeze(-1)
+        true_range = self.position[..., 2].gather(1, source)
+        truth = true_range.unsqueeze(-1)
         ranges = self.cells[..., 2]
         last = ranges.shape[-1] - 1
         step = ((ranges[..., -1:] - ranges[..., :1]) / last).clamp_min(1e-6)
@@ -92,13 +97,11 @@ class OwnCells:
         pointing = -((1.0 - share) * below + share * above).squeeze(-1)
         truth = self.position[..., :2].gather(1, source.unsqueeze(-1).expand(-1, -1, 2))
         off = (self.prediction.position[..., :2] - truth) / _GATE
-        pointing = pointing + self._miscoverage(off.detach())
-        if not self.moving:
-            return pointing
+        pointing = pointing + self._off_ellipse(off.detach()) + self._off_interval(true_range)
         distance = functional.huber_loss(off, torch.zeros_like(off), reduction="none", delta=0.5)
         return pointing + 4.0 * distance.sum(-1)
 
-    def _miscoverage(self, off: Tensor) -> Tensor:
+    def _off_ellipse(self, off: Tensor) -> Tensor:
         """Quantile loss (B, r) of the Mahalanobis distance of errors (B, r, 2) in gates."""
         assert self.prediction.angle_covariance is not None
         scale = self.prediction.angle_covariance / _GATE**2
@@ -107,8 +110,24 @@ class OwnCells:
         x, y = off.unbind(-1)
         distance = (c * x.square() - 2.0 * b * x * y + a * y.square()).clamp_min(tiny)
         determinant = (a * c - b.square()).clamp_min(tiny)
-        excess = torch.log(distance) - torch.log(determinant) - math.log(_REACH)
-        return torch.maximum(_LEVEL * excess, (_LEVEL - 1.0) * excess)
+        return _quantile_loss(torch.log(distance) - torch.log(determinant), _ELLIPSE)
+
+    def _off_interval(self, truth: Tensor) -> Tensor:
+        """Quantile loss (B, r) of the errors of range within reach, truth (B, r) [m]."""
+        spread = self.prediction.range_spread
+        if spread is None:
+            return torch.zeros_like(truth)
+        named = named_range(self.prediction.log_pointer, self.cells[..., 2], self.reach)
+        off = (truth - named.at).abs()
+        distance = off.square().clamp_min(_SMALL) / named.variance.clamp_min(_SMALL)
+        loss = _quantile_loss(torch.log(distance) - 2.0 * torch.log(spread), _INTERVAL)
+        return torch.where(off < self.reach, loss, 0.0)
+
+
+def _quantile_loss(log_distance: Tensor, squared_radius: float) -> Tensor:
+    """Loss of squared distances that is least where nine in ten are below a squared radius."""
+    excess = log_distance - math.log(squared_radius)
+    return torch.maximum(_LEVEL * excess, (_LEVEL - 1.0) * excess)
 
 
 def heat_loss(

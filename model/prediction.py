@@ -79,6 +79,9 @@ class Prediction:
     position: Tensor  # (B, r, 3) mean azimuth, elevation [rad], inverse range [1/m]
     cells: Tensor | None = None  # (B, r, G, 3) azimuth, elevation [rad], range [m]; None: shared
     angle_covariance: Tensor | None = None  # (B, r, 2, 2) [rad^2] of the direction's error
+    range_spread: Tensor | None = (
+        None  # (B, r) on the std of range that the pointer leaves; None: 1
+    )
     heat: Tensor | None = None  # (B, A, E) logit that a source stands in a direction of the grid
 
     @property

@@ -34,6 +34,7 @@ from model.optimizer import (
     set_learning_rate,
 )
 from model.precision import AmpPolicy
+from model.ranging import REACH
 from physics.covariance import nmse
 from physics.detections import Detections
 from physics.metrics import gospa, match
@@ -91,6 +92,7 @@ class Trainer:
             self.network.dictionary,
             self.network.cell_size,
             self.network.directions,
+            REACH[config.decision.goal],
         )
         self.steps_per_epoch = self.source.n_batches(config.training.batch_size)
         self.total_steps = self.steps_per_epoch * config.training.epochs

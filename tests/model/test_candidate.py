@@ -15,6 +15,7 @@ from model.candidate import CandidateNetwork, CandidateNetworkConfig
 from model.decision import judge
 from model.features import Features, compute_features
 from model.loss import LossConfig, ScenesLoss
+from model.pointing import OwnCells
 from model.prediction import Prediction
 from physics import Scenes, simulate, steering_vector
 from physics.candidates import find_candidates
@@ -22,6 +23,7 @@ from tests.tiny import tiny_candidate_config
 
 CONFIG = tiny_candidate_config(scene={"min_sources": 0})
 ARRAY = CONFIG.array.build()
+FAR = math.radians(9.0)  # that a direction is moved at most
 
 
 @pytest.fixture(scope="module")
@@ -75,9 +77,10 @@ def features_of(
 def outputs(p: Prediction) -> list[Tensor]:
     assert p.cells is not None
     assert p.angle_covariance is not None
+    assert p.range_spread is not None
     return [
         torch.view_as_real(p.factor), p.existence, p.log_pointer, p.position, p.cells,
-        p.angle_covariance,
+        p.angle_covariance, p.range_spread,
     ]  # fmt: skip
 
 
@@ -103,8 +106,10 @@ def test_a_slot_is_a_candidate_with_cells_of_its_own(
     assert p.log_pointer.shape == (6, 3, 6)
     assert p.cells.shape == (6, 3, 6, 3)
     assert torch.equal(p.cells[..., 2], found.range_m)
-    assert torch.equal(p.cells[:, :, 4, :2], found.coordinates[..., :2])
+    assert torch.equal(p.cells[:, :, 4, :2], p.position[..., :2])
+    assert torch.equal(p.cells[:, :, 0, :2], p.position[..., :2])
     assert p.angle_covariance.shape == (6, 3, 2, 2)
+    assert p.range_spread.shape == (6, 3)
     assert p.position.shape == (6, 3, 3)
     torch.testing.assert_close(p.covariance.trace(), torch.full((6,), 36.0))
     torch.testing.assert_close(p.log_pointer.exp().sum(-1), torch.ones(6, 3))
@@ -128,7 +133,9 @@ def test_pointer_power_and_factor_are_those_that_the_judgement_asks_for(
     for b in range(6):
         columns = []
         for i in range(3):
-            sharpness, centre, weight, slope, log_power, log_spread = judgement[b, i]
+            sharpness, centre, weight, slope, log_power, log_spread, log_interval, *steps = (
+                judgement[b, i]
+            )
             r = found.range_m[b, i].double().numpy()
             score = softplus(sharpness + 0.54) * found.range_evidence[b, i].double().numpy()
             score = score + slope * np.log(r)
@@ -138,10 +145,15 @@ def test_pointer_power_and_factor_are_those_that_the_judgement_asks_for(
             np.testing.assert_allclose(p.log_pointer[b, i].exp().detach(), w, atol=1e-4)
             mean = (w / r).sum()
             assert p.position[b, i, 2].item() == pytest.approx(mean, rel=1e-3)
-            assert torch.equal(p.position[b, i, :2], found.coordinates[b, i, :2])
+            std = found.covariance[b, i, :2, :2].diagonal().sqrt().numpy()
+            reach = np.minimum(math.exp(steps[0]) * std, FAR)
+            moved = found.coordinates[b, i, :2].numpy() + np.tanh(steps[1:]) * reach
+            np.testing.assert_allclose(p.position[b, i, :2].detach(), moved, atol=1e-6)
+            np.testing.assert_allclose(p.cells[b, i, 3, :2].detach(), moved, atol=1e-6)
             wide = math.exp(2 * log_spread) * found.covariance[b, i, :2, :2]
             torch.testing.assert_close(p.angle_covariance[b, i], wide, rtol=1e-4, atol=0.0)
-            a = steering_vector(p.cells[b, i].double(), ARRAY).numpy()
+            assert p.range_spread[b, i].item() == pytest.approx(math.exp(log_interval), rel=1e-4)
+            a = steering_vector(p.cells[b, i].detach().double(), ARRAY).numpy()
             q = 1 / (1 + math.exp(-p.existence[b, i].item()))
             power = max(float(found.power[b, i]), 1e-9) * math.exp(log_power)
             columns.append(math.sqrt(q * power) * (w @ a))
@@ -163,6 +175,40 @@ def test_before_training_the_likelihood_of_range_counts_as_it_is(scenes: Scenes)
     expected = torch.log_softmax(found.range_evidence + prior, -1)
     pointer = plain(features).log_pointer.exp().detach()
     assert float((pointer - expected.exp()).abs().max()) < 5e-3
+
+
+def test_before_training_a_direction_is_the_pursuits(scenes: Scenes) -> None:
+    torch.manual_seed(0)
+    plain = CandidateNetwork(CONFIG.network, CONFIG.scene, ARRAY).eval()
+    features = features_of(plain, scenes)
+    found = features.candidates
+    assert found is not None
+    assert torch.equal(plain(features).position[..., :2], found.coordinates[..., :2])
+
+
+def test_directions_learn_to_step_towards_their_sources(scenes: Scenes) -> None:
+    """Sources a standard deviation to one side, as a wrong model shifts them."""
+    torch.manual_seed(0)
+    network = CandidateNetwork(CONFIG.network, CONFIG.scene, ARRAY)
+    features = features_of(network, scenes)
+    found = features.candidates
+    assert found is not None
+    std = torch.full_like(found.coordinates[..., :2], math.radians(2.0))
+    found = replace(found, covariance=torch.diag_embed(torch.nn.functional.pad(std, (0, 1)) ** 2))
+    features = replace(features, candidates=found)
+    truth = found.coordinates.clone()
+    truth[..., 0] += std[..., 0]
+    truth[..., 2].reciprocal_()
+    source = torch.arange(3).expand(6, 3)
+    optimizer = torch.optim.Adam(network.parameters(), lr=1e-2)
+    for _ in range(60):
+        p = network(features)
+        assert p.cells is not None
+        optimizer.zero_grad()
+        OwnCells(p, p.cells, truth).loss(source).mean().backward()
+        optimizer.step()
+    off = (network(features).position - truth)[..., :2].detach()
+    assert float(off.abs().mean()) < 0.2 * math.radians(2.0)
 
 
 def test_inputs_are_of_order_one(network: CandidateNetwork, scenes: Scenes) -> None:

@@ -92,6 +92,19 @@ def test_the_variance_of_range_is_that_of_what_lies_within_reach(goal: Any) -> N
     assert narrower > 5, "the case must hold ranges beyond reach"
 
 
+@pytest.mark.parametrize("goal", GOALS)
+def test_the_spread_of_range_widens_its_variance_alone(goal: Any) -> None:
+    prediction = judged_slots(10, 4, 24)
+    spread = 0.2 + 3.0 * torch.rand(10, 4, dtype=torch.float64)
+    plain, wide = judge(prediction, goal), judge(replace(prediction, range_spread=spread), goal)
+    torch.testing.assert_close(
+        wide.covariance[..., 2, 2], spread.square() * plain.covariance[..., 2, 2]
+    )
+    assert torch.equal(wide.covariance[..., :2, :2], plain.covariance[..., :2, :2])
+    for name in ("position", "score", "probability"):
+        assert torch.equal(getattr(wide, name), getattr(plain, name))
+
+
 def test_a_score_is_a_probability_and_of_the_reach_of_its_goal() -> None:
     prediction = judged_slots(30, 5, 12, sharpness=2.0)
     scores = {goal: judge(prediction, goal).score for goal in GOALS}

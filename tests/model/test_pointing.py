@@ -12,9 +12,11 @@ import torch
 from scipy.stats import chi2
 from torch import Tensor
 
+from model.decision import judge
 from model.loss import LossConfig, ScenesLoss
 from model.pointing import OwnCells, match_slots
 from model.prediction import Prediction
+from model.ranging import REACH, Goal
 from physics import PlanarArray, PolarGrid, SceneConfig, Scenes, simulate
 from tests.model.support import judged_slots
 
@@ -84,12 +86,24 @@ def ellipse_loss(prediction: Prediction, position: Tensor, source: Tensor) -> Te
     return loss
 
 
+def distance_loss(prediction: Prediction, position: Tensor, source: Tensor) -> Tensor:
+    """Four times the Huber distance (B, r) of directions in gates, by a loop."""
+    loss = torch.zeros(source.shape, dtype=torch.float64)
+    for b, i in np.ndindex(*source.shape):
+        for axis in (0, 1):
+            off = abs(float(prediction.position[b, i, axis] - position[b, source[b, i], axis]))
+            gates = off / GATE
+            loss[b, i] += 4 * (0.5 * gates**2 if gates < 0.5 else 0.5 * (gates - 0.25))
+    return loss
+
+
 def test_loss_is_the_cross_entropy_to_the_two_cells_around_the_source() -> None:
     prediction = judged_slots(6, 4, 5)
     position = around(prediction, 3)
     source = torch.randint(3, (6, 4), generator=torch.Generator().manual_seed(2))
     loss = own(prediction, position).loss(source)
-    ellipses = ellipse_loss(prediction, position, source)
+    rest = ellipse_loss(prediction, position, source)
+    rest += distance_loss(prediction, position, source)
     assert loss.shape == (6, 4)
     assert prediction.cells is not None
     outside = 0
@@ -103,7 +117,7 @@ def test_loss_is_the_cross_entropy_to_the_two_cells_around_the_source() -> None:
             above = next(s for s in range(5) if ranges[s] > r)
             share = (r - ranges[above - 1]) / (ranges[above] - ranges[above - 1])
             expected = -(1 - share) * logs[above - 1] - share * logs[above]
-        assert float(loss[b, i]) == pytest.approx(expected + float(ellipses[b, i]))
+        assert float(loss[b, i]) == pytest.approx(expected + float(rest[b, i]))
     assert 0 < outside < 24, "the case must hold sources within and beyond the cells"
 
 
@@ -130,6 +144,88 @@ def test_ellipses_learn_to_hold_nine_in_ten_directions() -> None:
     held = (distance <= float(chi2.ppf(0.9, df=2))).double().mean(0)
     assert bool(((held - 0.9).abs() < 0.015).all()), held
     assert float((log_spread[1] - log_spread[0]).detach()) == pytest.approx(math.log(15.0), abs=0.1)
+
+
+def interval_loss(prediction: Prediction, position: Tensor, source: Tensor, reach: float) -> Tensor:
+    """Quantile loss (B, r) at 0.9 of the squared error of range over its variance, by a loop."""
+    assert prediction.range_spread is not None
+    assert prediction.cells is not None
+    goal: Goal = "f1" if reach == REACH["f1"] else "gospa"
+    judged = judge(replace(prediction, range_spread=None), goal)
+    loss = torch.zeros(source.shape, dtype=torch.float64)
+    for b, i in np.ndindex(*source.shape):
+        off = float(position[b, source[b, i], 2] - judged.position[b, i, 2])
+        if abs(off) >= reach:
+            continue
+        variance = float(
+            judged.covariance[b, i, 2, 2] * prediction.range_spread[b, i].detach() ** 2
+        )
+        excess = math.log(off**2 / variance / float(chi2.ppf(0.9, df=1)))
+        loss[b, i] = 0.9 * excess if excess > 0 else -0.1 * excess
+    return loss
+
+
+@pytest.mark.parametrize("reach", [REACH["f1"], REACH["gospa"]])
+def test_an_interval_pays_for_ranges_within_reach_by_the_quantile_loss(reach: float) -> None:
+    prediction = judged_slots(20, 4, 24)
+    spread = 0.2 + 3.0 * torch.rand(20, 4, dtype=torch.float64)
+    spread.requires_grad_()
+    position = around(prediction, 3)
+    source = torch.randint(3, (20, 4), generator=torch.Generator().manual_seed(2))
+    wide = replace(prediction, range_spread=spread)
+    less = replace(own(prediction, position), reach=reach).loss(source)
+    more = replace(own(wide, position), reach=reach).loss(source)
+    expected = interval_loss(wide, position, source, reach)
+    torch.testing.assert_close((more - less).detach(), expected.detach())
+    (gradient,) = torch.autograd.grad(more.sum(), spread)
+    assert torch.equal(gradient != 0, expected.detach() != 0)
+    assert 5 < int((gradient != 0).sum()) < 75, "the case must hold ranges within and beyond reach"
+
+
+def test_intervals_learn_to_hold_nine_in_ten_of_the_ranges_within_reach() -> None:
+    """Of errors that are a fifth of what the posterior says in one slot, and twice in the other."""
+    prediction = judged_slots(4000, 2, 24)
+    assert prediction.cells is not None
+    # All within a metre: nothing is beyond reach.
+    prediction.cells[..., 2] = 3.0 + torch.linspace(0, 1, 24, dtype=torch.float64)
+    judged = judge(prediction, "f1")
+    torch.manual_seed(7)
+    off = torch.randn(4000, 2, dtype=torch.float64) * torch.tensor([0.2, 1.0])
+    off = off * judged.covariance[..., 2, 2].sqrt()
+    assert float(off.abs().max()) < REACH["f1"]
+    place = (judged.position[..., 2] + off).unsqueeze(-1)
+    position = torch.cat([prediction.position[..., :2], place], -1)
+    source = torch.arange(2).expand(4000, 2)
+    log_spread = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.Adam([log_spread], lr=0.05)
+    for _ in range(200):
+        spread = log_spread.exp().expand(4000, 2)
+        optimizer.zero_grad()
+        own(replace(prediction, range_spread=spread), position).loss(source).mean().backward()
+        optimizer.step()
+    variance = judged.covariance[..., 2, 2] * (2.0 * log_spread.detach()).exp()
+    held = (off.square() / variance <= float(chi2.ppf(0.9, df=1))).double().mean(0)
+    assert bool(((held - 0.9).abs() < 0.015).all()), held
+    assert float((log_spread[1] - log_spread[0]).detach()) == pytest.approx(math.log(5.0), abs=0.1)
+
+
+@pytest.mark.parametrize("cells", [1, 4])
+def test_a_range_that_is_exact_has_a_finite_loss_and_gradient(cells: int) -> None:
+    """Also where all cells are one: the posterior then leaves no variance."""
+    prediction = judged_slots(2, 3, cells)
+    assert prediction.cells is not None
+    prediction.cells[..., 2] = 2.0
+    spread = torch.ones(2, 3, dtype=torch.float64, requires_grad=True)
+    position = prediction.cells[:, :, 0].clone()
+    wide = replace(prediction, range_spread=spread)
+    if cells > 1:
+        loss = own(wide, position).loss(torch.arange(3).expand(2, 3))
+    else:
+        loss = own(wide, position)._off_interval(position[..., 2])
+    loss.sum().backward()
+    assert bool(torch.isfinite(loss).all())
+    assert spread.grad is not None
+    assert bool(torch.isfinite(spread.grad).all())
 
 
 def test_a_direction_that_is_exact_has_a_finite_loss_and_gradient() -> None:
