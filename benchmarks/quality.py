@@ -4,6 +4,7 @@
     python -m benchmarks.quality tuning --study RUN_DIR [--seeds 3] [--scenes 4000]
     python -m benchmarks.quality covariances --checkpoint DIR [--beta 0.3 ...] [--scenes 1000]
     python -m benchmarks.quality calibration --checkpoint DIR [--scenes 4000]
+    python -m benchmarks.quality goals --checkpoint DIR [--suite ideal] [--scenes 4000]
 
 ``objectives`` trains random points of a study's space and prints the rank correlation (Spearman)
 of every validation metric after ``search.grace_epochs`` with the final F1 on held-out scenes.
@@ -11,7 +12,8 @@ of every validation metric after ``search.grace_epochs`` with the final F1 on he
 with several seeds, several at a time, and scores them beside NOMP on held-out scenes.
 ``covariances`` compares R_samp, R_pred and R_blend: NMSE, and F1 of MUSIC and MVDR told the
 number of sources. ``calibration`` compares existence probabilities with frequencies, and counts
-what the 90 % ellipsoids of position hold.
+what the 90 % ellipsoids of position hold. ``goals`` chooses the threshold for each goal of the
+decision on validation scenes of a suite, and scores all three beside NOMP.
 
 Candidates, where a family takes them, are found once and kept.
 """
@@ -20,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import multiprocessing
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -33,48 +34,29 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor
 
+from benchmarks._checkpoints import BATCH, calibration, covariances, drawn, goals
 from benchmarks._timing import save
 from model.blending import blended_covariance
 from model.config import TrialConfig
-from model.data import Batch, simulate_split
+from model.data import Batch
 from model.decision import judge
 from model.decode import detect
-from model.features import compute_features
-from model.front_end import FrontEnd
-from model.localizer import Localizer
 from model.loss import LossConfig, ScenesLoss
-from model.pointing import OwnCells, match_slots
 from model.training import Trainer
-from physics.baselines import music, mvdr
-from physics.bootstrap import bootstrap_interval, f1_interval, resampled_f1
-from physics.covariance import blend, nmse
+from physics.bootstrap import bootstrap_interval, resampled_f1
 from physics.detections import Detections
-from physics.metrics import Matching, coverage, gospa, match
+from physics.metrics import Matching, gospa, match
 from physics.nomp import nomp
 from physics.scene import Scenes
 from tuner.config import StudyConfig, load_study
 from tuner.space import suggest
+from tuner.suites import SUITES
 
 # A run's number of scenes, and its score (R,) on resampled ones (R, S).
 Resampled = tuple[int, Callable[[Tensor], Tensor]]
 
 METRICS = ("gospa", "f1", "count_accuracy", "nll", "nmse_blend", "nmse_pred", "subspace_error")
 _GAINS = ("f1", "count_accuracy")  # of which more is better
-_BATCH = 256
-
-
-def held_out(config: TrialConfig, n_scenes: int) -> Batch:
-    """Test scenes of a configuration, which no training and no validation draws."""
-    front_end = FrontEnd.of(config)
-    parts: list[Batch] = []
-    array = config.array.build()
-    for scenes in simulate_split(config.data, config.scene, array, "test", n_scenes):
-        known = scenes.known_snr_db
-        found = None
-        if front_end is not None:
-            found = front_end(scenes.y, scenes.H, scenes.codes, known)
-        parts.append(Batch(scenes, known, found))
-    return Batch.concatenate(parts)
 
 
 @torch.no_grad()
@@ -84,8 +66,8 @@ def located(trainer: Trainer, batch: Batch) -> Detections:
     trainer.network.eval()
     decision, config = trainer.best_decision, trainer.config
     parts: list[Detections] = []
-    for start in range(0, len(batch), _BATCH):
-        features = trainer._features(batch[slice(start, start + _BATCH)])
+    for start in range(0, len(batch), BATCH):
+        features = trainer._features(batch[slice(start, start + BATCH)])
         prediction = trainer.network(features)
         if prediction.cells is not None:
             parts.append(judge(prediction, decision.goal).named(decision))
@@ -102,7 +84,7 @@ def trained(config: TrialConfig, n_scenes: int) -> Detections:
     trainer = Trainer(config)
     while not trainer.finished:
         trainer.run_epoch()
-    return located(trainer, held_out(config, n_scenes))
+    return located(trainer, drawn(config, "test", n_scenes))
 
 
 def random_point(study: StudyConfig, number: int) -> TrialConfig:
@@ -132,8 +114,8 @@ def likelihood_and_subspace(trainer: Trainer) -> dict[str, float]:
     trainer._set_weights(trainer.average.weights)
     trainer.network.eval()
     totals = {"nll": 0.0, "subspace_error": 0.0}
-    for start in range(0, len(validation), _BATCH):
-        part = validation[slice(start, start + _BATCH)]
+    for start in range(0, len(validation), BATCH):
+        part = validation[slice(start, start + BATCH)]
         features = trainer._features(part)
         prediction = trainer.network(features)
         blended = blended_covariance(prediction, features, trainer.config.blend)
@@ -161,7 +143,7 @@ def by_nomp(config: TrialConfig, scenes: Scenes) -> Detections:
 def objectives(args: argparse.Namespace) -> dict[str, Any]:
     """Rank correlation of early metrics with final F1."""
     study = load_study(args.config)
-    batch = held_out(study.trial_config({}, 0), args.scenes)
+    batch = drawn(study.trial_config({}, 0), "test", args.scenes)
     sources = batch.scenes.position, batch.scenes.present
     rows: list[dict[str, float]] = []
     for number in range(args.trials):
@@ -199,7 +181,7 @@ def tuning(args: argparse.Namespace) -> dict[str, Any]:
         "random": [random_point(study, number) for number in range(args.random)],
         "winner": [winner.model_copy(update={"seed": seed}) for seed in range(args.seeds)],
     }
-    batch = held_out(winner, args.scenes)
+    batch = drawn(winner, "test", args.scenes)
     sources = batch.scenes.position, batch.scenes.present
     matchings: dict[str, list[Matching]] = {}
     costs: dict[str, list[Tensor]] = {}
@@ -239,85 +221,6 @@ def tuning(args: argparse.Namespace) -> dict[str, Any]:
             f"GOSPA {cost[0]:+.4f} [{cost[1]:+.4f}, {cost[2]:+.4f}] m"
         )
     return result
-
-
-def covariances(args: argparse.Namespace) -> dict[str, Any]:
-    """NMSE of the three covariances, and what spectra find in them."""
-    localizer = Localizer.load(args.checkpoint)
-    config = localizer.config
-    batch = held_out(config, args.scenes)
-    scenes, array, wavefront = batch.scenes, config.array.build(), config.scene.wavefront
-    errors: dict[str, list[Tensor]] = {}
-    found: dict[str, list[Detections]] = {}
-    for start in range(0, len(batch), 64):
-        part = scenes[slice(start, start + 64)]
-        prediction, _, features = localizer.predict(part.y, part.H, part.codes, part.known_snr_db)
-        truth = part.covariance(array, wavefront)
-        every = {"R_samp": features.measured_covariance(), "R_pred": prediction.covariance}
-        for beta in args.beta or [config.blend.beta]:
-            measured = features.measured_covariance(config.blend.shrinkage)
-            every[f"R_blend, beta {beta:g}"] = blend(prediction.covariance, measured, beta)
-        for name, R in every.items():
-            errors.setdefault(name, []).append(nmse(R, truth))
-            for method in (music, mvdr):
-                spotted = method(R, array, wavefront, localizer.grid, part.n_sources, max_sources=5)
-                found.setdefault(f"{method.__name__} on {name}", []).append(spotted)
-    result: dict[str, Any] = {}
-    for name, values in errors.items():
-        result[name] = 10.0 * math.log10(float(torch.cat(values).double().mean()))
-        print(f"{name}: NMSE {result[name]:.2f} dB")
-    for name, parts in found.items():
-        matching = match(Detections.concatenate(parts), scenes.position, scenes.present)
-        result[name] = matching.f1
-        low, high = f1_interval(matching)
-        print(f"{name}: F1 {matching.f1:.3f} [{low:.3f}, {high:.3f}]")
-    return result
-
-
-@torch.no_grad()
-def calibration(args: argparse.Namespace) -> dict[str, Any]:
-    """Existence probabilities against frequencies, and coverage of the ellipsoids."""
-    localizer = Localizer.load(args.checkpoint)
-    batch = held_out(localizer.config, args.scenes)
-    scenes = batch.scenes
-    probability: list[Tensor] = []
-    holds: list[Tensor] = []
-    named: list[Detections] = []
-    for start in range(0, len(batch), _BATCH):
-        part = batch[slice(start, start + _BATCH)]
-        features = compute_features(
-            part.scenes.y,
-            part.scenes.H,
-            part.scenes.codes,
-            part.snr_db,
-            dictionary=localizer.network.dictionary,
-            tikhonov=localizer.config.tikhonov,
-            candidates=part.candidates,
-            spectra=localizer.config.network.spectra,
-        )
-        prediction = localizer.network(features)
-        assert prediction.cells is not None
-        judged = judge(prediction, localizer.decision.goal)
-        pointing = OwnCells(prediction, prediction.cells, part.scenes.position)
-        held, _ = match_slots(prediction, pointing.score(), part.scenes.present)
-        probability.append(judged.probability.flatten())
-        holds.append(held.flatten())
-        named.append(judged.named(localizer.decision))
-    q, truth = torch.cat(probability).double(), torch.cat(holds).double()
-    rows, error = [], 0.0
-    for low in torch.arange(0.0, 1.0, 0.1).tolist():
-        inside = (q >= low) & (q < low + 0.1 + (low > 0.85))
-        if not inside.any():
-            continue
-        mean, share = float(q[inside].mean()), float(truth[inside].mean())
-        error += abs(mean - share) * float(inside.double().mean())
-        rows.append({"probability": mean, "frequency": share, "candidates": int(inside.sum())})
-        print(f"probability {mean:.3f}: frequency {share:.3f} of {int(inside.sum())} candidates")
-    found = Detections.concatenate(named)
-    matching = match(found, scenes.position, scenes.present)
-    inside_90 = float(coverage(found, matching, scenes.position, [0.9])[0])
-    print(f"expected calibration error {error:.4f}; 90 % ellipsoids hold {inside_90:.3f}")
-    return {"reliability": rows, "ece": error, "coverage_90": inside_90}
 
 
 def _at_full_budget(config: TrialConfig, epochs: int) -> TrialConfig:
@@ -368,6 +271,7 @@ def main() -> None:
         "tuning": tuning,
         "covariances": covariances,
         "calibration": calibration,
+        "goals": goals,
     }
     parser.add_argument("what", choices=every)
     parser.add_argument("--config", type=Path, default=Path("configs/quickstart.yaml"))
@@ -379,6 +283,7 @@ def main() -> None:
     parser.add_argument(
         "--beta", type=float, nargs="*", help="of R_blend (covariances); default: the network's"
     )
+    parser.add_argument("--suite", choices=SUITES, default="nominal", help="of the scenes (goals)")
     parser.add_argument("--scenes", type=int, default=4000, help="held out")
     parser.add_argument("--jobs", type=int, default=2, help="trainings at a time (tuning)")
     parser.add_argument("--threads", type=int, default=2)
@@ -388,7 +293,7 @@ def main() -> None:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     if args.what == "tuning" and args.study is None:
         parser.error("tuning needs --study RUN_DIR")
-    if args.what in ("covariances", "calibration") and args.checkpoint is None:
+    if args.what in ("covariances", "calibration", "goals") and args.checkpoint is None:
         parser.error(f"{args.what} needs --checkpoint DIR")
     save(every[args.what](args), args.json)
 

@@ -1,0 +1,179 @@
+"""What a network that was trained is worth beside its F1: for the parts of benchmarks.quality."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.config import TrialConfig
+from model.data import Batch, Split, simulate_split
+from model.decision import Judged, choose, judge
+from model.features import compute_features
+from model.front_end import FrontEnd
+from model.localizer import Localizer
+from model.pointing import OwnCells, match_slots
+from model.prediction import Prediction
+from model.ranging import REACH
+from physics.baselines import music, mvdr
+from physics.bootstrap import f1_interval, mean_interval
+from physics.covariance import blend, nmse
+from physics.detections import Detections
+from physics.metrics import Matching, coverage, gospa, match
+from physics.nomp import nomp
+from tuner.suites import SUITES
+
+BATCH = 256
+
+
+def drawn(config: TrialConfig, split: Split, n_scenes: int) -> Batch:
+    """Scenes of a configuration, with candidates where its family takes them.
+
+    Those of the split ``test`` no training and no validation draws.
+    """
+    front_end = FrontEnd.of(config)
+    parts: list[Batch] = []
+    array = config.array.build()
+    for scenes in simulate_split(config.data, config.scene, array, split, n_scenes):
+        known = scenes.known_snr_db
+        found = None
+        if front_end is not None:
+            found = front_end(scenes.y, scenes.H, scenes.codes, known)
+        parts.append(Batch(scenes, known, found))
+    return Batch.concatenate(parts)
+
+
+def covariances(args: argparse.Namespace) -> dict[str, Any]:
+    """NMSE of the three covariances, and what spectra find in them."""
+    localizer = Localizer.load(args.checkpoint)
+    config = localizer.config
+    batch = drawn(config, "test", args.scenes)
+    scenes, array, wavefront = batch.scenes, config.array.build(), config.scene.wavefront
+    errors: dict[str, list[Tensor]] = {}
+    found: dict[str, list[Detections]] = {}
+    for start in range(0, len(batch), 64):
+        part = scenes[slice(start, start + 64)]
+        prediction, _, features = localizer.predict(part.y, part.H, part.codes, part.known_snr_db)
+        truth = part.covariance(array, wavefront)
+        every = {"R_samp": features.measured_covariance(), "R_pred": prediction.covariance}
+        for beta in args.beta or [config.blend.beta]:
+            measured = features.measured_covariance(config.blend.shrinkage)
+            every[f"R_blend, beta {beta:g}"] = blend(prediction.covariance, measured, beta)
+        for name, R in every.items():
+            errors.setdefault(name, []).append(nmse(R, truth))
+            for method in (music, mvdr):
+                spotted = method(R, array, wavefront, localizer.grid, part.n_sources, max_sources=5)
+                found.setdefault(f"{method.__name__} on {name}", []).append(spotted)
+    result: dict[str, Any] = {}
+    for name, values in errors.items():
+        result[name] = 10.0 * math.log10(float(torch.cat(values).double().mean()))
+        print(f"{name}: NMSE {result[name]:.2f} dB")
+    for name, parts in found.items():
+        matching = match(Detections.concatenate(parts), scenes.position, scenes.present)
+        result[name] = matching.f1
+        low, high = f1_interval(matching)
+        print(f"{name}: F1 {matching.f1:.3f} [{low:.3f}, {high:.3f}]")
+    return result
+
+
+def predictions(localizer: Localizer, batch: Batch) -> Iterator[tuple[Batch, Prediction]]:
+    """What a network says of scenes, some at a time."""
+    for start in range(0, len(batch), BATCH):
+        part = batch[slice(start, start + BATCH)]
+        features = compute_features(
+            part.scenes.y,
+            part.scenes.H,
+            part.scenes.codes,
+            part.snr_db,
+            dictionary=localizer.network.dictionary,
+            tikhonov=localizer.config.tikhonov,
+            candidates=part.candidates,
+            spectra=localizer.config.network.spectra,
+        )
+        yield part, localizer.network(features)
+
+
+@torch.no_grad()
+def calibration(args: argparse.Namespace) -> dict[str, Any]:
+    """Existence probabilities against frequencies, and coverage of the ellipsoids."""
+    localizer = Localizer.load(args.checkpoint)
+    batch = drawn(localizer.config, "test", args.scenes)
+    scenes = batch.scenes
+    probability: list[Tensor] = []
+    holds: list[Tensor] = []
+    named: list[Detections] = []
+    for part, prediction in predictions(localizer, batch):
+        assert prediction.cells is not None
+        judged = judge(prediction, localizer.decision.goal)
+        pointing = OwnCells(prediction, prediction.cells, part.scenes.position)
+        held, _ = match_slots(prediction, pointing.score(), part.scenes.present)
+        probability.append(judged.probability.flatten())
+        holds.append(held.flatten())
+        named.append(judged.named(localizer.decision))
+    q, truth = torch.cat(probability).double(), torch.cat(holds).double()
+    rows, error = [], 0.0
+    for low in torch.arange(0.0, 1.0, 0.1).tolist():
+        inside = (q >= low) & (q < low + 0.1 + (low > 0.85))
+        if not inside.any():
+            continue
+        mean, share = float(q[inside].mean()), float(truth[inside].mean())
+        error += abs(mean - share) * float(inside.double().mean())
+        rows.append({"probability": mean, "frequency": share, "candidates": int(inside.sum())})
+        print(f"probability {mean:.3f}: frequency {share:.3f} of {int(inside.sum())} candidates")
+    found = Detections.concatenate(named)
+    matching = match(found, scenes.position, scenes.present)
+    inside_90 = float(coverage(found, matching, scenes.position, [0.9])[0])
+    print(f"expected calibration error {error:.4f}; 90 % ellipsoids hold {inside_90:.3f}")
+    return {"reliability": rows, "ece": error, "coverage_90": inside_90}
+
+
+@torch.no_grad()
+def goals(args: argparse.Namespace) -> dict[str, Any]:
+    """What each goal's own threshold gives, beside NOMP told the SNR, in scenes of a suite."""
+    localizer = Localizer.load(args.checkpoint)
+    config = localizer.config
+    config = config.model_copy(update={"scene": SUITES[args.suite].scene(config.scene)})
+    batches = [drawn(config, "val", config.data.val_scenes), drawn(config, "test", args.scenes)]
+    scenes = batches[1].scenes
+    array, sources = config.array.build(), (scenes.position, scenes.present)
+    told = {"array": array, "scene": config.scene, "snr_db": scenes.known_snr_db}
+    classical = nomp(scenes.y, scenes.H, scenes.codes, **told).detections
+    result: dict[str, Any] = {}
+
+    def score(name: str, found: Detections) -> tuple[Matching, Tensor]:
+        matching, cost = match(found, *sources), gospa(found, *sources).total
+        result[name] = {
+            "f1": matching.f1,
+            "gospa": float(cost.double().mean()),
+            "count_accuracy": matching.count_accuracy,
+        }
+        print(
+            f"{name}: F1 {matching.f1:.3f}, GOSPA {result[name]['gospa']:.3f} m, "
+            f"K right {matching.count_accuracy:.3f}"
+        )
+        return matching, cost
+
+    bar, bar_cost = score("nomp", classical)
+    for goal in REACH:
+        judged = [
+            Judged.concatenate([judge(p, goal) for _, p in predictions(localizer, batch)])
+            for batch in batches
+        ]
+        decision = choose(judged[0], batches[0].scenes, goal)
+        matching, cost = score(goal, judged[1].named(decision))
+        right, bar_right = ((m.n_found == m.n_true).double() for m in (matching, bar))
+        less = {
+            "f1": (matching.f1 - bar.f1, *f1_interval(matching, bar)),
+            "gospa": (float((cost - bar_cost).double().mean()), *mean_interval(cost, bar_cost)),
+            "count_accuracy": (float((right - bar_right).mean()), *mean_interval(right, bar_right)),
+        }
+        result[f"{goal} less nomp"] = less
+        print(
+            f"  threshold {decision.threshold:.3f}; less NOMP: "
+            + ", ".join(f"{n} {v:+.4f} [{a:+.4f}, {b:+.4f}]" for n, (v, a, b) in less.items())
+        )
+    return result
