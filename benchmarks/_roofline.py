@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_leaves
 
 _COPY_BYTES = [2**k for k in range(16, 29, 2)]  # 64 KiB to 256 MiB: from the caches to memory
 _MATRICES = (256, 512, 1024, 2048)  # sizes of the products that measure arithmetic
+_CHANNELS = (16, 64, 128)  # of the convolutions that do
 _LAUNCHES = 2000
 _COMPLEX_MULTIPLY_ADD = 4  # real ones in a complex one
 _ELEMENTS = 2**16  # of the vectors that measure functions: they stay in the cache
@@ -49,6 +50,7 @@ class Machine:
     copy_bytes: list[int]  # sizes of operands and results together
     copy_rates: list[float]  # [byte/s] at these sizes
     flops: float  # [1/s] real operations in products of float32 and complex64 matrices
+    convolutions: float  # [1/s] the same in convolutions of float32 images
     functions: float  # [1/s] cosines of float32
     draws: float  # [1/s] normal numbers of float32
 
@@ -57,11 +59,11 @@ class Machine:
         """Measure with the threads that are set now."""
         launch = _launch(device)
         rates = [_copy_rate(size, launch, device) for size in _COPY_BYTES]
-        flops = _flops(device)
+        flops, convolutions = _flops(device), _convolution_flops(device)
         generator = torch.Generator(device).manual_seed(0)
         functions = _element_rate(lambda x: x.cos(), launch, device)
         draws = _element_rate(lambda x: x.normal_(generator=generator), launch, device)
-        return cls(launch, _COPY_BYTES, rates, flops, functions, draws)
+        return cls(launch, _COPY_BYTES, rates, flops, convolutions, functions, draws)
 
     def rate(self, n_bytes: int) -> float:
         """Bytes a second of an operation that touches so many."""
@@ -114,7 +116,7 @@ class _Tally(TorchDispatchMode):
         needs = {
             "launch latency": self.machine.launch,
             "memory bandwidth": n_bytes / self.machine.rate(n_bytes),
-            "arithmetic": flops / self.machine.flops + self._element_seconds(name, made),
+            "arithmetic": flops / self._rate(name) + self._element_seconds(name, made),
         }
         largest = max(needs, key=lambda need: needs[need])
         work = self.work
@@ -122,6 +124,9 @@ class _Tally(TorchDispatchMode):
         work.n_bytes += n_bytes
         work.flops += flops
         work.seconds[largest] += needs[largest]
+
+    def _rate(self, name: str) -> float:
+        return self.machine.convolutions if "convolution" in name else self.machine.flops
 
     def _element_seconds(self, name: str, made: list[Tensor]) -> float:
         """Of functions and random numbers, which take many cycles an element."""
@@ -156,6 +161,10 @@ def flops_of(name: str, args: Any, made: list[Tensor]) -> float:
     if name == "convolution":
         weight = tensors[1]
         return 2.0 * factor * out.numel() * math.prod(weight.shape[1:])
+    if name == "convolution_backward":  # of the image and of the weights, each as much as forward
+        output, _, weight = tensors[:3]
+        n_products = sum(gradient.ndim > 1 for gradient in made)
+        return 2.0 * factor * output.numel() * math.prod(weight.shape[1:]) * n_products
     n = tensors[0].shape[-1] if tensors[0].ndim else 1
     n_matrices = tensors[0].numel() / max(1, n * n)
     if name in ("linalg_cholesky_ex", "cholesky"):
@@ -240,4 +249,17 @@ def _flops(device: torch.device) -> float:
             )
             seconds = _median_seconds(partial(torch.matmul, a, b), device, 5)
             best = max(best, 2.0 * factor * n**3 / seconds)
+    return best
+
+
+def _convolution_flops(device: torch.device) -> float:
+    """The best of 3 x 3 convolutions of several widths, which take other ways than products."""
+    generator = torch.Generator(device).manual_seed(0)
+    best = 0.0
+    for width in _CHANNELS:
+        image = torch.randn((16, width, 32, 16), device=device, generator=generator)
+        weight = torch.randn((width, width, 3, 3), device=device, generator=generator)
+        call = partial(torch.nn.functional.conv2d, image, weight, padding=1)
+        seconds = _median_seconds(call, device, 5)
+        best = max(best, 2.0 * image.numel() * 9 * width / seconds)
     return best

@@ -162,6 +162,7 @@ def main() -> None:
     limits = {
         "launch_us": 1e6 * machine.launch,
         "gflop_per_second": machine.flops / 1e9,
+        "gflop_per_second_of_convolutions": machine.convolutions / 1e9,
         "gb_per_second_by_bytes": {size: rate / 1e9 for size, rate in rates.items()},
     }
     save({"limits": limits, "batch": args.batch, "functions": rows}, args.json)

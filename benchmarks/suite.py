@@ -64,7 +64,8 @@ def table(result: dict[str, Any]) -> str:
         limit = (
             f"The machine's limits in the same run: {limits['launch_us']:.1f} µs to launch the "
             f"smallest operation, {limits['gflop_per_second']:.0f} Gflop/s in products of "
-            f"matrices, {min(rates):.0f} to {max(rates):.0f} GB/s by size. Batch: "
+            f"matrices and {limits['gflop_per_second_of_convolutions']:.0f} in convolutions, "
+            f"{min(rates):.0f} to {max(rates):.0f} GB/s by size. Batch: "
             f"{hot['batch']} scenes."
         )
         lines += [

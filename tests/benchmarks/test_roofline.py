@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -11,6 +13,7 @@ MACHINE = Machine(
     copy_bytes=[1000, 100_000],
     copy_rates=[1e9, 1e8],
     flops=1e9,
+    convolutions=4e9,
     functions=1e6,
     draws=1e5,
 )
@@ -48,6 +51,26 @@ def test_products_count_their_multiplications_and_additions(
     assert work.flops == slow
 
 
+def test_a_convolution_and_both_its_gradients_count_every_tap_at_their_own_rate() -> None:
+    image = torch.ones(2, 3, 7, 5, requires_grad=True)
+    weight = torch.ones(4, 3, 3, 3, requires_grad=True)
+    products = sum(1 for _ in range(2 * 4 * 7 * 5) for _ in range(3 * 3 * 3))
+    slow = replace(MACHINE, launch=0.0, copy_rates=[1e20, 1e20], convolutions=1e3)
+
+    def forward() -> Tensor:
+        return torch.nn.functional.conv2d(image, weight, padding=1)
+
+    with torch.no_grad():
+        work = work_of(forward, slow)
+    assert work.flops == 2 * products
+    assert work.least == pytest.approx(2 * products / 1e3)
+    both = work_of(lambda: forward().backward(torch.ones(2, 4, 7, 5)), slow)
+    assert 6 * products <= both.flops < 6.2 * products
+    image.requires_grad_(False)
+    one = work_of(lambda: forward().backward(torch.ones(2, 4, 7, 5)), slow)
+    assert 4 * products <= one.flops < 4.2 * products
+
+
 def test_functions_and_draws_have_rates_of_their_own() -> None:
     x = torch.ones(1000)
     assert work_of(lambda: x.cos(), MACHINE).least == pytest.approx(1e-3 + 1000 / 1e9)
@@ -73,6 +96,7 @@ def test_a_real_machine_has_finite_limits_and_no_call_beats_them_by_far() -> Non
     machine = Machine.measured(torch.device("cpu"))
     assert machine.launch > 0
     assert machine.flops > 1e8
+    assert machine.convolutions > 1e8
     assert min(machine.copy_rates) > 1e7
     assert machine.rate(1) == machine.copy_rates[0]
     assert machine.rate(10**12) == machine.copy_rates[-1]
