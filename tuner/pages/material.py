@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -35,6 +36,7 @@ class Material:
     promotion: Promotion | None = field(default=None, repr=False)
     evaluation: dict[str, Any] | None = field(default=None, repr=False)  # evaluation.json
     scenes: dict[str, Any] | None = field(default=None, repr=False)  # scenes.json
+    place: str = "RUN_DIR"  # the run folder, as one types it in a shell
     written: datetime = field(default_factory=lambda: datetime.now().astimezone())
 
     @classmethod
@@ -53,6 +55,7 @@ class Material:
             open_promotion(ledger),
             _json(folder.evaluation),
             _json(folder.scenes),
+            shlex.quote(str(folder.path)),
         )
 
     @property

@@ -166,7 +166,26 @@ def _facts(material: Material) -> Markup:
             if isinstance(metrics.get(key), float)
         ]
         rows.append(("Winner", f"trial {best.number:04d}, seed {best.seed}: {', '.join(scores)}"))
+    rows += [
+        (purpose, Markup(f"<code>{escape(command)}</code>")) for purpose, command in _next(material)
+    ]
     return pairs(rows)
+
+
+def _next(material: Material) -> list[tuple[str, str]]:
+    """What one does with the study from here on, and the command for it."""
+    place, trials = material.place, material.study.search.trials
+    steps = []
+    if material.counts["running"] or len(material.trials) < trials:
+        steps.append(("Go on, if it was cut", f"python -m tuner.run --resume {place}"))
+    elif material.study.search.scheduler != "pbt" and material.study.search.sampler != "grid":
+        steps.append(("Search on", f"python -m tuner.run --resume {place} --trials {2 * trials}"))
+    if material.best is not None:
+        steps += [
+            ("Train the winner longer", f"python -m tuner.train --from {place}"),
+            ("Locate with it", f"python -m model.locate SNAPSHOTS --checkpoint {place}/best"),
+        ]
+    return steps
 
 
 def _scenes(material: Material) -> str:

@@ -72,6 +72,23 @@ def test_the_overview_puts_the_winner_beside_nomp_with_intervals(tmp_path: Path)
     assert f"{difference}." in overview(material(tmp_path, record(0), evaluation=evaluation))
 
 
+def test_the_overview_says_how_one_goes_on(tmp_path: Path) -> None:
+    place = "'my runs'/x"
+    done, cut = [record(n) for n in range(3)], [record(0), record(1, "running")]
+    for run, n_wanted, said, unsaid in (
+        (done, 3, ["--trials 6", "tuner.train --from"], "if it was cut"),
+        (cut, 3, ["if it was cut", "tuner.train --from"], "--trials"),
+        ([record(0, "failed")], 3, ["if it was cut"], "tuner.train"),
+    ):
+        found = material(tmp_path, *run)
+        search = found.study.search.model_copy(update={"trials": n_wanted})
+        study = found.study.model_copy(update={"search": search})
+        text = html.unescape(overview(dataclasses.replace(found, study=study, place=place)))
+        assert f"<code>python -m tuner.run --resume {place}" in text
+        assert all(words in text for words in said), said
+        assert unsaid not in text
+
+
 def test_an_overview_without_a_winner_says_so(tmp_path: Path) -> None:
     assert "no trial has started" in overview(material(tmp_path))
     assert "there is no winner" in overview(material(tmp_path, record(0, "failed")))
