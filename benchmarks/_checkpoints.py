@@ -72,11 +72,19 @@ def covariances(args: argparse.Namespace) -> dict[str, Any]:
     for name, values in errors.items():
         result[name] = 10.0 * math.log10(float(torch.cat(values).double().mean()))
         print(f"{name}: NMSE {result[name]:.2f} dB")
-    for name, parts in found.items():
-        matching = match(Detections.concatenate(parts), scenes.position, scenes.present)
-        result[name] = matching.f1
+    sources = scenes.position, scenes.present
+    matched = {
+        name: match(Detections.concatenate(parts), *sources) for name, parts in found.items()
+    }
+    for name, matching in matched.items():
+        alone = matched[f"{name.split(' on ')[0]} on R_pred"]
         low, high = f1_interval(matching)
-        print(f"{name}: F1 {matching.f1:.3f} [{low:.3f}, {high:.3f}]")
+        less = matching.f1 - alone.f1, *f1_interval(matching, alone)
+        result[name] = {"f1": matching.f1, "interval": [low, high], "less R_pred": less}
+        print(
+            f"{name}: F1 {matching.f1:.3f} [{low:.3f}, {high:.3f}], less R_pred "
+            f"{less[0]:+.4f} [{less[1]:+.4f}, {less[2]:+.4f}]"
+        )
     return result
 
 

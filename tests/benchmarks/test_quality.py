@@ -96,6 +96,7 @@ def test_objectives_are_ranked_and_goals_scored(
     for words in (
         f"objectives --config {tmp_path}/study.yaml --trials 3",
         f"goals --checkpoint {tmp_path}/best --suite ideal",
+        f"covariances --checkpoint {tmp_path}/best --beta 0.1 0.3",
     ):
         out = tmp_path / "found.json"
         words += f" --scenes 32 --threads {torch.get_num_threads()} --json {out}"
@@ -105,6 +106,11 @@ def test_objectives_are_ranked_and_goals_scored(
         if words.startswith("objectives"):
             assert set(found["rank_correlation"]) == set(quality.METRICS)
             assert len(found["trials"]) == 3
+        elif words.startswith("covariances"):
+            for method in ("music", "mvdr"):
+                value, low, high = found[f"{method} on R_blend, beta 0.3"]["less R_pred"]
+                assert low <= value <= high
+                assert found[f"{method} on R_pred"]["less R_pred"] == [0.0, 0.0, 0.0]
         else:
             for goal in ("f1", "gospa", "count"):
                 value, low, high = found[f"{goal} less nomp"]["count_accuracy"]
