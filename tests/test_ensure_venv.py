@@ -1,183 +1,46 @@
 """tools/ensure_venv.py, run for real: real interpreters, real venv, real pip, no network.
 
-A small clone stands in for the repository. Its packages are wheels of a few bytes in a local
-folder, so that an installation takes seconds.
+A small clone stands in for the repository (tests/clones.py).
 """
 
 from __future__ import annotations
 
 import ast
-import importlib.util
 import json
-import os
 import shutil
 import signal
 import subprocess
-import sys
 import textwrap
 import time
 import zipfile
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-SCRIPT = ROOT / "tools" / "ensure_venv.py"
-SERIES = "{}.{}".format(*sys.version_info[:2])
-# The interpreter under the environment that runs the tests.
-PYTHON = Path(sys.base_prefix) / "bin" / f"python{SERIES}"
+from tests.clones import (
+    PYTHON,
+    ROOT,
+    SCRIPT,
+    SERIES,
+    Setup,
+    made,
+    make_clone,
+    make_wheel,
+    make_wheels,
+)
 
 pytestmark = pytest.mark.skipif(not PYTHON.exists(), reason=f"no {PYTHON}")
-
-BACKEND = '''
-"""Builds the stand-in project with the standard library alone."""
-import os, time, zipfile
-
-def get_requires_for_build_editable(config_settings=None):
-    return []
-
-def build_editable(wheel_directory, config_settings=None, metadata_directory=None):
-    if os.environ.get("STAND_IN_FLAG"):
-        open(os.environ["STAND_IN_FLAG"], "w").close()
-        time.sleep(3)
-    name = "stand_in-1.0-py3-none-any.whl"
-    info = "stand_in-1.0.dist-info/"
-    with zipfile.ZipFile(os.path.join(wheel_directory, name), "w") as wheel:
-        wheel.writestr("stand_in.pth", os.getcwd())
-        wheel.writestr(info + "METADATA", "Metadata-Version: 2.1\\nName: stand-in\\nVersion: 1.0\\n"
-            "Requires-Dist: runtime-part\\nProvides-Extra: dev\\n"
-            "Requires-Dist: dev-part; extra == 'dev'\\n")
-        wheel.writestr(info + "WHEEL", "Wheel-Version: 1.0\\n"
-            "Root-Is-Purelib: true\\nTag: py3-none-any\\n")
-        wheel.writestr(info + "RECORD", "")
-    return name
-'''
-
-PYPROJECT = """
-[build-system]
-requires = ["setuptools"]
-build-backend = "stand_in_backend"
-backend-path = ["."]
-
-[project]
-name = "stand-in"
-version = "1.0"
-dependencies = [
-    "torch==2.0",
-    "runtime-part",
-]
-"""
-
-
-def make_wheel(folder: Path, name: str, version: str) -> None:
-    info = f"{name}-{version}.dist-info"
-    with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as wheel:
-        wheel.writestr(f"{name}.py", f"version = {version!r}\n")
-        wheel.writestr(
-            f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
-        )
-        wheel.writestr(
-            f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
-        )
-        wheel.writestr(f"{info}/RECORD", "")
-
-
-def load_script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("ensure_venv", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-script = load_script()
 
 
 @pytest.fixture(scope="module")
 def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("wheels")
-    for name, version in (
-        ("setuptools", "99.0"),
-        ("torch", "2.0"),
-        ("torch", "2.1"),
-        ("runtime_part", "1.0"),
-        ("runtime_part", "2.0"),
-        ("dev_part", "1.0"),
-    ):
-        make_wheel(folder, name, version)
-    return folder
-
-
-def make_clone(folder: Path) -> Path:
-    folder.mkdir(parents=True)
-    (folder / "pyproject.toml").write_text(PYPROJECT)
-    (folder / "constraints.txt").write_text("torch==2.0\nruntime-part==1.0\nsetuptools==99.0\n")
-    (folder / "stand_in_backend.py").write_text(BACKEND)
-    return folder
-
-
-class Setup:
-    """Runs the script on a clone, offline."""
-
-    def __init__(self, clone: Path, wheels: Path) -> None:
-        self.clone = clone
-        self.venv = clone / ".venv"
-        self.env = {
-            "PATH": os.environ["PATH"],
-            "HOME": os.environ.get("HOME", "/"),
-            "PIP_CONFIG_FILE": os.devnull,
-            "PIP_NO_INDEX": "1",
-            "PIP_FIND_LINKS": str(wheels),
-            "PIP_NO_CACHE_DIR": "1",
-        }
-
-    def command(self, *extras: str, python: Path = PYTHON) -> list[str]:
-        options = [option for extra in extras for option in ("--extra", extra)]
-        return [str(python), str(SCRIPT), "--root", str(self.clone), *options]
-
-    def __call__(
-        self, *extras: str, python: Path = PYTHON, **env: str
-    ) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            self.command(*extras, python=python),
-            env=self.env | env,
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-
-    def version_of(self, module: str) -> str | None:
-        run = subprocess.run(
-            [self.venv / "bin" / "python", "-c", f"import {module}; print({module}.version)"],
-            capture_output=True,
-            text=True,
-        )
-        return run.stdout.strip() if run.returncode == 0 else None
-
-    @property
-    def born(self) -> int:
-        """Changes when the environment is made anew, not when it is updated."""
-        return (self.venv / "pyvenv.cfg").stat().st_mtime_ns
-
-    def assert_works(self) -> None:
-        assert self.version_of("torch") == "2.0"
-        assert self.version_of("runtime_part") is not None
-        quiet = self()
-        assert (quiet.returncode, quiet.stdout, quiet.stderr) == (0, "", "")
+    return make_wheels(tmp_path_factory.mktemp("wheels"))
 
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory, wheels: Path) -> Setup:
     """One clone for all tests that damage an environment: each leaves it repaired."""
-    setup = Setup(make_clone(tmp_path_factory.mktemp("clones") / "a clone"), wheels)
-    run = setup()
-    assert run.returncode == 0, run.stderr
-    assert "making .venv with Python" in run.stdout
-    assert "is ready" in run.stdout
-    return setup
+    return made(tmp_path_factory.mktemp("clones") / "a clone", wheels)
 
 
 @pytest.fixture
@@ -246,15 +109,6 @@ def test_new_pins_are_installed_in_place_and_extras_kept(shared: Setup) -> None:
     assert shared.born == born
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"extras": 3}', "{"])
-def test_a_foreign_stamp_is_no_stamp(expendable: Setup, content: str) -> None:
-    (expendable.venv / "ristune-stamp.json").write_text(content)
-    environment = script.Environment(str(expendable.clone))
-    assert not environment.current(set())
-    assert environment.installed_extras() == set()
-    assert environment.fault() is None
-
-
 def test_an_environment_without_stamp_is_brought_up_to_date(shared: Setup) -> None:
     born = shared.born
     (shared.venv / "ristune-stamp.json").unlink()
@@ -283,143 +137,6 @@ def test_the_caller_s_python_and_pip_settings_do_not_reach_the_environment(
     assert run.returncode == 0, run.stderr
     assert not (tmp_path / "target").exists()
     shared.assert_works()
-
-
-# --- An environment that does not --------------------------------------------------------
-
-
-def cut_off(venv: Path) -> None:
-    (venv / "ristune-installing").touch()
-
-
-def dangling_python(venv: Path) -> None:
-    for path in (venv / "bin").glob("python*"):
-        path.unlink()
-        path.symlink_to("/nonexistent/python")
-
-
-def python_that_fails(venv: Path) -> None:
-    (venv / "bin" / "python").unlink()
-    (venv / "bin" / "python").write_text("#!/bin/sh\nexit 1\n")
-    (venv / "bin" / "python").chmod(0o755)
-
-
-def unsupported_python(venv: Path) -> None:
-    answer = {"version": [3, 9, 18], "prefix": str(venv), "missing": []}
-    (venv / "bin" / "python").unlink()
-    (venv / "bin" / "python").write_text(f"#!/bin/sh\necho '{json.dumps(answer)}'\n")
-    (venv / "bin" / "python").chmod(0o755)
-
-
-def libraries_of_another_python(venv: Path) -> None:
-    (venv / "lib" / f"python{SERIES}").rename(venv / "lib" / "python3.10")
-    (venv / "ristune-stamp.json").unlink()
-
-
-def half_made(venv: Path) -> None:
-    shutil.rmtree(venv)
-    (venv / "bin").mkdir(parents=True)
-
-
-def without_pip(venv: Path) -> None:
-    shutil.rmtree(venv / "lib" / f"python{SERIES}" / "site-packages" / "pip")
-    (venv / "ristune-stamp.json").unlink()
-
-
-def interpreter_outside(venv: Path) -> None:
-    (venv / "bin" / "python").unlink()
-    (venv / "bin" / "python").write_text(f'#!/bin/sh\nexec {PYTHON} "$@"\n')
-    (venv / "bin" / "python").chmod(0o755)
-    (venv / "ristune-stamp.json").unlink()
-
-
-DAMAGES: list[tuple[Callable[[Path], None], str]] = [
-    (cut_off, "cut off"),
-    (dangling_python, "Python is gone"),
-    (python_that_fails, "does not run"),
-    (unsupported_python, "Python 3.9.18"),
-    (libraries_of_another_python, "another Python"),
-    (half_made, "half made"),
-    (without_pip, "no pip"),
-    (interpreter_outside, "belongs to"),
-]
-
-
-@pytest.fixture
-def expendable(shared: Setup, tmp_path: Path) -> Iterator[Setup]:
-    """The shared clone, whose environment is put back afterwards as it was."""
-    shutil.copytree(shared.venv, tmp_path / "kept", symlinks=True)
-    yield shared
-    shutil.rmtree(shared.venv)
-    (tmp_path / "kept").rename(shared.venv)
-    shared.assert_works()
-
-
-@pytest.mark.parametrize(
-    ("damage", "reason"), DAMAGES, ids=[damage.__name__ for damage, _ in DAMAGES]
-)
-def test_a_broken_environment_is_found_out(
-    expendable: Setup, damage: Callable[[Path], None], reason: str
-) -> None:
-    environment = script.Environment(str(expendable.clone))
-    assert environment.fault() is None
-    damage(expendable.venv)
-    assert not environment.current(set())
-    assert reason in environment.fault()
-
-
-def test_a_broken_environment_is_made_again(shared: Setup) -> None:
-    born = shared.born
-    dangling_python(shared.venv)
-    run = shared()
-    assert run.returncode == 0, run.stderr
-    assert "making .venv again: its Python is gone" in run.stdout
-    assert shared.born != born
-    shared.assert_works()
-
-
-def test_a_copied_clone_gets_an_environment_of_its_own(
-    shared: Setup, wheels: Path, tmp_path: Path
-) -> None:
-    second = Setup(tmp_path / "second", wheels)
-    shutil.copytree(shared.clone, second.clone, symlinks=True)
-    environment = script.Environment(str(second.clone))
-    assert str(shared.clone) in environment.fault()
-    (second.venv / "ristune-stamp.json").unlink()
-    assert "moved here" in environment.fault()
-    run = second()
-    assert run.returncode == 0, run.stderr
-    assert "making .venv again" in run.stdout
-    second.assert_works()
-    path = subprocess.check_output(
-        [second.venv / "bin" / "python", "-c", "import stand_in_backend as b; print(b.__file__)"],
-        cwd=tmp_path,
-        text=True,
-    )
-    assert Path(path.strip()).parent == second.clone
-    shared.assert_works()
-
-
-@pytest.mark.slow
-def test_a_link_is_replaced_and_what_it_points_to_is_left_alone(
-    shared: Setup, fresh: Setup
-) -> None:
-    fresh.venv.symlink_to(shared.venv)
-    born = shared.born
-    run = fresh()
-    assert run.returncode == 0, run.stderr
-    assert not fresh.venv.is_symlink()
-    assert shared.born == born
-    shared.assert_works()
-
-
-def test_a_folder_that_is_no_environment_is_not_touched(fresh: Setup) -> None:
-    (fresh.venv / "thesis").mkdir(parents=True)
-    run = fresh()
-    assert run.returncode == 1
-    assert "thesis" in run.stderr
-    assert "move it away" in run.stderr
-    assert (fresh.venv / "thesis").is_dir()
 
 
 # --- Failures that are told --------------------------------------------------------------

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from physics.detections import Detections
+
+# For each scene a list of (az deg, el deg, range m).
+Places = list[list[tuple[float, float, float]]]
 
 
 def eps(dtype: torch.dtype) -> float:
@@ -50,3 +56,35 @@ class LargestTensor(TorchDispatchMode):
             if isinstance(leaf, Tensor):
                 self.elements = max(self.elements, leaf.untyped_storage().nbytes() // 8)
         return result
+
+
+def padded(scenes: Places, filler: float, dtype: torch.dtype, n_slots: int | None = None) -> Any:
+    """Positions (B, n, 3) [rad, rad, m] and presence; the slots left over hold ``filler``."""
+    width = max([len(s) for s in scenes], default=0) if n_slots is None else n_slots
+    position = torch.full((len(scenes), width, 3), filler, dtype=dtype)
+    present = torch.zeros(len(scenes), width, dtype=torch.bool)
+    for b, scene in enumerate(scenes):
+        for k, (azimuth, elevation, r) in enumerate(scene):
+            place = [math.radians(azimuth), math.radians(elevation), r]
+            position[b, k] = torch.tensor(place, dtype=torch.float64).to(dtype)
+            present[b, k] = True
+    return position, present
+
+
+def truth(*scenes: list[tuple[float, float, float]], dtype: torch.dtype = torch.float64) -> Any:
+    """Position and presence; an absent slot's NaN must not matter."""
+    return padded(list(scenes), math.nan, dtype)
+
+
+def found(
+    *scenes: list[tuple[float, float, float]], dtype: torch.dtype = torch.float64
+) -> Detections:
+    """Detections; absent slots lie on (0, 0, 0)."""
+    return Detections(*padded(list(scenes), 0.0, dtype))
+
+
+def three_scenes() -> tuple[Detections, Tensor, Tensor]:
+    """2 true, 2 found, 1 hit; 1 true, 3 found, 1 hit; nothing and nothing."""
+    position, present = truth([(0, 0, 3), (30, 0, 3)], [(0, 0, 3)], [])
+    detections = found([(1, 0, 3), (60, 0, 3)], [(-50, 0, 3), (0, 1, 3), (50, 0, 3)], [])
+    return detections, position, present

@@ -17,6 +17,9 @@ import pytest
 from model.config import TrialConfig
 from tuner.command import execute
 from tuner.config import StudyConfig, load_study
+from tuner.folder import RunFolder
+from tuner.ledger import open_ledger, read_ledger
+from tuner.records import Assignment, TrialRecord
 from tuner.run import app
 from tuner.study import Ledger
 from tuner.trainable import CONFIG, DEVICE, NUMBER, RESUME, START, STUDY
@@ -228,3 +231,38 @@ def wait_for(happened: Callable[[], bool], timeout: float = 60) -> None:
         if time.monotonic() > deadline:
             raise AssertionError("it did not happen in time")
         time.sleep(0.05)
+
+
+def trials_of(folder: Path) -> list[TrialRecord]:
+    """The trials of a run folder, wherever its ledger lies."""
+    run_folder = RunFolder.existing(folder, lock=False)
+    ledger = read_ledger(run_folder, load_study(run_folder.config))
+    try:
+        return ledger.trials()
+    finally:
+        ledger.close()
+
+
+def outcome(folder: Path) -> list[Any]:
+    """What has to be the same in every run of one study."""
+    return [(t.number, t.state, t.seed, t.params, t.curve) for t in trials_of(folder)]
+
+
+def driver(folder: Path, url: str | None, **changes: Any) -> Ledger:
+    """A driver's ledger of the tiny study, in a run folder of its own."""
+    study = tiny_study(folder, **changes)
+    if url is not None:
+        study = study.replaced({"search.storage": url})
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(study.to_yaml())
+    return open_ledger(RunFolder(folder), study)
+
+
+def ran(ledger: Ledger, trial: Assignment, epochs: int = 2) -> None:
+    """Report a trial's epochs and end it."""
+    objective = 1.0
+    for epoch in range(1, epochs + 1):
+        objective = trial.params["blend.beta"] + 1 / epoch  # type: ignore[operator]
+        ledger.report(trial.number, {"epoch": epoch, "objective": objective})
+        ledger.checkpointed(trial.number, "/nowhere", epoch)
+    ledger.finish(trial.number, "done", objective=objective)

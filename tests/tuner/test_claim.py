@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import optuna
 import pytest
 
-from tests.tuner import postgres
 from tests.tuner.postgres import Server
-from tests.tuner.test_storage import driver
+from tests.tuner.support import driver
 from tuner import storage as storage_module
 from tuner.claim import ServerClaim, claim_of
 from tuner.config import load_study
@@ -22,18 +20,7 @@ from tuner.folder import RunFolder
 from tuner.ledger import open_ledger, read_ledger
 from tuner.storage import Outage, PatientStorage, parse_url
 
-pytestmark = pytest.mark.long
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    with postgres.server() as running:
-        yield running
-
-
-@pytest.fixture(autouse=True)
-def _password(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PGPASSWORD", postgres.PASSWORD)
+pytestmark = [pytest.mark.long, pytest.mark.usefixtures("password")]
 
 
 def test_a_copy_of_a_run_folder_cannot_drive_the_study_at_the_same_time(
