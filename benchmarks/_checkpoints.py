@@ -13,7 +13,7 @@ from torch import Tensor
 from model.config import TrialConfig
 from model.data import Batch, Split, simulate_split
 from model.decision import Judged, choose, judge
-from model.features import compute_features
+from model.features import Features, compute_features
 from model.front_end import FrontEnd
 from model.localizer import Localizer
 from model.pointing import OwnCells, match_slots
@@ -25,9 +25,16 @@ from physics.covariance import blend, nmse
 from physics.detections import Detections
 from physics.metrics import Matching, coverage, gospa, match
 from physics.nomp import nomp
+from physics.scene import Scenes
 from tuner.suites import SUITES
 
 BATCH = 256
+# Suites that change nothing that an estimator is told.
+HARDWARE = [
+    name
+    for name, suite in SUITES.items()
+    if suite.changes and suite.changes.keys() <= SUITES["ideal"].changes.keys()
+]
 
 
 def drawn(config: TrialConfig, split: Split, n_scenes: int) -> Batch:
@@ -47,6 +54,19 @@ def drawn(config: TrialConfig, split: Split, n_scenes: int) -> Batch:
     return Batch.concatenate(parts)
 
 
+def by_nomp(config: TrialConfig, scenes: Scenes) -> Detections:
+    """NOMP told the SNR and the nominal model."""
+    result = nomp(
+        scenes.y,
+        scenes.H,
+        scenes.codes,
+        array=config.array.build(),
+        scene=config.scene,
+        snr_db=scenes.known_snr_db,
+    )
+    return result.detections
+
+
 def covariances(args: argparse.Namespace) -> dict[str, Any]:
     """NMSE of the three covariances, and what spectra find in them."""
     localizer = Localizer.load(args.checkpoint)
@@ -55,9 +75,7 @@ def covariances(args: argparse.Namespace) -> dict[str, Any]:
     scenes, array, wavefront = batch.scenes, config.array.build(), config.scene.wavefront
     errors: dict[str, list[Tensor]] = {}
     found: dict[str, list[Detections]] = {}
-    for start in range(0, len(batch), 64):
-        part = scenes[slice(start, start + 64)]
-        prediction, _, features = localizer.predict(part.y, part.H, part.codes, part.known_snr_db)
+    for part, features, prediction in predictions(localizer, batch):
         truth = part.covariance(array, wavefront)
         every = {"R_samp": features.measured_covariance(), "R_pred": prediction.covariance}
         for beta in args.beta or [config.blend.beta]:
@@ -88,8 +106,11 @@ def covariances(args: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def predictions(localizer: Localizer, batch: Batch) -> Iterator[tuple[Batch, Prediction]]:
-    """What a network says of scenes, some at a time."""
+@torch.no_grad()
+def predictions(
+    localizer: Localizer, batch: Batch
+) -> Iterator[tuple[Scenes, Features, Prediction]]:
+    """What a network sees and says of scenes, some at a time."""
     for start in range(0, len(batch), BATCH):
         part = batch[slice(start, start + BATCH)]
         features = compute_features(
@@ -102,10 +123,9 @@ def predictions(localizer: Localizer, batch: Batch) -> Iterator[tuple[Batch, Pre
             candidates=part.candidates,
             spectra=localizer.config.network.spectra,
         )
-        yield part, localizer.network(features)
+        yield part.scenes, features, localizer.network(features)
 
 
-@torch.no_grad()
 def calibration(args: argparse.Namespace) -> dict[str, Any]:
     """Existence probabilities against frequencies, and coverage of the ellipsoids."""
     localizer = Localizer.load(args.checkpoint)
@@ -114,11 +134,11 @@ def calibration(args: argparse.Namespace) -> dict[str, Any]:
     probability: list[Tensor] = []
     holds: list[Tensor] = []
     named: list[Detections] = []
-    for part, prediction in predictions(localizer, batch):
+    for part, _, prediction in predictions(localizer, batch):
         assert prediction.cells is not None
         judged = judge(prediction, localizer.decision.goal)
-        pointing = OwnCells(prediction, prediction.cells, part.scenes.position)
-        held, _ = match_slots(prediction, pointing.score(), part.scenes.present)
+        pointing = OwnCells(prediction, prediction.cells, part.position)
+        held, _ = match_slots(prediction, pointing.score(), part.present)
         probability.append(judged.probability.flatten())
         holds.append(held.flatten())
         named.append(judged.named(localizer.decision))
@@ -139,17 +159,17 @@ def calibration(args: argparse.Namespace) -> dict[str, Any]:
     return {"reliability": rows, "ece": error, "coverage_90": inside_90}
 
 
-@torch.no_grad()
 def goals(args: argparse.Namespace) -> dict[str, Any]:
     """What each goal's own threshold gives, beside NOMP told the SNR, in scenes of a suite."""
     localizer = Localizer.load(args.checkpoint)
     config = localizer.config
     config = config.model_copy(update={"scene": SUITES[args.suite].scene(config.scene)})
     batches = [drawn(config, "val", config.data.val_scenes), drawn(config, "test", args.scenes)]
+    said = [[p for *_, p in predictions(localizer, batch)] for batch in batches]
+    if any(prediction.cells is None for prediction in said[1]):
+        raise SystemExit(f"{args.checkpoint}: a network without a threshold has no goals")
     scenes = batches[1].scenes
-    array, sources = config.array.build(), (scenes.position, scenes.present)
-    told = {"array": array, "scene": config.scene, "snr_db": scenes.known_snr_db}
-    classical = nomp(scenes.y, scenes.H, scenes.codes, **told).detections
+    sources = scenes.position, scenes.present
     result: dict[str, Any] = {}
 
     def score(name: str, found: Detections) -> tuple[Matching, Tensor]:
@@ -165,12 +185,9 @@ def goals(args: argparse.Namespace) -> dict[str, Any]:
         )
         return matching, cost
 
-    bar, bar_cost = score("nomp", classical)
+    bar, bar_cost = score("nomp", by_nomp(config, scenes))
     for goal in REACH:
-        judged = [
-            Judged.concatenate([judge(p, goal) for _, p in predictions(localizer, batch)])
-            for batch in batches
-        ]
+        judged = [Judged.concatenate([judge(p, goal) for p in parts]) for parts in said]
         decision = choose(judged[0], batches[0].scenes, goal)
         matching, cost = score(goal, judged[1].named(decision))
         right, bar_right = ((m.n_found == m.n_true).double() for m in (matching, bar))

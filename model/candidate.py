@@ -57,9 +57,9 @@ class CandidateNetwork(SourceNetwork):
     A slot is a candidate. The network says whether a source stands in its direction, tempers and
     tilts the likelihood of its range, corrects its power, widens or narrows the ellipse of its
     direction and the interval of its range, and moves the direction, in the fit's own standard
-    deviations: where the model is wrong, what fits best lies beside the source. A small
-    transformer encoder lets the candidates of a scene see one another: what one source may be
-    depends on how strong and how near the others are.
+    deviations and by 9 degrees at most: where the model is wrong, what fits best lies beside the
+    source. A small transformer encoder lets the candidates of a scene see one another: what one
+    source may be depends on how strong and how near the others are.
 
     The factor of R_pred is the posterior mean on the manifold: column i is
     ``sqrt(q_i p_i) sum_s w_is a(p_is)`` with existence q, power p and the weights w of the cells.

@@ -99,7 +99,8 @@ class Localizer:
         except RuntimeError as error:
             first = str(error).splitlines()[-1].strip()
             raise CheckpointError(
-                f"{folder / WEIGHTS}: weights of another network than config.json's ({first})"
+                f"{folder / WEIGHTS}: weights of another network than config.json's, or of "
+                f"an earlier version's ({first})"
             ) from error
         return cls(config, network, device, decision=read_decision(folder))
 

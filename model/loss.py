@@ -14,7 +14,6 @@ from torch.nn import functional
 from model.plugin import ExtraTerm
 from model.pointing import OwnCells, SharedCells, heat_loss, match_slots
 from model.prediction import Prediction
-from model.ranging import REACH
 from physics.config import Adjustable, FrozenModel
 from physics.covariance import LowRankCovariance, nmse, source_covariance
 from physics.geometry import PlanarArray
@@ -134,7 +133,6 @@ class ScenesLoss:
         dictionary: (G, N) complex steering vectors of the network's cells.
         cell_size: (3,) size of a cell [rad, rad, 1/m].
         directions: (A, E, 2) of a network with a map over them.
-        reach: error beyond which a range is a miss [m] (:mod:`model.ranging`).
     """
 
     temperature = 0.1
@@ -147,10 +145,8 @@ class ScenesLoss:
         dictionary: Tensor,
         cell_size: Tensor,
         directions: Tensor | None = None,
-        reach: float = REACH["f1"],
     ) -> None:
         self.config, self.array, self.wavefront = config, array, wavefront
-        self.reach = reach
         self.dictionary, self.directions = dictionary, directions
         self.cell_size = cell_size.clamp_min(torch.finfo(cell_size.dtype).tiny)
 
@@ -310,7 +306,7 @@ class ScenesLoss:
         self, prediction: Prediction, scenes: Scenes, steering: Tensor
     ) -> SharedCells | OwnCells:
         if prediction.cells is not None:
-            return OwnCells(prediction, prediction.cells, scenes.position, self.reach)
+            return OwnCells(prediction, prediction.cells, scenes.position)
         overlap = overlap_of(self.dictionary, steering)
         return SharedCells(prediction, overlap, scenes.position, self.cell_size)
 

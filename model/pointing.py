@@ -17,6 +17,7 @@ from model.ranging import REACH, named_range
 _SHARPNESS = 20.0  # of the target over shared cells
 _GATE = math.radians(5.0)  # a candidate farther from a source in either angle is not of it
 _LEVEL = 0.9  # of the ellipses and intervals that directions and ranges are to lie in
+_REACH = REACH["f1"]  # error beyond which a range is a miss, whatever the decision's goal [m]
 _SMALL = 1e-9  # squared error and variance of a range that count as none [m^2]
 # Their squared radii: chi-square quantiles of two degrees of freedom and of one.
 _ELLIPSE, _INTERVAL = (float(chi2.ppf(_LEVEL, df=degrees)) for degrees in (2, 1))
@@ -35,21 +36,24 @@ class SharedCells:
         """The pointer's mean overlap (B, r, K) with each source's steering vector."""
         return self.prediction.log_pointer.exp() @ self.overlap
 
+    def cross_entropy(self, source: Tensor) -> Tensor:
+        """Of the cells (B, r) that overlap the sources (B, r) int64."""
+        target = torch.softmax(_SHARPNESS * self.overlap.mT, dim=-1)  # (B, K, G)
+        wanted = target.gather(1, source.unsqueeze(-1).expand(-1, -1, target.shape[-1]))
+        return -(wanted * self.prediction.log_pointer).sum(-1)
+
     def loss(self, source: Tensor) -> Tensor:
         """Loss (B, r) of the slots if they hold the sources (B, r) int64.
 
-        Cross-entropy to the cells that overlap the source, and the Huber distance in cells.
+        The cross-entropy, and the Huber distance in cells.
         """
-        target = torch.softmax(_SHARPNESS * self.overlap.mT, dim=-1)  # (B, K, G)
-        wanted = target.gather(1, source.unsqueeze(-1).expand(-1, -1, target.shape[-1]))
-        pointing = -(wanted * self.prediction.log_pointer).sum(-1)
         truth = self.position.clone()
         truth[..., 2].reciprocal_()
         truth = truth.gather(1, source.unsqueeze(-1).expand(-1, -1, 3))
         distance = functional.huber_loss(
             self.prediction.position / self.cell_size, truth / self.cell_size, reduction="none"
         ).sum(-1)
-        return pointing + 0.1 * distance
+        return self.cross_entropy(source) + 0.1 * distance
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,6 @@ class OwnCells:
     prediction: Prediction
     cells: Tensor  # (B, r, G, 3) azimuth, elevation [rad], range [m]
     position: Tensor  # (B, K, 3)
-    reach: float = REACH["f1"]  # error beyond which a range is a miss [m]
 
     def score(self) -> Tensor:
         """Nearness (B, r, K) in angle, 1 where the directions agree; -inf beyond the gate.
@@ -74,17 +77,9 @@ class OwnCells:
         likely = (self.prediction.log_pointer.exp().unsqueeze(-1) * torch.exp(-off)).sum(2)
         return (near + likely).masked_fill((apart > _GATE).any(-1), -torch.inf)
 
-    def loss(self, source: Tensor) -> Tensor:
-        """Loss (B, r) of the slots if they hold the sources (B, r) int64.
-
-        Cross-entropy to the two cells around the range, evenly spaced; the quantile losses that put
-        nine in ten directions inside their 90 % ellipse, and nine in ten ranges that are within
-        reach inside their 90 % interval; and the Huber distance of the directions, in gates.
-
-        Source: Koenker and Bassett, "Regression quantiles", Econometrica 46(1), 1978.
-        """
-        true_range = self.position[..., 2].gather(1, source)
-        truth = true_range.unsqueeze(-1)
+    def cross_entropy(self, source: Tensor) -> Tensor:
+        """Of the two cells (B, r) around the range, evenly spaced, of the sources (B, r) int64."""
+        truth = self.position[..., 2].gather(1, source).unsqueeze(-1)
         ranges = self.cells[..., 2]
         last = ranges.shape[-1] - 1
         step = ((ranges[..., -1:] - ranges[..., :1]) / last).clamp_min(1e-6)
@@ -94,12 +89,26 @@ class OwnCells:
         index = lower.long()
         log_pointer = self.prediction.log_pointer
         below, above = log_pointer.gather(-1, index), log_pointer.gather(-1, index + 1)
-        pointing = -((1.0 - share) * below + share * above).squeeze(-1)
-        truth = self.position[..., :2].gather(1, source.unsqueeze(-1).expand(-1, -1, 2))
-        off = (self.prediction.position[..., :2] - truth) / _GATE
-        pointing = pointing + self._off_ellipse(off.detach()) + self._off_interval(true_range)
+        return -((1.0 - share) * below + share * above).squeeze(-1)
+
+    def loss(self, source: Tensor) -> Tensor:
+        """Loss (B, r) of the slots if they hold the sources (B, r) int64.
+
+        The cross-entropy of the range; the quantile losses that put nine in ten directions inside
+        their 90 % ellipse, and nine in ten ranges that are within reach inside their 90 % interval;
+        and the Huber distance of the directions, in gates.
+
+        Source: Koenker and Bassett, "Regression quantiles", Econometrica 46(1), 1978.
+        """
+        truth = self.position.gather(1, source.unsqueeze(-1).expand(-1, -1, 3))
+        off = (self.prediction.position[..., :2] - truth[..., :2]) / _GATE
         distance = functional.huber_loss(off, torch.zeros_like(off), reduction="none", delta=0.5)
-        return pointing + 4.0 * distance.sum(-1)
+        return (
+            self.cross_entropy(source)
+            + self._off_ellipse(off.detach())
+            + self._off_interval(truth[..., 2])
+            + 4.0 * distance.sum(-1)
+        )
 
     def _off_ellipse(self, off: Tensor) -> Tensor:
         """Quantile loss (B, r) of the Mahalanobis distance of errors (B, r, 2) in gates."""
@@ -117,11 +126,11 @@ class OwnCells:
         spread = self.prediction.range_spread
         if spread is None:
             return torch.zeros_like(truth)
-        named = named_range(self.prediction.log_pointer, self.cells[..., 2], self.reach)
+        named = named_range(self.prediction.log_pointer, self.cells[..., 2], _REACH)
         off = (truth - named.at).abs()
         distance = off.square().clamp_min(_SMALL) / named.variance.clamp_min(_SMALL)
         loss = _quantile_loss(torch.log(distance) - 2.0 * torch.log(spread), _INTERVAL)
-        return torch.where(off < self.reach, loss, 0.0)
+        return torch.where(off < _REACH, loss, 0.0)
 
 
 def _quantile_loss(log_distance: Tensor, squared_radius: float) -> Tensor:

@@ -31,7 +31,7 @@ def named_range(log_pointer: Tensor, ranges: Tensor, reach: float) -> NamedRange
 
     Args:
         log_pointer: (B, r, S) log probabilities of the cells.
-        ranges: (B, r, S) of the cells, evenly spaced from near to far [m].
+        ranges: (B, r, S) of the cells, at least two, evenly spaced from near to far [m].
         reach: error beyond which a range is worth nothing [m].
     """
     weight = log_pointer.exp()
@@ -47,6 +47,6 @@ def named_range(log_pointer: Tensor, ranges: Tensor, reach: float) -> NamedRange
         near = weight * ((ranges - chosen).abs() < reach)
         near = near / near.sum(-1, keepdim=True)
         chosen = (near * ranges).sum(-1, keepdim=True)
-    cell = (ranges[..., -1] - ranges[..., 0]) / max(1, ranges.shape[-1] - 1)
+    cell = (ranges[..., -1] - ranges[..., 0]) / (ranges.shape[-1] - 1)
     variance = (near * (ranges - chosen).square()).sum(-1) + cell.square() / 12.0
     return NamedRange(chosen.squeeze(-1), worth(chosen).squeeze(-1), variance)

@@ -34,7 +34,6 @@ from model.optimizer import (
     set_learning_rate,
 )
 from model.precision import AmpPolicy
-from model.ranging import REACH
 from physics.covariance import nmse
 from physics.detections import Detections
 from physics.metrics import gospa, match
@@ -92,7 +91,6 @@ class Trainer:
             self.network.dictionary,
             self.network.cell_size,
             self.network.directions,
-            REACH[config.decision.goal],
         )
         self.steps_per_epoch = self.source.n_batches(config.training.batch_size)
         self.total_steps = self.steps_per_epoch * config.training.epochs
@@ -439,6 +437,15 @@ class Trainer:
     def _take_over(self, checkpoint: Checkpoint) -> None:
         """What the next step needs of the last."""
         state = checkpoint.state
+        saved = {name: tuple(t.shape) for name, t in checkpoint.tensors["network"].items()}
+        own = {name: tuple(p.shape) for name, p in self.network.named_parameters()}
+        for name in sorted({*saved, *own}):
+            if saved.get(name) != own.get(name):
+                raise CheckpointError(
+                    f"the weights are of another version's network: {name} is "
+                    f"{saved.get(name, 'missing')}, expected {own.get(name, 'none of that name')}; "
+                    "train it anew"
+                )
         self._set_weights(checkpoint.tensors["network"])
         self.average.load(checkpoint.tensors["average"], state["average_steps"])
         self._load_moments(checkpoint.tensors.get("optimizer", {}))

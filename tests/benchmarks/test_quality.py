@@ -58,7 +58,7 @@ def test_the_subspace_error_is_that_of_projections() -> None:
     assert found == pytest.approx(np.mean(errors), abs=1e-3)
 
 
-def test_differences_are_paired_by_scene_and_draw_seeds_too() -> None:
+def test_differences_are_paired_by_scene_and_as_wide_as_new_seeds_would_make_them() -> None:
     generator = torch.Generator().manual_seed(0)
     scenes = torch.randn(2000, generator=generator, dtype=torch.float64)  # cancels in a pair
 
@@ -69,10 +69,11 @@ def test_differences_are_paired_by_scene_and_draw_seeds_too() -> None:
     difference, low, high = paired(runs([1.0]), runs([0.7]))
     assert difference == pytest.approx(0.3)
     assert high - low < 1e-9
-    # Of four seeds half a unit apart either way: the mean of four draws has a quarter's deviation.
-    difference, low, high = paired(runs([0.5, 1.5, 0.5, 1.5]), runs([0.7]))
+    seeds = [0.5, 1.5, 0.9, 1.6, 0.2, 1.3]
+    difference, low, high = paired(runs(seeds), runs([0.7]))
     assert difference == pytest.approx(0.3)
-    assert (high - low) / 2 == pytest.approx(1.96 * 0.25, rel=0.15)
+    standard_error = np.std(seeds, ddof=1) / math.sqrt(len(seeds))
+    assert (high - low) / 2 == pytest.approx(1.96 * standard_error, rel=0.1)
 
 
 def test_objectives_are_ranked_and_goals_scored(

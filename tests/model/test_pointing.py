@@ -16,7 +16,7 @@ from model.decision import judge
 from model.loss import LossConfig, ScenesLoss
 from model.pointing import OwnCells, match_slots
 from model.prediction import Prediction
-from model.ranging import REACH, Goal
+from model.ranging import REACH
 from physics import PlanarArray, PolarGrid, SceneConfig, Scenes, simulate
 from tests.model.support import judged_slots
 
@@ -146,16 +146,14 @@ def test_ellipses_learn_to_hold_nine_in_ten_directions() -> None:
     assert float((log_spread[1] - log_spread[0]).detach()) == pytest.approx(math.log(15.0), abs=0.1)
 
 
-def interval_loss(prediction: Prediction, position: Tensor, source: Tensor, reach: float) -> Tensor:
+def interval_loss(prediction: Prediction, position: Tensor, source: Tensor) -> Tensor:
     """Quantile loss (B, r) at 0.9 of the squared error of range over its variance, by a loop."""
     assert prediction.range_spread is not None
-    assert prediction.cells is not None
-    goal: Goal = "f1" if reach == REACH["f1"] else "gospa"
-    judged = judge(replace(prediction, range_spread=None), goal)
+    judged = judge(replace(prediction, range_spread=None), "f1")
     loss = torch.zeros(source.shape, dtype=torch.float64)
     for b, i in np.ndindex(*source.shape):
         off = float(position[b, source[b, i], 2] - judged.position[b, i, 2])
-        if abs(off) >= reach:
+        if abs(off) >= REACH["f1"]:
             continue
         variance = float(
             judged.covariance[b, i, 2, 2] * prediction.range_spread[b, i].detach() ** 2
@@ -165,17 +163,15 @@ def interval_loss(prediction: Prediction, position: Tensor, source: Tensor, reac
     return loss
 
 
-@pytest.mark.parametrize("reach", [REACH["f1"], REACH["gospa"]])
-def test_an_interval_pays_for_ranges_within_reach_by_the_quantile_loss(reach: float) -> None:
+def test_an_interval_pays_for_ranges_within_reach_by_the_quantile_loss() -> None:
     prediction = judged_slots(20, 4, 24)
     spread = 0.2 + 3.0 * torch.rand(20, 4, dtype=torch.float64)
     spread.requires_grad_()
     position = around(prediction, 3)
     source = torch.randint(3, (20, 4), generator=torch.Generator().manual_seed(2))
     wide = replace(prediction, range_spread=spread)
-    less = replace(own(prediction, position), reach=reach).loss(source)
-    more = replace(own(wide, position), reach=reach).loss(source)
-    expected = interval_loss(wide, position, source, reach)
+    less, more = own(prediction, position).loss(source), own(wide, position).loss(source)
+    expected = interval_loss(wide, position, source)
     torch.testing.assert_close((more - less).detach(), expected.detach())
     (gradient,) = torch.autograd.grad(more.sum(), spread)
     assert torch.equal(gradient != 0, expected.detach() != 0)
@@ -209,23 +205,38 @@ def test_intervals_learn_to_hold_nine_in_ten_of_the_ranges_within_reach() -> Non
     assert float((log_spread[1] - log_spread[0]).detach()) == pytest.approx(math.log(5.0), abs=0.1)
 
 
-@pytest.mark.parametrize("cells", [1, 4])
-def test_a_range_that_is_exact_has_a_finite_loss_and_gradient(cells: int) -> None:
+def test_a_range_that_is_exact_has_a_finite_loss_and_gradient() -> None:
     """Also where all cells are one: the posterior then leaves no variance."""
-    prediction = judged_slots(2, 3, cells)
+    prediction = judged_slots(2, 3, 4)
     assert prediction.cells is not None
     prediction.cells[..., 2] = 2.0
     spread = torch.ones(2, 3, dtype=torch.float64, requires_grad=True)
-    position = prediction.cells[:, :, 0].clone()
     wide = replace(prediction, range_spread=spread)
-    if cells > 1:
-        loss = own(wide, position).loss(torch.arange(3).expand(2, 3))
-    else:
-        loss = own(wide, position)._off_interval(position[..., 2])
+    loss = own(wide, prediction.cells[:, :, 0].clone()).loss(torch.arange(3).expand(2, 3))
     loss.sum().backward()
     assert bool(torch.isfinite(loss).all())
     assert spread.grad is not None
     assert bool(torch.isfinite(spread.grad).all())
+
+
+def test_ellipsoids_are_fitted_to_what_is_pointed_at_and_do_not_move_it() -> None:
+    """Directions follow the Huber distance alone, cells the cross-entropy alone."""
+    prediction = judged_slots(6, 4, 24)
+    position = around(prediction, 3)
+    source = torch.randint(3, (6, 4), generator=torch.Generator().manual_seed(2))
+    place = prediction.position.clone().requires_grad_()
+    score = prediction.log_pointer.clone().requires_grad_()
+    spread = torch.ones(6, 4, dtype=torch.float64)
+    whole = own(
+        replace(prediction, position=place, log_pointer=score, range_spread=spread), position
+    )
+    moved, weighed = torch.autograd.grad(whole.loss(source).sum(), (place, score))
+    (expected,) = torch.autograd.grad(whole.cross_entropy(source).sum(), score)
+    torch.testing.assert_close(weighed, expected)
+    truth = position.gather(1, source.unsqueeze(-1).expand(-1, -1, 3))
+    gates = ((place - truth)[..., :2] / GATE).detach()
+    huber = 4.0 * gates.clamp(-0.5, 0.5) / GATE
+    torch.testing.assert_close(moved[..., :2], huber)
 
 
 def test_a_direction_that_is_exact_has_a_finite_loss_and_gradient() -> None:

@@ -12,6 +12,7 @@ from model.shipped import shipped, shipped_for
 from physics import nomp, simulate
 from physics.bootstrap import f1_interval
 from physics.metrics import match
+from tuner.suites import SUITES
 
 NAMES = sorted(shipped())
 
@@ -23,6 +24,17 @@ def test_the_default_network_is_there() -> None:
         CheckpointError, match=r"no shipped network 'other'; there are constant, fluctuating"
     ):
         Localizer.shipped("other")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_loads_and_its_card_counts_its_weights_and_scenes(name: str) -> None:
+    localizer = Localizer.shipped(name)
+    card = (shipped()[name] / "CARD.md").read_text(encoding="utf-8")
+    n_weights = sum(weight.numel() for weight in localizer.network.parameters())
+    assert f"{n_weights:,} weights" in card
+    assert f"{localizer.config.data.train_scenes:,} simulated scenes" in card
+    scenes = simulate(2, localizer.config.scene, generator=torch.Generator().manual_seed(3))
+    assert len(localizer.locate(scenes.y, scenes.H, scenes.codes)) == 2
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -59,9 +71,8 @@ def test_each_finds_more_than_nomp_where_the_model_is_right_and_where_it_is_wron
 ) -> None:
     localizer = Localizer.shipped(name)
     believed = localizer.config.scene
-    ideal = {"element_jitter": 0.0, "phase_error_deg": 0.0, "amplitude_error_db": 0.0}
-    for errors in ({"dropout": 0.0}, {"dropout": 0.1}):
-        scene = believed.model_copy(update={**ideal, **errors, "error_levels": "fixed"})
+    for suite in ("ideal", "dropout", "wavefront"):
+        scene = SUITES[suite].scene(believed)
         scenes = simulate(192, scene, generator=torch.Generator().manual_seed(5))
         known = scenes.known_snr_db
         sources = scenes.position, scenes.present
@@ -69,5 +80,5 @@ def test_each_finds_more_than_nomp_where_the_model_is_right_and_where_it_is_wron
         classical = nomp(scenes.y, scenes.H, scenes.codes, scene=believed, snr_db=known)
         ours, theirs = match(found, *sources), match(classical.detections, *sources)
         # A few hundred scenes tell little of a gain on ideal hardware; 4,000 do (the card).
-        gain = f1_interval(ours, theirs)[0] if errors["dropout"] else ours.f1 - theirs.f1
-        assert gain > 0, (errors, ours.f1, theirs.f1)
+        gain = ours.f1 - theirs.f1 if suite == "ideal" else f1_interval(ours, theirs)[0]
+        assert gain > 0, (suite, ours.f1, theirs.f1)

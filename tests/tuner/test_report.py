@@ -75,6 +75,14 @@ def test_the_page_says_what_was_minimised(tmp_path: Path, objective: str, words:
     assert f"with the lowest {words}" in page_of(tmp_path, "done", objective=objective)
 
 
+def test_the_page_says_with_which_command_the_study_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "over").mkdir()
+    on = f"python -m tuner.run --resume {tmp_path}"
+    assert f"<code>{on}/cut</code>" in page_of(tmp_path / "cut", "done", "running")
+    assert f"<code>{on}/over --trials 40</code>" in page_of(tmp_path / "over", *["done"] * 20)
+
+
 def test_the_page_needs_no_network(tmp_path: Path) -> None:
     text = page_of(tmp_path, "done", "done", "done", "done")
     assert "Plotly.react" in text

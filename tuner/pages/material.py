@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from tuner.config import StudyConfig
     from tuner.folder import RunFolder
+    from tuner.limits import Ended
     from tuner.promotion import Promotion
     from tuner.records import State, TrialRecord
     from tuner.study import Ledger
@@ -37,11 +38,13 @@ class Material:
     evaluation: dict[str, Any] | None = field(default=None, repr=False)  # evaluation.json
     scenes: dict[str, Any] | None = field(default=None, repr=False)  # scenes.json
     place: str = "RUN_DIR"  # the run folder, as one types it in a shell
+    ended: Ended | None = None  # why there is nothing to run, if that is so
     written: datetime = field(default_factory=lambda: datetime.now().astimezone())
 
     @classmethod
     def read(cls, folder: RunFolder, ledger: Ledger) -> Material:
         """Everything that is there now."""
+        from tuner.limits import Limits, why_ended
         from tuner.promotion import open_promotion
         from tuner.records import ranked
 
@@ -56,6 +59,7 @@ class Material:
             _json(folder.evaluation),
             _json(folder.scenes),
             shlex.quote(str(folder.path)),
+            why_ended(ledger, Limits(ledger)),
         )
 
     @property

@@ -174,17 +174,21 @@ def _facts(material: Material) -> Markup:
 
 def _next(material: Material) -> list[tuple[str, str]]:
     """What one does with the study from here on, and the command for it."""
-    place, trials = material.place, material.study.search.trials
+    search, epochs = material.study.search, material.study.training.epochs
+    on, ended = f"python -m tuner.run --resume {material.place}", material.ended
     steps = []
-    if material.counts["running"] or len(material.trials) < trials:
-        steps.append(("Go on, if it was cut", f"python -m tuner.run --resume {place}"))
-    elif material.study.search.scheduler != "pbt" and material.study.search.sampler != "grid":
-        steps.append(("Search on", f"python -m tuner.run --resume {place} --trials {2 * trials}"))
+    if ended is None:
+        steps.append(("Go on, if it was cut", on))
+    elif ended.remedy is not None:
+        lifted = ended.remedy if ended.remedy.startswith("-") else f"--trials {2 * search.trials}"
+        steps.append(("Search on", f"{on} {lifted}"))
     if material.best is not None:
-        steps += [
-            ("Train the winner longer", f"python -m tuner.train --from {place}"),
-            ("Locate with it", f"python -m model.locate SNAPSHOTS --checkpoint {place}/best"),
-        ]
+        promoted = material.promotion is not None and material.promotion.winner() is not None
+        if not promoted and (search.full_epochs or epochs) > epochs:
+            train = f"python -m tuner.train --from {material.place}"
+            steps.append(("Train the winner at full budget", train))
+        locate = f"python -m model.locate SNAPSHOTS --checkpoint {material.place}/best"
+        steps.append(("Locate with it", locate))
     return steps
 
 

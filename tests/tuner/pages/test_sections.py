@@ -13,6 +13,7 @@ import pytest
 
 from tests.tuner.pages.support import material, record
 from tests.tuner.pages.test_chart import content
+from tuner.limits import Ended
 from tuner.pages.failures import failures, numerics
 from tuner.pages.history import history, learning_curves
 from tuner.pages.overview import overview, tiles, winner
@@ -74,18 +75,24 @@ def test_the_overview_puts_the_winner_beside_nomp_with_intervals(tmp_path: Path)
 
 def test_the_overview_says_how_one_goes_on(tmp_path: Path) -> None:
     place = "'my runs'/x"
-    done, cut = [record(n) for n in range(3)], [record(0), record(1, "running")]
-    for run, n_wanted, said, unsaid in (
-        (done, 3, ["--trials 6", "tuner.train --from"], "if it was cut"),
-        (cut, 3, ["if it was cut", "tuner.train --from"], "--trials"),
-        ([record(0, "failed")], 3, ["if it was cut"], "tuner.train"),
-    ):
-        found = material(tmp_path, *run)
-        search = found.study.search.model_copy(update={"trials": n_wanted})
-        study = found.study.model_copy(update={"search": search})
-        text = html.unescape(overview(dataclasses.replace(found, study=study, place=place)))
-        assert f"<code>python -m tuner.run --resume {place}" in text
-        assert all(words in text for words in said), said
+    resume = f"python -m tuner.run --resume {place}"
+    search = material(tmp_path).study.search
+    more = f"{resume} --trials {2 * search.trials}"
+    locate, train = f"--checkpoint {place}/best", f"tuner.train --from {place}"
+    for best, ended, full_epochs, said, unsaid in (
+        (True, Ended("all trials have run", "a larger --trials"), 9, [more, train, locate], "cut"),
+        (True, Ended("the time is up", "--time-budget none"), None,
+         [f"{resume} --time-budget none", locate], "tuner.train"),
+        (True, Ended("every point has run"), 9, [train, locate], "--resume"),
+        (True, None, 9, [resume, "if it was cut", train], "--trials"),
+        (False, None, 9, [resume, "if it was cut"], "--checkpoint"),
+    ):  # fmt: skip
+        found = material(tmp_path, record(0, "done" if best else "failed"))
+        changed = search.model_copy(update={"full_epochs": full_epochs})
+        study = found.study.model_copy(update={"search": changed})
+        text = overview(dataclasses.replace(found, study=study, place=place, ended=ended))
+        text = html.unescape(text)
+        assert all(words in text for words in said), (said, text)
         assert unsaid not in text
 
 
