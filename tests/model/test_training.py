@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor
 
 import model.training as training_module
 from model import Trainer, TrialDiverged, train
-from model.checkpoint import CheckpointError, export_best, read_decision, save_tensors
+from model.checkpoint import Checkpoint, CheckpointError, export_best, read_decision, save_tensors
 from model.decision import Decision
 from physics import nmse
 from tests.model.support import run, weights_of
@@ -378,6 +379,26 @@ def test_a_checkpoint_of_another_configuration_is_refused(tmp_path: Path) -> Non
     trainer.save(tmp_path / "c")
     with pytest.raises(CheckpointError, match="another configuration: seed is 0 there and 5 here"):
         Trainer(tiny_config(seed=5)).load(tmp_path / "c")
+
+
+def test_weights_of_an_earlier_version_are_refused_with_what_they_are(tmp_path: Path) -> None:
+    trainer = Trainer(tiny_config())
+    run(trainer, 1)
+    trainer.save(tmp_path / "c")
+    kept = Checkpoint.load(tmp_path / "c")
+    name, weight = next((n, w) for n, w in kept.tensors["network"].items() if len(w) > 3)
+    fresh = Trainer(tiny_config())
+    before = weights_of(fresh)
+    for changed, said in (
+        ({name: weight[:-2]}, f"{name} is {tuple(weight[:-2].shape)}, expected"),
+        ({"gone": weight}, f"gone is {tuple(weight.shape)}, expected none of that name"),
+    ):
+        network = kept.tensors["network"] | changed
+        replace(kept, tensors=kept.tensors | {"network": network}).save(tmp_path / "old")
+        with pytest.raises(CheckpointError, match=re.escape(said)):
+            fresh.load(tmp_path / "old")
+    after = weights_of(fresh)
+    assert all(torch.equal(after[k], before[k]) for k in before), "nothing is taken over by halves"
 
 
 def test_r_true_of_the_validation_scenes_has_no_error_against_itself() -> None:
