@@ -34,7 +34,6 @@ import optuna
 import torch
 from scipy.stats import spearmanr
 from torch import Tensor
-from torch.nn.functional import binary_cross_entropy_with_logits
 
 from benchmarks._checkpoints import BATCH, HARDWARE, by_nomp, calibration, covariances, drawn, goals
 from benchmarks._timing import save
@@ -43,7 +42,6 @@ from model.config import TrialConfig
 from model.data import Batch
 from model.decision import judge
 from model.decode import detect
-from model.pointing import match_slots
 from model.training import Trainer
 from physics.bootstrap import bootstrap_interval, resampled_f1
 from physics.detections import Detections
@@ -94,38 +92,22 @@ def random_point(study: StudyConfig, number: int) -> TrialConfig:
 
 
 @torch.no_grad()
-def likelihood_and_subspace(trainer: Trainer) -> dict[str, float]:
-    """Validation metrics that no study reports, of a training's averaged weights.
-
-    ``nll`` is a negative log-likelihood, in nats a scene: of which slots hold a source, and of the
-    cell where each of those is that does. ``subspace_error`` is ``1 - ||U_K^H Q||^2 / K`` of the
-    dominant subspace of R_blend. Neither depends on a weight of the loss.
-    """
-    loss, wavefront = trainer.loss, trainer.config.scene.wavefront
+def subspace_error_of(trainer: Trainer) -> float:
+    """Validation subspace error of R_blend, which no study reports, of the averaged weights."""
     validation = trainer.source.validation()
     raw = {name: value.detach().clone() for name, value in trainer.network.named_parameters()}
     trainer._set_weights(trainer.average.weights)
     trainer.network.eval()
-    nll: list[Tensor] = []
     errors: list[Tensor] = []
     for start in range(0, len(validation), BATCH):
         part = validation[slice(start, start + BATCH)]
         features, scenes = trainer._features(part), part.scenes
-        prediction = trainer.network(features)
+        blended = blended_covariance(trainer.network(features), features, trainer.config.blend)
+        wavefront = trainer.config.scene.wavefront
         steering = steering_vector(scenes.position, trainer.array, wavefront)
-        pointing = loss._pointing(prediction, scenes, steering)
-        slot, source = match_slots(prediction, pointing.score(), scenes.present)
-        existence = binary_cross_entropy_with_logits(
-            prediction.existence, slot.to(prediction.existence.dtype), reduction="none"
-        )
-        nll.append((existence + slot * pointing.cross_entropy(source)).sum(-1))
-        blended = blended_covariance(prediction, features, trainer.config.blend)
         errors.append(subspace_error(blended, steering, scenes.present))
     trainer._set_weights(raw)
-    return {
-        "nll": float(torch.cat(nll).double().mean()),
-        "subspace_error": float(torch.cat(errors).double().mean()),
-    }
+    return float(torch.cat(errors).double().mean())
 
 
 def objectives(args: argparse.Namespace) -> dict[str, Any]:
@@ -140,7 +122,7 @@ def objectives(args: argparse.Namespace) -> dict[str, Any]:
         while not trainer.finished:
             metrics = trainer.run_epoch()
             if trainer.epoch == study.search.grace_epochs:
-                known = metrics | likelihood_and_subspace(trainer)
+                known = metrics | {"subspace_error": subspace_error_of(trainer)}
                 early = {name: float(known[name]) for name in METRICS}
         matching = match(located(trainer, batch), *sources)
         rows.append(early | {"final_f1": matching.f1})

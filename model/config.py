@@ -21,26 +21,30 @@ from physics.pursuit import resolvable_sources
 from physics.scene import SceneConfig
 from physics.tikhonov import TikhonovConfig
 
-Objective = Literal["nmse", "f1", "gospa"]
+Objective = Literal["nmse", "f1", "gospa", "nll"]
 OBJECTIVES: dict[Objective, str] = {
     "nmse": "validation NMSE of R_pred",
     "f1": "1 - F1 on the validation scenes",
     "gospa": "validation GOSPA [m]",
+    "nll": "validation negative log-likelihood [nat]",
 }
+_METRICS: dict[Objective, str] = {"nmse": "nmse_pred", "gospa": "gospa", "nll": "nll"}
 
 
 def score(objective: Objective, metrics: Mapping[str, Any]) -> float:
     """What is minimised, of an epoch's validation metrics."""
     if objective == "f1":
         return 1.0 - metrics["f1"]
-    return metrics["gospa" if objective == "gospa" else "nmse_pred"]
+    return metrics[_METRICS[objective]]
 
 
 class TrialConfig(FrozenModel):
     """Everything that decides the result of one training."""
 
     objective: Objective = Field(
-        "nmse", description="what is minimised: NMSE of R_pred, 1 - F1, or GOSPA [m]"
+        "nmse",
+        description="what is minimised: NMSE of R_pred, 1 - F1, GOSPA [m], or the slots' negative "
+        "log-likelihood [nat]",
     )
     seed: int = Field(0, ge=0, description="weights, dropout, shuffling and jitter")
     array: ArrayConfig = ArrayConfig()

@@ -238,6 +238,22 @@ class ScenesLoss:
             matched = match_slots(prediction, score, present)[0].sum()
         return Counts(len(scenes), present.any(-1).sum(), sources, matched)
 
+    @in_full_precision
+    @torch.no_grad()
+    def nll(self, prediction: Prediction, scenes: Scenes) -> Tensor:
+        """Negative log-likelihood (B,) of scenes [nat], free of every weight.
+
+        Of which slots hold a source, and of the cell where each of these sources is. One that no
+        slot may be of costs what the empty slots say.
+        """
+        steering = steering_vector(scenes.position, self.array, self.wavefront)
+        pointing = self._pointing(prediction, scenes, steering)
+        slot, source = match_slots(prediction, pointing.score(), scenes.present)
+        existence = functional.binary_cross_entropy_with_logits(
+            prediction.existence, slot.to(prediction.existence.dtype), reduction="none"
+        )
+        return (existence + torch.where(slot, pointing.cross_entropy(source), 0.0)).sum(-1)
+
     def draw_decoys(self, phase: Phase, generator: torch.Generator) -> Tensor | None:
         """Steering vectors (G', N) of the decoys of a training step.
 

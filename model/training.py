@@ -312,7 +312,8 @@ class Trainer:
         """Score the averaged weights on the validation scenes.
 
         Returns:
-            nmse_pred, nmse_blend, and of the sources that are named count_accuracy (how often
+            nmse_pred, nmse_blend, nll (of the slots, [nat] a scene: :meth:`ScenesLoss.nll`), and of
+            the sources that are named count_accuracy (how often
             their number is right), f1 (within 5 degrees, 5 degrees and 1 m) and gospa [m]. Slots
             with cells of their own are named by the threshold that suits these scenes best;
             those of a dictionary by the peaks of MUSIC on a coarse grid.
@@ -324,7 +325,7 @@ class Trainer:
         self._set_weights(self.average.weights)
         try:
             wavefront = self.config.scene.wavefront
-            pred, blended_error, found, judged = [], [], [], []
+            pred, blended_error, nll, found, judged = [], [], [], [], []
             size = -(-_VALIDATION_BATCH // self.config.training.accumulation)
             for start in range(0, len(scenes), size):
                 index = slice(start, start + size)
@@ -337,6 +338,7 @@ class Trainer:
                 blended_error.append(nmse(blended, truth).double())
                 if not bool(torch.isfinite(blended_error[-1]).all()):
                     continue  # weights that have diverged locate nothing
+                nll.append(self.loss.nll(prediction, batch).double())
                 if prediction.cells is not None:
                     judged.append(judge(prediction, self.config.decision.goal))
                 else:
@@ -355,6 +357,7 @@ class Trainer:
         return {
             "nmse_pred": float(torch.cat(pred).mean()),
             "nmse_blend": float(torch.cat(blended_error).mean()),
+            "nll": float(torch.cat(nll).mean()) if located else math.nan,
             "count_accuracy": matching.count_accuracy if matching else math.nan,
             "f1": matching.f1 if matching else math.nan,
             "gospa": float(gospa(located, *sources).total.mean()) if located else math.nan,

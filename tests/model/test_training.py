@@ -18,7 +18,8 @@ import model.training as training_module
 from model import Trainer, TrialDiverged, train
 from model.checkpoint import Checkpoint, CheckpointError, export_best, read_decision, save_tensors
 from model.decision import Decision
-from physics import nmse
+from model.pointing import match_slots
+from physics import nmse, steering_vector
 from tests.model.support import run, weights_of
 from tests.tiny import tiny_candidate_config, tiny_config
 
@@ -73,7 +74,7 @@ def test_an_interrupted_training_of_candidates_goes_on_bit_for_bit(tmp_path: Pat
 
 
 @pytest.mark.parametrize("family", ["snapshot", "candidate"])
-@pytest.mark.parametrize("objective", ["nmse", "f1", "gospa"])
+@pytest.mark.parametrize("objective", ["nmse", "f1", "gospa", "nll"])
 def test_the_objective_is_the_least_of_what_the_configuration_names(
     family: str, objective: str
 ) -> None:
@@ -89,7 +90,7 @@ def test_the_objective_is_the_least_of_what_the_configuration_names(
     def of(metrics: dict[str, Any]) -> float:
         if objective == "f1":
             return 1.0 - metrics["f1"]
-        return float(metrics["gospa" if objective == "gospa" else "nmse_pred"])
+        return float(metrics["nmse_pred" if objective == "nmse" else objective])
 
     assert record[0]["untrained_objective"] == record[1]["untrained_objective"] == of(before)
     assert record[0]["objective"] == of(record[0])
@@ -379,6 +380,34 @@ def test_a_checkpoint_of_another_configuration_is_refused(tmp_path: Path) -> Non
     trainer.save(tmp_path / "c")
     with pytest.raises(CheckpointError, match="another configuration: seed is 0 there and 5 here"):
         Trainer(tiny_config(seed=5)).load(tmp_path / "c")
+
+
+@pytest.mark.parametrize("make", [tiny_config, tiny_candidate_config])
+def test_the_likelihood_is_that_of_the_averaged_weights_over_all_validation_scenes(
+    make: Any,
+) -> None:
+    config = make(scene={"min_sources": 0})
+    trainer = Trainer(config)
+    run(trainer, 1)
+    found = trainer.validate()["nll"]
+    trainer._set_weights(trainer.average.weights)
+    trainer.network.eval()
+    batch = trainer.source.validation()
+    with torch.no_grad():
+        p = trainer.network(trainer._features(batch))
+    scenes = batch.scenes
+    steering = steering_vector(scenes.position, trainer.array)
+    pointing = trainer.loss._pointing(p, scenes, steering)
+    slot, source = match_slots(p, pointing.score(), scenes.present)
+    apart = pointing.cross_entropy(source)
+    total = 0.0
+    for b in range(len(batch)):
+        for i in range(p.existence.shape[1]):
+            q = 1 / (1 + math.exp(-float(p.existence[b, i])))
+            total -= math.log(q if slot[b, i] else 1 - q)
+            total += float(apart[b, i]) if slot[b, i] else 0.0
+    assert int(slot.sum()) > 5
+    assert found == pytest.approx(total / len(batch), rel=1e-4)
 
 
 def test_weights_of_an_earlier_version_are_refused_with_what_they_are(tmp_path: Path) -> None:

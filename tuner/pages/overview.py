@@ -16,7 +16,7 @@ from tuner.scoretable import signed
 if TYPE_CHECKING:
     from tuner.pages.material import Material
 
-_UNITS = {"nmse": "", "f1": "", "gospa": " m"}
+_UNITS = {"nmse": "", "f1": "", "gospa": " m", "nll": " nat"}
 _SAMPLERS = {
     "tpe": "TPE",
     "random": "chance",
