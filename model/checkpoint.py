@@ -82,6 +82,22 @@ def has_checkpoint(folder: Path) -> bool:
     return (Path(folder) / CHECKPOINT).is_file()
 
 
+def check_shapes(saved: dict[str, Tensor], own: dict[str, Tensor]) -> None:
+    """Refuse weights that are not those of a network, whose own these are.
+
+    Raises:
+        CheckpointError: a name that only one of them has, or another shape.
+    """
+    theirs, ours = ({n: tuple(t.shape) for n, t in side.items()} for side in (saved, own))
+    for name in sorted({*theirs, *ours}):
+        if theirs.get(name) != ours.get(name):
+            raise CheckpointError(
+                f"the weights are of another version's network: {name} is "
+                f"{theirs.get(name, 'missing')}, expected "
+                f"{ours.get(name, 'none of that name')}; train it anew"
+            )
+
+
 def save_tensors(
     path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
 ) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from model.adjustment import first_difference, lasting, undivided
 from model.blending import blended_covariance, jittered_beta
-from model.checkpoint import Checkpoint, CheckpointError, has_checkpoint
+from model.checkpoint import Checkpoint, CheckpointError, check_shapes, has_checkpoint
 from model.config import TrialConfig, score
 from model.cost import trial_flops
 from model.data import Batch, open_source
@@ -313,9 +313,9 @@ class Trainer:
 
         Returns:
             nmse_pred, nmse_blend, nll (of the slots, [nat] a scene: :meth:`ScenesLoss.nll`), and of
-            the sources that are named count_accuracy (how often
-            their number is right), f1 (within 5 degrees, 5 degrees and 1 m) and gospa [m]. Slots
-            with cells of their own are named by the threshold that suits these scenes best;
+            the sources that are named count_accuracy (how often their number is right), f1 (within
+            5 degrees, 5 degrees and 1 m) and gospa [m]. Slots with cells of their own are named by
+            the threshold that suits these scenes best;
             those of a dictionary by the peaks of MUSIC on a coarse grid.
         """
         self.network.eval()
@@ -440,15 +440,7 @@ class Trainer:
     def _take_over(self, checkpoint: Checkpoint) -> None:
         """What the next step needs of the last."""
         state = checkpoint.state
-        saved = {name: tuple(t.shape) for name, t in checkpoint.tensors["network"].items()}
-        own = {name: tuple(p.shape) for name, p in self.network.named_parameters()}
-        for name in sorted({*saved, *own}):
-            if saved.get(name) != own.get(name):
-                raise CheckpointError(
-                    f"the weights are of another version's network: {name} is "
-                    f"{saved.get(name, 'missing')}, expected {own.get(name, 'none of that name')}; "
-                    "train it anew"
-                )
+        check_shapes(checkpoint.tensors["network"], dict(self.network.named_parameters()))
         self._set_weights(checkpoint.tensors["network"])
         self.average.load(checkpoint.tensors["average"], state["average_steps"])
         self._load_moments(checkpoint.tensors.get("optimizer", {}))
