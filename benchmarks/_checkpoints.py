@@ -14,7 +14,7 @@ from model.config import TrialConfig
 from model.data import Batch, Split, simulate_split
 from model.decision import Judged, choose, judge
 from model.features import Features, compute_features
-from model.front_end import FrontEnd
+from model.front_end import CandidateSearch
 from model.localizer import Localizer
 from model.pointing import OwnCells, match_slots
 from model.prediction import Prediction
@@ -42,7 +42,7 @@ def drawn(config: TrialConfig, split: Split, n_scenes: int) -> Batch:
 
     Those of the split ``test`` no training and no validation draws.
     """
-    front_end = FrontEnd.of(config)
+    front_end = CandidateSearch.of(config)
     parts: list[Batch] = []
     array = config.array.build()
     for scenes in simulate_split(config.data, config.scene, array, split, n_scenes):

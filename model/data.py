@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -15,7 +15,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from model.front_end import FrontEnd
+from model.front_end import CandidateSearch, Chunks, Images, Imaging
 from model.plugin import ImportPath, PluginError, simulator_of
 from model.shards import SPLITS, DataError, ShardSplit, refuse_leaks
 from physics.candidates import Candidates
@@ -50,7 +50,12 @@ class DataConfig(FrozenModel):
         None, description="package.module:function that makes scenes; null: physics.simulate"
     )
     cache: Path | None = Field(
-        None, description="folder of candidates that trials share; null: the user's cache"
+        None, description="folder of candidates and images that trials share; null: the user's"
+    )
+    keep_images: bool = Field(
+        True,
+        description="spectra of scenes that are the same in every epoch are computed once and "
+        "kept; not in a study that searches what they depend on",
     )
 
 
@@ -61,25 +66,31 @@ class Batch:
     scenes: Scenes
     snr_db: Tensor  # (B,) real; NaN where it is hidden, -inf where there is no signal
     candidates: Candidates | None = None  # of the networks that judge them
+    images: Images | None = None  # what is kept of the spectra that the network reads
 
     def __len__(self) -> int:
         return len(self.scenes)
 
     def __getitem__(self, index: slice | Tensor) -> Batch:
         """Some of the scenes."""
-        found = self.candidates
+        found, images = self.candidates, self.images
         return Batch(
-            self.scenes[index], self.snr_db[index], None if found is None else found[index]
+            self.scenes[index],
+            self.snr_db[index],
+            None if found is None else found[index],
+            None if images is None else images[index],
         )
 
     @staticmethod
     def concatenate(parts: list[Batch]) -> Batch:
         """One batch of several, in order."""
         found = [part.candidates for part in parts if part.candidates is not None]
+        images = [part.images for part in parts if part.images is not None]
         return Batch(
             Scenes.concatenate([part.scenes for part in parts]),
             torch.cat([part.snr_db for part in parts]),
             Candidates.concatenate(found) if found else None,
+            Images.concatenate(images) if images else None,
         )
 
 
@@ -154,34 +165,70 @@ def _check_simulated(path: str, scenes: Scenes, scene: SceneConfig, array: Plana
             raise PluginError(f"{path}: made {name} of shape {found}; expected {shape}")
 
 
-class _Examiner:
-    """Makes batches of scenes: hides the SNR of some, and finds the candidates of all."""
+class FrontEnds:
+    """What is known of scenes beside the measurement: the SNR of some, candidates, images.
 
-    def __init__(self, config: DataConfig, front_end: FrontEnd | None, hidden: float) -> None:
-        self.seed, self.front_end, self.hidden = config.seed, front_end, hidden
+    Args:
+        config: the trial.
+        dictionary: of its network; None: no images are kept.
+    """
 
-    def __call__(self, scenes: Scenes, split: Split, epoch: int, chunk: int) -> Batch:
-        """The batch of one chunk of a split, always the same."""
+    def __init__(self, config: TrialConfig, dictionary: Tensor | None = None) -> None:
+        self.seed, self.hidden = config.data.seed, config.training.snr_dropout
+        self._search = CandidateSearch.of(config)
+        self._imaging = None if dictionary is None else Imaging.of(config, dictionary)
+
+    @property
+    def wanted(self) -> bool:
+        """Whether anything is computed of scenes, and kept."""
+        return self._search is not None or self._imaging is not None
+
+    def examine(self, scenes: Scenes, split: Split, epoch: int, chunk: int) -> Batch:
+        """A batch of one chunk of a split, always the same."""
         snr_db = scenes.known_snr_db
         if split == "train" and self.hidden:
             sequence = np.random.SeedSequence(self.seed, spawn_key=(4, epoch, chunk))
             drawn = np.random.default_rng(sequence).random(len(scenes)) < self.hidden
             snr_db = snr_db.masked_fill(torch.from_numpy(drawn).to(snr_db.device), torch.nan)
-        if self.front_end is None:
+        if self._search is None:
             return Batch(scenes, snr_db)
-        found = self.front_end(scenes.y, scenes.H, scenes.codes, snr_db)
+        found = self._search(scenes.y, scenes.H, scenes.codes, snr_db)
         return Batch(scenes, snr_db, found)
 
-    def every(self, chunks: list[Scenes], split: Split) -> Batch:
-        """All chunks of a fixed set as one batch.
+    def images(self, scenes: Scenes) -> Images | None:
+        """What is kept of scenes that are the same in every epoch."""
+        if self._imaging is None:
+            return None
+        return self._imaging(scenes.y, scenes.H, scenes.codes, scenes.snr_db)
 
-        Processes begin at different chunks: those that look for candidates of the same scenes at
-        the same time share the work.
+    def fixed(self, chunks: list[Scenes], split: Split) -> FixedScenes:
+        """All chunks of a set that is the same in every epoch.
+
+        Processes begin at different chunks: those that compute for the same scenes at the same
+        time share the work.
         """
         first = os.getpid() % len(chunks)
         order = [*range(first, len(chunks)), *range(first)]
-        found = {index: self(chunks[index], split, 0, index) for index in order}
-        return Batch.concatenate([found[index] for index in range(len(chunks))])
+        found = {i: (self.examine(chunks[i], split, 0, i), self.images(chunks[i])) for i in order}
+        in_order = [found[index] for index in range(len(chunks))]
+        images = [kept for _, kept in in_order if kept is not None]
+        return FixedScenes(
+            Batch.concatenate([batch for batch, _ in in_order]),
+            Chunks(images, CHUNK) if images else None,
+        )
+
+
+@dataclass(frozen=True)
+class FixedScenes:
+    """Scenes that are the same in every epoch; their images stay where they are kept."""
+
+    batch: Batch
+    images: Chunks[Images] | None
+
+    def __getitem__(self, index: Tensor) -> Batch:
+        """Some of the scenes."""
+        chosen = self.batch[index]
+        return chosen if self.images is None else replace(chosen, images=self.images[index])
 
 
 class SimulatedScenes:
@@ -193,14 +240,13 @@ class SimulatedScenes:
         scene: SceneConfig,
         array: PlanarArray,
         device: torch.device,
-        front_end: FrontEnd | None = None,
-        hidden: float = 0.0,
+        front_ends: FrontEnds,
     ) -> None:
         self.config, self.scene, self.array, self.device = config, scene, array, device
         # Codes of a simulator of the user's own may have any amplitude.
         self.unit_modulus: bool | None = True if config.simulator is None else None
-        self._examine = _Examiner(config, front_end, hidden)
-        self._fixed: Batch | None = None
+        self._front_ends = front_ends
+        self._fixed: FixedScenes | None = None
         self._validation: Batch | None = None
 
     def n_batches(self, batch_size: int) -> int:
@@ -210,14 +256,14 @@ class SimulatedScenes:
         n_scenes = self.config.train_scenes
         if not self.config.fresh:
             if self._fixed is None:
-                self._fixed = self._examine.every(list(self._simulate(0)), "train")
+                self._fixed = self._front_ends.fixed(list(self._simulate(0)), "train")
             order = _shuffle(n_scenes, epoch, seed).to(self.device)
             for start in range(0, n_scenes, batch_size):
                 yield self._fixed[order[start : start + batch_size]]
             return
         pending: Batch | None = None
         for index, scenes in enumerate(self._simulate(epoch)):
-            chunk = self._examine(scenes, "train", epoch, index)
+            chunk = self._front_ends.examine(scenes, "train", epoch, index)
             pending = chunk if pending is None else Batch.concatenate([pending, chunk])
             while len(pending) >= batch_size:
                 yield pending[slice(0, batch_size)]
@@ -230,7 +276,8 @@ class SimulatedScenes:
             scenes = _simulated_validation(self.config, self.scene, self.array)
             starts = range(0, len(scenes), CHUNK)
             chunks = [scenes[slice(start, start + CHUNK)].to(self.device) for start in starts]
-            self._validation = self._examine.every(chunks, "val")
+            fixed = self._front_ends.fixed(chunks, "val")
+            self._validation = fixed[torch.arange(len(scenes), device=self.device)]
         return self._validation
 
     def _simulate(self, epoch: int) -> Iterator[Scenes]:
@@ -257,24 +304,26 @@ class ShardScenes:
         scene: SceneConfig,
         array: PlanarArray,
         device: torch.device,
-        front_end: FrontEnd | None = None,
-        hidden: float = 0.0,
+        front_ends: FrontEnds,
     ) -> None:
         self.config, self.device = config, device
         self.train = open_split(config, scene, array, "train")
         self.val = open_split(config, scene, array, "val")
         check_convention([self.train, self.val])
-        self._examine = _Examiner(config, front_end, hidden)
+        self._front_ends = front_ends
         count = min(len(self.val), config.val_scenes)
-        self._validation = Batch.concatenate(list(self._chunks("val", count)))
-        # What is kept of the training scenes is small; they themselves stay on disk.
-        self._known: tuple[Tensor, Candidates] | None = None
-        if front_end is not None:
-            known = [(b.snr_db, b.candidates) for b in self._chunks("train", len(self.train))]
-            self._known = (
-                torch.cat([snr_db for snr_db, _ in known]),
-                Candidates.concatenate([found for _, found in known if found is not None]),
-            )
+        self._validation = Batch.concatenate(list(self._kept("val", count)))
+        # What is known of the training scenes is small or in files; they themselves stay on disk.
+        snr_db: list[Tensor] = []
+        found: list[Candidates] = []
+        images: list[Images] = []
+        if front_ends.wanted:
+            for batch in self._kept("train", len(self.train)):
+                snr_db.append(batch.snr_db)
+                found += [] if batch.candidates is None else [batch.candidates]
+                images += [] if batch.images is None else [batch.images]
+        self._known = (torch.cat(snr_db), Candidates.concatenate(found)) if found else None
+        self._images = Chunks(images, CHUNK) if images else None
 
     def n_batches(self, batch_size: int) -> int:
         return -(-min(len(self.train), self.config.train_scenes) // batch_size)
@@ -284,21 +333,25 @@ class ShardScenes:
         for number, start in enumerate(range(0, len(order), batch_size)):
             index = order[start : start + batch_size]
             scenes = self.train.read(index.numpy()).to(self.device)
+            here = index.to(self.device)
             if self._known is None:
-                yield self._examine(scenes, "train", epoch, number)
+                batch = self._front_ends.examine(scenes, "train", epoch, number)
             else:
                 snr_db, found = self._known
-                here = index.to(self.device)
-                yield Batch(scenes, snr_db[here], found[here])
+                batch = Batch(scenes, snr_db[here], found[here])
+            yield batch if self._images is None else replace(batch, images=self._images[here])
 
     def validation(self) -> Batch:
         return self._validation
 
-    def _chunks(self, split: Split, count: int) -> Iterator[Batch]:
-        shards = self.train if split == "train" else self.val
+    def _kept(self, split: Split, count: int) -> Iterator[Batch]:
+        """Chunks of a split with all that is kept of them."""
+        shards, front_ends = self.train if split == "train" else self.val, self._front_ends
         for start in range(0, count, CHUNK):
             index = np.arange(start, min(start + CHUNK, count), dtype=np.int64)
-            yield self._examine(shards.read(index).to(self.device), split, 0, start)
+            scenes = shards.read(index).to(self.device)
+            batch = front_ends.examine(scenes, split, 0, start)
+            yield replace(batch, images=front_ends.images(scenes))
 
 
 def _shuffle(count: int, epoch: int, seed: int) -> Tensor:
@@ -353,16 +406,22 @@ def check_convention(splits: list[ShardSplit], per_shard: int = 4) -> None:
                 )
 
 
-def open_source(config: TrialConfig, device: torch.device) -> SceneSource:
+def open_source(
+    config: TrialConfig, device: torch.device, dictionary: Tensor | None = None
+) -> SceneSource:
     """The scenes of a trial.
+
+    Args:
+        config: the trial.
+        device: of its scenes.
+        dictionary: (G, N) of its network, whose spectra are then kept; None: none are.
 
     Raises:
         DataError: shards that cannot be used.
     """
     array = config.array.build()
     kind = SimulatedScenes if config.data.shards is None else ShardScenes
-    hidden = config.training.snr_dropout
-    return kind(config.data, config.scene, array, device, FrontEnd.of(config), hidden)
+    return kind(config.data, config.scene, array, device, FrontEnds(config, dictionary))
 
 
 def check_data(config: TrialConfig) -> str:

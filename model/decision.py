@@ -14,6 +14,7 @@ from model.ranging import REACH, Goal, named_range
 from physics.config import FrozenModel
 from physics.detections import Detections
 from physics.metrics import Matching, Tolerance, gospa, match, squared_mahalanobis
+from physics.rows import Rows
 from physics.scene import Scenes
 
 _LEVEL = 0.9  # of the ellipsoids that are calibrated
@@ -42,19 +43,13 @@ class Decision:
 
 
 @dataclass(frozen=True)
-class Judged:
+class Judged(Rows):
     """Candidates of B scenes as a decision sees them."""
 
     position: Tensor  # (B, r, 3) azimuth, elevation [rad], range [m]
     covariance: Tensor  # (B, r, 3, 3) of its errors
     score: Tensor  # (B, r) in [0, 1]
     probability: Tensor  # (B, r) that a source stands in its direction
-
-    @staticmethod
-    def concatenate(parts: list[Judged]) -> Judged:
-        """One batch of several, in order."""
-        names = ("position", "covariance", "score", "probability")
-        return Judged(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
 
     def named(self, decision: Decision) -> Detections:
         """The candidates above the threshold."""

@@ -52,6 +52,7 @@ def compute_features(
     unit_modulus: bool | None = None,
     candidates: Candidates | None = None,
     spectra: tuple[Spectrum, ...] = ("incoherent", "coherent"),
+    spectrum: Tensor | None = None,
 ) -> Features:
     """Ridge solutions and their spectra over a dictionary of positions.
 
@@ -70,21 +71,39 @@ def compute_features(
         unit_modulus: what is known of the codes; None looks.
         candidates: of the same scenes, where the network judges them.
         spectra: those that are computed, in their order.
+        spectrum: (B, S, G) of :func:`compute_spectra`, where it is known already.
     """
     ridge, report = solve_unchecked(
         y, H, codes, tikhonov.regularization, tikhonov.solver, unit_modulus
     )
     ridge, y, H = _unit_power(ridge), _unit_power(y), _unit_power(H)
+    if spectrum is None:
+        spectrum = _log_spectra(ridge, dictionary, spectra)
     return Features(
         ridge=ridge,
         codes=codes,
         y=y,
         H=H,
-        spectrum=_log_spectra(ridge, dictionary, spectra),
+        spectrum=spectrum,
         snr_db=snr_db,
         n_fallbacks=report.n_fallbacks,
         candidates=candidates,
     )
+
+
+@in_full_precision
+@torch.no_grad()
+def compute_spectra(
+    y: Tensor,
+    H: Tensor,
+    codes: Tensor,
+    dictionary: Tensor,
+    tikhonov: TikhonovConfig,
+    spectra: tuple[Spectrum, ...],
+) -> Tensor:
+    """The spectra (B, S, G) of :func:`compute_features` alone, by the same arguments."""
+    ridge, _ = solve_unchecked(y, H, codes, tikhonov.regularization, tikhonov.solver)
+    return _log_spectra(_unit_power(ridge), dictionary, spectra)
 
 
 def _log_spectra(ridge: Tensor, dictionary: Tensor, wanted: tuple[Spectrum, ...]) -> Tensor:

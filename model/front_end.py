@@ -1,4 +1,4 @@
-"""Candidates of scenes, computed once for all trials of a machine."""
+"""What is computed of scenes before a network sees them, once for all trials of a machine."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import hashlib
 import json
 import logging
 import os
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 from filelock import FileLock
@@ -15,58 +17,65 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from model.features import Spectrum, compute_spectra
 from model.files import replacing
 from physics.candidates import VERSION, CandidateConfig, Candidates, find_candidates
 from physics.geometry import PlanarArray
+from physics.rows import Rows
 from physics.scene import SceneConfig
+from physics.tikhonov import TikhonovConfig
 
 if TYPE_CHECKING:
     from model.config import TrialConfig
 
 log = logging.getLogger(__name__)
 
+R = TypeVar("R", bound=Rows)
+
 
 def default_cache() -> Path:
-    """``$XDG_CACHE_HOME/ristune/candidates``, by default below ``~/.cache``."""
+    """``$XDG_CACHE_HOME/ristune``, by default below ``~/.cache``."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "ristune" / "candidates"
+    return Path(base) / "ristune"
 
 
-class FrontEnd:
-    """Finds the candidates of scenes, or reads what an earlier call has found.
+class FrontEnd(ABC, Generic[R]):
+    """Computes something of scenes, or reads what an earlier call has computed.
 
-    A file holds the candidates of one call. Its name is a hash of the measurements and of every
-    setting that they depend on, so that no change of data or configuration can meet the wrong
-    one; weights, losses and schedules are no part of it, and all trials of a study share it. A
-    trial that asks for what another one is computing waits for it. Files are memory-mapped.
+    A file holds the result of one call. Its name is a hash of the measurements and of every
+    setting that the result depends on, so that no change of data or configuration can meet the
+    wrong one; weights, losses and schedules are no part of it, and all trials of a study share
+    it. A trial that asks for what another one is computing waits for it. Files are memory-mapped.
 
     Args:
-        config: how candidates are found.
-        array: the nominal surface.
-        scene: the nominal model: field of view, wavefront, source mode and the most sources.
         cache: folder of the files; None keeps nothing.
     """
 
-    def __init__(
-        self,
-        config: CandidateConfig,
-        array: PlanarArray,
-        scene: SceneConfig,
-        cache: Path | None = None,
-    ) -> None:
-        self.config, self.array, self.scene, self.cache = config, array, scene, cache
+    folder: str  # below the cache of all front ends, and what its files hold in words
 
-    @classmethod
-    def of(cls, config: TrialConfig, *, keep: bool = True) -> FrontEnd | None:
-        """What a trial's network needs; None where ridge solutions are enough."""
-        wanted = config.network.front_end
-        if wanted is None:
-            return None
-        cache = (config.data.cache or default_cache()) if keep else None
-        return cls(wanted, config.array.build(), config.scene, cache)
+    def __init__(self, cache: Path | None = None) -> None:
+        self.cache = cache
 
-    def __call__(self, y: Tensor, H: Tensor, codes: Tensor, snr_db: Tensor) -> Candidates:
-        """Candidates of B scenes, on the device of y.
+    @abstractmethod
+    def compute(self, y: Tensor, H: Tensor, codes: Tensor, snr_db: Tensor) -> R:
+        """The result of a call, computed anew."""
+
+    @abstractmethod
+    def read(self, tensors: dict[str, Tensor]) -> R:
+        """The result of a call that a file holds."""
+
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """All that the result depends on beside the measurement."""
+
+    def measurement(
+        self, y: Tensor, H: Tensor, codes: Tensor, snr_db: Tensor
+    ) -> tuple[Tensor, ...]:
+        """What the result depends on of a measurement."""
+        return y, H, codes, snr_db
+
+    def __call__(self, y: Tensor, H: Tensor, codes: Tensor, snr_db: Tensor) -> R:
+        """The result for B scenes, on the device of y.
 
         Args:
             y: (B, L, M) complex.
@@ -75,29 +84,80 @@ class FrontEnd:
             snr_db: (B,) real [dB]; NaN where it is not known.
         """
         if self.cache is None:
-            return self._find(y, H, codes, snr_db)
+            return self.compute(y, H, codes, snr_db)
         path = self.cache / f"{self._name(y, H, codes, snr_db)}.safetensors"
-        kept: Candidates | None = None
+        kept: R | None = None
         try:
             self.cache.mkdir(parents=True, exist_ok=True)
             lock = FileLock(path.with_suffix(".lock"))
             with lock:
-                kept = _read(path)
+                kept = self._kept(path)
                 if kept is None:
-                    kept = self._find(y, H, codes, snr_db)
+                    kept = self.compute(y, H, codes, snr_db)
                     tensors = {n: t.contiguous().cpu() for n, t in kept.tensors().items()}
                     with replacing(path) as fresh:
                         save_file(tensors, fresh)
             Path(lock.lock_file).unlink(missing_ok=True)
         except (OSError, SafetensorError) as error:  # the latter of a full disk
-            log.warning("candidates are not kept in %s: %s", self.cache, error)
+            log.warning("%s are not kept in %s: %s", self.folder, self.cache, error)
             self.cache = None
         if kept is None:
-            kept = self._find(y, H, codes, snr_db)
+            kept = self.compute(y, H, codes, snr_db)
         return kept.to(y.device)
 
+    def _kept(self, path: Path) -> R | None:
+        """What a file holds; nothing where it is missing or damaged."""
+        if not path.exists():
+            return None
+        try:
+            return self.read(load_file(path))
+        except (SafetensorError, TypeError) as error:
+            log.warning("%s is damaged and computed anew: %s", path, error)
+            return None
+
     def _name(self, *measurement: Tensor) -> str:
-        settings = {
+        settings = json.dumps(self.settings(), sort_keys=True)
+        digest = hashlib.blake2b(settings.encode(), digest_size=20)
+        for tensor in self.measurement(*measurement):
+            digest.update(str((tensor.dtype, tuple(tensor.shape))).encode())
+            values = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+            digest.update(values.detach().cpu().contiguous().numpy().data)
+        return digest.hexdigest()
+
+
+class CandidateSearch(FrontEnd[Candidates]):
+    """Finds the candidates of scenes.
+
+    Args:
+        config: how candidates are found.
+        array: the nominal surface.
+        scene: the nominal model: field of view, wavefront, source mode and the most sources.
+        cache: see :class:`FrontEnd`.
+    """
+
+    folder = "candidates"
+
+    def __init__(
+        self,
+        config: CandidateConfig,
+        array: PlanarArray,
+        scene: SceneConfig,
+        cache: Path | None = None,
+    ) -> None:
+        super().__init__(cache)
+        self.config, self.array, self.scene = config, array, scene
+
+    @classmethod
+    def of(cls, config: TrialConfig, *, keep: bool = True) -> CandidateSearch | None:
+        """What a trial's network needs; None where it judges no candidates."""
+        wanted = config.network.front_end
+        if wanted is None:
+            return None
+        cache = _cache_of(config, cls.folder) if keep else None
+        return cls(wanted, config.array.build(), config.scene, cache)
+
+    def settings(self) -> dict[str, Any]:
+        return {
             "version": VERSION,
             "candidates": self.config.model_dump(mode="json"),
             "array": repr(self.array),
@@ -113,14 +173,11 @@ class FrontEnd:
                 )
             },
         }
-        digest = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=20)
-        for tensor in measurement:
-            digest.update(str((tensor.dtype, tuple(tensor.shape))).encode())
-            values = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
-            digest.update(values.detach().cpu().contiguous().numpy().data)
-        return digest.hexdigest()
 
-    def _find(self, y: Tensor, H: Tensor, codes: Tensor, snr_db: Tensor) -> Candidates:
+    def read(self, tensors: dict[str, Tensor]) -> Candidates:
+        return Candidates(**tensors)
+
+    def compute(self, y: Tensor, H: Tensor, codes: Tensor, snr_db: Tensor) -> Candidates:
         """The pursuit is told the noise in some scenes, and estimates it in the others."""
         known = ~torch.isnan(snr_db)
         parts: list[Candidates] = []
@@ -141,12 +198,88 @@ class FrontEnd:
         return Candidates.concatenate(parts)[back]
 
 
-def _read(path: Path) -> Candidates | None:
-    """What a file holds; nothing where it is missing or damaged."""
-    if not path.exists():
-        return None
-    try:
-        return Candidates(**load_file(path))
-    except (SafetensorError, TypeError) as error:
-        log.warning("%s is damaged and computed anew: %s", path, error)
-        return None
+@dataclass(frozen=True)
+class Images(Rows):
+    """Spectra of B scenes over the dictionary of a network."""
+
+    spectrum: Tensor  # (B, S, G), see model.features.Features
+
+
+class Imaging(FrontEnd[Images]):
+    """Computes the spectra that a network reads.
+
+    Args:
+        spectra: which, in their order.
+        dictionary: (G, N) complex steering vectors.
+        tikhonov: how the ridge solutions are computed.
+        cache: see :class:`FrontEnd`.
+    """
+
+    folder = "images"
+    version = 1  # raised when spectra of the same scenes change
+
+    def __init__(
+        self,
+        spectra: tuple[Spectrum, ...],
+        dictionary: Tensor,
+        tikhonov: TikhonovConfig,
+        cache: Path | None = None,
+    ) -> None:
+        super().__init__(cache)
+        self.spectra, self.dictionary, self.tikhonov = spectra, dictionary, tikhonov
+
+    @classmethod
+    def of(cls, config: TrialConfig, dictionary: Tensor) -> Imaging | None:
+        """What a trial keeps of its spectra over its network's dictionary; None: nothing."""
+        spectra = config.network.spectra
+        if not spectra or not config.data.keep_images:
+            return None
+        return cls(spectra, dictionary, config.tikhonov, _cache_of(config, cls.folder))
+
+    def settings(self) -> dict[str, Any]:
+        dictionary = torch.view_as_real(self.dictionary.resolve_conj()).cpu().contiguous()
+        return {
+            "version": self.version,
+            "spectra": self.spectra,
+            "dictionary": hashlib.blake2b(dictionary.numpy().data, digest_size=20).hexdigest(),
+            "tikhonov": self.tikhonov.model_dump(mode="json"),
+        }
+
+    def measurement(
+        self, y: Tensor, H: Tensor, codes: Tensor, snr_db: Tensor
+    ) -> tuple[Tensor, ...]:
+        return y, H, codes
+
+    def read(self, tensors: dict[str, Tensor]) -> Images:
+        return Images(**tensors)
+
+    def compute(self, y: Tensor, H: Tensor, codes: Tensor, snr_db: Tensor) -> Images:
+        return Images(compute_spectra(y, H, codes, self.dictionary, self.tikhonov, self.spectra))
+
+
+def _cache_of(config: TrialConfig, folder: str) -> Path:
+    return (config.data.cache or default_cache()) / folder
+
+
+class Chunks(Generic[R]):
+    """What was computed of consecutive chunks of scenes, by scene.
+
+    Of chunks that lie in files no more is read than is asked for.
+
+    Args:
+        parts: of the chunks, each of ``size`` scenes but the last.
+        size: scenes of a chunk.
+    """
+
+    def __init__(self, parts: list[R], size: int) -> None:
+        self.parts, self.size = parts, size
+
+    def __getitem__(self, index: Tensor) -> R:
+        """Of the scenes (n,) int64."""
+        chunk = index // self.size
+        order = chunk.argsort(stable=True)
+        found = [
+            self.parts[number][index[chunk == number] - number * self.size]
+            for number in chunk.unique().tolist()
+        ]
+        return type(found[0]).concatenate(found)[order.argsort()]

@@ -21,7 +21,7 @@ from model.config import TrialConfig
 from model.decision import Decision, judge
 from model.decode import detect
 from model.features import Features, compute_features
-from model.front_end import FrontEnd
+from model.front_end import CandidateSearch
 from model.network import build_network
 from model.prediction import Prediction, SourceNetwork
 from model.shipped import shipped
@@ -76,7 +76,7 @@ class Localizer:
         self.array = config.array.build()
         self.grid = grid or PolarGrid.covering(config.scene)
         self.decision = decision or Decision(config.decision.goal)
-        self._front_end = FrontEnd.of(config, keep=False)
+        self._front_end = CandidateSearch.of(config, keep=False)
 
     @classmethod
     def load(cls, folder: Path | str, device: torch.device | str = "cpu") -> Localizer:

@@ -78,9 +78,9 @@ class Trainer:
             keep_freed_memory()
         self.array = config.array.build()
         self.grid = pursuit_grid(config.scene, self.array)
-        self.source = open_source(config, self.device)
         self._seed_epoch(0)
         self.network = build_network(config.network, config.scene, self.array).to(self.device)
+        self.source = open_source(config, self.device, self.network.dictionary)
         self.average = WeightAverage(self.network, config.training.ema_decay)
         self.optimizer = make_optimizer(self.network, config.training, self.device)
         self.amp = AmpPolicy(config.precision, self.device)
@@ -193,6 +193,7 @@ class Trainer:
             unit_modulus=self.source.unit_modulus,
             candidates=batch.candidates,
             spectra=self.config.network.spectra,
+            spectrum=None if batch.images is None else batch.images.spectrum,
         )
 
     def _train_epoch(self) -> dict[str, float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from pydantic import Field
@@ -15,6 +15,7 @@ from physics.geometry import PlanarArray
 from physics.order import conditional_deviance, symbol_powers
 from physics.precision import in_full_precision
 from physics.pursuit import PursuitConfig, Search
+from physics.rows import Rows
 from physics.scaling import power
 from physics.scene import SceneConfig
 from physics.steering import steering_vector
@@ -37,7 +38,7 @@ class CandidateConfig(FrozenModel):
 
 
 @dataclass(frozen=True)
-class Candidates:
+class Candidates(Rows):
     """Candidate sources of B scenes in the order in which the pursuit took them.
 
     Nothing here depends on the scale of y, H or codes: powers are relative to the noise.
@@ -55,27 +56,6 @@ class Candidates:
     range_evidence: Tensor  # (B, P, S) log-likelihood ratio with the source in the cell
     deviance: Tensor  # (B, P + 1) twice the negative log-likelihood of the first 0..P
     misfit: Tensor  # (B,) residual's power over the noise
-
-    def __len__(self) -> int:
-        return self.coordinates.shape[0]
-
-    def __getitem__(self, index: Tensor | slice) -> Candidates:
-        """Some of the scenes."""
-        return Candidates(**{name: value[index] for name, value in self.tensors().items()})
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Every field by its name."""
-        return {f.name: getattr(self, f.name) for f in fields(self)}
-
-    def to(self, device: torch.device | str) -> Candidates:
-        """The same candidates on another device."""
-        return Candidates(**{name: value.to(device) for name, value in self.tensors().items()})
-
-    @staticmethod
-    def concatenate(parts: list[Candidates]) -> Candidates:
-        """One batch of several, in order."""
-        names = [f.name for f in fields(Candidates)]
-        return Candidates(**{n: torch.cat([getattr(part, n) for part in parts]) for n in names})
 
 
 @in_full_precision

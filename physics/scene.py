@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from typing import Literal, Self
 
 import torch
@@ -14,6 +14,7 @@ from physics.codebook import Codebook
 from physics.config import FrozenModel
 from physics.covariance import LowRankCovariance, source_covariance
 from physics.geometry import PlanarArray
+from physics.rows import Rows
 from physics.steering import Wavefront, steering_vector
 
 SourceMode = Literal["fluctuating", "constant"]
@@ -97,7 +98,7 @@ class SceneConfig(FrozenModel):
 
 
 @dataclass(frozen=True)
-class Scenes:
+class Scenes(Rows):
     """A batch of scenes with their truth.
 
     ``position`` holds azimuth, elevation [rad] and range [m]; slots from ``n_sources`` on have
@@ -113,9 +114,6 @@ class Scenes:
     n_sources: Tensor  # (B,) int64
     snr_db: Tensor  # (B,) real
 
-    def __len__(self) -> int:
-        return self.y.shape[0]
-
     @property
     def present(self) -> Tensor:
         """(B, K) bool: which slots hold a source."""
@@ -130,29 +128,6 @@ class Scenes:
     def covariance(self, array: PlanarArray, wavefront: Wavefront) -> LowRankCovariance:
         """R_true = sum p_k a_k a_k^H on the nominal manifold, trace N; identity without sources."""
         return source_covariance(steering_vector(self.position, array, wavefront), self.power)
-
-    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Scenes:
-        """The same scenes on another device."""
-        return self._map(lambda t: t.to(device, non_blocking=non_blocking))
-
-    def __getitem__(self, index: slice | Tensor) -> Scenes:
-        return self._map(lambda t: t[index])
-
-    def _map(self, function) -> Scenes:  # type: ignore[no-untyped-def]
-        return replace(self, **{f.name: function(getattr(self, f.name)) for f in fields(self)})
-
-    @staticmethod
-    def concatenate(parts: list[Scenes]) -> Scenes:
-        """One batch of several, in order.
-
-        Raises:
-            ValueError: nothing given.
-        """
-        if not parts:
-            raise ValueError("no scenes to concatenate; at least one batch needed")
-        return Scenes(
-            **{f.name: torch.cat([getattr(p, f.name) for p in parts]) for f in fields(Scenes)}
-        )
 
 
 def draw_sources(

@@ -17,7 +17,7 @@ from tuner.duration import parse_duration
 from tuner.errors import ConfigError
 from tuner.explain import did_you_mean, explain, field_paths
 from tuner.population import refusal
-from tuner.space import SearchSpace, Value, default_space, is_unsearchable, n_points
+from tuner.space import SearchSpace, Value, default_space, is_unsearchable, n_points, varies_images
 from tuner.yamlfile import dump_yaml, parse_yaml, read_yaml
 
 Section = TypeVar("Section", bound=BaseModel)
@@ -271,9 +271,9 @@ class StudyConfig(TrialConfig):
     def trial_config(self, params: Mapping[str, Value], seed: int) -> TrialConfig:
         """The configuration of one trial: the base with dotted parameters and a seed set."""
         data = self.model_dump(include=set(TrialConfig.model_fields))
-        for path, value in params.items():
+        own = {"data.keep_images": False} if varies_images(self.search.space) else {}
+        for path, value in {**own, **params, "seed": seed}.items():
             _assign(data, path, value)
-        data["seed"] = seed
         try:
             return TrialConfig.model_validate(data)
         except ValidationError as error:

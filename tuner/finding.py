@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from model.data import CHUNK
-from model.front_end import default_cache
+from model.front_end import CandidateSearch, default_cache
 from tuner.config import StudyConfig
 
 #: A file's time is that of the kernel's last tick, up to 10 ms before the clock's (CONFIG_HZ=100):
@@ -34,7 +34,8 @@ def candidates_found(study: StudyConfig, since: float) -> tuple[int, int] | None
         for start in range(0, count, CHUNK)
     ]
     try:
-        files = [*(data.cache or default_cache()).glob("*.safetensors")]
+        folder = (data.cache or default_cache()) / CandidateSearch.folder
+        files = [*folder.glob("*.safetensors")]
         n_new = sum(path.stat().st_mtime >= since - _TICK for path in files)
     except OSError:  # somebody clears the folder
         return None

@@ -222,3 +222,8 @@ def n_points(space: SearchSpace) -> float:
 def is_unsearchable(path: str) -> bool:
     """Whether the path names what must stay the same in all trials of a study."""
     return any(path == held or path.startswith(held + ".") for held in UNSEARCHABLE)
+
+
+def varies_images(space: SearchSpace) -> bool:
+    """Whether no two trials have the same spectra of a scene, so that none are worth keeping."""
+    return any(path.startswith("tikhonov.") and math.isinf(p.size) for path, p in space.items())

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import model.front_end as front_end_module
 from model import Trainer
-from model.front_end import FrontEnd
+from model.front_end import CandidateSearch
 from model.prediction import Prediction
 from physics import Scenes
 from physics.candidates import Candidates, find_candidates
@@ -68,7 +68,7 @@ def weights_of(trainer: Trainer) -> dict[str, Tensor]:
     return {k: p.detach().clone() for k, p in trainer.network.named_parameters()}
 
 
-def call(front_end: FrontEnd, S: Scenes, snr_db: Tensor | None = None) -> Candidates:
+def call(front_end: CandidateSearch, S: Scenes, snr_db: Tensor | None = None) -> Candidates:
     """What a front end finds in scenes, at their own levels or at others."""
     return front_end(S.y, S.H, S.codes, S.snr_db if snr_db is None else snr_db)
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import model.front_end as front_end_module
-from model.front_end import FrontEnd, default_cache
+from model.front_end import CandidateSearch, default_cache
 from physics import PlanarArray, Scenes, simulate
 from physics.candidates import CandidateConfig, Candidates, find_candidates
 from physics.pursuit import PursuitConfig
@@ -37,9 +37,9 @@ def scenes() -> Scenes:
     return simulate(5, CONFIG.scene, ARRAY, generator=torch.Generator().manual_seed(0))
 
 
-def made(cache: Path | None, **changes: Any) -> FrontEnd:
+def made(cache: Path | None, **changes: Any) -> CandidateSearch:
     known: dict[str, Any] = {"config": CANDIDATES, "array": ARRAY, "scene": CONFIG.scene}
-    return FrontEnd(**(known | changes), cache=cache)
+    return CandidateSearch(**(known | changes), cache=cache)
 
 
 def test_a_second_call_reads_what_the_first_has_found_bit_for_bit(
@@ -327,16 +327,16 @@ def test_the_cache_is_the_users_unless_the_configuration_names_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert default_cache() == tmp_path / "ristune" / "candidates"
+    assert default_cache() == tmp_path / "ristune"
     monkeypatch.setenv("XDG_CACHE_HOME", "")
-    assert default_cache() == Path.home() / ".cache" / "ristune" / "candidates"
-    front_end = FrontEnd.of(CONFIG)
+    assert default_cache() == Path.home() / ".cache" / "ristune"
+    front_end = CandidateSearch.of(CONFIG)
     assert front_end is not None
-    assert front_end.cache == default_cache()
-    named = FrontEnd.of(tiny_candidate_config(data={"cache": tmp_path / "mine"}))
+    assert front_end.cache == default_cache() / "candidates"
+    named = CandidateSearch.of(tiny_candidate_config(data={"cache": tmp_path / "mine"}))
     assert named is not None
-    assert named.cache == tmp_path / "mine"
-    kept_nowhere = FrontEnd.of(CONFIG, keep=False)
+    assert named.cache == tmp_path / "mine" / "candidates"
+    kept_nowhere = CandidateSearch.of(CONFIG, keep=False)
     assert kept_nowhere is not None
     assert kept_nowhere.cache is None
-    assert FrontEnd.of(tiny_config()) is None, "ridge solutions are enough for snapshots"
+    assert CandidateSearch.of(tiny_config()) is None, "ridge solutions are enough for snapshots"

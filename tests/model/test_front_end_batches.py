@@ -12,7 +12,7 @@ import torch
 
 import model.data as data_module
 from model.data import Batch, open_source
-from model.front_end import FrontEnd
+from model.front_end import CandidateSearch
 from physics import Scenes, simulate
 from tests.model.support import Counted, call, equal, files
 from tests.tiny import tiny_candidate_config, tiny_config
@@ -33,7 +33,7 @@ def test_every_batch_holds_the_candidates_of_its_own_scenes(tmp_path: Path, fres
         data={"cache": tmp_path, "train_scenes": 21, "fresh": fresh},
         training={"snr_dropout": 0.4},
     )
-    front_end = FrontEnd.of(config, keep=False)
+    front_end = CandidateSearch.of(config, keep=False)
     assert front_end is not None
     source = open_source(config, CPU)
     for batch in [*source.train_batches(1, 8, 3), source.validation()]:
@@ -62,7 +62,7 @@ def test_a_fixed_set_is_the_same_at_whatever_chunk_a_process_begins(
     )
     assert torch.equal(batches[0].scenes.y, in_order.y)
     assert counted.scenes[:3] == [[8, 8, 1], [8, 1, 8], [1, 8, 8]][process % 3]
-    front_end = FrontEnd.of(config, keep=False)
+    front_end = CandidateSearch.of(config, keep=False)
     assert front_end is not None
     for batch in batches:
         assert batch.candidates is not None
@@ -103,7 +103,7 @@ def test_trials_that_differ_in_anything_else_share_what_is_kept(
     data = {"cache": tmp_path}
     epoch(tiny_candidate_config(seed=1, data=data))
     open_source(tiny_candidate_config(seed=1, data=data), CPU).validation()
-    kept, searched = files(tmp_path), len(counted.scenes)
+    kept, searched = files(tmp_path / "candidates"), len(counted.scenes)
     assert len(kept) == 2
     other = tiny_candidate_config(
         seed=7,
@@ -116,7 +116,7 @@ def test_trials_that_differ_in_anything_else_share_what_is_kept(
     )
     epoch(other, batch_size=5)
     open_source(other, CPU).validation()
-    assert files(tmp_path) == kept
+    assert files(tmp_path / "candidates") == kept
     assert len(counted.scenes) == searched
 
 
@@ -149,7 +149,7 @@ def test_shards_find_candidates_once_and_hand_them_to_shuffled_scenes(tmp_path: 
         training={"snr_dropout": 0.5},
     )
     source = open_source(config, CPU)
-    front_end = FrontEnd.of(config, keep=False)
+    front_end = CandidateSearch.of(config, keep=False)
     assert front_end is not None
     hidden: list[dict[bytes, bool]] = []
     for number, seed in ((0, 1), (1, 2)):
@@ -163,4 +163,4 @@ def test_shards_find_candidates_once_and_hand_them_to_shuffled_scenes(tmp_path: 
     assert hidden[0] == hidden[1], "a scene's level is hidden or not, in every epoch alike"
     assert 0 < sum(hidden[0].values()) < 9
     assert list(hidden[0]) != list(hidden[1]), "in another order"
-    assert len(files(tmp_path / "cache")) == 2
+    assert len(files(tmp_path / "cache" / "candidates")) == 2

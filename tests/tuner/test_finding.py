@@ -64,8 +64,8 @@ def test_all_is_found_when_a_trial_has_what_an_epoch_needs(tmp_path: Path, fresh
 
 def test_a_file_written_within_the_kernels_tick_counts(tmp_path: Path) -> None:
     study = study_in(tmp_path)
-    (tmp_path / "cache").mkdir()
-    kept = tmp_path / "cache" / "one.safetensors"
+    (tmp_path / "cache" / "candidates").mkdir(parents=True)
+    kept = tmp_path / "cache" / "candidates" / "one.safetensors"
     kept.touch()
     now = time.time()
     os.utime(kept, (now - 0.01, now - 0.01))
@@ -75,8 +75,8 @@ def test_a_file_written_within_the_kernels_tick_counts(tmp_path: Path) -> None:
 
 
 def test_families_without_candidates_look_for_none(tmp_path: Path) -> None:
-    (tmp_path / "cache").mkdir()
-    (tmp_path / "cache" / "other.safetensors").touch()
+    (tmp_path / "cache" / "candidates").mkdir(parents=True)
+    (tmp_path / "cache" / "candidates" / "other.safetensors").touch()
     study = tiny_study(tmp_path, data={"cache": str(tmp_path / "cache")})
     assert candidates_found(study, 0.0) is None
 
@@ -85,8 +85,8 @@ def test_the_live_table_counts_them_until_the_first_epoch(tmp_path: Path) -> Non
     progress = Progress(study_in(tmp_path), [], io.StringIO())
     progress.started(Assignment(0, {}, seed=0))
     assert "of 30 scenes" not in shown(progress)
-    (tmp_path / "cache").mkdir()
-    (tmp_path / "cache" / "one.safetensors").touch()
+    (tmp_path / "cache" / "candidates").mkdir(parents=True)
+    (tmp_path / "cache" / "candidates" / "one.safetensors").touch()
     assert "8 of 30 scenes" in shown(progress)
     progress.reported(0, {"epoch": 1, "objective": 2.0})
     assert "of 30 scenes" not in shown(progress)

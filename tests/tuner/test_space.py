@@ -125,3 +125,22 @@ def test_the_size_of_a_space_is_the_product_of_its_parameters(
 ) -> None:
     assert parameter.size == size
     assert n_points({"a": parameter, "b": IntSpace(low=1, high=2)}) == 2 * size
+
+
+@pytest.mark.parametrize(
+    ("path", "spec", "kept"),
+    [
+        ("tikhonov__regularization", {"type": "float", "low": 1e-4, "high": 1e-1}, False),
+        ("tikhonov__regularization", {"type": "float", "low": 1, "high": 2, "step": 0.5}, True),
+        ("tikhonov__regularization", {"type": "categorical", "choices": [1e-3, 1e-2]}, True),
+        ("training__learning_rate", {"type": "float", "low": 1e-4, "high": 1e-1}, True),
+        ("blend__beta", {"type": "float", "low": 0.1, "high": 0.2}, True),
+    ],
+)  # fmt: skip
+def test_images_are_kept_unless_every_trial_would_have_its_own(
+    tmp_path: Path, path: str, spec: dict[str, Any], kept: bool
+) -> None:
+    study = tiny_study(tmp_path, search={"space": {path.replace("__", "."): spec}})
+    assert study.trial_config({}, seed=0).data.keep_images is kept
+    never = study.replaced({"data.keep_images": False})
+    assert not never.trial_config({}, seed=0).data.keep_images
