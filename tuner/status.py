@@ -84,7 +84,12 @@ def _show(look: Standing, console: Console) -> None:
         words = {"to_start": "to start"}
         if look.state != "running":
             words["running"] = "to go on"
-        parts = [f"{count} {words.get(name, name)}" for name, count in counts.items()]
+        still = ("running", "to_start")  # of which a study that has ended says nothing
+        parts = [
+            f"{count} {words.get(name, name)}"
+            for name, count in counts.items()
+            if count or look.state != "finished" or name not in still
+        ]
         say(f"trials: {', '.join(parts)}")
         if look.best is not None:
             say(f"best: trial {look.best.number:04d}, objective {look.best.objective:.5f}")

@@ -111,6 +111,10 @@ def test_a_study_that_is_over_names_its_winner_and_what_comes_next(
     assert found["ended"] == "all trials have run"
     assert found["next"] == f"python -m tuner.train --from {out}"
     assert found["driver"] is None, "a driver that ended in order is not one that was cut off"
+    assert execute(app, [str(out)]) == 0
+    counts = capsys.readouterr().out.splitlines()[1]
+    assert counts.startswith("trials: ")
+    assert counts.endswith(" failed"), "of what has ended none goes on or starts"
 
 
 def test_a_study_that_was_cut_off_says_what_is_left_and_how_it_goes_on(
