@@ -61,6 +61,10 @@ class CandidateNetwork(SourceNetwork):
     source. A small transformer encoder lets the candidates of a scene see one another: what one
     source may be depends on how strong and how near the others are.
 
+    Where candidates were fitted with other models of the waves too, direction and likelihood of
+    range are those of all models, each with its probability: the posterior one by the fits'
+    deviances, tempered and shifted by the network.
+
     The factor of R_pred is the posterior mean on the manifold: column i is
     ``sqrt(q_i p_i) sum_s w_is a(p_is)`` with existence q, power p and the weights w of the cells.
 
@@ -78,7 +82,8 @@ class CandidateNetwork(SourceNetwork):
         super().__init__(config, scene, array)
         self.config = config
         width, n_candidates = config.width, config.candidates.count
-        n_inputs = 20 + config.candidates.range_cells + n_candidates + (n_candidates + 1) + 3
+        n_cells, n_others = config.candidates.range_cells, len(config.candidates.waves)
+        n_inputs = 20 + n_cells + n_candidates + (n_candidates + 1) + 3 + n_others * (5 + n_cells)
         self.token = nn.Linear(n_inputs, width)
         layer = nn.TransformerEncoderLayer(
             width,
@@ -95,8 +100,10 @@ class CandidateNetwork(SourceNetwork):
         self.existence = nn.Linear(width, 1)
         # Sharpness of the likelihood; centre, weight and slope of a prior on log range; power;
         # standard deviations of direction and range over those that fit and posterior predict;
-        # reach and share of it by which the direction is moved.
-        self.judgement = nn.Linear(width, 10)
+        # the direction's step, scale and two coordinates; sharpness of the evidence for the other
+        # waves and what is added to it.
+        self.n_others = n_others
+        self.judgement = nn.Linear(width, 10 + (1 + n_others if n_others else 0))
         nn.init.zeros_(self.judgement.weight)
         nn.init.zeros_(self.judgement.bias)
 
@@ -108,14 +115,19 @@ class CandidateNetwork(SourceNetwork):
         with full_precision():
             log_likelihood = torch.log_softmax(found.range_evidence, dim=-1)
             inputs = torch.cat(
-                [_of_candidates(found, log_likelihood), _of_scenes(found, features.snr_db)], -1
+                [
+                    _of_candidates(found, log_likelihood),
+                    _of_scenes(found, features.snr_db),
+                    _of_others(found),
+                ],
+                dim=-1,
             )
         hidden = self.encoder(self.token(inputs))
         existence = self.existence(hidden).squeeze(-1)
         judgement = self.judgement(hidden)
         with full_precision():
             existence, judgement = existence.float(), judgement.float()
-            sharpness, centre, weight, slope, log_power, log_spread, log_interval, log_reach = (
+            sharpness, centre, weight, slope, log_power, log_spread, log_interval, log_scale = (
                 judgement[..., :8].unbind(-1)
             )
             log_range = torch.log(found.range_m)
@@ -127,11 +139,20 @@ class CandidateNetwork(SourceNetwork):
             )
             # softplus(0.54) is 1: the likelihood as it is.
             sharpness = functional.softplus(sharpness.unsqueeze(-1) + 0.54)
-            log_pointer = torch.log_softmax(sharpness * log_likelihood + prior, dim=-1)
-            std = found.covariance[..., :2, :2].diagonal(dim1=-2, dim2=-1).clamp_min(0.0).sqrt()
-            reach = (log_reach.exp().unsqueeze(-1) * std).clamp(max=_FARTHEST)
-            step = reach * torch.tanh(judgement[..., 8:])
-            direction = found.coordinates[..., :2] + step
+            direction = found.coordinates[..., :2]
+            apart = torch.zeros_like(found.covariance[..., :2, :2])
+            log_likelihood = torch.log_softmax(sharpness * log_likelihood, dim=-1)
+            if self.n_others:
+                log_share = _log_shares(found, judgement[..., 10:])  # (B, P, 1 + W)
+                by_others = torch.log_softmax(
+                    sharpness.unsqueeze(-1) * found.other_range_evidence, dim=-1
+                )
+                every = torch.cat([log_likelihood.unsqueeze(2), by_others], dim=2)
+                log_likelihood = torch.logsumexp(log_share.unsqueeze(-1) + every, dim=2)
+                direction, apart = _mixed(found, log_share.exp())
+            log_pointer = torch.log_softmax(log_likelihood + prior, dim=-1)
+            step = (_std_of(found) * log_scale.exp().unsqueeze(-1)) * judgement[..., 8:10]
+            direction = direction + _FARTHEST * torch.tanh(step / _FARTHEST)
             cells = _cells(direction, found.range_m)
             pointer = log_pointer.exp()
             log_weight = functional.logsigmoid(existence) + log_power + _log(found.power)
@@ -140,7 +161,7 @@ class CandidateNetwork(SourceNetwork):
                 [direction, (pointer / found.range_m).sum(-1, keepdim=True)], dim=-1
             )
             spread = (2.0 * log_spread).exp()[..., None, None]
-            angles = spread * found.covariance[..., :2, :2]
+            angles = spread * (found.covariance[..., :2, :2] + apart)
         return Prediction(
             factor, existence, log_pointer, position, cells, angles, log_interval.exp()
         )
@@ -150,6 +171,45 @@ def _cells(direction: Tensor, ranges: Tensor) -> Tensor:
     """Azimuth, elevation [rad], range [m] (B, P, S, 3) of every candidate's cells."""
     directions = direction.unsqueeze(-2).expand(*ranges.shape, 2)
     return torch.cat([directions, ranges.unsqueeze(-1)], dim=-1)
+
+
+def _std_of(found: Candidates) -> Tensor:
+    """Standard deviations (B, P, 2) of the directions [rad] by the fit, as far as a step goes."""
+    variance = found.covariance[..., :2, :2].diagonal(dim1=-2, dim2=-1)
+    return variance.clamp_min(0.0).sqrt().clamp_max(_FARTHEST)
+
+
+def _mixed(found: Candidates, share: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean (B, P, 2) and covariance (B, P, 2, 2) of the directions by all models of the waves.
+
+    Args:
+        found: candidates.
+        share: (B, P, 1 + W) probabilities of the models, the nominal one first.
+    """
+    nominal = found.coordinates.unsqueeze(2)
+    directions = torch.cat([nominal, found.other_coordinates], dim=2)[..., :2]
+    mean = (share.unsqueeze(-1) * directions).sum(2)
+    off = share.sqrt().unsqueeze(-1) * (directions - mean.unsqueeze(2))
+    return mean, off.mT @ off
+
+
+def _log_shares(found: Candidates, said: Tensor) -> Tensor:
+    """Log probabilities (B, P, 1 + W) of the models of the waves, the nominal one first.
+
+    Where nothing is said, those that the fits have if all models are as likely beforehand.
+
+    Args:
+        found: candidates.
+        said: (B, P, 1 + W): sharpness, and what is added for each of the others.
+    """
+    sharpness = functional.softplus(said[..., :1] + 0.54)
+    logit = sharpness * _wave_evidence(found).unsqueeze(1) + said[..., 1:]
+    return torch.log_softmax(torch.cat([torch.zeros_like(logit[..., :1]), logit], dim=-1), dim=-1)
+
+
+def _wave_evidence(found: Candidates) -> Tensor:
+    """Log-likelihood ratios (B, W) of the other models of the waves, within +-20."""
+    return found.wave_evidence.clamp(-20.0, 20.0)
 
 
 def _log(value: Tensor) -> Tensor:
@@ -210,3 +270,15 @@ def _of_scenes(found: Candidates, snr_db: Tensor) -> Tensor:
     rest = torch.stack([level, unknown.to(level.dtype), 5.0 * _log(found.misfit)], dim=-1)
     whole = torch.cat([_compressed(fit) / 3.0 - 1.0, rest.clamp(-5.0, 5.0)], dim=-1)
     return whole.unsqueeze(1).expand(-1, found.power.shape[1], -1)
+
+
+def _of_others(found: Candidates) -> Tensor:
+    """Inputs (B, P, W (5 + S)) of order 1: what the other models of the waves say."""
+    away = found.other_coordinates - found.coordinates.unsqueeze(2)
+    moved = _compressed(away[..., :2] / _std_of(found).clamp_min(1e-5).unsqueeze(2)) / 2.0
+    bent = _log(found.other_coordinates[..., 2]) - _log(found.coordinates[..., 2]).unsqueeze(2)
+    evidence = _compressed(found.other_evidence) / 2.0 - 1.0
+    waves = (_wave_evidence(found) / 5.0).unsqueeze(1).expand_as(evidence)
+    shape = torch.log_softmax(found.other_range_evidence, dim=-1).clamp_min(-12.0) / 4.0 + 1.0
+    single = torch.stack([bent, evidence, waves], dim=-1)
+    return torch.cat([moved, single, shape], dim=-1).flatten(2)

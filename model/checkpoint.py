@@ -19,7 +19,7 @@ from model.decision import Decision
 from model.files import replacing, write_text
 from model.network import dotted
 
-FORMAT = 2
+FORMAT = 3
 CHECKPOINT = "checkpoint.safetensors"
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
@@ -66,15 +66,31 @@ class Checkpoint:
         """
         path = Path(folder) / CHECKPOINT
         flat, metadata = load_tensors(path, device)
-        if metadata.get("format") != str(FORMAT):
-            raise CheckpointError(
-                f"{path}: checkpoint format {metadata.get('format')!r}; expected {FORMAT!r}"
-            )
+        _check_format(path, metadata)
         tensors: dict[str, dict[str, Tensor]] = {}
         for key, value in flat.items():
             group, name = key.split("/", 1)
             tensors.setdefault(group, {})[name] = value
         return cls(parse_config(path, metadata["config"]), tensors, json.loads(metadata["state"]))
+
+
+def load_weights(folder: Path) -> dict[str, Tensor]:
+    """The weights of an exported network.
+
+    Raises:
+        CheckpointError: missing, damaged, or of another format.
+    """
+    weights, metadata = load_tensors(folder / WEIGHTS)
+    _check_format(folder / WEIGHTS, metadata)
+    return weights
+
+
+def _check_format(path: Path, metadata: dict[str, str]) -> None:
+    if metadata.get("format") != str(FORMAT):
+        raise CheckpointError(
+            f"{path}: format {metadata.get('format')!r}; expected {str(FORMAT)!r}: another "
+            "version's weights mean something else here; train the network again"
+        )
 
 
 def has_checkpoint(folder: Path) -> bool:
@@ -193,4 +209,4 @@ def export_best(checkpoint: Path, out: Path) -> None:
     out = Path(out)
     write_text(out / CONFIG, loaded.config.model_dump_json(indent=2) + "\n")
     write_text(out / DECISION, json.dumps(loaded.state["best_decision"], indent=2) + "\n")
-    save_tensors(out / WEIGHTS, loaded.tensors["best"])
+    save_tensors(out / WEIGHTS, loaded.tensors["best"], {"format": str(FORMAT)})

@@ -63,6 +63,7 @@ class TrialConfig(FrozenModel):
         wanted, scene = self.network.front_end, self.scene
         if wanted is None:
             return self
+        wanted.check_waves(scene.wavefront)
         most = resolvable_sources(scene.source_mode, scene.n_snapshots, scene.n_antennas)
         if wanted.count > most:
             raise ValueError(

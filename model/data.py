@@ -54,8 +54,8 @@ class DataConfig(FrozenModel):
     )
     keep_images: bool = Field(
         True,
-        description="spectra of scenes that are the same in every epoch are computed once and "
-        "kept; not in a study that searches what they depend on",
+        description="on a CPU spectra of scenes that are the same in every epoch are computed "
+        "once and kept; not where a study searches among more than 8 kinds of them",
     )
 
 
@@ -90,7 +90,7 @@ class Batch:
             Scenes.concatenate([part.scenes for part in parts]),
             torch.cat([part.snr_db for part in parts]),
             Candidates.concatenate(found) if found else None,
-            Images.concatenate(images) if images else None,
+            Images.concatenate(images) if len(images) == len(parts) else None,
         )
 
 
@@ -196,10 +196,11 @@ class FrontEnds:
         return Batch(scenes, snr_db, found)
 
     def images(self, scenes: Scenes) -> Images | None:
-        """What is kept of scenes that are the same in every epoch."""
-        if self._imaging is None:
+        """What is kept of scenes that are the same in every epoch; None where nothing can be."""
+        if self._imaging is None or self._imaging.cache is None:
             return None
-        return self._imaging(scenes.y, scenes.H, scenes.codes, scenes.snr_db)
+        found = self._imaging(scenes.y, scenes.H, scenes.codes, scenes.snr_db)
+        return None if self._imaging.cache is None else found
 
     def fixed(self, chunks: list[Scenes], split: Split) -> FixedScenes:
         """All chunks of a set that is the same in every epoch.
@@ -214,16 +215,22 @@ class FrontEnds:
         images = [kept for _, kept in in_order if kept is not None]
         return FixedScenes(
             Batch.concatenate([batch for batch, _ in in_order]),
-            Chunks(images, CHUNK) if images else None,
+            Chunks(images, CHUNK) if len(images) == len(chunks) else None,
         )
 
 
 @dataclass(frozen=True)
 class FixedScenes:
-    """Scenes that are the same in every epoch; their images stay where they are kept."""
+    """Scenes that are the same in every epoch; images that were read stay in their files."""
 
     batch: Batch
     images: Chunks[Images] | None
+
+    def whole(self) -> Batch:
+        """All of them."""
+        if self.images is None:
+            return self.batch
+        return replace(self.batch, images=Images.concatenate(self.images.parts))
 
     def __getitem__(self, index: Tensor) -> Batch:
         """Some of the scenes."""
@@ -276,8 +283,7 @@ class SimulatedScenes:
             scenes = _simulated_validation(self.config, self.scene, self.array)
             starts = range(0, len(scenes), CHUNK)
             chunks = [scenes[slice(start, start + CHUNK)].to(self.device) for start in starts]
-            fixed = self._front_ends.fixed(chunks, "val")
-            self._validation = fixed[torch.arange(len(scenes), device=self.device)]
+            self._validation = self._front_ends.fixed(chunks, "val").whole()
         return self._validation
 
     def _simulate(self, epoch: int) -> Iterator[Scenes]:
@@ -323,7 +329,8 @@ class ShardScenes:
                 found += [] if batch.candidates is None else [batch.candidates]
                 images += [] if batch.images is None else [batch.images]
         self._known = (torch.cat(snr_db), Candidates.concatenate(found)) if found else None
-        self._images = Chunks(images, CHUNK) if images else None
+        whole = bool(images) and len(images) == len(snr_db)
+        self._images = Chunks(images, CHUNK) if whole else None
 
     def n_batches(self, batch_size: int) -> int:
         return -(-min(len(self.train), self.config.train_scenes) // batch_size)
@@ -422,6 +429,25 @@ def open_source(
     array = config.array.build()
     kind = SimulatedScenes if config.data.shards is None else ShardScenes
     return kind(config.data, config.scene, array, device, FrontEnds(config, dictionary))
+
+
+def images_bytes(config: TrialConfig) -> int:
+    """What the images that a trial keeps take on disk, if nobody has kept them before.
+
+    Raises:
+        DataError: shards that cannot be used.
+    """
+    network, data = config.network, config.data
+    if not network.spectra or not data.keep_images:
+        return 0
+    if data.shards is None:
+        n_scenes = data.val_scenes + (0 if data.fresh else data.train_scenes)
+    else:
+        array = config.array.build()
+        train, val = (open_split(data, config.scene, array, name) for name in ("train", "val"))
+        n_scenes = len(train) + min(len(val), data.val_scenes)
+    cells = network.azimuth_cells * network.elevation_cells * network.range_cells
+    return 4 * n_scenes * len(network.spectra) * cells
 
 
 def check_data(config: TrialConfig) -> str:

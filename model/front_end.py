@@ -230,9 +230,12 @@ class Imaging(FrontEnd[Images]):
 
     @classmethod
     def of(cls, config: TrialConfig, dictionary: Tensor) -> Imaging | None:
-        """What a trial keeps of its spectra over its network's dictionary; None: nothing."""
+        """What a trial keeps of its spectra over its network's dictionary; None: nothing.
+
+        A GPU computes them, some 60 MFLOP a scene, rather than wait for them.
+        """
         spectra = config.network.spectra
-        if not spectra or not config.data.keep_images:
+        if not spectra or not config.data.keep_images or dictionary.is_cuda:
             return None
         return cls(spectra, dictionary, config.tikhonov, _cache_of(config, cls.folder))
 
@@ -264,7 +267,7 @@ def _cache_of(config: TrialConfig, folder: str) -> Path:
 class Chunks(Generic[R]):
     """What was computed of consecutive chunks of scenes, by scene.
 
-    Of chunks that lie in files no more is read than is asked for.
+    Of chunks that were read from files no more is in memory than is asked for.
 
     Args:
         parts: of the chunks, each of ``size`` scenes but the last.
@@ -282,4 +285,5 @@ class Chunks(Generic[R]):
             self.parts[number][index[chunk == number] - number * self.size]
             for number in chunk.unique().tolist()
         ]
-        return type(found[0]).concatenate(found)[order.argsort()]
+        kind = type(self.parts[0])
+        return kind.concatenate(found or [self.parts[0][index]])[order.argsort()]

@@ -13,7 +13,7 @@ from model.blending import blended_covariance
 from model.checkpoint import (
     WEIGHTS,
     CheckpointError,
-    load_tensors,
+    load_weights,
     read_config,
     read_decision,
 )
@@ -95,7 +95,7 @@ class Localizer:
         config = read_config(folder)
         network = build_network(config.network, config.scene, config.array.build())
         try:
-            network.load_state_dict(load_tensors(folder / WEIGHTS)[0])
+            network.load_state_dict(load_weights(folder))
         except RuntimeError as error:
             first = str(error).splitlines()[-1].strip()
             raise CheckpointError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from pydantic import Field
@@ -11,22 +11,23 @@ from torch import Tensor
 
 from physics.config import FrozenModel
 from physics.fit import Fit, Measurement, coordinate_covariance, position_of, refine
-from physics.geometry import PlanarArray
+from physics.geometry import PlanarArray, direction
 from physics.order import conditional_deviance, symbol_powers
 from physics.precision import in_full_precision
 from physics.pursuit import PursuitConfig, Search
 from physics.rows import Rows
 from physics.scaling import power
 from physics.scene import SceneConfig
-from physics.steering import steering_vector
+from physics.steering import Wavefront, steering_vector
 
 # Raised when candidates of the same scenes change, so that none from before are read.
-VERSION = 3
+VERSION = 4
 
 # Powers at which a source's likelihood is averaged, relative to the fitted one: +-6 dB.
 _POWERS = tuple(4.0 ** (step / 3.0) for step in range(-3, 4))
 _SPREAD = 4.0  # standard deviations of inverse range that the cells of a candidate reach
 _WEAKEST = 1e-9  # of the strongest candidate's power: what counts as no power
+_REFUTED = 10.0  # log-likelihood below the best at which a model of the waves is out of question
 
 
 class CandidateConfig(FrozenModel):
@@ -34,14 +35,35 @@ class CandidateConfig(FrozenModel):
 
     count: int = Field(6, ge=1, description="sources that the pursuit takes, more than there are")
     range_cells: int = Field(24, ge=2, description="ranges that each is judged at")
+    waves: tuple[Wavefront, ...] = Field(
+        (),
+        max_length=3,
+        description="models of the waves, beside scene.wavefront, that each is judged by too",
+    )
     search: PursuitConfig = PursuitConfig()
+
+    def check_waves(self, nominal: Wavefront) -> None:
+        """Raise ValueError where a model of the waves is named twice, or is the nominal one."""
+        if self.waves and "planar" in (nominal, *self.waves):
+            raise ValueError(
+                f"waves {list(self.waves)} beside scene.wavefront {nominal}: plane waves have no "
+                "range, and cannot be one of several models; take those out that are planar"
+            )
+        for index, wavefront in enumerate(self.waves):
+            if wavefront == nominal or wavefront in self.waves[:index]:
+                raise ValueError(
+                    f"waves {list(self.waves)} beside scene.wavefront {nominal}: {wavefront} "
+                    "stands there twice; name other models of the waves, each once"
+                )
 
 
 @dataclass(frozen=True)
 class Candidates(Rows):
     """Candidate sources of B scenes in the order in which the pursuit took them.
 
-    Nothing here depends on the scale of y, H or codes: powers are relative to the noise.
+    Nothing here depends on the scale of y, H or codes: powers are relative to the noise. What the
+    W other models of the waves say of a candidate that the criterion does not keep is what the
+    nominal one says.
     """
 
     coordinates: Tensor  # (B, P, 3) azimuth, elevation [rad], inverse range [1/m]
@@ -56,6 +78,10 @@ class Candidates(Rows):
     range_evidence: Tensor  # (B, P, S) log-likelihood ratio with the source in the cell
     deviance: Tensor  # (B, P + 1) twice the negative log-likelihood of the first 0..P
     misfit: Tensor  # (B,) residual's power over the noise
+    other_coordinates: Tensor  # (B, P, W, 3) fitted with another model of the waves
+    other_evidence: Tensor  # (B, P, W) by it
+    other_range_evidence: Tensor  # (B, P, W, S) by it, in the same cells
+    wave_evidence: Tensor  # (B, W) log-likelihood ratio of it over the nominal, of what is kept
 
 
 @in_full_precision
@@ -79,6 +105,10 @@ def find_candidates(
     they are. The cells of range reach four standard deviations of inverse range to both sides of
     the fit, within the field of view; where the residual is stronger than the noise, as hardware
     errors leave it, standard deviations grow with its root (Birge's ratio).
+
+    What the criterion keeps is fitted once more with each other model of the waves, from where
+    those bend alike, and judged by it as by the nominal one. Cells then reach as far as those of
+    every model that is not refuted.
 
     Args:
         y: (B, L, M) complex.
@@ -104,6 +134,7 @@ def find_candidates(
             f"{config.count} candidates asked; {search.n_snapshots} snapshots of {y.shape[-1]} "
             f"antennas tell at most {search.resolvable} {scene.source_mode} sources apart"
         )
+    config.check_waves(scene.wavefront)
     parts = [
         _of_chunk(search, measurement, noise, config)
         for _, measurement, noise in search.chunks(snr_db, None)
@@ -126,66 +157,137 @@ def _of_chunk(
         gain = (value < best) & (k <= search.max_sources)
         best, count = torch.where(gain, value, best), torch.where(gain, k, count)
         kept[gain, :k] = coordinates[gain]
-    every = _state(search, measurement, fit, matrix, noise, config)
+    every = _State.of(search, measurement, (fit, matrix), noise)
     # What the criterion keeps stands better without the others, which fit noise.
     likely = torch.arange(config.count, device=count.device) < count.unsqueeze(-1)
     start = torch.where(likely.unsqueeze(-1), kept, coordinates)
-    fit, matrix = refine(measurement, start, search.bounds, search.config.joint_iterations, likely)
-    alone = _state(search, measurement, fit, matrix, noise, config)
+    steps = search.config.joint_iterations
+    found = refine(measurement, start, search.bounds, steps, likely)
+    alone, others = _State.of(search, measurement, found, noise), []
+    for wavefront in config.waves:
+        bent = replace(measurement, wavefront=wavefront)
+        start = _as_bent(alone.fit.coordinates, search.scene.wavefront, wavefront)
+        found = refine(bent, start, search.bounds, steps, likely)
+        others.append(_State.of(search, bent, found, noise))
 
-    def pick(name: str) -> Tensor:
-        one, two = alone[name], every[name]
+    def pick(one: Tensor, two: Tensor) -> Tensor:
         return torch.where(likely.view(*likely.shape, *(1,) * (one.ndim - 2)), one, two)
 
-    coordinates = pick("coordinates")
+    # Residuals beyond the noise are counted by the power of those that the best model leaves.
+    models = [alone, *others]
+    scale = torch.stack([state.misfit for state in models]).amin(0).clamp_min(1.0)
+    fitted = torch.stack([-0.5 * state.deviance / scale for state in models], dim=-1)
+    possible = fitted >= fitted.amax(-1, keepdim=True) - _REFUTED
+    near, far = (
+        torch.stack([getattr(state, side) for state in models], dim=-1) for side in ("near", "far")
+    )
+    near = near.masked_fill(~possible.unsqueeze(1), torch.inf).amin(-1)
+    far = far.masked_fill(~possible.unsqueeze(1), -torch.inf).amax(-1)
+    near, far = pick(near, every.near), pick(far, every.far)
+    shares = torch.linspace(0.0, 1.0, config.range_cells, device=near.device, dtype=near.dtype)
+    cells = torch.lerp(near.unsqueeze(-1), far.unsqueeze(-1), shares)
+    (crowd, crowded, crowd_cells), (received, evidence, in_cells), *by_others = (
+        state.judged(cells) for state in (every, alone, *others)
+    )
+    coordinates = pick(alone.fit.coordinates, every.fit.coordinates)
+    evidence, in_cells = pick(evidence, crowded), pick(in_cells, crowd_cells)
     a = steering_vector(position_of(coordinates), search.array, search.scene.wavefront)
+
+    def of_others(values: list[Tensor], nominal: Tensor) -> Tensor:
+        """(B, P, W, ...): those of other waves where the candidate is kept."""
+        parts = [pick(value, nominal).unsqueeze(2) for value in values]
+        return torch.cat([nominal.unsqueeze(2)[:, :, :0], *parts], dim=2)
+
     return Candidates(
-        **{name: pick(name) for name in every if name != "misfit"},
+        coordinates=coordinates,
+        covariance=pick(alone.covariance, every.covariance),
+        power=pick(alone.relative_power, every.relative_power),
+        received=pick(received, crowd),
         likely=likely,
-        crowded=every["evidence"],
+        evidence=evidence,
+        crowded=crowded,
         coherence=power(a.conj() @ a.mT).sqrt(),
+        range_m=cells,
+        range_evidence=in_cells,
         deviance=torch.stack(deviance, dim=-1),
-        misfit=every["misfit"],
+        misfit=every.misfit,
+        other_coordinates=of_others([state.fit.coordinates for state in others], coordinates),
+        other_evidence=of_others([by for _, by, _ in by_others], evidence),
+        other_range_evidence=of_others([by for *_, by in by_others], in_cells),
+        wave_evidence=fitted[:, 1:] - fitted[:, :1],
     )
 
 
-def _state(
-    search: Search,
-    measurement: Measurement,
-    fit: Fit,
-    matrix: Tensor,
-    noise: Tensor | None,
-    config: CandidateConfig,
-) -> dict[str, Tensor]:
-    """What a fit says of its sources; absent ones have no power."""
-    coordinates = fit.coordinates
-    symbols = symbol_powers(measurement, fit, noise)
-    sigma2 = symbols.noise_power
-    covariance = coordinate_covariance(matrix, sigma2).unflatten(-1, (config.count, 3))
-    own = covariance.unflatten(1, (config.count, 3)).diagonal(dim1=1, dim2=3).movedim(-1, 1)
-    q, (low, high) = coordinates[..., 2], search.bounds[:, 2]
-    misfit = fit.cost / search.n_rows / sigma2
-    variance = own[..., 2, 2].clamp_min(0.0) * misfit.clamp_min(1.0).unsqueeze(-1)
-    width = _SPREAD * variance.sqrt()
-    far, near = ((q + side).clamp(low, high).reciprocal() for side in (-width, width))
-    steps = torch.linspace(0.0, 1.0, config.range_cells, device=q.device, dtype=q.dtype)
-    cells = torch.lerp(near.unsqueeze(-1), far.unsqueeze(-1), steps)
-    ranges = torch.cat([q.reciprocal().unsqueeze(-1), cells], dim=-1)
-    received, evidence = _evidence(search, measurement, fit.position, ranges, symbols.power, sigma2)
-    return {
-        "coordinates": coordinates,
-        "covariance": own,
-        "power": symbols.power / sigma2.unsqueeze(-1),
-        "received": received,
-        "evidence": evidence[..., 0],
-        "range_m": cells,
-        "range_evidence": evidence[..., 1:],
-        "misfit": misfit,
-    }
+def _as_bent(coordinates: Tensor, assumed: Wavefront, wavefront: Wavefront) -> Tensor:
+    """Coordinates (B, K, 3) of the waves of one model that bend as those of another do.
+
+    The mean bend of the waves across the surface is the inverse range, or ``1 - (u^2 + v^2) / 2``
+    times it where the direction's cosines (u, v) along the surface foreshorten it.
+    """
+    u = direction(coordinates[..., 0], coordinates[..., 1])
+    foreshortened = 1.0 - 0.5 * u[..., :2].square().sum(-1)
+    bend = coordinates[..., 2]
+    bend = bend if assumed == "paraxial" else bend * foreshortened
+    inverse_range = bend if wavefront == "paraxial" else bend / foreshortened
+    return torch.cat([coordinates[..., :2], inverse_range.unsqueeze(-1)], dim=-1)
+
+
+@dataclass(frozen=True)
+class _State:
+    """A fit, and what it says of its sources; absent ones have no power."""
+
+    measurement: Measurement
+    fit: Fit
+    power: Tensor  # (B, P)
+    noise_power: Tensor  # (B,)
+    covariance: Tensor  # (B, P, 3, 3) of azimuth, elevation and inverse range
+    misfit: Tensor  # (B,)
+    near: Tensor  # (B, P) [m], of the cells of range
+    far: Tensor  # (B, P) [m]
+    deviance: Tensor  # (B,)
+
+    @classmethod
+    def of(
+        cls,
+        search: Search,
+        measurement: Measurement,
+        found: tuple[Fit, Tensor],
+        noise: Tensor | None,
+    ) -> _State:
+        fit, matrix = found
+        n_sources = fit.coordinates.shape[1]
+        symbols = symbol_powers(measurement, fit, noise)
+        sigma2 = symbols.noise_power
+        covariance = coordinate_covariance(matrix, sigma2).unflatten(-1, (n_sources, 3))
+        own = covariance.unflatten(1, (n_sources, 3)).diagonal(dim1=1, dim2=3).movedim(-1, 1)
+        q, (low, high) = fit.coordinates[..., 2], search.bounds[:, 2]
+        misfit = fit.cost / search.n_rows / sigma2
+        variance = own[..., 2, 2].clamp_min(0.0) * misfit.clamp_min(1.0).unsqueeze(-1)
+        width = _SPREAD * variance.sqrt()
+        far, near = ((q + side).clamp(low, high).reciprocal() for side in (-width, width))
+        deviance = search.deviance(measurement, fit, noise)
+        return cls(measurement, fit, symbols.power, sigma2, own, misfit, near, far, deviance)
+
+    @property
+    def relative_power(self) -> Tensor:
+        """(B, P), to the noise."""
+        return self.power / self.noise_power.unsqueeze(-1)
+
+    def judged(self, cells: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Energy over noise (B, P), and log-likelihood ratios (B, P) there and (B, P, S) in cells.
+
+        Args:
+            cells: (B, P, S) ranges [m].
+        """
+        position = self.fit.position
+        ranges = torch.cat([position[..., 2:], cells], dim=-1)
+        received, evidence = _evidence(
+            self.measurement, position, ranges, self.power, self.noise_power
+        )
+        return received, evidence[..., 0], evidence[..., 1:]
 
 
 def _evidence(
-    search: Search,
     measurement: Measurement,
     position: Tensor,  # (B, P, 3)
     ranges: Tensor,  # (B, P, S) [m], the candidate's own first
@@ -201,7 +303,9 @@ def _evidence(
     n_candidates, n_cells = ranges.shape[1:]
     directions = position[:, :, None, :2].expand(-1, -1, n_cells, -1)
     a = steering_vector(
-        torch.cat([directions, ranges.unsqueeze(-1)], dim=-1), search.array, search.scene.wavefront
+        torch.cat([directions, ranges.unsqueeze(-1)], dim=-1),
+        measurement.array,
+        measurement.wavefront,
     )
     atoms = measurement.rows(a.flatten(1, 2)).unflatten(2, (n_candidates, n_cells))
     others = atoms[..., 0, :]  # (B, G, P, R)
@@ -243,7 +347,8 @@ def _evidence(
 
 def _nothing(search: Search, config: CandidateConfig) -> Candidates:
     """The candidates of no scenes."""
-    p, s, none = config.count, config.range_cells, search.points.new_zeros
+    p, s, w = config.count, config.range_cells, len(config.waves)
+    none = search.points.new_zeros
     return Candidates(
         coordinates=none(0, p, 3),
         covariance=none(0, p, 3, 3),
@@ -257,4 +362,8 @@ def _nothing(search: Search, config: CandidateConfig) -> Candidates:
         range_evidence=none(0, p, s),
         deviance=none(0, p + 1),
         misfit=none(0),
+        other_coordinates=none(0, p, w, 3),
+        other_evidence=none(0, p, w),
+        other_range_evidence=none(0, p, w, s),
+        wave_evidence=none(0, w),
     )

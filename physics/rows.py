@@ -22,7 +22,7 @@ class Rows:
 
     def tensors(self) -> dict[str, Tensor]:
         """Every field by its name."""
-        return {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
+        return {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]  # who inherits is one
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Self:
         """The same scenes on another device."""

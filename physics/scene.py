@@ -67,6 +67,14 @@ class SceneConfig(FrozenModel):
         "absent or at levels of its own up to these, by even chances (domain randomisation)",
     )
 
+    faultless_share: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="with varied levels: share of scenes whose array has no error at all, beside "
+        "those that chance leaves without",
+    )
+
     @field_validator("azimuth_deg", "elevation_deg", "range_m", "snr_db", "base_station_range_m")
     @classmethod
     def _ordered(cls, value: tuple[float, float]) -> tuple[float, float]:
@@ -87,6 +95,15 @@ class SceneConfig(FrozenModel):
         if value[0] < -90 or value[1] > 90:
             raise ValueError(f"{value} leaves the half space in front, -90..90 degrees")
         return value
+
+    @model_validator(mode="after")
+    def _faultless_where_levels_vary(self) -> Self:
+        if self.faultless_share and self.error_levels == "fixed":
+            raise ValueError(
+                f"faultless_share is {self.faultless_share} with error_levels fixed, where all "
+                "scenes have the same errors; set error_levels to varied, or the share to 0"
+            )
+        return self
 
     @model_validator(mode="after")
     def _counts(self) -> Self:

@@ -143,6 +143,8 @@ def _hardware(
     share = position.new_ones(1, 4)
     if config.error_levels == "varied":
         share = (2.0 * uniform(batch, 4) - 1.0).clamp_min(0.0)
+        if config.faultless_share:
+            share = share * (uniform(batch, 1) >= config.faultless_share)
     levels = share * position.new_tensor(errors)
     jitter, phase_deg, level_db, dropout = levels.unsqueeze(-1).unbind(1)  # (B or 1, 1) each
     displacement = None

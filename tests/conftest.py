@@ -12,7 +12,8 @@ import pytest
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
-# What tests keep of candidates goes with the session; trials in their own processes see it too.
+# What tests keep of candidates and images goes with the session; trials in processes of their own
+# see it too.
 _CACHE = tempfile.TemporaryDirectory(prefix="ristune-cache-")
 os.environ["XDG_CACHE_HOME"] = _CACHE.name
 

@@ -85,7 +85,8 @@ def _measure(
     changes = {
         "train_scenes": n_train,
         "val_scenes": n_val,
-        "cache": folder / "candidates",
+        "cache": folder / "kept",
+        "keep_images": False,  # of shards all would be computed
         # What is looked for once is timed apart; all epochs but the first find it done.
         "fresh": data.fresh and not searched,
     }

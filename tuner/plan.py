@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from rich.console import Console
 from rich.table import Table
 
+from model.data import images_bytes
 from model.wording import counted
 from tuner.appraisal import Appraisal, appraise, checkpoint_bytes, epochs_expected
 from tuner.config import StudyConfig, held_value, plain_of
@@ -163,6 +164,8 @@ def _disk(study: StudyConfig, place: Place, found: Appraisal | str, folder: Path
     yield f"at most {_bytes(kept * largest)} of checkpoints at a time ({size})"
     if not isinstance(found, str) and found.cache_bytes:
         yield f"{_bytes(found.cache_bytes)} of candidates, kept for all studies of these scenes"
+    if place.device == "cpu" and (images := images_bytes(study.trial_config({}, study.seed))):
+        yield f"{_bytes(images)} of images, kept for all studies of these scenes"
     above = next(path for path in (folder, *folder.parents) if path.exists())
     yield f"{_bytes(shutil.disk_usage(above).free)} free at {above}"
 

@@ -26,11 +26,15 @@ UNSEARCHABLE = (
     "array",
     "scene",
     "data",
+    "network.candidates.waves",
+    "network.reads",
     "training.epochs",
     "training.patience",
     "training.threads",
     "training.accumulation",
 )
+_CELLS = tuple(f"network.{axis}_cells" for axis in ("azimuth", "elevation", "range"))
+_MOST_IMAGES = 8  # kinds of spectra of the same scenes that a study keeps
 _MAX_LISTED = 64  # values of an integer range that are tried one by one
 
 
@@ -225,5 +229,15 @@ def is_unsearchable(path: str) -> bool:
 
 
 def varies_images(space: SearchSpace) -> bool:
-    """Whether no two trials have the same spectra of a scene, so that none are worth keeping."""
-    return any(path.startswith("tikhonov.") and math.isinf(p.size) for path, p in space.items())
+    """Whether trials have too many different spectra of a scene for each to be worth its room.
+
+    Spectra depend on the ridge solutions and on the network's cells.
+    """
+    return (
+        math.prod(
+            parameter.size
+            for path, parameter in space.items()
+            if path.startswith("tikhonov.") or path in _CELLS
+        )
+        > _MOST_IMAGES
+    )

@@ -50,6 +50,7 @@ _IDEAL: dict[str, Any] = {
     "dropout": 0.0,
     "true_wavefront": None,
     "error_levels": "fixed",
+    "faultless_share": 0.0,
 }
 
 SUITES: dict[str, Suite] = {

@@ -97,7 +97,7 @@ def _translated(
 def _differences(earlier: StudyConfig, study: StudyConfig) -> list[str]:
     """What besides the parameters searched here sets that study's objectives apart."""
     found = [name for name in ("array", "scene") if getattr(earlier, name) != getattr(study, name)]
-    without_cache = {"cache": None}
+    without_cache = {"cache": None, "keep_images": True}
     if earlier.data.model_copy(update=without_cache) != study.data.model_copy(update=without_cache):
         found.append("data")
     if earlier.training.epochs != study.training.epochs:

@@ -146,8 +146,8 @@ def test_pointer_power_and_factor_are_those_that_the_judgement_asks_for(
             mean = (w / r).sum()
             assert p.position[b, i, 2].item() == pytest.approx(mean, rel=1e-3)
             std = found.covariance[b, i, :2, :2].diagonal().sqrt().numpy()
-            reach = np.minimum(math.exp(steps[0]) * std, FAR)
-            moved = found.coordinates[b, i, :2].numpy() + np.tanh(steps[1:]) * reach
+            step = math.exp(steps[0]) * np.minimum(std, FAR) * np.array(steps[1:])
+            moved = found.coordinates[b, i, :2].numpy() + FAR * np.tanh(step / FAR)
             np.testing.assert_allclose(p.position[b, i, :2].detach(), moved, atol=1e-6)
             np.testing.assert_allclose(p.cells[b, i, 3, :2].detach(), moved, atol=1e-6)
             wide = math.exp(2 * log_spread) * found.covariance[b, i, :2, :2]

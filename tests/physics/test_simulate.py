@@ -194,6 +194,29 @@ def test_varied_errors_are_absent_or_have_levels_of_their_own_in_every_scene() -
     )
 
 
+def test_a_share_of_arrays_has_no_error_at_all() -> None:
+    common = {"count": 400, "n_antennas": 48, "max_sources": 1, "source_mode": "constant"}
+    errors = {"phase_error_deg": 20.0, "element_jitter": 0.02, "error_levels": "varied"}
+    errors |= {"true_wavefront": "paraxial"}
+
+    def faultless(**more: Any) -> tuple[Tensor, Tensor]:
+        """Which arrays have no error, and which scenes have nominal waves too."""
+        y = clean(**common, **errors, **more).y
+        kinds = [clean(**common, true_wavefront=waves).y for waves in (None, "paraxial")]
+        nominal, other = (torch.isclose(y, kind).flatten(1).all(-1) for kind in kinds)
+        return nominal | other, nominal
+
+    by_chance, _ = faultless()
+    every, nominal = faultless(faultless_share=0.4)
+    # Of 400, within four standard deviations: a quarter by chance, and that of the others.
+    assert float(by_chance.double().mean()) == pytest.approx(0.25, abs=0.087)
+    assert float(every.double().mean()) == pytest.approx(0.4 + 0.6 * 0.25, abs=0.1)
+    assert float(nominal[every].double().mean()) == pytest.approx(0.5, abs=0.135)
+    assert bool(faultless(faultless_share=1.0)[0].all())
+    with pytest.raises(ValidationError, match="with error_levels fixed, where all"):
+        SceneConfig(phase_error_deg=20.0, faultless_share=0.4)
+
+
 def test_waves_of_another_model_change_the_measurement_alone() -> None:
     common = {"count": 40, "n_antennas": 48, "max_sources": 1, "source_mode": "constant"}
     common |= {"range_m": (0.5, 2.0)}

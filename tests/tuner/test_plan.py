@@ -10,7 +10,8 @@ import pytest
 import ray
 import torch
 
-from model.data import open_source
+from model.data import images_bytes, open_source
+from model.training import Trainer
 from tests.tuner.support import run_here, tiny_study, write_study
 from tests.tuner.test_status import begun, contents
 from tuner import appraisal
@@ -51,6 +52,24 @@ def test_a_dry_run_shows_the_study_and_starts_nothing(
     assert "if asha stops what it may, about" in line(lines, "time: ")
     assert any("of checkpoints at a time" in text for text in lines)
     assert lines[-1].startswith("nothing was started, and nothing written (--dry-run)")
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+def test_a_dry_run_says_what_images_take_of_the_disk(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], fresh: bool
+) -> None:
+    data = {"train_scenes": 40, "val_scenes": 24, "fresh": fresh, "cache": str(tmp_path / "kept")}
+    study = tiny_study(tmp_path, data=data)
+    (tmp_path / "study.yaml").write_text(study.to_yaml())
+    config = study.trial_config({}, 0)
+    assert run_here("--config", tmp_path / "study.yaml", "--local", "--dry-run") == 0
+    (told,) = [text for text in said(capsys) if "of images, kept for all studies" in text]
+    assert not (tmp_path / "kept").exists(), "something was kept"
+    trainer = Trainer(config)
+    trainer.run_epoch()
+    kept = sum(path.stat().st_size for path in (tmp_path / "kept" / "images").iterdir())
+    assert images_bytes(config) == pytest.approx(kept, abs=200 * (1 if fresh else 2))
+    assert f"{images_bytes(config) / 1024:.3g} KiB of images" in told
 
 
 def test_a_dry_run_of_a_study_that_goes_on_says_what_is_left_and_leaves_it_as_it_is(

@@ -133,6 +133,8 @@ def test_the_size_of_a_space_is_the_product_of_its_parameters(
         ("tikhonov__regularization", {"type": "float", "low": 1e-4, "high": 1e-1}, False),
         ("tikhonov__regularization", {"type": "float", "low": 1, "high": 2, "step": 0.5}, True),
         ("tikhonov__regularization", {"type": "categorical", "choices": [1e-3, 1e-2]}, True),
+        ("network__azimuth_cells", {"type": "int", "low": 4, "high": 11}, True),
+        ("network__azimuth_cells", {"type": "int", "low": 4, "high": 12}, False),
         ("training__learning_rate", {"type": "float", "low": 1e-4, "high": 1e-1}, True),
         ("blend__beta", {"type": "float", "low": 0.1, "high": 0.2}, True),
     ],

@@ -17,7 +17,7 @@ from tuner.records import PriorTrial
 from tuner.study import Ledger
 from tuner.telemetry import Progress
 from tuner.trainable import NUMBER
-from tuner.warmstart import read_prior
+from tuner.warmstart import _differences, read_prior
 
 BETA = {"blend.beta": {"type": "float", "low": 0.0, "high": 0.6}}
 
@@ -120,6 +120,13 @@ def test_no_run_and_another_objective_are_refused(tmp_path: Path) -> None:
     (earlier / "study.db").unlink()
     with pytest.raises(StudyError, match=r"no study.db there"):
         read_prior(earlier, study)
+
+
+def test_where_and_whether_things_are_kept_sets_no_studies_apart(tmp_path: Path) -> None:
+    study = tiny_study(tmp_path)
+    other = study.replaced({"data.cache": str(tmp_path / "x"), "data.keep_images": False})
+    assert not _differences(study, other)
+    assert _differences(study, study.replaced({"data.val_scenes": 7})) == ["data"]
 
 
 def test_ray_is_given_the_studys_own_trials_alone(tmp_path: Path) -> None:
