@@ -107,10 +107,11 @@ def connected(
         options |= {"address": target, "runtime_env": {"py_modules": _packages(plugins)}}
     try:
         context = ray.init(**options)
-    except (ConnectionError, RuntimeError, OSError, ValueError) as error:
+    except Exception as error:  # a node that does not come up within half a minute raises just that
         line = " ".join(str(error).split())[:300]
         where = f"connect to Ray at {target}" if target else "start Ray here"
-        raise StudyError(f"--address: cannot {where}: {line}") from error
+        advice = "" if target else "; try again when less runs here, or --local, which needs no Ray"
+        raise StudyError(f"--address: cannot {where}: {line}{advice}") from error
     try:
         yield _look(description, context.dashboard_url, may_grow=target is not None)
     finally:

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 from tests.tuner.support import environment, processes_with, read_until
@@ -69,11 +69,28 @@ def started(command: list[str], wanted: str, **extra: str) -> Iterator[subproces
 def ray_head(*arguments: str, port: int | None = None, **extra: str) -> Iterator[Head]:
     """`ray start --head` with its own ports and folder.
 
+    Ray gives up where a node does not come up within half a minute, as on a machine that is busy
+    with something else; it is started once more then.
+
     Args:
         arguments: more of `ray start`.
         port: of the cluster, where it has to be known before.
         extra: environment variables.
     """
+    with ExitStack() as stack:
+        try:
+            head = stack.enter_context(_started_head(arguments, port, extra))
+        except AssertionError as error:
+            if "timed out during startup" not in str(error):
+                raise
+            head = stack.enter_context(_started_head(arguments, port, extra))
+        yield head
+
+
+@contextmanager
+def _started_head(
+    arguments: tuple[str, ...], port: int | None, extra: dict[str, str]
+) -> Iterator[Head]:
     mark = f"ristune-test-{uuid.uuid4().hex}"
     folder = tempfile.mkdtemp(prefix="rt", dir="/tmp")  # short: sockets lie in it
     port, metrics_port = port or free_port(), free_port()

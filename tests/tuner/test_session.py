@@ -153,6 +153,27 @@ def test_mistakes_are_told_before_a_cluster_is_asked_for(
         assert re.fullmatch(f"error: {complaint}.*\n", told), told
 
 
+def test_a_ray_that_does_not_come_up_is_told_in_a_line_and_leaves_the_folder_free(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a machine with other work Ray gives up on its own node, by a bare Exception."""
+
+    def busy(**options: Any) -> None:
+        raise Exception("The current node timed out during startup. This could happen because")
+
+    monkeypatch.setattr("ray.init", busy)
+    out = tmp_path / "run"
+    asked = ("--config", write_study(tmp_path), "--address", "local", "--out", out)
+    assert run_here(*asked) == 2
+    told = capsys.readouterr().err
+    assert re.fullmatch(
+        "error: --address: cannot start Ray here: The current node timed out .*; try again when "
+        "less runs here, or --local, which needs no Ray\n",
+        told,
+    ), told
+    assert not (out / "config.yaml").exists()
+
+
 def test_writing_the_results_takes_a_tenth_of_the_drivers_time_and_the_last_ones_are_whole(
     tmp_path: Path, fake_trials: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
