@@ -20,6 +20,7 @@ from benchmarks._timing import alternate, machine_name, parser, save
 from model import Trainer, TrialConfig
 from model.blending import blended_covariance, jittered_beta
 from physics import (
+    CandidateConfig,
     PolarGrid,
     SceneConfig,
     blend,
@@ -69,6 +70,9 @@ def physics_calls(batch: int, device: torch.device) -> dict[str, Call]:
         "mvdr_spectrum, 61x31x8": lambda: mvdr_spectrum(R.loaded(_LOADING), grid, array),
         "nomp": lambda: nomp(y, H, codes, **options),
         "find_candidates": lambda: find_candidates(y, H, codes, **options),
+        "find_candidates, two models of the waves": lambda: find_candidates(
+            y, H, codes, config=CandidateConfig(waves=("paraxial",)), **options
+        ),
         "match": lambda: match(found, *sources),
         "gospa": lambda: gospa(found, *sources),
     }
@@ -80,7 +84,12 @@ def training_calls(family: str, batch: int, threads: int, device: torch.device) 
         {
             "network": _FAMILIES[family],
             "training": {"batch_size": batch, "threads": threads},
-            "data": {"train_scenes": batch, "val_scenes": batch, "fresh": False},
+            "data": {
+                "train_scenes": batch,
+                "val_scenes": batch,
+                "fresh": False,
+                "keep_images": False,  # spectra are a part of the step
+            },
         }
     )
     trainer = Trainer(config, device)
