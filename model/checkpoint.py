@@ -88,8 +88,8 @@ def load_weights(folder: Path) -> dict[str, Tensor]:
 def _check_format(path: Path, metadata: dict[str, str]) -> None:
     if metadata.get("format") != str(FORMAT):
         raise CheckpointError(
-            f"{path}: format {metadata.get('format')!r}; expected {str(FORMAT)!r}: another "
-            "version's weights mean something else here; train the network again"
+            f"{path}: format {metadata.get('format')!r}; expected {str(FORMAT)!r}: weights of "
+            "another program or version mean something else here; train the network again"
         )
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from model import CheckpointError, Localizer, Trainer, export_best
+from model.checkpoint import load_tensors, save_tensors
 from model.decision import Decision, judge
 from model.localizer import Source
 from model.prediction import Prediction
@@ -195,6 +196,11 @@ def test_missing_damaged_or_foreign_weights_are_named(best: Path, tmp_path: Path
     (tmp_path / "model.safetensors").write_bytes(b"\0" * 20)
     with pytest.raises(CheckpointError, match="not readable as safetensors"):
         Localizer.load(tmp_path)
+    weights, metadata = load_tensors(best / "model.safetensors")
+    for other in ({}, metadata | {"format": "2"}):
+        save_tensors(tmp_path / "model.safetensors", weights, other)
+        with pytest.raises(CheckpointError, match="or version mean something else here"):
+            Localizer.load(tmp_path)
     (tmp_path / "model.safetensors").write_bytes((best / "model.safetensors").read_bytes())
     text = (best / "config.json").read_text().replace('"width": 16', '"width": 32')
     (tmp_path / "config.json").write_text(text)

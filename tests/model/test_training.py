@@ -369,7 +369,7 @@ def test_a_damaged_checkpoint_is_refused_by_name(tmp_path: Path, how: str) -> No
     else:
         save_tensors(path, {"weight": torch.ones(3)})
     with pytest.raises(
-        CheckpointError, match=r"checkpoint\.safetensors: (no such|not read|checkp)"
+        CheckpointError, match=r"checkpoint\.safetensors: (no such|not read|format None)"
     ):
         Trainer(tiny_config()).load(tmp_path / "c")
 
