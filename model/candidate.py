@@ -102,7 +102,6 @@ class CandidateNetwork(SourceNetwork):
         # standard deviations of direction and range over those that fit and posterior predict;
         # the direction's step, scale and two coordinates; sharpness of the evidence for the other
         # waves and what is added to it.
-        self.n_others = n_others
         self.judgement = nn.Linear(width, 10 + (1 + n_others if n_others else 0))
         nn.init.zeros_(self.judgement.weight)
         nn.init.zeros_(self.judgement.bias)
@@ -113,13 +112,8 @@ class CandidateNetwork(SourceNetwork):
         if found is None:
             raise ValueError("features hold no candidates; this network needs find_candidates")
         with full_precision():
-            log_likelihood = torch.log_softmax(found.range_evidence, dim=-1)
             inputs = torch.cat(
-                [
-                    _of_candidates(found, log_likelihood),
-                    _of_scenes(found, features.snr_db),
-                    _of_others(found),
-                ],
+                [_of_candidates(found), _of_scenes(found, features.snr_db), _of_others(found)],
                 dim=-1,
             )
         hidden = self.encoder(self.token(inputs))
@@ -139,18 +133,14 @@ class CandidateNetwork(SourceNetwork):
             )
             # softplus(0.54) is 1: the likelihood as it is.
             sharpness = functional.softplus(sharpness.unsqueeze(-1) + 0.54)
-            direction = found.coordinates[..., :2]
-            apart = torch.zeros_like(found.covariance[..., :2, :2])
-            log_likelihood = torch.log_softmax(sharpness * log_likelihood, dim=-1)
-            if self.n_others:
-                log_share = _log_shares(found, judgement[..., 10:])  # (B, P, 1 + W)
-                by_others = torch.log_softmax(
-                    sharpness.unsqueeze(-1) * found.other_range_evidence, dim=-1
-                )
-                every = torch.cat([log_likelihood.unsqueeze(2), by_others], dim=2)
-                log_likelihood = torch.logsumexp(log_share.unsqueeze(-1) + every, dim=2)
-                direction, apart = _mixed(found, log_share.exp())
-            log_pointer = torch.log_softmax(log_likelihood + prior, dim=-1)
+            log_share = _log_shares(found, judgement[..., 10:])  # (B, P, 1 + W)
+            evidence = torch.cat(
+                [found.range_evidence.unsqueeze(2), found.other_range_evidence], dim=2
+            )
+            by_model = torch.log_softmax(sharpness.unsqueeze(-1) * evidence, dim=-1)
+            mixed = torch.logsumexp(log_share.unsqueeze(-1) + by_model, dim=2)
+            log_pointer = torch.log_softmax(mixed + prior, dim=-1)
+            direction, apart = _mixed(found, log_share.exp())
             step = (_std_of(found) * log_scale.exp().unsqueeze(-1)) * judgement[..., 8:10]
             direction = direction + _FARTHEST * torch.tanh(step / _FARTHEST)
             cells = _cells(direction, found.range_m)
@@ -200,11 +190,13 @@ def _log_shares(found: Candidates, said: Tensor) -> Tensor:
 
     Args:
         found: candidates.
-        said: (B, P, 1 + W): sharpness, and what is added for each of the others.
+        said: (B, P, 1 + W): sharpness, and what is added for each of the others; nothing
+            where there are none.
     """
     sharpness = functional.softplus(said[..., :1] + 0.54)
     logit = sharpness * _wave_evidence(found).unsqueeze(1) + said[..., 1:]
-    return torch.log_softmax(torch.cat([torch.zeros_like(logit[..., :1]), logit], dim=-1), dim=-1)
+    nominal = torch.zeros_like(found.power).unsqueeze(-1)
+    return torch.log_softmax(torch.cat([nominal, logit], dim=-1), dim=-1)
 
 
 def _wave_evidence(found: Candidates) -> Tensor:
@@ -221,8 +213,9 @@ def _compressed(value: Tensor) -> Tensor:
     return value.sign() * torch.log1p(value.abs())
 
 
-def _of_candidates(found: Candidates, log_likelihood: Tensor) -> Tensor:
+def _of_candidates(found: Candidates) -> Tensor:
     """Inputs (B, P, 20 + S + P) of order 1, by candidate."""
+    log_likelihood = torch.log_softmax(found.range_evidence, dim=-1)
     n_candidates = found.power.shape[1]
     azimuth, elevation, inverse_range = found.coordinates.unbind(-1)
     log_power = _log(found.power)
