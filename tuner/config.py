@@ -271,7 +271,8 @@ class StudyConfig(TrialConfig):
     def trial_config(self, params: Mapping[str, Value], seed: int) -> TrialConfig:
         """The configuration of one trial: the base with dotted parameters and a seed set."""
         data = self.model_dump(include=set(TrialConfig.model_fields))
-        own = {"data.keep_images": False} if varies_images(self.search.space) else {}
+        images = self.network.spectra and self.data.keep_images
+        own = {"data.keep_images": False} if images and varies_images(self.search.space) else {}
         for path, value in {**own, **params, "seed": seed}.items():
             _assign(data, path, value)
         try:
