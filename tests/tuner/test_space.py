@@ -144,7 +144,7 @@ def test_images_are_kept_unless_every_trial_would_have_its_own(
 ) -> None:
     study = tiny_study(tmp_path, search={"space": {path.replace("__", "."): spec}})
     assert study.trial_config({}, seed=0).data.keep_images is kept
-    judging = study.replaced({"network": {"family": "candidate"}})
+    judging = study.replaced({"network": {"family": "candidate", "candidates": {"count": 2}}})
     assert judging.trial_config({}, seed=0).data.keep_images, "it reads no spectra"
     never = study.replaced({"data.keep_images": False})
     assert not never.trial_config({}, seed=0).data.keep_images
