@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -35,19 +36,19 @@ class CandidateConfig(FrozenModel):
 
     count: int = Field(6, ge=1, description="sources that the pursuit takes, more than there are")
     range_cells: int = Field(24, ge=2, description="ranges that each is judged at")
-    waves: tuple[Wavefront, ...] = Field(
+    waves: tuple[Literal["spherical", "fresnel", "paraxial"], ...] = Field(
         (),
-        max_length=3,
+        max_length=2,
         description="models of the waves, beside scene.wavefront, that each is judged by too",
     )
     search: PursuitConfig = PursuitConfig()
 
     def check_waves(self, nominal: Wavefront) -> None:
-        """Raise ValueError where a model of the waves is named twice, or is the nominal one."""
-        if self.waves and "planar" in (nominal, *self.waves):
+        """Raise ValueError where a model of the waves stands twice, or beside plane waves."""
+        if self.waves and nominal == "planar":
             raise ValueError(
-                f"waves {list(self.waves)} beside scene.wavefront {nominal}: plane waves have no "
-                "range, and cannot be one of several models; take those out that are planar"
+                f"waves {list(self.waves)} beside scene.wavefront planar: plane waves have no "
+                "range, and cannot be one of several models; name none, or another wavefront"
             )
         for index, wavefront in enumerate(self.waves):
             if wavefront == nominal or wavefront in self.waves[:index]:

@@ -115,17 +115,22 @@ def test_a_slot_is_a_candidate_with_cells_of_its_own(
     torch.testing.assert_close(p.log_pointer.exp().sum(-1), torch.ones(6, 3))
 
 
-def test_pointer_power_and_factor_are_those_that_the_judgement_asks_for(
-    network: CandidateNetwork, scenes: Scenes
-) -> None:
+def overheard(network: CandidateNetwork, features: Features) -> tuple[Any, Prediction]:
+    """The judgement (B, P, J) of candidates, and the prediction that came of it."""
     seen: list[Tensor] = []
     hook = network.judgement.register_forward_hook(lambda *call: seen.append(call[-1]))
     try:
-        features = features_of(network, scenes)
         p = network(features)
     finally:
         hook.remove()
-    judgement = seen[0].detach().double().numpy()
+    return seen[0].detach().double().numpy(), p
+
+
+def test_pointer_power_and_factor_are_those_that_the_judgement_asks_for(
+    network: CandidateNetwork, scenes: Scenes
+) -> None:
+    features = features_of(network, scenes)
+    judgement, p = overheard(network, features)
     assert np.abs(judgement).max() > 0.1
     found = features.candidates
     assert found is not None

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from model.candidate import CandidateNetwork
 from model.decision import judge
@@ -17,7 +16,16 @@ from model.features import Features
 from model.loss import LossConfig, ScenesLoss
 from physics import Scenes, simulate
 from physics.candidates import Candidates
-from tests.model.test_candidate import ARRAY, FAR, features_of, finite, fresh, outputs, softplus
+from tests.model.test_candidate import (
+    ARRAY,
+    FAR,
+    features_of,
+    finite,
+    fresh,
+    outputs,
+    overheard,
+    softplus,
+)
 from tests.tiny import TINY_CANDIDATE, tiny_candidate_config
 
 CANDIDATES = TINY_CANDIDATE["candidates"] | {"waves": ["paraxial", "fresnel"]}
@@ -54,14 +62,9 @@ def found_in(features: Features) -> Candidates:
 def test_direction_and_range_are_those_of_all_models_by_their_probability(
     network: CandidateNetwork, scenes: Scenes
 ) -> None:
-    seen: list[Tensor] = []
-    hook = network.judgement.register_forward_hook(lambda *call: seen.append(call[-1]))
-    try:
-        features = features_of(network, scenes, config=CONFIG)
-        p = network(features)
-    finally:
-        hook.remove()
-    judgement, found = seen[0].detach().double().numpy(), found_in(features)
+    features = features_of(network, scenes, config=CONFIG)
+    judgement, p = overheard(network, features)
+    found = found_in(features)
     assert p.angle_covariance is not None
     assert judgement.shape == (6, 3, 13)
     moved = 0.0

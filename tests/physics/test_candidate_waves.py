@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from physics import SceneConfig, Scenes, simulate
@@ -207,7 +208,7 @@ def test_no_scenes_have_no_candidates_of_the_same_shapes() -> None:
     same(Candidates.concatenate([none, full]), full, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("waves", [("spherical",), ("paraxial", "fresnel", "paraxial")])
+@pytest.mark.parametrize("waves", [("spherical",), ("paraxial", "paraxial")])
 def test_a_model_that_stands_there_twice_is_refused(waves: Any) -> None:
     S = scenes("constant", 2)
     config = CandidateConfig(count=2, waves=waves)
@@ -215,10 +216,11 @@ def test_a_model_that_stands_there_twice_is_refused(waves: Any) -> None:
         find_candidates(S.y, S.H, S.codes, array=ARRAY, config=config)
 
 
-@pytest.mark.parametrize(("nominal", "waves"), [("planar", "spherical"), ("spherical", "planar")])
-def test_plane_waves_are_no_model_among_others(nominal: Any, waves: Any) -> None:
+def test_plane_waves_are_no_model_among_others() -> None:
     S = scenes("constant", 2)
-    config = CandidateConfig(count=2, waves=(waves,))
-    scene = SceneConfig(source_mode="constant", wavefront=nominal, **FIELD)
+    config = CandidateConfig(count=2, waves=("spherical",))
+    scene = SceneConfig(source_mode="constant", wavefront="planar", **FIELD)
     with pytest.raises(ValueError, match="plane waves have no range"):
         find_candidates(S.y, S.H, S.codes, array=ARRAY, scene=scene, config=config)
+    with pytest.raises(ValidationError, match="'spherical', 'fresnel' or 'paraxial'"):
+        CandidateConfig(waves=("planar",))  # type: ignore[arg-type]  # that is the mistake
