@@ -124,7 +124,7 @@ def watched(trials: dict[int, Seen]) -> Iterator[None]:
         stack.enter_context(patch.object(LedgerSearch, "reported", reported))
         asked = timed(Ledger, "ask", lambda found: found.number if found else None)
         stack.enter_context(asked)
-        for name in ("report", "checkpointed", "finish"):
+        for name in ("report", "finish"):
             stack.enter_context(timed(Ledger, name, lambda result, number, *rest: number))
         yield
 
@@ -180,7 +180,7 @@ def overhead(trials: list[Seen]) -> dict[str, float]:
         rows["building the trial"].append(trial.steps - trial.epochs)
         driver = {
             "proposal": trial.parts["ask"],
-            "epochs into the ledger": trial.parts["report"] + trial.parts["checkpointed"],
+            "epochs into the ledger": trial.parts["report"],
             "end into the ledger": last.parts["finish"],
             "result files": last.parts["results"],
         }
@@ -287,8 +287,7 @@ def grown(n: int, rounds: int) -> dict[str, tuple[float, float]]:
             number = clock("proposal", ledger.ask).number
             metrics = {f"metric_{index}": 0.1 for index in range(20)}
             metrics |= {"epoch": 1, "objective": 0.5}
-            clock("epoch", lambda n=number, m=metrics: ledger.report(n, m))
-            clock("checkpoint", lambda n=number: ledger.checkpointed(n, "/x", 1))
+            clock("epoch", lambda n=number, m=metrics: ledger.report(n, m, "/x"))
             clock("end", lambda n=number: ledger.finish(n, "pruned"))
             clock("limits", limits.look)
             clock("trials.csv", lambda: write_trials(folder, ledger))

@@ -267,8 +267,11 @@ def database_seconds(running: int) -> dict[str, float]:
         metrics = {f"metric_{index}": 0.123456789 for index in range(20)}
 
         def epoch(number: int, count: int) -> None:
-            ledger.report(number, metrics | {"epoch": count, "objective": 0.5})
-            ledger.checkpointed(number, "/mnt/ristune/runs/full/trials/0001/checkpoint", count)
+            ledger.report(
+                number,
+                metrics | {"epoch": count, "objective": 0.5},
+                "/mnt/ristune/runs/full/trials/0001/checkpoint",
+            )
 
         numbers = []
         for _ in range(running):

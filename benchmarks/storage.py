@@ -206,8 +206,7 @@ def speed(name: str, folder: Path, readers: int, rounds: int) -> dict[str, Any]:
         def report() -> None:
             nonlocal epoch
             epoch += 1
-            ledger.report(begun.number, metrics(epoch))
-            ledger.checkpointed(begun.number, "/mnt/runs/study/trials/0001/checkpoint", epoch)
+            ledger.report(begun.number, metrics(epoch), "/mnt/runs/study/trials/0001/checkpoint")
 
         def ask() -> None:
             trial = ledger.ask()

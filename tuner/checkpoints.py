@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -19,6 +19,7 @@ from typing import Any
 
 from pyarrow.fs import FileSelector, FileSystem, FileType, copy_files
 
+from model.files import sync
 from tuner.config import ResourcesConfig
 from tuner.folder import RunFolder
 
@@ -46,6 +47,11 @@ class Storage:
         name = f"{folder.path.name}-{folder.identity}-{folder.trials.name}"
         return cls(resources.storage, name)
 
+    def trial(self, number: int) -> str:
+        """Where a trial's checkpoints go."""
+        filesystem, root = open_location(self.root)
+        return self.location(filesystem, f"{root}/{self.name}/{number:04d}")
+
     def location(self, filesystem: FileSystem, path: str) -> str:
         """A path below the root, as a location that stands alone.
 
@@ -55,9 +61,8 @@ class Storage:
         """
         if filesystem.type_name == "local":
             return path
-        base, mark, options = self.root.partition("?")
         inside = PurePosixPath(path).relative_to(open_location(self.root)[1])
-        return f"{base.rstrip('/')}/{inside}{mark}{options}"
+        return _below(self.root, str(inside))
 
     def checkpoints(self) -> Iterator[tuple[int, str]]:
         """Trial and location of every checkpoint there is.
@@ -71,6 +76,12 @@ class Storage:
             parts = re.search(r"/(\d{4,})[^/]*/checkpoint[^/]*$", info.path)
             if parts and info.type == FileType.Directory:
                 yield int(parts[1]), self.location(filesystem, info.path)
+
+
+def _below(location: str, inside: str) -> str:
+    """A path or URI below another, which keeps its options."""
+    base, mark, options = location.partition("?") if "://" in location else (location, "", "")
+    return f"{base.rstrip('/')}/{inside}{mark}{options}"
 
 
 def open_location(location: str) -> tuple[Any, str]:
@@ -135,6 +146,55 @@ def starting_points(
             except OSError as error:
                 logger.warning("a donor's checkpoint cannot be had: %s", error)
         yield own, theirs
+
+
+class TrialCheckpoints:
+    """Those of one trial while it runs: each new one beside the last.
+
+    The ledger names a checkpoint once it is whole, together with its epoch. Until it does, a trial
+    whose machine is lost goes on from the one before, which therefore goes an epoch later.
+
+    Args:
+        home: folder or URI of the trial.
+        previous: what the trial goes on from, unless others begin there too.
+    """
+
+    def __init__(self, home: str, previous: str | None = None) -> None:
+        self._home = home
+        self._kept = [previous] if previous else []
+
+    def write(self, epoch: int, save: Callable[[Path], object]) -> str:
+        """Keep the state after an epoch; it is whole and on disk when this returns.
+
+        Args:
+            epoch: names the checkpoint.
+            save: fills a folder.
+
+        Returns:
+            Its location.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        location = _below(self._home, f"checkpoint-{epoch:05d}")
+        filesystem, path = open_location(location)
+        if filesystem.type_name == "local":
+            save(Path(path))
+            for folder in Path(path).parents[: 1 if self._kept else 3]:
+                sync(folder)  # a power cut may follow, and they may be new
+        else:
+            with TemporaryDirectory(prefix="ristune-checkpoint-") as fresh:
+                save(Path(fresh))
+                filesystem.create_dir(path, recursive=True)
+                copy_files(fresh, path, destination_filesystem=filesystem)
+        if location not in self._kept:
+            self._kept.append(location)
+        return location
+
+    def forget(self) -> None:
+        """Delete all but the newest, now that the ledger names it."""
+        while len(self._kept) > 1:
+            drop(self._kept.pop(0))
 
 
 def drop(location: str) -> None:

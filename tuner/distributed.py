@@ -4,26 +4,22 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 from collections.abc import Callable
-from fnmatch import fnmatch
 from typing import Any
 
-from pyarrow.fs import FileSelector
 from ray import tune
 from ray.tune import CheckpointConfig, FailureConfig, RunConfig, TuneConfig
 from ray.tune.experiment import Trial
 
-from tuner.checkpoints import Storage, open_location
 from tuner.disk import disk_error
 from tuner.folder import RunFolder
 from tuner.schedulers import make_scheduler
 from tuner.search import LedgerCallback, LedgerSearch
 from tuner.study import Ledger
-from tuner.trainable import NUMBER, START, TrialActor
+from tuner.trainable import NUMBER, TrialActor
 from tuner.trial import trial_name
 from tuner.watchers import Watcher
-
-logger = logging.getLogger(__name__)
 
 # Ray Tune's own output, loggers and snapshots are not wanted: the ledger is the record.
 _QUIET = {
@@ -35,8 +31,7 @@ _QUIET = {
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
     "TUNE_MAX_PENDING_TRIALS_PG": "auto",
 }
-_LITTER = ("experiment_state-*", "searcher-state-*", "search_gen_state-*", "callback_states-*",
-           "tuner.pkl", "trainable.pkl", ".validate_storage_marker")  # fmt: skip
+_SCRATCH = ".ray"  # in the run folder: by what is in it Ray would restore; the ledger does that
 
 
 class StopWish(tune.Stopper):
@@ -85,6 +80,8 @@ def run_distributed(
         os.environ.setdefault(key, value)
     study = ledger.config
     resources = study.resources
+    scratch = folder.path / _SCRATCH
+    shutil.rmtree(scratch, ignore_errors=True)  # of a driver that was killed
     search = LedgerSearch(ledger, progress, folder, device=device, stop=stop, after=after)
     tuner = tune.Tuner(
         tune.with_resources(TrialActor, {"cpu": resources.cpus_per_trial or 1, "gpu": gpus}),
@@ -95,13 +92,13 @@ def run_distributed(
             max_concurrent_trials=concurrent,
             reuse_actors=True,
             trial_name_creator=_trial_name,
-            trial_dirname_creator=_trial_folder,
+            trial_dirname_creator=_trial_name,
         ),
         run_config=RunConfig(
-            name=search.storage.name,
-            storage_path=search.storage.root,
+            name=_SCRATCH,
+            storage_path=str(folder.path),
             failure_config=FailureConfig(max_failures=-1),  # LedgerSearch.lost gives up
-            checkpoint_config=CheckpointConfig(num_to_keep=1),
+            checkpoint_config=CheckpointConfig(checkpoint_at_end=False),  # TrialActor keeps its own
             callbacks=[LedgerCallback(search)],
             stop=StopWish(lambda: stop() or search.full_disk is not None),
             verbose=0,
@@ -113,7 +110,7 @@ def run_distributed(
         tuner.fit()
     finally:
         search.closed = True
-        _sweep(search.storage)
+        shutil.rmtree(scratch, ignore_errors=True)
         # What Ray Tune has taken for a trial's fault, or wrapped:
         if ledger.database_lost is not None:
             raise ledger.database_lost
@@ -123,22 +120,3 @@ def run_distributed(
 
 def _trial_name(trial: Trial) -> str:
     return trial_name(trial.config[NUMBER])
-
-
-def _trial_folder(trial: Trial) -> str:
-    number = f"{trial.config[NUMBER]:04d}"
-    # A trial that goes on keeps what it goes on from beside what it writes.
-    start = trial.config.get(START)
-    return f"{number}-after-epoch-{start}" if start else number
-
-
-def _sweep(storage: Storage) -> None:
-    """Remove the files by which Ray would restore; the ledger does that."""
-    try:
-        filesystem, root = open_location(storage.root)
-        found = filesystem.get_file_info(FileSelector(f"{root}/{storage.name}"))
-        for info in found:
-            if info.is_file and any(fnmatch(info.base_name, pattern) for pattern in _LITTER):
-                filesystem.delete_file(info.path)
-    except OSError as error:
-        logger.warning("files of Ray Tune stay in %s: %s", storage.root, error)

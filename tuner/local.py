@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from tuner.checkpoints import starting_points
+from tuner.checkpoints import TrialCheckpoints, starting_points
 from tuner.folder import RunFolder
 from tuner.records import Assignment, End
 from tuner.retries import exhausted_reason
@@ -109,15 +109,8 @@ def _run_epochs(
 ) -> None:
     """Step a trial until it has ended, is to be handed back, or `stop` says so."""
     number = trial.number
-    kept = home / "checkpoint"
-    if trial.until is not None:  # heirs may begin where this stretch does: that stays beside it
-        kept = home / f"checkpoint-after-epoch-{trial.epoch}"
-        run.build()
-        if trial.checkpoint is not None and run.epoch == trial.until < run.epochs:
-            # Cut between the last checkpoint and the ledger's line about it.
-            ledger.checkpointed(number, trial.checkpoint, run.epoch)
-            _hand_back(ledger, progress, number)
-            return
+    # Heirs may begin where a stretch does: that stays.
+    kept = TrialCheckpoints(str(home), trial.checkpoint if trial.until is None else None)
     while True:
         result = run.step()
         if result.pop("failed"):
@@ -128,10 +121,9 @@ def _run_epochs(
         finished = result.pop("finished")
         if not result.pop("repeated", False):
             metrics = {**result, **place_of(result, device, float(device != "cpu"))}
-            ledger.report(number, metrics)  # first: a checkpoint never knows more
+            ledger.report(number, metrics, kept.write(result["epoch"], run.save))
+            kept.forget()
             progress.reported(number, metrics)
-            run.save(kept)
-            ledger.checkpointed(number, str(kept), result["epoch"])
         if finished:
             _end(ledger, progress, number, "done", objective=result["objective"])
             return
@@ -139,16 +131,12 @@ def _run_epochs(
             reason = f"stopped after epoch {result['epoch']}"
             _end(ledger, progress, number, "pruned", reason=reason)
             return
-        if result["epoch"] == trial.until:
-            _hand_back(ledger, progress, number)
+        if trial.until is not None and result["epoch"] >= trial.until:
+            ledger.hand_back(number)
+            progress.handed_back(number)
             return
         if stop():
             return
-
-
-def _hand_back(ledger: Ledger, progress: Watcher, number: int) -> None:
-    ledger.hand_back(number)
-    progress.handed_back(number)
 
 
 def _end(ledger: Ledger, progress: Watcher, number: int, state: End, **details: Any) -> None:

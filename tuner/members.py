@@ -89,12 +89,12 @@ class PopulationLedger(Ledger):
         heir = heir_of(attrs)
         return heir.words if heir else None
 
-    def checkpointed(self, number: int, location: str, epoch: int) -> None:
-        """Record the checkpoint from which the trial, and at a milestone its heirs, can go on."""
+    def _checkpoint_attrs(self, epoch: int, location: str) -> dict[str, Any]:
+        """From a checkpoint the trial goes on, and at a milestone its heirs too."""
+        attrs = super()._checkpoint_attrs(epoch, location)
         if epoch in self._milestones:
-            key = _MILESTONE.format(epoch)
-            self._storage.set_trial_user_attr(self._id(number), key, location)
-        super().checkpointed(number, location, epoch)
+            attrs[_MILESTONE.format(epoch)] = location
+        return attrs
 
     # Deciding
 

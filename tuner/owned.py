@@ -11,12 +11,14 @@ from __future__ import annotations
 import abc
 import copy
 import json
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
 from optuna.distributions import BaseDistribution
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
+
+from tuner.storage import PatientStorage
 
 
 class OwnedStorage(BaseStorage):
@@ -29,7 +31,7 @@ class OwnedStorage(BaseStorage):
         storage: whose studies, as far as they are asked for here, nobody else writes.
     """
 
-    def __init__(self, storage: BaseStorage) -> None:
+    def __init__(self, storage: PatientStorage) -> None:
         self._backend = storage
         self._studies: dict[int, list[FrozenTrial]] = {}  # by number
         self._places: dict[int, tuple[int, int]] = {}  # study and number of each trial
@@ -115,6 +117,16 @@ class OwnedStorage(BaseStorage):
         """Set an attribute of the user's."""
         self._backend.set_trial_user_attr(trial_id, key, value)
         self._note(trial_id, "user_attrs", key, json.loads(json.dumps(value)))
+
+    def write_together(
+        self, trial_id: int, values: Mapping[int, float], attrs: Mapping[str, Any]
+    ) -> None:
+        """Set values by step and attributes of the user's, all or none of them."""
+        self._backend.write_together(trial_id, values, attrs)
+        for step, value in values.items():
+            self._note(trial_id, "intermediate_values", step, value)
+        for key, attr in attrs.items():
+            self._note(trial_id, "user_attrs", key, json.loads(json.dumps(attr)))
 
     def set_trial_system_attr(self, trial_id: int, key: str, value: Any) -> None:
         """Set an attribute of the sampler's."""

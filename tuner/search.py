@@ -14,19 +14,30 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ray.tune import Callback, Checkpoint
+from ray.tune import Callback
 from ray.tune.experiment import Trial
 from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
-from model.files import sync, write_text
+from model.files import write_text
 from tuner.checkpoints import Storage
 from tuner.disk import speaks_of_full_disk
 from tuner.folder import RunFolder
 from tuner.records import End
 from tuner.retries import exhausted_reason
 from tuner.study import Ledger
-from tuner.trainable import CONFIG, DEVICE, DONOR, GIVE_UP, NUMBER, RESUME, START, STUDY, UNTIL
+from tuner.trainable import (
+    CHECKPOINT,
+    CONFIG,
+    DEVICE,
+    DONOR,
+    GIVE_UP,
+    HOME,
+    NUMBER,
+    RESUME,
+    STUDY,
+    UNTIL,
+)
 from tuner.watchers import Watcher
 
 logger = logging.getLogger(__name__)
@@ -99,8 +110,8 @@ class LedgerSearch(OptunaSearch):
                 STUDY: self._ledger.config.name,
                 CONFIG: config.model_dump(mode="json"),
                 DEVICE: self._device,
+                HOME: self.storage.trial(found.number),
                 RESUME: found.checkpoint,
-                START: found.epoch,
                 DONOR: found.donor,
                 UNTIL: found.until,
             }
@@ -161,8 +172,9 @@ class LedgerSearch(OptunaSearch):
             if parts is None:
                 return self._give_up(trial_id, exhausted_reason(reason))
             self._watcher.halved(number, parts, reason)
-            config = self._ledger.trial_config(self._ledger.going_on(number))
-            return {CONFIG: config.model_dump(mode="json")}
+            going_on = self._ledger.going_on(number)
+            config = self._ledger.trial_config(going_on)
+            return {CONFIG: config.model_dump(mode="json"), RESUME: going_on.checkpoint}
         self._in_a_row[number] = times = self._in_a_row.get(number, 0) + 1
         self._ledger.lost(number, reason)
         if times > self._ledger.config.resources.max_failures:
@@ -172,14 +184,14 @@ class LedgerSearch(OptunaSearch):
                 f"({reason}); a crash of the trial's own looks like a lost machine",
             )
         self._watcher.lost(number, reason)
-        return {}
+        return {RESUME: self._ledger.going_on(number).checkpoint}
 
     def _give_up(self, trial_id: str, reason: str) -> dict[str, Any]:
         self._given_up[trial_id] = reason
         return {GIVE_UP: reason}
 
     def reported(self, trial_id: str, result: dict[str, Any]) -> None:
-        """Record an epoch, before its checkpoint is: a checkpoint never knows more."""
+        """Record an epoch with its checkpoint, which is on disk."""
         number = self._numbers.get(trial_id)
         if number is None or trial_id in self._ended or self.closed:
             return
@@ -187,14 +199,8 @@ class LedgerSearch(OptunaSearch):
             self._in_a_row.pop(number, None)
             self._counted.discard(trial_id)
             metrics = own_metrics(result)
-            self._ledger.report(number, metrics)
+            self._ledger.report(number, metrics, result.get(CHECKPOINT))
             self._watcher.reported(number, metrics)
-
-    def checkpointed(self, trial_id: str, location: str, epoch: int) -> None:
-        """Record where the trial can go on."""
-        number = self._numbers.get(trial_id)
-        if number is not None and trial_id not in self._ended and not self.closed:
-            self._ledger.checkpointed(number, location, epoch)
 
     def _end(self, trial_id: str, state: End, **details: Any) -> None:
         number = self._numbers[trial_id]
@@ -229,22 +235,6 @@ class LedgerCallback(Callback):
         """An epoch has ended."""
         self._search.reported(trial.trial_id, result)
 
-    def on_checkpoint(
-        self,
-        iteration: int,
-        trials: list[Trial],
-        trial: Trial,
-        checkpoint: Checkpoint,
-        **info: Any,
-    ) -> None:
-        """A checkpoint lies in the storage."""
-        epoch = (trial.last_result or {}).get("epoch")
-        if epoch is not None:
-            location = self._search.storage.location(checkpoint.filesystem, checkpoint.path)
-            if "://" not in location:
-                _settle(Path(location))
-            self._search.checkpointed(trial.trial_id, location, int(epoch))
-
     def on_trial_recover(
         self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
     ) -> None:
@@ -273,18 +263,11 @@ def _what_happened(trial: Trial) -> str:
     return chosen[:200] or f"failure {trial.num_failures}"
 
 
-def _settle(folder: Path) -> None:
-    """Have what Ray copied on disk before the ledger names it: a power cut may follow."""
-    for path in [*folder.rglob("*"), folder, folder.parent]:
-        sync(path)
-
-
 _RAY_KEYS = frozenset(
     {
         "config", "date", "done", "experiment_tag", "hostname", "iterations_since_restore",
-        "node_ip", "pid", "should_checkpoint", "time_since_restore", "time_this_iter_s",
-        "time_total_s", "timestamp", "training_iteration", "trial_id", "failed", "finished",
-        "checkpoint_dir_name", "paused",
+        "node_ip", "pid", "time_since_restore", "time_this_iter_s", "time_total_s", "timestamp",
+        "training_iteration", "trial_id", "failed", "finished", "paused", CHECKPOINT,
     }
 )  # fmt: skip
 

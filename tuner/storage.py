@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import abc
 import inspect
+import json
 import logging
 import sqlite3
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -274,6 +275,54 @@ class PatientStorage(BaseStorage):
             return self._backend.get_trial(trial_id).state == state or write()
 
         return self._patiently(write, look)
+
+    def write_together(
+        self, trial_id: int, values: Mapping[int, float], attrs: Mapping[str, Any]
+    ) -> None:
+        """Values by step and attributes of a trial that runs: all of them, or none, are there.
+
+        In a database that is one commit, which waits for the disk once.
+        """
+        self._patiently(lambda: self._write_together(trial_id, values, attrs))
+
+    def _write_together(
+        self, trial_id: int, values: Mapping[int, float], attrs: Mapping[str, Any]
+    ) -> None:
+        rdb = getattr(self._backend, "_backend", None)
+        if not isinstance(rdb, RDBStorage):  # in memory
+            for step, value in values.items():
+                self._backend.set_trial_intermediate_value(trial_id, step, value)
+            for key, attr in attrs.items():
+                self._backend.set_trial_user_attr(trial_id, key, attr)
+            return
+        from optuna.storages._rdb import models
+        from optuna.storages._rdb.storage import _create_scoped_session
+        from sqlalchemy.dialects import postgresql, sqlite
+
+        # What Optuna's own methods do, each with questions and a commit of its own.
+        dialects: dict[str, Any] = {"sqlite": sqlite, "postgresql": postgresql}
+        value_model, attr_model = models.TrialIntermediateValueModel, models.TrialUserAttributeModel
+        value_rows = [
+            dict(zip(("intermediate_value", "intermediate_value_type"), stored, strict=True))
+            | {"trial_id": trial_id, "step": step}
+            for step, value in values.items()
+            for stored in [value_model.intermediate_value_to_stored_repr(value)]
+        ]
+        attr_rows = [
+            {"trial_id": trial_id, "key": key, "value_json": json.dumps(attr)}
+            for key, attr in attrs.items()
+        ]
+        with _create_scoped_session(rdb.scoped_session) as session:
+            for model, identity, rows in (
+                (value_model, ("trial_id", "step"), value_rows),
+                (attr_model, ("trial_id", "key"), attr_rows),
+            ):
+                if rows:
+                    insert = dialects[rdb.engine.name].insert(model).values(rows)
+                    changed = {k: insert.excluded[k] for k in rows[0] if k not in identity}
+                    session.execute(
+                        insert.on_conflict_do_update(index_elements=identity, set_=changed)
+                    )
 
     def remove_session(self) -> None:
         """Let go of the database, which needs no answer."""

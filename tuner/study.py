@@ -1,8 +1,8 @@
 """The ledger: what was tried, how far it came and how it ended.
 
 One Optuna study in a database is the only record of a search. Ray Tune and the local
-loop both write to it and both go on from it, so that a crash costs little: the
-epoch under way, and one whose checkpoint was not on disk yet. Numbers:
+loop both write to it and both go on from it, so that a crash costs the epoch under
+way: an epoch is written together with its checkpoint, which is on disk by then. Numbers:
 
 - a trial's seed is `SeedSequence(study seed, spawn_key=(0, number))`, one word of it;
 - the sampler is seeded anew for each proposal by `spawn_key=(1, number)`, so that a
@@ -82,7 +82,9 @@ class Ledger:
             optuna.logging.set_verbosity(optuna.logging.ERROR)
             self._database = _patient(storage)
         # Whoever only looks must look again each time: another process writes.
-        self._storage = self._database if reading else OwnedStorage(self._database)  # type: ignore[abstract]
+        self._storage: PatientStorage | OwnedStorage = self._database
+        if not reading:
+            self._storage = OwnedStorage(self._database)  # type: ignore[abstract]
         known: dict[str, Any] = {
             "storage": self._storage,
             "study_name": name or study.name,
@@ -288,21 +290,25 @@ class Ledger:
 
     # Reporting
 
-    def report(self, number: int, metrics: Mapping[str, Any]) -> None:
-        """Record one epoch; an epoch that is run again replaces its record."""
+    def report(
+        self, number: int, metrics: Mapping[str, Any], checkpoint: str | None = None
+    ) -> None:
+        """Record one epoch, and where the checkpoint lies from which the trial can go on.
+
+        An epoch that is run again replaces its record.
+        """
         epoch = int(metrics["epoch"])
         objective = finite(metrics.get("objective"))
-        identifier = self._id(number)
-        if objective is not None:
-            self._storage.set_trial_intermediate_value(identifier, epoch, objective)
         kept = {k: v for k, v in metrics.items() if isinstance(v, bool | int | float | str)}
-        kept[REPORTED] = time.time()
-        self._storage.set_trial_user_attr(identifier, f"epoch/{epoch:05d}", kept)
+        attrs: dict[str, Any] = {f"epoch/{epoch:05d}": kept | {REPORTED: time.time()}}
+        if checkpoint is not None:
+            attrs |= self._checkpoint_attrs(epoch, checkpoint)
+        values = {} if objective is None else {epoch: objective}
+        self._storage.write_together(self._id(number), values, attrs)
 
-    def checkpointed(self, number: int, location: str, epoch: int) -> None:
-        """Record the checkpoint from which the trial can go on."""
-        kept = {"location": location, "epoch": epoch}
-        self._storage.set_trial_user_attr(self._id(number), "checkpoint", kept)
+    def _checkpoint_attrs(self, epoch: int, location: str) -> dict[str, Any]:
+        """What a trial's attributes say of its last checkpoint."""
+        return {"checkpoint": {"location": location, "epoch": epoch}}
 
     def lost(self, number: int, reason: str) -> None:
         """Record that a machine died under the trial."""
@@ -347,11 +353,9 @@ class Ledger:
             if finite(score) is None:
                 state, reason = "failed", reason or f"{name} is {score}"
         identifier = self._id(number)
-        if reason:
-            self._storage.set_trial_user_attr(identifier, "reason", reason)
-        if traceback:
-            text = traceback[-_MAX_TRACEBACK:]
-            self._storage.set_trial_user_attr(identifier, "traceback", text)
+        attrs = {"reason": reason, "traceback": traceback and traceback[-_MAX_TRACEBACK:]}
+        if said := {name: text for name, text in attrs.items() if text}:
+            self._storage.write_together(identifier, {}, said)
         values = list(scores.values()) if state == "done" else None
         self._study.tell(number, values, state=_ENDS[state])
         return state

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 import ray
 from ray import tune
 
 from model.config import TrialConfig
-from tuner.checkpoints import starting_points
+from tuner.checkpoints import TrialCheckpoints, starting_points
 from tuner.gauges import trial_gauges
 from tuner.trial import TrialRun, place_of
 
 # Keys of the configuration that Ray hands to an actor.
 NUMBER, CONFIG, DEVICE, STUDY = "number", "config", "device", "study"
-RESUME, START = "resume", "start"  # a checkpoint to go on from, and its epoch
+HOME = "home"  # where its checkpoints go
+RESUME = "resume"  # a checkpoint to go on from
 DONOR = "donor"  # checkpoint of another trial, to begin with where there is none of its own
 UNTIL = "until"  # epoch after which the trial makes room, to go on later
 GIVE_UP = "give_up"  # why the trial is to end as failed, if it is
+CHECKPOINT = "checkpoint"  # of a result: what was kept of the epoch, before anybody hears of it
 
 
 def allocated_gpus() -> str:
@@ -30,12 +31,16 @@ def allocated_gpus() -> str:
 
 
 class TrialActor(tune.Trainable):
-    """Runs trials on the resources that Ray gave it, a step an epoch."""
+    """Runs trials on the resources that Ray gave it, a step an epoch.
+
+    It keeps its checkpoints itself: Ray's own way takes a second message for each, which the GPU
+    waits for, and copies what lies in its place already.
+    """
 
     _run: TrialRun | None = None
 
     def setup(self, config: dict[str, Any]) -> None:
-        """Take a trial; it is built at its first step, or by its checkpoint."""
+        """Take a trial; it is built at its first step, or here from its checkpoint."""
         self._study = str(config[STUDY])
         self._gauges = trial_gauges()
         self._gauges.begin(self._study, int(config[NUMBER]))
@@ -45,10 +50,13 @@ class TrialActor(tune.Trainable):
         trial = TrialConfig.model_validate(config[CONFIG])
         self._until: int | None = config.get(UNTIL)
         self._give_up: str | None = config.get(GIVE_UP)
+        previous = config.get(RESUME)
+        # Heirs may begin where a stretch does: that stays.
+        self._kept = TrialCheckpoints(config[HOME], previous if self._until is None else None)
         if self._give_up:
             self._run = TrialRun(trial, self._device)
         else:
-            with starting_points(config.get(RESUME), config.get(DONOR)) as (own, donor):
+            with starting_points(previous, config.get(DONOR)) as (own, donor):
                 self._run = TrialRun(trial, self._device, own, donor)
                 if own or donor:
                     self._run.build()
@@ -57,19 +65,16 @@ class TrialActor(tune.Trainable):
     def step(self) -> dict[str, Any]:
         """One epoch, in the words of Ray Tune."""
         assert self._run is not None
+        self._kept.forget()  # the last epoch is in the ledger, or nobody would ask for another
         skipped = self._run.skipped_steps
-        if self._give_up:
-            result = self._run.failure(self._give_up)
-        elif self._until is not None and self._run.epoch >= self._until:
-            result = self._run.again()  # cut between its checkpoint and the ledger's line about it
-        else:
-            result = self._run.step()
+        result = self._run.failure(self._give_up) if self._give_up else self._run.step()
+        if not result["failed"] and not result.get("repeated"):
+            result[CHECKPOINT] = self._kept.write(result["epoch"], self._run.save)
         self._gauges.count("skipped_steps", self._run.skipped_steps - skipped)
         self._gauges.count("solver_fallbacks", result.get("solver_fallbacks", 0))
         over = result["failed"] or result["finished"]
         result["paused"] = not over and self._until is not None and result["epoch"] >= self._until
         result["done"] = over or result["paused"]
-        result["should_checkpoint"] = not result["failed"]
         result["training_iteration"] = result["epoch"]
         result |= place_of(result, self._device, self._gpus)
         if ray.is_initialized():
@@ -80,19 +85,6 @@ class TrialActor(tune.Trainable):
         if not result["failed"]:
             self._gauges.show(result)
         return result
-
-    def save_checkpoint(self, checkpoint_dir: str) -> None:
-        """The whole state of the trial."""
-        assert self._run is not None
-        self._run.save(Path(checkpoint_dir))
-
-    def load_checkpoint(self, checkpoint: str) -> None:  # type: ignore[override]
-        """Go on where the checkpoint was taken."""
-        assert self._run is not None
-        if self._give_up:
-            return  # what killed the last actor may lie here
-        self._run.load(Path(checkpoint))
-        self._gauges.show({"epoch": self._run.epoch})
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Take another trial and leave nothing of the last one behind."""

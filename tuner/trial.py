@@ -111,7 +111,7 @@ class TrialRun:
         try:
             trainer = self._build()
             if trainer.finished:  # cut between its last epoch and the ledger's line
-                return self.again()
+                return self._again(trainer)
             on_gpu = self._device.startswith("cuda")
             if on_gpu:
                 torch.cuda.reset_peak_memory_stats(self._device)
@@ -135,9 +135,9 @@ class TrialRun:
             return self._failure(f"diverged: objective is {objective}", None)
         return {**metrics, "finished": bool(trainer.finished), "failed": False}
 
-    def again(self) -> dict[str, Any]:
+    @staticmethod
+    def _again(trainer: Trainer) -> dict[str, Any]:
         """What :meth:`step` returned of the last epoch, as far as it matters a second time."""
-        trainer = self._build()
         return {
             "epoch": trainer.epoch,
             "objective": trainer.best_objective,
@@ -157,11 +157,6 @@ class TrialRun:
                 raise self._exhausted(error) from None
             raise
         return True
-
-    def load(self, folder: Path) -> None:
-        """Go on from a checkpoint; one that cannot be read means a start from the beginning."""
-        self._checkpoint, self._trainer = folder, None
-        self.build()
 
     def build(self) -> None:
         """Read what the trial goes on from or begins with, as long as it is here."""

@@ -22,7 +22,7 @@ from tuner.ledger import open_ledger, read_ledger
 from tuner.records import Assignment, TrialRecord
 from tuner.run import app
 from tuner.study import Ledger
-from tuner.trainable import CONFIG, DEVICE, NUMBER, RESUME, START, STUDY
+from tuner.trainable import CONFIG, DEVICE, HOME, NUMBER, RESUME, STUDY
 from tuner.yamlfile import dump_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -101,8 +101,8 @@ class Clock:
         self.now = 0.0
         report = Ledger.report
 
-        def reported(ledger: Ledger, number: int, metrics: dict[str, Any]) -> None:
-            report(ledger, number, metrics)
+        def reported(ledger: Ledger, *of_epoch: Any) -> None:
+            report(ledger, *of_epoch)
             self.now += 60.0
 
         monkeypatch.setattr(Ledger, "report", reported)
@@ -140,8 +140,8 @@ def order(folder: Path, number: int, **changes: Any) -> dict[str, Any]:
         STUDY: "tiny",
         CONFIG: config.model_dump(mode="json"),
         DEVICE: "cpu",
+        HOME: str(folder / "trials" / f"{number:04d}"),
         RESUME: None,
-        START: 0,
     }
 
 
@@ -263,6 +263,5 @@ def ran(ledger: Ledger, trial: Assignment, epochs: int = 2) -> None:
     objective = 1.0
     for epoch in range(1, epochs + 1):
         objective = trial.params["blend.beta"] + 1 / epoch  # type: ignore[operator]
-        ledger.report(trial.number, {"epoch": epoch, "objective": objective})
-        ledger.checkpointed(trial.number, "/nowhere", epoch)
+        ledger.report(trial.number, {"epoch": epoch, "objective": objective}, "/nowhere")
     ledger.finish(trial.number, "done", objective=objective)

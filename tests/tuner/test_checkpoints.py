@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +12,15 @@ from pyarrow.fs import FileSelector, FileSystem
 
 from tests.tuner.clusters import ray_head
 from tests.tuner.support import kill, read_until, run, start, write_study
-from tuner.checkpoints import Storage, drop, fetched, open_location, reachable, starting_points
+from tuner.checkpoints import (
+    Storage,
+    TrialCheckpoints,
+    drop,
+    fetched,
+    open_location,
+    reachable,
+    starting_points,
+)
 from tuner.config import ResourcesConfig, load_study
 from tuner.folder import RunFolder
 from tuner.records import TrialRecord
@@ -115,6 +123,60 @@ def test_two_runs_of_one_name_keep_apart_in_one_storage(tmp_path: Path) -> None:
     drop(str(mine))  # gone already: a line in the log
     for folder in folders:
         folder.release()
+
+
+def saving(text: str) -> Callable[[Path], None]:
+    def save(folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "checkpoint.safetensors").write_text(text)
+
+    return save
+
+
+@pytest.fixture(params=["path?with#marks", "store"])
+def home(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Where a trial's checkpoints go."""
+    if request.param == "store":
+        return Storage(request.getfixturevalue("store").uri, "run").trial(7)
+    return Storage(str(tmp_path / request.param), "trials").trial(7)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_stays_until_the_next_is_known(home: str) -> None:
+    kept = TrialCheckpoints(home)
+    first = kept.write(1, saving("one"))
+    kept.forget()
+    second = kept.write(2, saving("two"))
+    for location, wanted in ((first, "one"), (second, "two")):
+        with fetched(location) as folder:
+            assert (folder / "checkpoint.safetensors").read_text() == wanted
+    kept.forget()
+    with pytest.raises(FileNotFoundError), fetched(first):
+        pass
+    again = TrialCheckpoints(home, second)  # another process goes on from there
+    third = again.write(3, saving("three"))
+    again.forget()
+    with pytest.raises(FileNotFoundError), fetched(second):
+        pass
+    with fetched(again.write(3, saving("once more"))) as folder:
+        assert (folder / "checkpoint.safetensors").read_text() == "once more"
+    again.forget()
+    with fetched(third):
+        pass
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one(tmp_path: Path) -> None:
+    def torn(folder: Path) -> None:
+        saving("half")(folder)
+        raise OSError("disk is full")
+
+    kept = TrialCheckpoints(str(tmp_path / "trials" / "0007"))
+    first = kept.write(1, saving("one"))
+    with pytest.raises(OSError, match="disk is full"):
+        kept.write(2, torn)
+    kept.forget()
+    with fetched(first) as folder:
+        assert (folder / "checkpoint.safetensors").read_text() == "one"
 
 
 @pytest.mark.slow

@@ -130,7 +130,7 @@ def test_what_a_killed_writer_left_is_removed_when_the_study_goes_on(tmp_path: P
     folder = RunFolder.fresh(tmp_path / "run")
     folder.config.write_text(tiny_study(tmp_path).to_yaml())
     folder.release()
-    kept = folder.trial(0) / "checkpoint" / "checkpoint.safetensors"
+    kept = folder.trial(0) / "checkpoint-00001" / "checkpoint.safetensors"
     write_text(kept, "whole")
     (kept.parent / f".checkpoint.safetensors.abc{PART}").write_text("half")
     (folder.path / f".best.abc{PART}").mkdir()

@@ -204,6 +204,6 @@ def test_a_crash_never_ranks_best_and_the_search_goes_on(tmp_path: Path) -> None
 def test_only_the_winners_checkpoint_is_kept(tmp_path: Path) -> None:
     config = write_study(tmp_path)
     assert run_here("--config", config, "--local", "--out", tmp_path / "run") == 0
-    kept = list((tmp_path / "run" / "trials").glob("*/checkpoint"))
+    kept = list((tmp_path / "run" / "trials").glob("*/checkpoint*"))
     best = json.loads((tmp_path / "run" / "best.json").read_text())["trial"]
     assert [path.parent.name for path in kept] == [f"{best:04d}"]

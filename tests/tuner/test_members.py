@@ -184,8 +184,7 @@ def test_many_slots_decide_as_one_does(tmp_path: Path, seed: int) -> None:
         result = run.step()
         place = tmp_path / "many" / f"{number}-{run.epoch}"
         run.save(place)
-        ledger.report(number, result)
-        ledger.checkpointed(number, str(place), run.epoch)
+        ledger.report(number, result, str(place))
         if result["finished"]:
             ledger.finish(number, "done", objective=result["objective"])
         elif run.epoch == until:
@@ -203,8 +202,9 @@ def test_a_member_that_fails_gives_way_before_the_worst(tmp_path: Path) -> None:
         found = ledger.ask()
         assert found is not None
         for epoch in (1, 2):
-            ledger.report(found.number, {"epoch": epoch, "objective": objective})
-            ledger.checkpointed(found.number, f"/kept/{found.number}", epoch)
+            ledger.report(
+                found.number, {"epoch": epoch, "objective": objective}, f"/kept/{found.number}"
+            )
         ledger.hand_back(found.number)
     last = ledger.ask()
     assert last is not None
@@ -223,8 +223,7 @@ def test_what_an_heir_begins_with_is_kept_until_it_has_its_own(tmp_path: Path) -
 
     def train(number: int, until: int, objective: float) -> None:
         for epoch in range(ledger.trial(number).epoch + 1, until + 1):
-            ledger.report(number, {"epoch": epoch, "objective": objective})
-            ledger.checkpointed(number, f"/{number}/{until}", epoch)
+            ledger.report(number, {"epoch": epoch, "objective": objective}, f"/{number}/{until}")
 
     for number in range(3):
         train(number, 2, 0.1 * number)
@@ -384,8 +383,7 @@ def test_members_are_compared_by_the_weights_that_a_successor_would_get(tmp_path
         assert found is not None
         for epoch, value in enumerate(curve, start=1):
             metrics = {"epoch": epoch, "objective": min(curve[:epoch]), "nmse_pred": value}
-            ledger.report(found.number, metrics)
-            ledger.checkpointed(found.number, f"/kept/{found.number}", epoch)
+            ledger.report(found.number, metrics, f"/kept/{found.number}")
         ledger.hand_back(found.number)
     (ended,) = ledger.settle()
     assert ended.number == 0

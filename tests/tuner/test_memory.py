@@ -125,8 +125,7 @@ def asked(ledger: Ledger) -> Assignment:
 def test_the_ledger_halves_a_trial_once_in_all_sessions(tmp_path: Path) -> None:
     ledger = ledger_in(tmp_path)
     trial = asked(ledger)
-    ledger.report(trial.number, {"epoch": 1, "objective": 0.5})
-    ledger.checkpointed(trial.number, "somewhere", 1)
+    ledger.report(trial.number, {"epoch": 1, "objective": 0.5}, "somewhere")
     assert ledger.out_of_memory(trial.number, "no room") == 2
     assert ledger.out_of_memory(trial.number, "no room") is None
     ledger.close()

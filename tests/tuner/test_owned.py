@@ -15,7 +15,8 @@ from optuna.storages import BaseStorage
 from optuna.study import StudyDirection
 from optuna.testing.pytest_storages import StorageTestCase
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy import event
+from sqlalchemy import event, text
+from sqlalchemy.exc import IntegrityError
 
 from tests.tuner.support import tiny_study
 from tuner.draft import Draft
@@ -69,7 +70,7 @@ def shown(trials: list[FrozenTrial]) -> list[str]:
 def write_something(storage: OwnedStorage, study_id: int, rng: random.Random) -> None:
     """One write of any kind to any trial."""
     running = storage.get_all_trials(study_id, deepcopy=False, states=(TrialState.RUNNING,))
-    kind = rng.randrange(7)
+    kind = rng.randrange(8)
     if kind == 0 or not running:
         template = optuna.trial.create_trial(
             state=rng.choice([TrialState.RUNNING, TrialState.WAITING]),
@@ -93,6 +94,10 @@ def write_something(storage: OwnedStorage, study_id: int, rng: random.Random) ->
         storage.set_trial_user_attr(trial_id, "shape", (rng.random(), {"tuple": (1,)}))
     elif kind == 5:
         storage.set_trial_system_attr(trial_id, "rung", [rng.random(), None])
+    elif kind == 6:
+        attrs = {f"epoch/{rng.randrange(5)}": {"f1": rng.random()}, "shape": (1, {"tuple": (2,)})}
+        values = {step: rng.random() for step in range(rng.randrange(3))}
+        storage.write_together(trial_id, values, attrs)
     else:
         ends: list[tuple[TrialState, list[float] | None]] = [
             (TrialState.COMPLETE, [rng.random()]),
@@ -117,6 +122,30 @@ def test_memory_holds_what_the_database_does(tmp_path: Path, seed: int) -> None:
             storage = owned(tmp_path)
     trials = storage.get_all_trials(study_id)
     assert [storage.get_trial(trial._trial_id).number for trial in trials] == [*range(len(trials))]
+
+
+def test_what_is_written_together_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
+    storage = owned(tmp_path)
+    study_id = storage.create_new_study([StudyDirection.MINIMIZE], "study")
+    trial_id = storage.create_new_trial(study_id)
+    commits: list[object] = []
+    engine = storage._backend._backend._backend.engine  # type: ignore[attr-defined]
+    event.listen(engine, "commit", commits.append)
+    storage.write_together(trial_id, {1: 0.5, 2: math.nan}, {"a": [1], "b": "text"})
+    storage.write_together(trial_id, {2: 0.25}, {"b": "other"})
+    storage.write_together(trial_id, {}, {})
+    assert len(commits) <= 3
+    with pytest.raises(TypeError, match="serializable"):
+        storage.write_together(trial_id, {3: 1.0}, {"c": object()})
+    with storage._backend._backend._backend.engine.begin() as database:  # type: ignore[attr-defined]
+        database.execute(text("CREATE TRIGGER no BEFORE INSERT ON trial_user_attributes "
+                              "BEGIN SELECT RAISE(ABORT, 'no'); END"))  # fmt: skip
+    with pytest.raises(IntegrityError):
+        storage.write_together(trial_id, {4: 1.0}, {"d": 1})
+    (kept,) = in_database(tmp_path)
+    assert kept.intermediate_values == {1: 0.5, 2: 0.25}
+    assert kept.user_attrs == {"a": [1], "b": "other"}
+    assert shown([kept]) == shown([storage.get_trial(trial_id)])
 
 
 def test_a_trial_that_somebody_has_stays_as_it_was(tmp_path: Path) -> None:

@@ -143,8 +143,7 @@ def test_a_run_that_was_cut_comes_back_as_it_was(tmp_path: Path) -> None:
     assert first is not None
     assert second is not None
     end(promotion, first.number, 1.0)
-    promotion.report(second.number, {"epoch": 1, "objective": 2.0})
-    promotion.checkpointed(second.number, "/kept/checkpoint", 1)
+    promotion.report(second.number, {"epoch": 1, "objective": 2.0}, "/kept/checkpoint")
     promotion.close()
     again = Promotion(promotion.search)
     (orphan,) = again.orphans()
@@ -334,7 +333,7 @@ def test_a_promotion_decides_who_has_won(
     ] == best["objective"]
     assert f"1. trial {first:04d}: {means[first]:.5f} ± " in said
     assert f"winner: trial {first:04d}; best/ is its network of seed {best['seed']}" in said
-    kept = {path.parent.name for path in (out / "promoted").glob("*/checkpoint")}
+    kept = {path.parent.name for path in (out / "promoted").glob("*/checkpoint*")}
     assert kept == {
         f"{int(row['run']):04d}"
         for row in rows

@@ -21,13 +21,14 @@ def test_checkpoints_are_kept_of_the_winner_and_of_what_runs_however_many_trials
     ledger = Ledger(InMemoryStorage(), study)
 
     def checkpoint(name: str) -> Path:
-        path = folder.trials / name / "checkpoint_000001"
+        path = folder.trials / name
         path.mkdir(parents=True)
         return path
 
     assert [trial.number for trial in (ledger.ask(), ledger.ask()) if trial] == [0, 1]
-    won, lost, again = (checkpoint(name) for name in ("0000", "0001", "0001-after-epoch-1"))
-    ledger.checkpointed(0, str(won), 2)
+    names = ("0000/checkpoint-00002", "0000/checkpoint-00001", "0001/checkpoint-00002")
+    won, before, lost = (checkpoint(name) for name in names)
+    ledger.report(0, {"epoch": 2, "objective": 1.0}, str(won))
     ledger.finish(0, "done", objective=1.0)
     ledger.finish(1, "done", objective=2.0)
     ended = create_trial(state=TrialState.FAIL, user_attrs={"seed": 0, "budget": 2})
@@ -35,10 +36,11 @@ def test_checkpoints_are_kept_of_the_winner_and_of_what_runs_however_many_trials
     running = ledger.ask()
     assert running is not None
     assert running.number == 10_000  # its name begins as that of trial 1000, which has ended
-    alive, resumed, dead = (checkpoint(n) for n in ("10000", "10000-after-epoch-1", "1000"))
+    names = ("10000/checkpoint-00001", "10000/checkpoint-00002", "1000/checkpoint-00001")
+    alive, newer, dead = (checkpoint(name) for name in names)
     drop_losers(folder, ledger, ledger.best())
-    assert [path.exists() for path in (won, alive, resumed)] == [True] * 3
-    assert [path.exists() for path in (lost, again, dead)] == [False] * 3
+    assert [path.exists() for path in (won, alive, newer)] == [True] * 3
+    assert [path.exists() for path in (before, lost, dead)] == [False] * 3
     ledger.close()
 
 

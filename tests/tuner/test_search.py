@@ -12,7 +12,7 @@ from tuner.members import PopulationLedger
 from tuner.search import LedgerSearch
 from tuner.study import Ledger
 from tuner.telemetry import Progress
-from tuner.trainable import CONFIG, DONOR, NUMBER, RESUME, START, UNTIL
+from tuner.trainable import CONFIG, DONOR, NUMBER, RESUME, UNTIL
 
 
 def ledger_in(folder: Path, **changes: Any) -> Ledger:
@@ -58,12 +58,11 @@ def test_trials_that_were_cut_are_issued_first_and_from_their_checkpoints(tmp_pa
     ledger = ledger_in(tmp_path)
     before = search_over(ledger, tmp_path)
     first, second = before.suggest("a"), before.suggest("b")
-    before.reported("b", epoch(1, 2.0))
-    before.checkpointed("b", "/kept/checkpoint_000000", 1)
+    before.reported("b", epoch(1, 2.0, checkpoint="/kept/checkpoint-00001"))
     after = search_over(ledger, tmp_path)
     issued = [after.suggest("c"), after.suggest("d"), after.suggest("e"), after.suggest("f")]
     assert issued[0] == first
-    assert issued[1] == second | {RESUME: "/kept/checkpoint_000000", START: 1}
+    assert issued[1] == second | {RESUME: "/kept/checkpoint-00001"}
     assert issued[2][NUMBER] == 2
     assert issued[3] is None, "none is left, but those that run may be handed back"
 
@@ -93,9 +92,8 @@ def test_members_of_a_population_take_turns_and_the_worst_gives_way(tmp_path: Pa
     search = search_over(ledger, tmp_path, after=lambda: ended.extend(ended_in(ledger)))
 
     def report(trial_id: str, number: int, objective: float, **more: Any) -> None:
-        result = epoch(number, objective, **more)
+        result = epoch(number, objective, checkpoint=f"/kept/{trial_id}", **more)
         search.reported(trial_id, result)
-        search.checkpointed(trial_id, f"/kept/{trial_id}", number)
         search.on_trial_complete(trial_id, result)
 
     first, second = search.suggest("a"), search.suggest("b")
@@ -108,15 +106,28 @@ def test_members_of_a_population_take_turns_and_the_worst_gives_way(tmp_path: Pa
     assert ended == []
     third = search.suggest("e")
     assert ended == [0]
-    assert (third[NUMBER], third[RESUME], third[START], third[UNTIL]) == (1, "/kept/b", 1, 2)
+    assert (third[NUMBER], third[RESUME], third[UNTIL]) == (1, "/kept/b", 2)
     heir = search.suggest("f")
-    assert (heir[NUMBER], heir[RESUME], heir[START]) == (2, None, 1)
+    assert (heir[NUMBER], heir[RESUME]) == (2, None)
     assert (heir[DONOR], heir[UNTIL]) == ("/kept/b", 2)
     report("e", 2, 0.9, finished=True)
     assert search.suggest("g") is None
     report("f", 2, 0.8, finished=True)
     assert search.suggest("h") == Searcher.FINISHED
     assert [trial.state for trial in ledger.trials()] == ["pruned", "done", "done"]
+
+
+def test_a_trial_whose_machine_is_lost_goes_on_from_the_last_checkpoint_in_the_ledger(
+    tmp_path: Path,
+) -> None:
+    search = search_over(ledger_in(tmp_path), tmp_path)
+    assert search.suggest("a")[RESUME] is None
+    assert search.lost("a", "its node died") == {RESUME: None}
+    for number in (1, 2):
+        search.reported("a", epoch(number, 1.0, checkpoint=f"/kept/{number}"))
+    assert search.lost("a", "its node died") == {RESUME: "/kept/2"}
+    changes = search.lost("a", "MemoryExhausted: epoch 3: no memory")
+    assert changes[RESUME] == "/kept/2"
 
 
 def ended_in(ledger: Ledger) -> list[int]:
@@ -129,7 +140,7 @@ def test_memory_that_ran_out_while_an_actor_took_a_trial_is_no_lost_machine_too(
     ledger = ledger_in(tmp_path, resources={"max_failures": 0})
     search = search_over(ledger, tmp_path)
     search.suggest("a")
-    assert search.lost("a", "MemoryExhausted: epoch 1: no memory").keys() == {CONFIG}
+    assert search.lost("a", "MemoryExhausted: epoch 1: no memory").keys() == {CONFIG, RESUME}
     search.on_trial_complete("a", None, error=True)  # Ray's second report of the same death
     again = search.suggest("b")
     assert again[NUMBER] == 0

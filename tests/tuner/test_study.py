@@ -147,8 +147,7 @@ def test_running_trials_come_back_with_number_parameters_seed_and_checkpoint(
 ) -> None:
     ledger = ledger_in(tmp_path)
     first, second = asked(ledger), asked(ledger)
-    ledger.report(first.number, {"epoch": 1, "objective": 2.0})
-    ledger.checkpointed(first.number, "/kept/checkpoint", 1)
+    ledger.report(first.number, {"epoch": 1, "objective": 2.0}, "/kept/checkpoint")
     ledger.close()
     again = ledger_in(tmp_path)
     orphans = again.orphans()

@@ -11,7 +11,7 @@ import pytest
 from ray.tune import PlacementGroupFactory
 
 from tests.tuner.support import ROOT, environment, order
-from tuner.trainable import DONOR, RESUME, START, UNTIL, TrialActor, allocated_gpus
+from tuner.trainable import CHECKPOINT, DONOR, HOME, RESUME, UNTIL, TrialActor, allocated_gpus
 
 pytestmark = pytest.mark.long
 
@@ -24,14 +24,27 @@ def _results_in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_actor_saves_and_restores_between_epochs(tmp_path: Path) -> None:
     whole = TrialActor(order(tmp_path, 1))
     wanted = [whole.train()["objective"] for _ in range(2)]
-    first = TrialActor(order(tmp_path, 1))
-    first.train()
-    first.save(str(tmp_path / "checkpoint"))
-    second = TrialActor(order(tmp_path, 1))
-    second.restore(str(tmp_path / "checkpoint"))
-    result = second.train()
+    cut = order(tmp_path, 1) | {HOME: str(tmp_path / "cut")}
+    kept = TrialActor(cut).train()[CHECKPOINT]
+    assert Path(kept).parent == tmp_path / "cut"
+    result = TrialActor(cut | {RESUME: kept}).train()
     assert (result["epoch"], result["objective"]) == (2, wanted[1])
     assert result["done"]
+
+
+def test_an_epochs_checkpoint_stays_until_the_driver_asks_for_the_epoch_after_the_next(
+    tmp_path: Path,
+) -> None:
+    actor = TrialActor(order(tmp_path, 1, training={"epochs": 4}))
+    kept = []
+    for count in (1, 2, 3):
+        kept.append(Path(actor.train()[CHECKPOINT]))
+        # The driver may be killed before it has heard of the newest.
+        assert [path.exists() for path in kept] == [False] * (count - 2) + [True] * min(count, 2)
+    again = TrialActor(order(tmp_path, 1, training={"epochs": 4}) | {RESUME: str(kept[1])})
+    assert again.train()["epoch"] == 3
+    again.train()
+    assert not kept[1].exists(), "nobody goes on from there any more"
 
 
 def test_a_reused_actor_leaves_nothing_of_the_last_trial_behind(tmp_path: Path) -> None:
@@ -46,12 +59,12 @@ def test_a_reused_actor_leaves_nothing_of_the_last_trial_behind(tmp_path: Path) 
     assert [result["training_iteration"] for result in results] == [1, 2]
 
 
-def test_a_failed_trial_is_done_asks_for_no_checkpoint_and_frees_the_actor(tmp_path: Path) -> None:
+def test_a_failed_trial_is_done_keeps_no_checkpoint_and_frees_the_actor(tmp_path: Path) -> None:
     actor = TrialActor(order(tmp_path, 1, data={"shards": str(tmp_path / "absent")}))
     result = actor.train()
     assert result["done"]
     assert result["failed"]
-    assert not result["should_checkpoint"]
+    assert CHECKPOINT not in result
     assert actor.reset(order(tmp_path, 2))
     assert not actor.train()["failed"]
 
@@ -74,43 +87,20 @@ def test_a_name_never_tells_of_a_trial_that_is_over(tmp_path: Path) -> None:
     assert "tiny" in name
 
 
-def test_an_actor_goes_on_from_the_ledgers_checkpoint(tmp_path: Path) -> None:
-    first = TrialActor(order(tmp_path, 1))
-    first.train()
-    first.save(str(tmp_path / "checkpoint"))
-    again = TrialActor(order(tmp_path, 1) | {RESUME: str(tmp_path / "checkpoint"), START: 1})
-    assert again.train()["epoch"] == 2
-
-
 def test_an_actor_begins_with_its_donors_weights_and_makes_room_at_its_milestone(
     tmp_path: Path,
 ) -> None:
     long = {"training": {"epochs": 4}}
-    donor = TrialActor(order(tmp_path, 1, **long))
+    donor = TrialActor(order(tmp_path, 1, **long) | {UNTIL: 2})
     results = [donor.train() for _ in range(2)]
-    assert [result["paused"] for result in results] == [False, False]
-    donor.save(str(tmp_path / "donor"))
-    heir = order(tmp_path, 2, **long) | {DONOR: str(tmp_path / "donor"), START: 2, UNTIL: 3}
-    actor = TrialActor(heir)
-    result = actor.train()
+    assert [result["paused"] for result in results] == [False, True]
+    heir = order(tmp_path, 2, **long) | {DONOR: results[-1][CHECKPOINT], UNTIL: 3}
+    result = TrialActor(heir).train()
     assert (result["epoch"], result["paused"], result["done"]) == (3, True, True)
-    assert result["should_checkpoint"]
-    actor.save(str(tmp_path / "own"))
-    restarted = TrialActor(heir | {UNTIL: 4})  # a machine was lost, and Ray restores
-    restarted.restore(str(tmp_path / "own"))
-    result = restarted.train()
-    assert (result["epoch"], result["paused"], result["finished"]) == (4, False, True)
-
-
-def test_an_actor_that_was_cut_at_its_milestone_only_says_so_again(tmp_path: Path) -> None:
-    long = {"training": {"epochs": 4}}
-    first = TrialActor(order(tmp_path, 1, **long) | {UNTIL: 2})
-    assert [first.train()["paused"] for _ in range(2)] == [False, True]
-    first.save(str(tmp_path / "kept"))  # and the ledger never heard of it
-    again = TrialActor(order(tmp_path, 1, **long) | {RESUME: str(tmp_path / "kept"), UNTIL: 2})
-    result = again.train()
-    assert (result["epoch"], result["paused"], result["repeated"]) == (2, True, True)
-    assert result["should_checkpoint"], "so that heirs find it"
+    restarted = TrialActor(heir | {RESUME: result[CHECKPOINT], UNTIL: 4})
+    last = restarted.train()
+    assert (last["epoch"], last["paused"], last["finished"]) == (4, False, True)
+    assert Path(result[CHECKPOINT]).exists(), "heirs may begin where a stretch does"
 
 
 def test_without_ray_no_gpu_is_known(tmp_path: Path) -> None:
