@@ -28,7 +28,7 @@ from model.config import Objective, score
 from tuner.perturbation import perturbed
 from tuner.population import Exploit, Member, Verdict, judge, perturbed_paths
 from tuner.records import HEIR, Assignment, End, Heir, TrialRecord, heir_of, record_of, trial_seed
-from tuner.samplers import WithoutHeirs
+from tuner.samplers import Viewing, without_heirs
 from tuner.space import n_points
 from tuner.study import Ledger
 
@@ -50,7 +50,7 @@ class PopulationLedger(Ledger):
         self._whole = study.search.population_trials(study.training.epochs)
 
     def _sampler(self, number: int, prior: Sequence[FrozenTrial]) -> BaseSampler:
-        return WithoutHeirs(super()._sampler(number, prior))
+        return Viewing(super()._sampler(number, prior), without_heirs)
 
     # Handing out
 

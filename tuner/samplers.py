@@ -6,8 +6,9 @@ ledger alone. CMA-ES keeps its distribution in the trials' attributes, the other
 
 from __future__ import annotations
 
+import copy
 import warnings
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Sequence
 from itertools import product
 from typing import Any
 
@@ -19,6 +20,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from model.wording import counted
 from tuner.config import SearchConfig
+from tuner.extrapolation import with_expected_ends
 from tuner.records import HEIR
 from tuner.space import SearchSpace, Value, n_points, suggest
 
@@ -40,7 +42,9 @@ def make_sampler(search: SearchConfig, seed: int, prior: Sequence[FrozenTrial]) 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         if search.sampler == "gp":
-            return GPSampler(seed=seed, n_startup_trials=n_startup, warn_independent_sampling=False)
+            modelled = SpaceGPSampler(search.space, seed=seed, n_startup_trials=n_startup)
+            # With two objectives nobody is stopped, and a trial that runs has no cost yet.
+            return Viewing(modelled, with_expected_ends) if search.cost is None else modelled
         if search.sampler == "cmaes":
             moved = search.moved_by_cmaes()
             return CmaEsSampler(
@@ -58,18 +62,16 @@ def sampler_note(search: SearchConfig) -> str | None:
         points = int(n_points(search.space))
         run = min(points, search.trials)
         return f"sampler grid: {counted(points, 'point')}, of which {run} will run"
-    if search.sampler not in ("gp", "cmaes"):
+    if search.sampler != "cmaes":
         return None
-    said = []
-    if search.sampler == "cmaes":
-        moved = search.moved_by_cmaes()
-        said.append(f"moves {', '.join(moved)}")
-        random = [path for path, p in search.space.items() if path not in moved and p.size > 1]
-        if random:
-            said.append(f"leaves categorical parameters to chance: {', '.join(random)}")
+    moved = search.moved_by_cmaes()
+    said = [f"moves {', '.join(moved)}"]
+    random = [path for path, p in search.space.items() if path not in moved and p.size > 1]
+    if random:
+        said.append(f"leaves categorical parameters to chance: {', '.join(random)}")
     if search.scheduler != "none":
         said.append("learns from finished trials alone, not from those that the scheduler stops")
-    return f"sampler {search.sampler}: {'; '.join(said)}" if said else None
+    return f"sampler cmaes: {'; '.join(said)}"
 
 
 def _restricted(trial: FrozenTrial, paths: Sequence[str]) -> FrozenTrial:
@@ -88,27 +90,24 @@ def _distributions(space: SearchSpace) -> dict[str, BaseDistribution]:
     return anywhere.distributions
 
 
-class _Known(optuna.Study):
-    """A study as samplers are to see it: without trials that began with another's weights.
+def _varied(space: SearchSpace) -> dict[str, BaseDistribution]:
+    """Parameters that have more than one value, by name as Optuna orders them."""
+    return {path: d for path, d in sorted(_distributions(space).items()) if not d.single()}
 
-    Their objective is not that of their parameters.
+
+class Viewing(BaseSampler):
+    """A sampler that sees a study's trials through a view.
+
+    Args:
+        sampler: which proposes.
+        view: of all trials, whatever their states; it changes none of them in place.
     """
 
-    def _get_trials(
-        self,
-        deepcopy: bool = True,
-        states: Container[TrialState] | None = None,
-        use_cache: bool = False,
-    ) -> list[FrozenTrial]:
-        found = super()._get_trials(deepcopy, states, use_cache)
-        return [trial for trial in found if HEIR not in trial.user_attrs]
-
-
-class WithoutHeirs(BaseSampler):
-    """A sampler that learns from trials with weights of their own alone."""
-
-    def __init__(self, sampler: BaseSampler) -> None:
+    def __init__(
+        self, sampler: BaseSampler, view: Callable[[Sequence[FrozenTrial]], list[FrozenTrial]]
+    ) -> None:
         self._sampler = sampler
+        self._view = view
 
     def infer_relative_search_space(
         self, study: optuna.Study, trial: FrozenTrial
@@ -135,7 +134,38 @@ class WithoutHeirs(BaseSampler):
         )
 
     def _seen(self, study: optuna.Study) -> optuna.Study:
-        return _Known(study.study_name, study._storage, self._sampler, study.pruner)
+        def trials(
+            deepcopy: bool = True,
+            states: Container[TrialState] | None = None,
+            use_cache: bool = False,
+        ) -> list[FrozenTrial]:
+            found = self._view(study._get_trials(deepcopy, None, use_cache))
+            return [trial for trial in found if states is None or trial.state in states]
+
+        seen = copy.copy(study)
+        vars(seen)["_get_trials"] = trials
+        return seen
+
+
+def without_heirs(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+    """Trials with weights of their own alone: of others the objective is not that of parameters."""
+    return [trial for trial in trials if HEIR not in trial.user_attrs]
+
+
+class SpaceGPSampler(GPSampler):
+    """A Gaussian process over a space that is known."""
+
+    def __init__(self, space: SearchSpace, *, seed: int, n_startup_trials: int) -> None:
+        super().__init__(
+            seed=seed, n_startup_trials=n_startup_trials, warn_independent_sampling=False
+        )
+        self._known = _varied(space)
+
+    def infer_relative_search_space(
+        self, study: optuna.Study, trial: FrozenTrial
+    ) -> dict[str, BaseDistribution]:
+        """All parameters that have more than one value."""
+        return self._known
 
 
 class SpaceTPESampler(TPESampler):
@@ -148,13 +178,13 @@ class SpaceTPESampler(TPESampler):
 
     def __init__(self, space: SearchSpace, *, seed: int, n_startup_trials: int) -> None:
         super().__init__(seed=seed, n_startup_trials=n_startup_trials, constant_liar=True)
-        self._known = _distributions(space)
+        self._known = _varied(space)
 
     def infer_relative_search_space(
         self, study: optuna.Study, trial: FrozenTrial
     ) -> dict[str, BaseDistribution]:
-        """All parameters that have more than one value, by name as Optuna orders them."""
-        return {path: d for path, d in sorted(self._known.items()) if not d.single()}
+        """All parameters that have more than one value."""
+        return self._known
 
 
 class GridSampler(BaseSampler):

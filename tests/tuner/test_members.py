@@ -22,7 +22,7 @@ from tuner.local import run_local
 from tuner.members import PopulationLedger
 from tuner.records import HEIR, TrialRecord, trial_seed
 from tuner.results import drop_losers
-from tuner.samplers import WithoutHeirs
+from tuner.samplers import Viewing, without_heirs
 from tuner.study import Ledger
 from tuner.trial import MemoryExhausted
 from tuner.warmstart import read_prior
@@ -252,8 +252,8 @@ def test_the_sampler_sees_no_successors(tmp_path: Path) -> None:
     followers = {t.number for t, _, _ in heirs(ledger)}
     assert followers
     study = ledger.optuna_study
-    assert isinstance(study.sampler, WithoutHeirs)
-    study.sampler = WithoutHeirs(Recorder())
+    assert isinstance(study.sampler, Viewing)
+    study.sampler = Viewing(Recorder(), without_heirs)
     asked = study.ask({"x": optuna.distributions.FloatDistribution(0, 1)})
     assert seen == [after_all - followers]
     assert asked.number == len(after_all)
