@@ -1,0 +1,142 @@
+"""What stopped trials are expected to end with, beside least squares written out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from optuna.distributions import FloatDistribution
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from tests.tuner.support import tiny_study
+from tuner.extrapolation import expected_ends, with_expected_ends
+from tuner.study import Ledger
+
+SPACE = FloatDistribution(0.0, 1.0)
+
+
+def trial(
+    number: int, curve: Sequence[float], state: TrialState = TrialState.PRUNED
+) -> FrozenTrial:
+    made = create_trial(
+        state=state,
+        value=curve[-1] if state == TrialState.COMPLETE else None,
+        params={"x": 0.5},
+        distributions={"x": SPACE},
+        intermediate_values=dict(enumerate(curve, start=1)),
+    )
+    made.number = number
+    return made
+
+
+def done(number: int, *curve: float) -> FrozenTrial:
+    return trial(number, curve, TrialState.COMPLETE)
+
+
+def test_a_stopped_trial_is_expected_on_the_line_of_those_that_came_further() -> None:
+    # The last is 0.5 + 0.6 of the first.
+    further = [done(number, v, 0.5 + 0.6 * v) for number, v in enumerate([1.0, 2.0, 4.0, 5.0])]
+    ends = expected_ends([*further, trial(4, [3.0]), trial(5, [10.0])])
+    assert ends[4] == pytest.approx(0.5 + 0.6 * 3.0, abs=1e-9)  # in the middle no ridge is felt
+    assert ends[5] == pytest.approx(0.5 + 0.6 * 10.0, rel=0.01)
+    assert [ends[number] for number in range(4)] == [t.values[0] for t in further]
+
+
+@pytest.mark.parametrize(("rise", "taken"), [(-3.0, 0.2), (0.0, 0.2), (0.5, 0.5), (7.0, 1.0)])
+def test_differences_neither_grow_nor_turn_round(rise: float, taken: float) -> None:
+    further = [done(number, v, 2.0 + rise * v) for number, v in enumerate([1.0, 2.0, 3.0])]
+    ends = expected_ends([*further, trial(3, [2.0]), trial(4, [1.0])])
+    assert ends[3] - ends[4] == pytest.approx(taken, rel=0.02)
+
+
+def test_rungs_are_climbed_one_by_one_and_epochs_before_the_best_do_not_count() -> None:
+    rng = np.random.default_rng(0)
+    finished = [done(n, *rng.uniform(0.5, 1.0, 9)) for n in range(4)]
+    middle = [trial(n, rng.uniform(0.5, 1.0, 3).tolist()) for n in range(4, 9)]
+    low = [trial(n, rng.uniform(0.5, 1.0, 1).tolist()) for n in range(9, 20)]
+    shuffled = [*low, *finished, *middle]
+    rng.shuffle(shuffled)  # type: ignore[arg-type]
+
+    def fitted(known: list[FrozenTrial], ends: dict[int, float], epoch: int) -> np.ndarray:
+        """Slope and intercept by least squares; the slope's ridge is a row of its own."""
+        x = np.array([min(t.intermediate_values[e] for e in range(1, epoch + 1)) for t in known])
+        y = np.array([ends[t.number] for t in known])
+        centred = x - x.mean()
+        ridge = math.sqrt(0.01 * float(centred @ centred))
+        a = np.column_stack([np.append(centred, ridge), np.append(np.ones(len(x)), 0.0)])
+        slope, mean = np.linalg.lstsq(a, np.append(y, 0.0), rcond=None)[0]
+        slope = min(1.0, max(0.2, slope))
+        return np.array([slope, mean - slope * x.mean()])
+
+    wanted = {t.number: t.values[0] for t in finished}
+    slope, offset = fitted(finished, wanted, 3)
+    wanted |= {t.number: slope * min(t.intermediate_values.values()) + offset for t in middle}
+    slope, offset = fitted([*finished, *middle], wanted, 1)
+    wanted |= {t.number: slope * t.intermediate_values[1] + offset for t in low}
+    found = expected_ends(shuffled)
+    assert found.keys() == wanted.keys()
+    assert [found[n] for n in wanted] == pytest.approx(list(wanted.values()))
+
+
+def test_nothing_is_expected_where_nobody_came_further() -> None:
+    assert expected_ends([]) == {}
+    assert expected_ends([trial(0, [1.0]), trial(1, [1.0, 0.5])]) == {}
+    early = done(0, 1.0)  # out of patience before the others were stopped
+    assert expected_ends([early, trial(1, [2.0, 1.5])])[1] == pytest.approx(1.5)
+
+
+def test_a_sampler_sees_them_as_finished_and_the_study_does_not() -> None:
+    waiting = create_trial(state=TrialState.WAITING)
+    earlier = create_trial(value=0.1, params={"x": 0.1}, distributions={"x": SPACE})
+    waiting.number, earlier.number = 7, 8
+    trials = [
+        trial(0, [2.0]),
+        done(1, 1.0, 0.5),
+        trial(2, [1.5], TrialState.RUNNING),
+        trial(3, [9.0], TrialState.FAIL),
+        trial(4, [], TrialState.RUNNING),
+        waiting,
+        earlier,  # of an earlier study: no epochs are known of it
+    ]
+    seen = with_expected_ends(trials)
+    assert [t.number for t in seen] == [t.number for t in trials]
+    assert [t.state for t in trials] == [
+        TrialState.PRUNED, TrialState.COMPLETE, TrialState.RUNNING, TrialState.FAIL,
+        TrialState.RUNNING, TrialState.WAITING, TrialState.COMPLETE,
+    ]  # fmt: skip
+    assert [t.state for t in seen] == [
+        TrialState.COMPLETE, TrialState.COMPLETE, TrialState.COMPLETE, TrialState.FAIL,
+        TrialState.RUNNING, TrialState.WAITING, TrialState.COMPLETE,
+    ]  # fmt: skip
+    assert [seen[0].values, seen[2].values] == [[1.5], [1.0]]
+    assert trials[0].values is None
+
+
+@pytest.mark.slow
+def test_a_gaussian_process_learns_from_trials_that_were_stopped(tmp_path: Path) -> None:
+    axis = {"type": "float", "low": 0.0, "high": 0.6}
+    search = {
+        "sampler": "gp",
+        "trials": 100,
+        "startup_trials": 6,
+        "space": {"blend.beta": axis, "blend.shrinkage": axis},
+    }
+    ledger = Ledger(tmp_path / "study.db", tiny_study(tmp_path, search=search))
+    away = []
+    for count in range(20):
+        found = ledger.ask()
+        assert found is not None
+        beta, shrinkage = (float(found.params[path]) for path in search["space"])  # type: ignore[arg-type]
+        away.append(abs(beta - 0.2) + abs(shrinkage - 0.2))
+        ledger.report(found.number, {"epoch": 1, "objective": 1.0 + away[-1]})
+        if count == 0:  # one finishes, and nobody else
+            ledger.report(found.number, {"epoch": 2, "objective": 0.5 + away[-1]})
+            ledger.finish(found.number, "done", objective=0.5 + away[-1])
+        else:
+            ledger.finish(found.number, "pruned", reason="stopped after epoch 1")
+    assert [t.state for t in ledger.trials()].count("pruned") == 19
+    assert np.median(away[-8:]) < 0.3 * np.median(away[:6])
+    ledger.close()
