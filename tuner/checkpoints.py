@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import logging
 import re
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TypeVar
 
 from pyarrow.fs import FileSelector, FileSystem, FileType, copy_files
 
@@ -24,6 +25,15 @@ from tuner.config import ResourcesConfig
 from tuner.folder import RunFolder
 
 logger = logging.getLogger(__name__)
+
+PATIENCE = 60.0  # seconds that a storage may be silent
+_FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 15.0  # seconds between two attempts: doubled each time
+
+_T = TypeVar("_T")
+
+
+class StorageOut(OSError):
+    """A storage that does not answer, or not as it should: no fault of who asks it."""
 
 
 @dataclass(frozen=True)
@@ -88,12 +98,12 @@ def open_location(location: str) -> tuple[Any, str]:
     """The file system of a path or URI, and the path on it.
 
     Raises:
-        OSError: it is none that can be opened.
+        StorageOut: it is none that can be opened here.
     """
     try:
         return FileSystem.from_uri(location)
-    except ValueError as error:  # pyarrow's for unknown schemes and options
-        raise OSError(f"{location}: {error}") from error
+    except (OSError, ValueError) as error:  # the latter for unknown schemes and options
+        raise StorageOut(f"{location}: {error}") from error
 
 
 @contextmanager
@@ -101,27 +111,59 @@ def fetched(location: str) -> Iterator[Path]:
     """A checkpoint's folder on this machine: itself, or a copy for as long as the block lasts.
 
     Raises:
-        OSError: it is not there, or out of reach.
+        FileNotFoundError: it is not there.
+        StorageOut: nobody can tell.
     """
     filesystem, path = open_location(location)
-    if filesystem.get_file_info(path).type != FileType.Directory:
-        raise FileNotFoundError(f"{location}: no such checkpoint")
+
+    def look() -> None:
+        if filesystem.get_file_info(path).type != FileType.Directory:
+            raise FileNotFoundError(f"{location}: no such checkpoint")
+
+    _patiently(location, look)
     if filesystem.type_name == "local":
         yield Path(path)
         return
     with TemporaryDirectory(prefix="ristune-checkpoint-") as copy:
-        copy_files(path, copy, source_filesystem=filesystem)
+        _patiently(location, lambda: copy_files(path, copy, source_filesystem=filesystem))
         yield Path(copy)
+
+
+def _patiently(location: str, work: Callable[[], _T]) -> _T:
+    """What `work` returns, tried again as long as the storage does not answer.
+
+    Raises:
+        FileNotFoundError: it has answered that there is no such thing.
+        StorageOut: it has not, for PATIENCE.
+    """
+    begun, pause = time.monotonic(), _FIRST_PAUSE
+    while True:
+        try:
+            return work()
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            left = PATIENCE - (time.monotonic() - begun)
+            if left <= 0:
+                line = " ".join(str(error).split())[:300]
+                raise StorageOut(f"{location}: the storage does not answer: {line}") from error
+            logger.warning("%s: trying again: %s", location, error)
+            time.sleep(min(pause, left))
+            pause = min(2 * pause, _LONGEST_PAUSE)
 
 
 @contextmanager
 def reachable(location: str | None) -> Iterator[Path | None]:
-    """The checkpoint to go on from; None, said in the log, where it cannot be had."""
+    """The checkpoint to go on from; None, said in the log, where it is no more.
+
+    Raises:
+        StorageOut: whether it is cannot be told.
+    """
     with ExitStack() as stack:
         folder = None
         try:
             folder = stack.enter_context(fetched(location)) if location else None
-        except OSError as error:
+        except FileNotFoundError as error:
             logger.warning("starting from the beginning: %s", error)
         yield folder
 
@@ -134,8 +176,11 @@ def starting_points(
 
     Yields:
         Its own checkpoint, as :func:`reachable` has it, and that of its donor, which is brought
-        here where the trial has none of its own yet. One that cannot be had is a path that does
+        here where the trial has none of its own yet. One that is no more is a path that does
         not exist: a trial without what it should begin with has failed.
+
+    Raises:
+        StorageOut: the storage does not answer.
     """
     with ExitStack() as stack:
         own = stack.enter_context(reachable(checkpoint))
@@ -143,7 +188,7 @@ def starting_points(
         if donor and checkpoint is None:
             try:
                 theirs = stack.enter_context(fetched(donor))
-            except OSError as error:
+            except FileNotFoundError as error:
                 logger.warning("a donor's checkpoint cannot be had: %s", error)
         yield own, theirs
 
@@ -185,8 +230,12 @@ class TrialCheckpoints:
         else:
             with TemporaryDirectory(prefix="ristune-checkpoint-") as fresh:
                 save(Path(fresh))
-                filesystem.create_dir(path, recursive=True)
-                copy_files(fresh, path, destination_filesystem=filesystem)
+
+                def copy() -> None:
+                    filesystem.create_dir(path, recursive=True)
+                    copy_files(fresh, path, destination_filesystem=filesystem)
+
+                _patiently(location, copy)
         if location not in self._kept:
             self._kept.append(location)
         return location

@@ -6,6 +6,7 @@ that either mode goes on where the other stopped.
 
 from __future__ import annotations
 
+import shlex
 from collections import deque
 from collections.abc import Callable
 from contextlib import closing
@@ -15,7 +16,8 @@ from typing import Any
 
 import torch
 
-from tuner.checkpoints import TrialCheckpoints, starting_points
+from tuner.checkpoints import StorageOut, TrialCheckpoints, starting_points
+from tuner.errors import StudyError
 from tuner.folder import RunFolder
 from tuner.records import Assignment, End
 from tuner.retries import exhausted_reason
@@ -49,6 +51,9 @@ def run_local(
         stop: asked before every trial and after every epoch; True ends the run and leaves the
             running trial to a resume.
         after: called when a trial has ended.
+
+    Raises:
+        StudyError: the storage of a checkpoint from which a trial goes on does not answer.
     """
     orphans = deque(ledger.orphans())
     while not stop():
@@ -95,6 +100,11 @@ def _run_trial(
             return None
         progress.halved(number, parts, str(error))
         return replace(ledger.going_on(number), until=trial.until)
+    except StorageOut as error:
+        raise StudyError(
+            f"{error}; nothing that was finished is lost: go on with: python -m tuner.run "
+            f"--resume {shlex.quote(str(folder.path))}"
+        ) from error
     return None
 
 

@@ -6,14 +6,16 @@ import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from shutil import copytree
 
 import pytest
-from pyarrow.fs import FileSelector, FileSystem
+from pyarrow.fs import FileInfo, FileSelector, FileSystem
 
 from tests.tuner.clusters import ray_head
-from tests.tuner.support import kill, read_until, run, start, write_study
+from tests.tuner.support import kill, read_until, run, run_here, start, write_study
 from tuner.checkpoints import (
     Storage,
+    StorageOut,
     TrialCheckpoints,
     drop,
     fetched,
@@ -81,24 +83,85 @@ def test_a_path_and_its_uri_are_the_same_checkpoint(tmp_path: Path) -> None:
     assert made.exists(), "what lies here is not copied and not deleted"
 
 
-@pytest.mark.parametrize(
-    ("location", "why"),
-    [
-        ("/nowhere/checkpoint", "no such checkpoint"),
-        ("gopher://there/checkpoint", "Unrecognized filesystem type"),
-        ("checkpoint", "URI has empty scheme"),
-    ],
-)
-def test_a_checkpoint_out_of_reach_means_a_start_from_the_beginning(
-    caplog: pytest.LogCaptureFixture, location: str, why: str
+def test_a_checkpoint_that_is_no_more_means_a_start_from_the_beginning(
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    with reachable(location) as folder:
+    with reachable("/nowhere/checkpoint") as folder:
         assert folder is None
     assert "starting from the beginning" in caplog.text
-    assert why in caplog.text
+    assert "no such checkpoint" in caplog.text
     with reachable(None) as folder:
         assert folder is None
     assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize(
+    ("location", "why"),
+    [
+        ("gopher://there/checkpoint", "Unrecognized filesystem type"),
+        ("checkpoint", "URI has empty scheme"),
+        ("s3://bucket/checkpoint?endpoint_override=http://127.0.0.1:9&region=a", "not answer"),
+    ],
+)
+def test_epochs_are_not_given_up_because_a_storage_cannot_be_asked(
+    monkeypatch: pytest.MonkeyPatch, location: str, why: str
+) -> None:
+    monkeypatch.setattr("tuner.checkpoints.PATIENCE", 0.0)
+    with pytest.raises(StorageOut, match=why), reachable(location):
+        pass
+    with pytest.raises(StorageOut, match=why), starting_points(None, location):
+        pass
+
+
+class Slow:
+    """A storage on this machine that fails the first few times."""
+
+    type_name = "store"
+
+    def __init__(self, failures: int) -> None:
+        self.failures = failures
+        self.own, _ = FileSystem.from_uri("/")
+
+    def get_file_info(self, path: str) -> FileInfo:
+        self.failures -= 1
+        if self.failures >= 0:
+            raise OSError("When reading information: AWS Error NETWORK_CONNECTION")
+        return self.own.get_file_info(path)
+
+
+def test_a_storage_that_fails_for_a_while_is_asked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = checkpoint_at(tmp_path / "made")
+    slow = Slow(3)
+    monkeypatch.setattr("tuner.checkpoints.open_location", lambda location: (slow, location))
+    monkeypatch.setattr("tuner.checkpoints.copy_files", lambda source, to, **_: copytree(
+        source, to, dirs_exist_ok=True))  # fmt: skip
+    pauses: list[float] = []
+    monkeypatch.setattr("tuner.checkpoints.time.sleep", pauses.append)
+    with starting_points(None, str(made)) as (_, donor):
+        assert donor is not None
+        assert (donor / "checkpoint.safetensors").read_bytes() == b"weights"
+    assert pauses == [1.0, 2.0, 4.0]
+    assert "NETWORK_CONNECTION" in caplog.text
+
+
+def test_locally_a_storage_that_stays_silent_ends_the_run_which_can_be_gone_on_with(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, out = write_study(tmp_path), tmp_path / "run"
+    assert run_here("--config", config, "--local", "--out", out) == 0
+    study = load_study(out / "config.yaml")
+    ledger = Ledger(out / "study.db", study.replaced({"search.trials": 4}))
+    cut = ledger.ask()
+    assert cut is not None
+    ledger.report(cut.number, {"epoch": 1, "objective": 1.0}, "gopher://there/checkpoint")
+    ledger.close()
+    assert run_here("--resume", out, "--local", "--trials", 4) == 2
+    said = capsys.readouterr().err
+    assert "gopher://there/checkpoint: Unrecognized filesystem type" in said
+    assert f"--resume {out}" in said
+    assert trials_of(out)[3].state == "running"
 
 
 def test_an_error_of_the_trial_itself_is_not_taken_for_one_of_reach(tmp_path: Path) -> None:
