@@ -56,6 +56,7 @@ PLAIN = "ASHA + TPE, stopped told COMPLETE"
 ARMS: dict[str, tuple[type[MemoryLedger], str, str]] = {
     ASHA: (MemoryLedger, "asha", "tpe"),
     PLAIN: (PlainLedger, "asha", "tpe"),
+    "ASHA + Gaussian process": (MemoryLedger, "asha", "gp"),
     "ASHA + random": (MemoryLedger, "asha", "random"),
     "TPE, nobody stopped": (MemoryLedger, "none", "tpe"),
 }
@@ -244,12 +245,12 @@ def seconds_of(call: Callable[[], Any], times: int = 7) -> float:
     return statistics.median(spent)
 
 
-def ask_seconds(n: int) -> float:
+def ask_seconds(n: int, sampler: str = "tpe") -> float:
     """Of a proposal after n trials, on a ledger in memory.
 
     Those that were made stay running, as on a cluster.
     """
-    study = study_of("asha", "tpe", _ENDLESS, 0)
+    study = study_of("asha", sampler, _ENDLESS, 0)
     ledger = MemoryLedger(study)
     ledger.optuna_study.add_trials(ended(study, n))
     return seconds_of(ledger.ask)
@@ -294,6 +295,9 @@ def driver(gpu_counts: list[int], sizes: list[int], ray: float) -> dict[str, Any
     measured = {n: ask_seconds(n) for n in sizes}
     for n, seconds in measured.items():
         print(f"TPE, a proposal after {n} trials: {1e3 * seconds:.1f} ms")
+    modelled = {n: ask_seconds(n, "gp") for n in (30, 100, 300)}
+    for n, seconds in modelled.items():
+        print(f"Gaussian process, a proposal after {n} trials: {seconds:.2f} s")
     database = database_seconds(64)
     report = database["report"] + ray
     print(
@@ -305,7 +309,12 @@ def driver(gpu_counts: list[int], sizes: list[int], ray: float) -> dict[str, Any
     def ask(n: int) -> float:
         return database["ask"] + float(np.interp(n, list(measured), list(measured.values())))
 
-    result: dict[str, Any] = {"ask_seconds": measured, "database": database, "idle": {}}
+    result: dict[str, Any] = {
+        "ask_seconds": measured,
+        "gp_ask_seconds": modelled,
+        "database": database,
+        "idle": {},
+    }
     print(
         f"\n{_LARGE} trials, one in three going on at each rung; "
         "share of GPU time spent waiting (of the driver's time at work)\n\n| s an epoch | "

@@ -24,6 +24,8 @@ from tuner.extrapolation import with_expected_ends
 from tuner.records import HEIR
 from tuner.space import SearchSpace, Value, n_points, suggest
 
+_MANY = 300  # trials after which a Gaussian process thinks for a second (benchmarks.search)
+
 
 def make_sampler(search: SearchConfig, seed: int, prior: Sequence[FrozenTrial]) -> BaseSampler:
     """The study's sampler, seeded.
@@ -62,6 +64,11 @@ def sampler_note(search: SearchConfig) -> str | None:
         points = int(n_points(search.space))
         run = min(points, search.trials)
         return f"sampler grid: {counted(points, 'point')}, of which {run} will run"
+    if search.sampler == "gp" and min(search.trials, n_points(search.space)) > _MANY:
+        return (
+            f"sampler gp: a proposal takes a second after {_MANY} trials and grows with their "
+            "cube; for so many take tpe"
+        )
     if search.sampler != "cmaes":
         return None
     moved = search.moved_by_cmaes()

@@ -296,7 +296,8 @@ def test_a_study_keeps_its_checkpoints_in_an_s3_store(tmp_path: Path, store: Sto
     ]
     best = min(trials, key=lambda trial: trial.objective or 1e9)
     kept = [path for path in store.listed() if "checkpoint" in Path(path).name]
-    assert all(f"/{best.number:04d}" in path for path in kept), "checkpoints of losers stay"
+    log = (out / "tuner.log").read_text()
+    assert all(f"/{best.number:04d}" in path for path in kept), f"losers' stay: {kept}\n{log}"
     calm = run("--config", config, "--local", "--out", tmp_path / "calm", timeout=300, **store.keys)
     assert calm.returncode == 0, calm.stderr
     wanted = [(t.params, t.curve) for t in trials_of(tmp_path / "calm")]

@@ -156,6 +156,15 @@ def test_a_sampler_that_does_not_suit_the_space_is_refused(
         tiny_study(tmp_path, search={"sampler": sampler, "space": space})
 
 
+@pytest.mark.parametrize(("trials", "said"), [(300, False), (301, True)])
+def test_that_a_gaussian_process_is_slow_with_many_trials_is_said(
+    tmp_path: Path, trials: int, said: bool
+) -> None:
+    study = tiny_study(tmp_path, search={"sampler": "gp", "trials": trials})
+    assert (sampler_note(study.search) is not None) == said
+    assert sampler_note(study.replaced({"search.space": HEADS}).search) is None, "it ends soon"
+
+
 def test_what_cma_es_leaves_to_chance_is_said(tmp_path: Path) -> None:
     study = tiny_study(tmp_path, search={"sampler": "cmaes", "space": NUMBERS | HEADS})
     note = str(sampler_note(study.search))
