@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import re
+import shlex
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -22,7 +23,9 @@ from pyarrow.fs import FileSelector, FileSystem, FileType, copy_files
 
 from model.files import sync
 from tuner.config import ResourcesConfig
-from tuner.folder import RunFolder
+from tuner.disk import full_disk
+from tuner.errors import StudyError
+from tuner.folder import RunFolder, checkpoint_name
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +37,14 @@ _T = TypeVar("_T")
 
 class StorageOut(OSError):
     """A storage that does not answer, or not as it should: no fault of who asks it."""
+
+
+def storage_error(folder: Path, said: str) -> StudyError:
+    """The line that ends a session whose trials cannot be saved, or not be gone on with."""
+    return StudyError(
+        f"{said}; nothing that was finished is lost: go on with: python -m tuner.run --resume "
+        f"{shlex.quote(str(folder))}"
+    )
 
 
 @dataclass(frozen=True)
@@ -58,9 +69,27 @@ class Storage:
         return cls(resources.storage, name)
 
     def trial(self, number: int) -> str:
-        """Where a trial's checkpoints go."""
-        filesystem, root = open_location(self.root)
-        return self.location(filesystem, f"{root}/{self.name}/{number:04d}")
+        """Where a trial's checkpoints go; nobody is asked."""
+        inside = f"{self.name}/{number:04d}"
+        if "://" in self.root and not self.root.startswith("file:"):
+            return _below(self.root, inside)
+        return _below(open_location(self.root)[1], inside)
+
+    def make(self) -> None:
+        """Make the study's folder; machines that do not see it do not see the storage.
+
+        Raises:
+            StorageOut: it cannot be made.
+        """
+        where = _below(self.root, self.name)
+
+        def create() -> None:
+            filesystem, path = open_location(where)
+            filesystem.create_dir(path, recursive=True)
+            if filesystem.type_name == "local":
+                sync(Path(path).parent)
+
+        _patiently(where, create)
 
     def location(self, filesystem: FileSystem, path: str) -> str:
         """A path below the root, as a location that stands alone.
@@ -114,13 +143,14 @@ def fetched(location: str) -> Iterator[Path]:
         FileNotFoundError: it is not there.
         StorageOut: nobody can tell.
     """
-    filesystem, path = open_location(location)
 
-    def look() -> None:
+    def look() -> tuple[Any, str]:
+        filesystem, path = open_location(location)
         if filesystem.get_file_info(path).type != FileType.Directory:
             raise FileNotFoundError(f"{location}: no such checkpoint")
+        return filesystem, path
 
-    _patiently(location, look)
+    filesystem, path = _patiently(location, look)
     if filesystem.type_name == "local":
         yield Path(path)
         return
@@ -134,7 +164,8 @@ def _patiently(location: str, work: Callable[[], _T]) -> _T:
 
     Raises:
         FileNotFoundError: it has answered that there is no such thing.
-        StorageOut: it has not, for PATIENCE.
+        StorageOut: it has not, for PATIENCE, or refuses.
+        OSError: a disk is full, for which nobody waits.
     """
     begun, pause = time.monotonic(), _FIRST_PAUSE
     while True:
@@ -143,10 +174,14 @@ def _patiently(location: str, work: Callable[[], _T]) -> _T:
         except FileNotFoundError:
             raise
         except OSError as error:
+            if full_disk(error) is not None:
+                raise
             left = PATIENCE - (time.monotonic() - begun)
-            if left <= 0:
+            # The cause is pyarrow's of schemes and options that it does not know.
+            refused = isinstance(error, PermissionError) or isinstance(error.__cause__, ValueError)
+            if refused or left <= 0:
                 line = " ".join(str(error).split())[:300]
-                raise StorageOut(f"{location}: the storage does not answer: {line}") from error
+                raise StorageOut(f"the storage cannot be used: {location}: {line}") from error
             logger.warning("%s: trying again: %s", location, error)
             time.sleep(min(pause, left))
             pause = min(2 * pause, _LONGEST_PAUSE)
@@ -200,13 +235,30 @@ class TrialCheckpoints:
     whose machine is lost goes on from the one before, which therefore goes an epoch later.
 
     Args:
-        home: folder or URI of the trial.
-        previous: what the trial goes on from, unless others begin there too.
+        home: folder or URI of the trial, in the study's folder (:meth:`Storage.make`).
     """
 
-    def __init__(self, home: str, previous: str | None = None) -> None:
+    def __init__(self, home: str) -> None:
         self._home = home
+        self._kept: list[str] = []
+        self._is_new = True  # the trial's folder, as far as is known here
+        self._opened: tuple[Any, str] | None = None
+
+    def follow(self, previous: str | None) -> None:
+        """Take over the checkpoint that the trial went on from: it goes when there is a newer one.
+
+        Not where others may begin there too.
+        """
         self._kept = [previous] if previous else []
+
+    def reach(self) -> None:
+        """Make sure that this machine sees the storage.
+
+        Raises:
+            StorageOut: it does not; what were written here would be lost, and what is there seems
+                not to be.
+        """
+        _patiently(self._home, self._open)
 
     def write(self, epoch: int, save: Callable[[Path], object]) -> str:
         """Keep the state after an epoch; it is whole and on disk when this returns.
@@ -219,23 +271,26 @@ class TrialCheckpoints:
             Its location.
 
         Raises:
-            OSError: it cannot be written.
+            StorageOut: it cannot be written.
+            OSError: a disk is full.
         """
-        location = _below(self._home, f"checkpoint-{epoch:05d}")
-        filesystem, path = open_location(location)
-        if filesystem.type_name == "local":
-            save(Path(path))
-            for folder in Path(path).parents[: 1 if self._kept else 3]:
-                sync(folder)  # a power cut may follow, and they may be new
-        else:
+        name = checkpoint_name(epoch)
+        location = _below(self._home, name)
+
+        def keep() -> None:
+            filesystem, home = self._open()
+            if filesystem.type_name == "local":
+                save(Path(home) / name)
+                for folder in [Path(home), *Path(home).parents[:1]][: 2 if self._is_new else 1]:
+                    sync(folder)  # a power cut may follow
+                return
             with TemporaryDirectory(prefix="ristune-checkpoint-") as fresh:
                 save(Path(fresh))
+                filesystem.create_dir(f"{home}/{name}", recursive=True)
+                copy_files(fresh, f"{home}/{name}", destination_filesystem=filesystem)
 
-                def copy() -> None:
-                    filesystem.create_dir(path, recursive=True)
-                    copy_files(fresh, path, destination_filesystem=filesystem)
-
-                _patiently(location, copy)
+        _patiently(location, keep)
+        self._is_new = False
         if location not in self._kept:
             self._kept.append(location)
         return location
@@ -244,6 +299,14 @@ class TrialCheckpoints:
         """Delete all but the newest, now that the ledger names it."""
         while len(self._kept) > 1:
             drop(self._kept.pop(0))
+
+    def _open(self) -> tuple[Any, str]:
+        """The file system of the home, and the path there; the study's folder is there."""
+        filesystem, home = self._opened = self._opened or open_location(self._home)
+        study = Path(home).parent
+        if filesystem.type_name == "local" and not study.is_dir():
+            raise OSError(f"{study} is not here; is it on storage that all machines share?")
+        return filesystem, home
 
 
 def drop(location: str) -> None:

@@ -12,7 +12,7 @@ from ray import tune
 from ray.tune import CheckpointConfig, FailureConfig, RunConfig, TuneConfig
 from ray.tune.experiment import Trial
 
-from tuner.disk import disk_error
+from tuner.checkpoints import StorageOut, storage_error
 from tuner.folder import RunFolder
 from tuner.schedulers import make_scheduler
 from tuner.search import LedgerCallback, LedgerSearch
@@ -74,15 +74,21 @@ def run_distributed(
         after: called when a trial has ended.
 
     Raises:
-        StudyError: a trial could not be saved, since a disk is full.
+        StudyError: trials could not be saved: a disk is full, or the storage cannot be used.
     """
     for key, value in _QUIET.items():
         os.environ.setdefault(key, value)
+    # An actor takes the next step for word that its last result has been recorded.
+    os.environ["TUNE_RESULT_BUFFER_LENGTH"] = "1"
     study = ledger.config
     resources = study.resources
     scratch = folder.path / _SCRATCH
     shutil.rmtree(scratch, ignore_errors=True)  # of a driver that was killed
     search = LedgerSearch(ledger, progress, folder, device=device, stop=stop, after=after)
+    try:
+        search.storage.make()
+    except StorageOut as error:
+        raise storage_error(folder.path, str(error)) from error
     tuner = tune.Tuner(
         tune.with_resources(TrialActor, {"cpu": resources.cpus_per_trial or 1, "gpu": gpus}),
         tune_config=TuneConfig(
@@ -100,7 +106,7 @@ def run_distributed(
             failure_config=FailureConfig(max_failures=-1),  # LedgerSearch.lost gives up
             checkpoint_config=CheckpointConfig(checkpoint_at_end=False),  # TrialActor keeps its own
             callbacks=[LedgerCallback(search)],
-            stop=StopWish(lambda: stop() or search.full_disk is not None),
+            stop=StopWish(lambda: stop() or search.cut_short is not None),
             verbose=0,
         ),
     )
@@ -114,8 +120,8 @@ def run_distributed(
         # What Ray Tune has taken for a trial's fault, or wrapped:
         if ledger.database_lost is not None:
             raise ledger.database_lost
-    if search.full_disk is not None:
-        raise disk_error(folder.path, search.full_disk)
+    if search.cut_short is not None:
+        raise search.cut_short
 
 
 def _trial_name(trial: Trial) -> str:

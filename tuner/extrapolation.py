@@ -59,8 +59,10 @@ def expected_ends(trials: Sequence[FrozenTrial]) -> dict[int, float]:
             ended = np.array([ends[t.number] for t in further])
             slope = _slope(stood, ended)
             for trial in here:
-                away = _standing(trial, epoch) - stood.mean()
-                ends[trial.number] = float(ended.mean() + slope * away)
+                reached = _standing(trial, epoch)
+                ends[trial.number] = min(
+                    reached, float(ended.mean() + slope * (reached - stood.mean()))
+                )
             further += here
     return ends
 

@@ -33,6 +33,17 @@ class Driver:
         return self.host is None or self.host == platform.node()
 
 
+def checkpoint_name(epoch: int) -> str:
+    """What the checkpoint after an epoch is called in its trial's folder."""
+    return f"checkpoint-{epoch:05d}"
+
+
+def checkpoint_epoch(location: str) -> int | None:
+    """The epoch of a checkpoint's path or URI; None of a name of an earlier version."""
+    found = re.search(r"/checkpoint-(\d{5,})(\?|$)", location)
+    return int(found[1]) if found else None
+
+
 class RunFolder:
     """Paths of one study's files, and the lock that keeps a second driver out."""
 

@@ -6,7 +6,6 @@ that either mode goes on where the other stopped.
 
 from __future__ import annotations
 
-import shlex
 from collections import deque
 from collections.abc import Callable
 from contextlib import closing
@@ -16,8 +15,7 @@ from typing import Any
 
 import torch
 
-from tuner.checkpoints import StorageOut, TrialCheckpoints, starting_points
-from tuner.errors import StudyError
+from tuner.checkpoints import StorageOut, TrialCheckpoints, starting_points, storage_error
 from tuner.folder import RunFolder
 from tuner.records import Assignment, End
 from tuner.retries import exhausted_reason
@@ -101,10 +99,7 @@ def _run_trial(
         progress.halved(number, parts, str(error))
         return replace(ledger.going_on(number), until=trial.until)
     except StorageOut as error:
-        raise StudyError(
-            f"{error}; nothing that was finished is lost: go on with: python -m tuner.run "
-            f"--resume {shlex.quote(str(folder.path))}"
-        ) from error
+        raise storage_error(folder.path, str(error)) from error
     return None
 
 
@@ -119,8 +114,10 @@ def _run_epochs(
 ) -> None:
     """Step a trial until it has ended, is to be handed back, or `stop` says so."""
     number = trial.number
-    # Heirs may begin where a stretch does: that stays.
-    kept = TrialCheckpoints(str(home), trial.checkpoint if trial.until is None else None)
+    kept = TrialCheckpoints(str(home))
+    run.build()
+    if trial.until is None and run.epoch:  # heirs may begin where a stretch does
+        kept.follow(trial.checkpoint)
     while True:
         result = run.step()
         if result.pop("failed"):

@@ -223,28 +223,22 @@ class PopulationLedger(Ledger):
         """Locations among these, each with its trial, from which no trial will go on.
 
         Kept is what a trial goes on from, what an heir without a checkpoint of its own begins with,
-        and what those have left at a milestone who may yet get one. Of running trials only what
-        they left at milestones is dropped: the rest may be on its way into the ledger.
+        and what those have left at a milestone who may yet get one.
         """
         settled = self._verdict().settled
         current = {member.number for member in self._current()}
-        running = self.running()
         kept: set[str] = set()
-        left: set[str] = set()
         for trial in self._started(self._frozen()):
             attrs = trial.user_attrs
-            marks = {e: attrs.get(_MILESTONE.format(e)) for e in self._milestones}
-            left |= {place for place in marks.values() if place}
             if trial.number in current:
-                kept |= {place for epoch, place in marks.items() if place and epoch > settled}
-            if trial.number in running:
-                own, heir = attrs.get("checkpoint"), heir_of(attrs)
-                kept |= {own["location"]} if own else {heir.location} if heir else set()
-        return [
-            location
-            for number, location in checkpoints
-            if location not in kept and (number not in running or location in left)
-        ]
+                marks = {
+                    e: attrs.get(_MILESTONE.format(e)) for e in self._milestones if e > settled
+                }
+                kept |= {place for place in marks.values() if place}
+            heir = heir_of(attrs)
+            if trial.state == TrialState.RUNNING and heir and "checkpoint" not in attrs:
+                kept.add(heir.location)
+        return [place for place in super().unneeded(checkpoints) if place not in kept]
 
 
 def _own_score(objective: Objective, metrics: Mapping[str, Any], reported: float) -> float:

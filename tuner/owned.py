@@ -122,6 +122,7 @@ class OwnedStorage(BaseStorage):
         self, trial_id: int, values: Mapping[int, float], attrs: Mapping[str, Any]
     ) -> None:
         """Set values by step and attributes of the user's, all or none of them."""
+        self.check_trial_is_updatable(trial_id, self.get_trial(trial_id).state)
         self._backend.write_together(trial_id, values, attrs)
         for step, value in values.items():
             self._note(trial_id, "intermediate_values", step, value)

@@ -20,8 +20,9 @@ from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
 from model.files import write_text
-from tuner.checkpoints import Storage
-from tuner.disk import speaks_of_full_disk
+from tuner.checkpoints import Storage, StorageOut, storage_error
+from tuner.disk import disk_error, speaks_of_full_disk
+from tuner.errors import StudyError
 from tuner.folder import RunFolder
 from tuner.records import End
 from tuner.retries import exhausted_reason
@@ -77,7 +78,7 @@ class LedgerSearch(OptunaSearch):
         self._counted: set[str] = set()  # whose last loss is dealt with, with no epoch after it
         self._given_up: dict[str, str] = {}
         self.closed = False
-        self.full_disk: str | None = None  # what a trial met that could not be saved
+        self.cut_short: StudyError | None = None  # why trials cannot be saved, if they cannot
         # What the base class keeps; the study is the ledger's own.
         self._space = dict(ledger.config.search.space)
         self._ot_study: Any = ledger.optuna_study
@@ -86,7 +87,7 @@ class LedgerSearch(OptunaSearch):
 
     def suggest(self, trial_id: str) -> Any:
         """The next trial: first those that were cut, then new ones; None while all wait."""
-        if self.closed or self.full_disk or self._stop():
+        if self.closed or self.cut_short or self._stop():
             return Searcher.FINISHED
         while True:
             for ended in self._ledger.settle():
@@ -165,7 +166,8 @@ class LedgerSearch(OptunaSearch):
         number = self._numbers[trial_id]
         self._counted.add(trial_id)
         if speaks_of_full_disk(reason):
-            self.full_disk = reason  # which is no trial's fault: the session ends
+            # No trial's fault: the session ends.
+            self.cut_short = disk_error(self._folder.path, reason)
             return {}
         if _OUT_OF_MEMORY.search(reason):
             parts = self._ledger.out_of_memory(number, reason)
@@ -178,6 +180,9 @@ class LedgerSearch(OptunaSearch):
         self._in_a_row[number] = times = self._in_a_row.get(number, 0) + 1
         self._ledger.lost(number, reason)
         if times > self._ledger.config.resources.max_failures:
+            if StorageOut.__name__ in reason:  # nor is this
+                self.cut_short = storage_error(self._folder.path, reason)
+                return {}
             return self._give_up(
                 trial_id,
                 f"lost: its process ended {times} times in a row before it had finished an epoch "
@@ -254,10 +259,12 @@ def _what_happened(trial: Trial) -> str:
         text = Path(trial.error_file).read_text(encoding="utf-8", errors="replace")
     except (OSError, TypeError):
         return f"failure {trial.num_failures}"
-    last = text.rpartition("Failure #")[2].splitlines()[1:]
+    last = re.sub(r"\x1b\[[0-9;]*m", "", text).rpartition("Failure #")[2].splitlines()[1:]
     lines = [line.strip() for line in last if line.strip()]
     errors = [
-        line for line in lines if re.match(r"[\w.]+(Error|Exception|Lost|Exhausted)\b.*: ", line)
+        line
+        for line in lines
+        if re.match(r"[\w.]+(Error|Exception|Lost|Exhausted|Out)\b.*: ", line)
     ]
     chosen = errors[-1] if errors else " ".join(lines[:1])
     return chosen[:200] or f"failure {trial.num_failures}"

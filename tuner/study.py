@@ -31,6 +31,7 @@ from tuner import retries
 from tuner.config import StudyConfig
 from tuner.draft import Draft
 from tuner.errors import LedgerLost
+from tuner.folder import checkpoint_epoch
 from tuner.owned import OwnedStorage
 from tuner.pruners import make_pruner
 from tuner.records import (
@@ -392,9 +393,26 @@ class Ledger:
         return record_of(self._storage.get_trial(self._id(number)))
 
     def unneeded(self, checkpoints: Iterable[tuple[int, str]]) -> list[str]:
-        """Locations among these, each with its trial, from which no trial will go on."""
-        running = self.running()
-        return [location for number, location in checkpoints if number not in running]
+        """Locations among these, each with its trial, from which no trial will go on.
+
+        Of a running trial those of epochs before the one that it would go on from; what is newer
+        may be on its way into the ledger.
+        """
+        reached = self._reached()
+        return [
+            location
+            for number, location in checkpoints
+            if number not in reached or _is_before(location, reached[number])
+        ]
+
+    def _reached(self) -> dict[int, int]:
+        """The epochs from which running trials would go on."""
+        own = self._started(self._frozen())
+        return {
+            t.number: (t.user_attrs.get("checkpoint") or {"epoch": 0})["epoch"]
+            for t in own
+            if t.state == TrialState.RUNNING
+        }
 
     def finished_study(self) -> optuna.Study:
         """The study's own finished trials as an Optuna study in memory, for plots.
@@ -446,6 +464,11 @@ class Ledger:
                 self._study._study_id, number
             )
         return self._ids[number]
+
+
+def _is_before(location: str, epoch: int) -> bool:
+    found = checkpoint_epoch(location)
+    return found is not None and found < epoch
 
 
 def _is_foreign(trial: FrozenTrial) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import ExitStack
 from typing import Any
 
 import ray
@@ -38,9 +39,11 @@ class TrialActor(tune.Trainable):
     """
 
     _run: TrialRun | None = None
+    _out: OSError | None = None  # why what the trial goes on from could not be brought here
 
     def setup(self, config: dict[str, Any]) -> None:
         """Take a trial; it is built at its first step, or here from its checkpoint."""
+        self._brought = ExitStack()
         self._study = str(config[STUDY])
         self._gauges = trial_gauges()
         self._gauges.begin(self._study, int(config[NUMBER]))
@@ -50,26 +53,37 @@ class TrialActor(tune.Trainable):
         trial = TrialConfig.model_validate(config[CONFIG])
         self._until: int | None = config.get(UNTIL)
         self._give_up: str | None = config.get(GIVE_UP)
-        previous = config.get(RESUME)
-        # Heirs may begin where a stretch does: that stays.
-        self._kept = TrialCheckpoints(config[HOME], previous if self._until is None else None)
-        if self._give_up:
-            self._run = TrialRun(trial, self._device)
-        else:
-            with starting_points(previous, config.get(DONOR)) as (own, donor):
-                self._run = TrialRun(trial, self._device, own, donor)
-                if own or donor:
-                    self._run.build()
+        self._kept = TrialCheckpoints(config[HOME])
+        self._run = TrialRun(trial, self._device)
+        self._out = None
+        if not self._give_up:
+            try:
+                self._begin(trial, config.get(RESUME), config.get(DONOR))
+            except OSError as error:
+                self._out = error  # what is raised here comes to the driver without its words
         self._gauges.show({"epoch": self._run.epoch})
+
+    def _begin(self, trial: TrialConfig, previous: str | None, donor: str | None) -> None:
+        """Bring here what the trial goes on from or begins with, and read it."""
+        self._kept.reach()
+        own, given = self._brought.enter_context(starting_points(previous, donor))
+        self._run = TrialRun(trial, self._device, own, given)
+        if own or given:
+            self._run.build()
+        if self._until is None and self._run.epoch:  # heirs may begin where a stretch does
+            self._kept.follow(previous)
 
     def step(self) -> dict[str, Any]:
         """One epoch, in the words of Ray Tune."""
         assert self._run is not None
+        if self._out is not None:
+            raise self._out
         self._kept.forget()  # the last epoch is in the ledger, or nobody would ask for another
         skipped = self._run.skipped_steps
         result = self._run.failure(self._give_up) if self._give_up else self._run.step()
         if not result["failed"] and not result.get("repeated"):
             result[CHECKPOINT] = self._kept.write(result["epoch"], self._run.save)
+        self._brought.close()  # it has been read; until now memory may not have been enough for it
         self._gauges.count("skipped_steps", self._run.skipped_steps - skipped)
         self._gauges.count("solver_fallbacks", result.get("solver_fallbacks", 0))
         over = result["failed"] or result["finished"]
@@ -97,6 +111,7 @@ class TrialActor(tune.Trainable):
         if self._run is not None:
             self._run.close()
             self._run = None
+            self._brought.close()
             self._gauges.end()
 
     def __repr__(self) -> str:

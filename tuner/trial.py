@@ -87,11 +87,6 @@ class TrialRun:
         return self._trainer.epoch if self._trainer else 0
 
     @property
-    def epochs(self) -> int:
-        """Its budget."""
-        return self._config.training.epochs
-
-    @property
     def skipped_steps(self) -> int:
         """Optimiser steps skipped so far, those of earlier sessions too."""
         return self._trainer.skipped_steps if self._trainer else 0

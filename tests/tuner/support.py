@@ -135,6 +135,7 @@ def tiny_study(folder: Path, **changes: Any) -> StudyConfig:
 def order(folder: Path, number: int, **changes: Any) -> dict[str, Any]:
     """What Ray hands to an actor: a trial of the tiny study, changed."""
     config = tiny_study(folder, **changes).trial_config({}, seed=number)
+    (folder / "trials").mkdir(exist_ok=True)
     return {
         NUMBER: number,
         STUDY: "tiny",

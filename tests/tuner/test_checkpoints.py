@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -100,7 +101,7 @@ def test_a_checkpoint_that_is_no_more_means_a_start_from_the_beginning(
     [
         ("gopher://there/checkpoint", "Unrecognized filesystem type"),
         ("checkpoint", "URI has empty scheme"),
-        ("s3://bucket/checkpoint?endpoint_override=http://127.0.0.1:9&region=a", "not answer"),
+        ("s3://bucket/checkpoint?endpoint_override=http://127.0.0.1:9&region=a", "cannot be used"),
     ],
 )
 def test_epochs_are_not_given_up_because_a_storage_cannot_be_asked(
@@ -199,9 +200,11 @@ def saving(text: str) -> Callable[[Path], None]:
 @pytest.fixture(params=["path?with#marks", "store"])
 def home(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """Where a trial's checkpoints go."""
-    if request.param == "store":
-        return Storage(request.getfixturevalue("store").uri, "run").trial(7)
-    return Storage(str(tmp_path / request.param), "trials").trial(7)
+    inside = request.param != "store"
+    root = str(tmp_path / request.param) if inside else request.getfixturevalue("store").uri
+    storage = Storage(root, "trials")
+    storage.make()
+    return storage.trial(7)
 
 
 @pytest.mark.slow
@@ -216,7 +219,8 @@ def test_a_checkpoint_stays_until_the_next_is_known(home: str) -> None:
     kept.forget()
     with pytest.raises(FileNotFoundError), fetched(first):
         pass
-    again = TrialCheckpoints(home, second)  # another process goes on from there
+    again = TrialCheckpoints(home)
+    again.follow(second)  # another process goes on from there
     third = again.write(3, saving("three"))
     again.forget()
     with pytest.raises(FileNotFoundError), fetched(second):
@@ -228,18 +232,85 @@ def test_a_checkpoint_stays_until_the_next_is_known(home: str) -> None:
         pass
 
 
-def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_for_a_while_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr("tuner.checkpoints.time.sleep", pauses.append)
+    errors = [OSError(errno.ESTALE, "Stale file handle"), OSError(errno.EIO, "Input/output error")]
+
+    def failing(folder: Path) -> None:
+        if errors:
+            raise errors.pop()
+        saving("whole")(folder)
+
+    kept = TrialCheckpoints(str(tmp_path / "0007"))
+    with fetched(kept.write(1, failing)) as folder:
+        assert (folder / "checkpoint.safetensors").read_text() == "whole"
+    assert pauses == [1.0, 2.0]
+    for error, wanted in (
+        (OSError(errno.ENOSPC, "No space left on device"), OSError),
+        (PermissionError(errno.EACCES, "Permission denied"), StorageOut),
+    ):
+        errors.append(error)
+        with pytest.raises(wanted, match=str(error.strerror)):
+            kept.write(2, failing)
+    assert pauses == [1.0, 2.0], "nobody waits for these"
+
+
+def test_a_machine_that_does_not_see_the_storage_writes_nothing_in_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tuner.checkpoints.PATIENCE", 0.0)
+    storage = Storage(str(tmp_path / "mount" / "run"), "trials")
+    blind = TrialCheckpoints(storage.trial(7))
+    with pytest.raises(StorageOut, match="trials is not here"):
+        blind.reach()
+    with pytest.raises(StorageOut, match="trials is not here"):
+        blind.write(1, saving("lost"))
+    assert list(tmp_path.iterdir()) == []
+    storage.make()
+    blind.reach()
+    assert Path(blind.write(1, saving("kept"))).is_dir()
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def torn(folder: Path) -> None:
         saving("half")(folder)
-        raise OSError("disk is full")
+        raise OSError("disk is broken")
 
-    kept = TrialCheckpoints(str(tmp_path / "trials" / "0007"))
+    monkeypatch.setattr("tuner.checkpoints.PATIENCE", 0.0)
+    kept = TrialCheckpoints(str(tmp_path / "0007"))
     first = kept.write(1, saving("one"))
-    with pytest.raises(OSError, match="disk is full"):
+    with pytest.raises(StorageOut, match="disk is broken"):
         kept.write(2, torn)
     kept.forget()
     with fetched(first) as folder:
         assert (folder / "checkpoint.safetensors").read_text() == "one"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_on_ray_a_storage_that_cannot_be_used_ends_the_run_which_can_be_gone_on_with(
+    tmp_path: Path,
+) -> None:
+    config, out = write_study(tmp_path, resources={"max_failures": 1}), tmp_path / "run"
+    assert run_here("--config", config, "--local", "--out", out) == 0
+    study = load_study(out / "config.yaml")
+    ledger = Ledger(out / "study.db", study.replaced({"search.trials": 4}))
+    cut = ledger.ask()
+    assert cut is not None
+    ledger.report(cut.number, {"epoch": 1, "objective": 1.0}, "gopher://there/checkpoint")
+    ledger.close()
+    with ray_head("--num-cpus=1") as head:
+        ended = run("--resume", out, "--trials", 4, "--address", head.address, timeout=200)
+    assert ended.returncode == 2, ended.stdout + ended.stderr
+    assert "gopher://there/checkpoint: Unrecognized filesystem type" in ended.stderr
+    assert f"--resume {out}" in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert trials_of(out)[3].state == "running"
 
 
 @pytest.mark.slow

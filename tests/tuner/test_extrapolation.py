@@ -38,18 +38,23 @@ def done(number: int, *curve: float) -> FrozenTrial:
 
 def test_a_stopped_trial_is_expected_on_the_line_of_those_that_came_further() -> None:
     # The last is 0.5 + 0.6 of the first.
-    further = [done(number, v, 0.5 + 0.6 * v) for number, v in enumerate([1.0, 2.0, 4.0, 5.0])]
-    ends = expected_ends([*further, trial(4, [3.0]), trial(5, [10.0])])
-    assert ends[4] == pytest.approx(0.5 + 0.6 * 3.0, abs=1e-9)  # in the middle no ridge is felt
-    assert ends[5] == pytest.approx(0.5 + 0.6 * 10.0, rel=0.01)
+    further = [done(number, v, 0.5 + 0.6 * v) for number, v in enumerate([2.0, 3.0, 5.0, 6.0])]
+    ends = expected_ends([*further, trial(4, [4.0]), trial(5, [11.0])])
+    assert ends[4] == pytest.approx(0.5 + 0.6 * 4.0, abs=1e-9)  # in the middle no ridge is felt
+    assert ends[5] == pytest.approx(0.5 + 0.6 * 11.0, rel=0.01)
     assert [ends[number] for number in range(4)] == [t.values[0] for t in further]
 
 
 @pytest.mark.parametrize(("rise", "taken"), [(-3.0, 0.2), (0.0, 0.2), (0.5, 0.5), (7.0, 1.0)])
 def test_differences_neither_grow_nor_turn_round(rise: float, taken: float) -> None:
-    further = [done(number, v, 2.0 + rise * v) for number, v in enumerate([1.0, 2.0, 3.0])]
+    further = [done(number, v, rise * v - 30.0) for number, v in enumerate([1.0, 2.0, 3.0])]
     ends = expected_ends([*further, trial(3, [2.0]), trial(4, [1.0])])
     assert ends[3] - ends[4] == pytest.approx(taken, rel=0.02)
+
+
+def test_nobody_is_expected_to_fall_behind_what_was_reached() -> None:
+    further = [done(number, v, 5.0) for number, v in enumerate([5.0, 6.0, 7.0])]
+    assert expected_ends([*further, trial(3, [0.5])])[3] == 0.5
 
 
 def test_rungs_are_climbed_one_by_one_and_epochs_before_the_best_do_not_count() -> None:
@@ -73,9 +78,13 @@ def test_rungs_are_climbed_one_by_one_and_epochs_before_the_best_do_not_count() 
 
     wanted = {t.number: t.values[0] for t in finished}
     slope, offset = fitted(finished, wanted, 3)
-    wanted |= {t.number: slope * min(t.intermediate_values.values()) + offset for t in middle}
+    for stopped in middle:
+        best = min(stopped.intermediate_values.values())
+        wanted[stopped.number] = min(best, slope * best + offset)
     slope, offset = fitted([*finished, *middle], wanted, 1)
-    wanted |= {t.number: slope * t.intermediate_values[1] + offset for t in low}
+    for stopped in low:
+        best = stopped.intermediate_values[1]
+        wanted[stopped.number] = min(best, slope * best + offset)
     found = expected_ends(shuffled)
     assert found.keys() == wanted.keys()
     assert [found[n] for n in wanted] == pytest.approx(list(wanted.values()))

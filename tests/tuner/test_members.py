@@ -15,7 +15,7 @@ from optuna.storages import InMemoryStorage
 from tests.tuner.support import FakeRun, tiny_study
 from tuner.appraisal import epochs_expected
 from tuner.config import StudyConfig
-from tuner.folder import RunFolder
+from tuner.folder import RunFolder, checkpoint_name
 from tuner.forecast import Pace, time_left
 from tuner.ledger import open_ledger
 from tuner.local import run_local
@@ -221,22 +221,31 @@ def test_what_an_heir_begins_with_is_kept_until_it_has_its_own(tmp_path: Path) -
     ledger = PopulationLedger(InMemoryStorage(), study_in(tmp_path))
     ledger.settle()
 
+    def kept(number: int, epoch: int) -> str:
+        return f"/trials/{number:04d}/{checkpoint_name(epoch)}"
+
     def train(number: int, until: int, objective: float) -> None:
         for epoch in range(ledger.trial(number).epoch + 1, until + 1):
-            ledger.report(number, {"epoch": epoch, "objective": objective}, f"/{number}/{until}")
+            ledger.report(number, {"epoch": epoch, "objective": objective}, kept(number, epoch))
+
+    def dropped() -> set[str]:
+        numbers = range(len(ledger.trials()))
+        return set(ledger.unneeded((n, kept(n, e)) for n in numbers for e in range(1, 6)))
 
     for number in range(3):
         train(number, 2, 0.1 * number)
     train(0, 4, 0.05)  # its fate at 2 is certain
-    every = [(n, f"/{n}/{e}") for n in range(5) for e in (2, 4)]
-    assert "/0/2" not in ledger.unneeded(every), "whoever is the last may have to succeed it"
+    # Of 2 whoever is the last may have to succeed it; what is newer may be on its way.
+    assert dropped() == {kept(0, 1), kept(0, 3), kept(1, 1), kept(2, 1)}
     train(3, 2, 0.9)
     (ended,) = ledger.settle()
     assert ended.number == 3
-    assert set(ledger.unneeded(every)) == {"/3/2", "/3/4"}
+    behind = {kept(0, 1), kept(0, 3), kept(1, 1), kept(2, 1)}
+    assert dropped() == behind | {kept(3, epoch) for epoch in range(1, 6)}
     train(4, 3, 0.5)
-    assert "/0/2" in ledger.unneeded(every)
-    assert "/1/2" not in ledger.unneeded(every), "it goes on from there"
+    assert kept(0, 2) in dropped()
+    assert kept(1, 2) not in dropped(), "it goes on from there"
+    assert not {kept(4, 3), kept(4, 4)} & dropped()
 
 
 def test_the_sampler_sees_no_successors(tmp_path: Path) -> None:

@@ -142,6 +142,9 @@ def test_what_is_written_together_is_there_whole_or_not_at_all(tmp_path: Path) -
                               "BEGIN SELECT RAISE(ABORT, 'no'); END"))  # fmt: skip
     with pytest.raises(IntegrityError):
         storage.write_together(trial_id, {4: 1.0}, {"d": 1})
+    storage.set_trial_state_values(trial_id, TrialState.FAIL)
+    with pytest.raises(optuna.exceptions.UpdateFinishedTrialError):
+        storage.write_together(trial_id, {5: 1.0}, {"b": "late"})
     (kept,) = in_database(tmp_path)
     assert kept.intermediate_values == {1: 0.5, 2: 0.25}
     assert kept.user_attrs == {"a": [1], "b": "other"}

@@ -41,6 +41,9 @@ def test_checkpoints_are_kept_of_the_winner_and_of_what_runs_however_many_trials
     drop_losers(folder, ledger, ledger.best())
     assert [path.exists() for path in (won, alive, newer)] == [True] * 3
     assert [path.exists() for path in (before, lost, dead)] == [False] * 3
+    ledger.report(10_000, {"epoch": 2, "objective": 3.0}, str(newer))
+    drop_losers(folder, ledger, ledger.best())
+    assert [path.exists() for path in (won, alive, newer)] == [True, False, True]
     ledger.close()
 
 

@@ -130,6 +130,19 @@ def test_a_trial_whose_machine_is_lost_goes_on_from_the_last_checkpoint_in_the_l
     assert changes[RESUME] == "/kept/2"
 
 
+def test_a_storage_that_stays_out_ends_the_session_and_fails_no_trial(tmp_path: Path) -> None:
+    ledger = ledger_in(tmp_path, resources={"max_failures": 1})
+    search = search_over(ledger, tmp_path)
+    search.suggest("a")
+    reason = "tuner.checkpoints.StorageOut: the storage cannot be used: s3://bucket/run"
+    assert search.lost("a", reason) == {RESUME: None}
+    assert search.cut_short is None
+    assert search.lost("a", reason) == {}
+    assert f"{reason}; nothing that was finished is lost" in str(search.cut_short)
+    assert search.suggest("b") == Searcher.FINISHED
+    assert ledger.trial(0).state == "running"
+
+
 def ended_in(ledger: Ledger) -> list[int]:
     return [trial.number for trial in ledger.trials() if trial.state == "pruned"]
 

@@ -6,11 +6,18 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from shutil import copytree
+from types import SimpleNamespace
 
 import pytest
+import torch
+from pyarrow.fs import FileSystem
 from ray.tune import PlacementGroupFactory
 
+from model.training import Trainer
 from tests.tuner.support import ROOT, environment, order
+from tuner import checkpoints
+from tuner.checkpoints import StorageOut
 from tuner.trainable import CHECKPOINT, DONOR, HOME, RESUME, UNTIL, TrialActor, allocated_gpus
 
 pytestmark = pytest.mark.long
@@ -24,9 +31,9 @@ def _results_in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_actor_saves_and_restores_between_epochs(tmp_path: Path) -> None:
     whole = TrialActor(order(tmp_path, 1))
     wanted = [whole.train()["objective"] for _ in range(2)]
-    cut = order(tmp_path, 1) | {HOME: str(tmp_path / "cut")}
+    cut = order(tmp_path, 1) | {HOME: str(tmp_path / "trials" / "0007")}
     kept = TrialActor(cut).train()[CHECKPOINT]
-    assert Path(kept).parent == tmp_path / "cut"
+    assert Path(kept).parent == tmp_path / "trials" / "0007"
     result = TrialActor(cut | {RESUME: kept}).train()
     assert (result["epoch"], result["objective"]) == (2, wanted[1])
     assert result["done"]
@@ -101,6 +108,48 @@ def test_an_actor_begins_with_its_donors_weights_and_makes_room_at_its_milestone
     last = restarted.train()
     assert (last["epoch"], last["paused"], last["finished"]) == (4, False, True)
     assert Path(result[CHECKPOINT]).exists(), "heirs may begin where a stretch does"
+
+
+def test_what_cannot_be_brought_here_is_said_by_the_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tuner.checkpoints.PATIENCE", 0.0)
+    actor = TrialActor(order(tmp_path, 1))
+    assert actor.reset(order(tmp_path, 2) | {RESUME: "gopher://there/checkpoint"})
+    with pytest.raises(StorageOut, match="gopher"):
+        actor.step()
+    assert actor.reset(order(tmp_path, 3) | {HOME: str(tmp_path / "unmounted" / "0003")})
+    with pytest.raises(StorageOut, match="unmounted is not here"):
+        actor.step()
+    assert actor.reset(order(tmp_path, 4))
+    assert actor.train()["epoch"] == 1
+
+
+def test_memory_that_is_short_for_a_moment_costs_no_epochs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = order(tmp_path, 1, training={"epochs": 3})
+    kept = TrialActor(long).train()[CHECKPOINT]
+    own, _ = FileSystem.from_uri("/")
+    store = SimpleNamespace(type_name="store", get_file_info=own.get_file_info)
+    # What is read lies elsewhere; what is written does not.
+    opened = {f"{kept}?": (store, kept)}
+    real = checkpoints.open_location
+    monkeypatch.setattr(checkpoints, "open_location", lambda at: opened.get(at) or real(at))
+    monkeypatch.setattr(checkpoints, "copy_files", lambda at, to, **_: copytree(
+        at, to, dirs_exist_ok=True))  # fmt: skip
+    failures = [torch.OutOfMemoryError("a process that dies still holds it")]
+    load = Trainer.load
+
+    def short(self: Trainer, folder: Path) -> None:
+        if failures:
+            raise failures.pop()
+        load(self, folder)
+
+    monkeypatch.setattr(Trainer, "load", short)
+    actor = TrialActor(long | {RESUME: f"{kept}?"})
+    assert not failures
+    assert actor.train()["epoch"] == 2
 
 
 def test_without_ray_no_gpu_is_known(tmp_path: Path) -> None:
