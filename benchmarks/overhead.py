@@ -5,9 +5,9 @@
 The first part runs studies of very short trials on a Ray of its own, as `tuner.run` does. A trial's
 overhead is the time between the ends of two trials of one actor, without the second one's epochs:
 the first trial of an actor, which starts it, does not count. Medians over the trials; the parts
-that the driver can see are timed where they happen, and the rest is Ray's: the actor's reset,
-checkpoints and messages. Building a trial and scoring its untrained network are the trial's own,
-but no epoch's, and are counted. The second part fills ledgers with ended trials (minutes for
+that the driver can see are timed where they happen, and the rest is Ray's: the actor's reset and
+messages. Building a trial, scoring its untrained network and writing its checkpoints are the
+trial's own, but no epoch's, and are counted. The second part fills ledgers with ended trials (minutes for
 10,000) and times what the driver does for the next one; the disk's share is wall less CPU.
 """
 
@@ -86,7 +86,7 @@ class Seen:
     pid: int = 0
     ended: float = 0.0
     epochs: float = 0.0  # seconds in its epochs
-    steps: float = 0.0  # seconds in the actor's steps: the epochs, building, the first scoring
+    steps: float = 0.0  # seconds in its steps: epochs, building, the first scoring, checkpoints
     parts: dict[str, float] = field(default_factory=lambda: defaultdict(float))  # the driver's
 
 
@@ -177,7 +177,7 @@ def overhead(trials: list[Seen]) -> dict[str, float]:
             continue
         between = trial.ended - last.ended
         rows["overhead"].append(between - trial.epochs)
-        rows["building the trial"].append(trial.steps - trial.epochs)
+        rows["building the trial, checkpoints"].append(trial.steps - trial.epochs)
         driver = {
             "proposal": trial.parts["ask"],
             "epochs into the ledger": trial.parts["report"],
@@ -186,7 +186,7 @@ def overhead(trials: list[Seen]) -> dict[str, float]:
         }
         for name, seconds in driver.items():
             rows[name].append(seconds)
-        rows["Ray: reset, checkpoints, messages"].append(
+        rows["Ray: reset, messages"].append(
             between - trial.steps - sum(driver.values())
         )
     return {name: statistics.median(values) for name, values in rows.items()} | {
