@@ -7,8 +7,9 @@ overhead is the time between the ends of two trials of one actor, without the se
 the first trial of an actor, which starts it, does not count. Medians over the trials; the parts
 that the driver can see are timed where they happen, and the rest is Ray's: the actor's reset and
 messages. Building a trial, scoring its untrained network and writing its checkpoints are the
-trial's own, but no epoch's, and are counted. The second part fills ledgers with ended trials (minutes for
-10,000) and times what the driver does for the next one; the disk's share is wall less CPU.
+trial's own, but no epoch's, and are counted. The second part fills ledgers with ended trials
+(minutes for 10,000) and times what the driver does for the next one; the disk's share is wall less
+CPU.
 """
 
 from __future__ import annotations
@@ -186,9 +187,7 @@ def overhead(trials: list[Seen]) -> dict[str, float]:
         }
         for name, seconds in driver.items():
             rows[name].append(seconds)
-        rows["Ray: reset, messages"].append(
-            between - trial.steps - sum(driver.values())
-        )
+        rows["Ray: reset, messages"].append(between - trial.steps - sum(driver.values()))
     return {name: statistics.median(values) for name, values in rows.items()} | {
         "trials": len(rows["overhead"])
     }
