@@ -12,17 +12,21 @@ import abc
 import inspect
 import json
 import logging
+import os
 import sqlite3
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import optuna
 from optuna.storages import BaseStorage, RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
+from model.files import PART, sync
 from tuner.duration import format_duration
 from tuner.errors import LedgerLost, StudyError
 
@@ -142,9 +146,9 @@ def open_storage(url: URL) -> PatientStorage:
     attempt = 1
     while True:
         try:
-            # Braces are a template's to Optuna.
-            text = url.render_as_string(hide_password=False).replace("{", "{{").replace("}", "}}")
-            rdb = RDBStorage(text, engine_kwargs={"connect_args": connect_args(url)})
+            if url.get_backend_name() == "sqlite":
+                _make_sqlite(Path(str(url.database)))
+            rdb = _opened(url)
             break
         except ImportError as error:
             raise StudyError(
@@ -164,6 +168,32 @@ def open_storage(url: URL) -> PatientStorage:
     cached = optuna.storages.get_storage(rdb)
     # The rest of its methods is put in below the class, where mypy does not look.
     return PatientStorage(cached, place, rdb.engine.dispose)  # type: ignore[abstract]
+
+
+def _opened(url: URL) -> RDBStorage:
+    # Braces are a template's to Optuna.
+    text = url.render_as_string(hide_password=False).replace("{", "{{").replace("}", "}}")
+    return RDBStorage(text, engine_kwargs={"connect_args": connect_args(url)})
+
+
+def _make_sqlite(path: Path) -> None:
+    """Make a SQLite file with Optuna's tables, whole or not at all, where there is none.
+
+    Optuna makes table after table, each with its indexes, and of tables that are there it makes no
+    index any more. In a file whose making a full disk or a power cut ended amid, studies may lack
+    the one that keeps their names apart, and every session would begin a study of its own.
+    """
+    if path.exists() or not path.parent.is_dir():  # what is wrong there is said when it is opened
+        return
+    with suppress(OSError), ExitStack() as stack:
+        beside = TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.", suffix=PART)
+        fresh = Path(stack.enter_context(beside)) / path.name
+        _opened(sqlite_url(fresh)).engine.dispose()
+        sync(fresh)
+        # Not by renaming: another study may have made it meanwhile, and begun. A file system
+        # without hard links has it made in its place.
+        os.link(fresh, path)
+        sync(path.parent)
 
 
 def shown(url: URL) -> str:

@@ -15,7 +15,7 @@ from model.training import Trainer
 from tests.tuner.support import order, wait_for
 from tuner import gauges, trainable
 from tuner.gauges import COUNTERS, GAUGES, PREFIX, TrialGauges
-from tuner.trainable import RESUME, TrialActor
+from tuner.trainable import CHECKPOINT, RESUME, TrialActor
 from tuner.trial import TrialRun
 
 Series = tuple[str, str, str]  # name, study, trial
@@ -128,13 +128,13 @@ def test_counters_count_what_is_new_not_what_a_checkpoint_brings(
     monkeypatch.setattr(Trainer, "run_epoch", skipping)
     epochs = {"epochs": 3}
     first = TrialActor(order(tmp_path, 1, training=epochs))
-    assert [first.train()["skipped_steps"] for _ in range(2)] == [2, 4]
+    results = [first.train() for _ in range(2)]
+    assert [result["skipped_steps"] for result in results] == [2, 4]
     assert of("trial-0001", told.counts) == {"skipped_steps": 4}
-    first.save(str(tmp_path / "checkpoint"))
     first.cleanup()
     told.counts.clear()
     told.gauges.clear()
-    resumed = order(tmp_path, 1, training=epochs) | {RESUME: str(tmp_path / "checkpoint")}
+    resumed = order(tmp_path, 1, training=epochs) | {RESUME: results[-1][CHECKPOINT]}
     again = TrialActor(resumed)
     assert of("trial-0001", told.gauges) == {"epoch": 2}
     assert again.train()["skipped_steps"] == 6

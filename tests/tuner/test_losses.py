@@ -21,7 +21,7 @@ from tuner.records import TrialRecord
 from tuner.search import LedgerSearch
 from tuner.study import Ledger
 from tuner.telemetry import Progress
-from tuner.trainable import CONFIG, GIVE_UP, NUMBER
+from tuner.trainable import CONFIG, GIVE_UP, NUMBER, RESUME
 
 pytestmark = pytest.mark.long
 
@@ -55,9 +55,9 @@ def test_losses_are_counted_in_a_row_and_a_finished_epoch_ends_the_row(tmp_path:
     ledger, search = search_in(tmp_path, resources={"max_failures": 2})
     search.suggest("a")
     for number in (1, 2, 3):
-        assert [search.lost("a", "gone") for _ in range(2)] == [{}, {}]
+        assert [search.lost("a", "gone") for _ in range(2)] == [{RESUME: None}] * 2
         search.reported("a", epoch(number))
-    assert [search.lost("a", "gone") for _ in range(2)] == [{}, {}]
+    assert [search.lost("a", "gone") for _ in range(2)] == [{RESUME: None}] * 2
     (reason,) = search.lost("a", "gone").values()
     assert reason.startswith("lost: its process ended 3 times in a row before it had finished an ")
     assert "(gone)" in reason

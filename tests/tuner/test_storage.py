@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import re
+import resource
 import socket
 import sys
 import threading
@@ -19,6 +21,7 @@ from tuner import report as report_page
 from tuner import storage as storage_module
 from tuner.command import execute
 from tuner.config import load_study
+from tuner.errors import StudyError
 from tuner.storage import open_storage, parse_url, sqlite_url
 from tuner.study import Ledger
 from tuner.warmstart import read_prior
@@ -196,6 +199,37 @@ def test_a_run_folder_may_be_called_anything(tmp_path: Path, name: str) -> None:
     storage = open_storage(sqlite_url(home / "study.db"))
     storage.remove_session()
     assert (home / "study.db").stat().st_size > 0
+
+
+def _opened_with_room(database: Path, room: int) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
+    try:
+        open_storage(sqlite_url(database)).remove_session()
+    except StudyError:
+        sys.exit(3)
+
+
+def test_a_database_whose_making_a_full_disk_ended_is_made_anew_and_whole(tmp_path: Path) -> None:
+    codes = set()
+    for room in (*range(2048, 30_000, 4096), 2**18):
+        database = tmp_path / f"{room}" / "study.db"
+        database.parent.mkdir()
+        child = multiprocessing.get_context("fork").Process(
+            target=_opened_with_room, args=(database, room)
+        )
+        child.start()
+        child.join()
+        codes.add(child.exitcode)
+        numbers = []
+        for _ in range(2):  # a session, and the next one
+            storage = open_storage(sqlite_url(database))
+            study = optuna.create_study(storage=storage, study_name="one", load_if_exists=True)
+            numbers.append(study._study_id)
+            assert len(storage.get_all_studies()) == 1
+            storage.remove_session()
+        assert numbers == [1, 1]
+        assert [path.name for path in database.parent.iterdir()] == ["study.db"]
+    assert codes == {0, 3}, "some had room and some had not"
 
 
 def test_studies_that_begin_together_in_an_empty_database_both_begin(
