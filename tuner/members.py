@@ -92,8 +92,8 @@ class PopulationLedger(Ledger):
     def _checkpoint_attrs(self, epoch: int, location: str) -> dict[str, Any]:
         """From a checkpoint the trial goes on, and at a milestone its heirs too."""
         attrs = super()._checkpoint_attrs(epoch, location)
-        if epoch in self._milestones:
-            attrs[_MILESTONE.format(epoch)] = location
+        if epoch in self._milestones:  # first: a storage in memory takes them one by one
+            attrs = {_MILESTONE.format(epoch): location} | attrs
         return attrs
 
     # Deciding
