@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from shutil import copytree
+from typing import Any
 
 import pytest
 from pyarrow.fs import FileInfo, FileSelector, FileSystem
@@ -147,10 +148,9 @@ def test_a_storage_that_fails_for_a_while_is_asked_again(
     assert "NETWORK_CONNECTION" in caplog.text
 
 
-def test_locally_a_storage_that_stays_silent_ends_the_run_which_can_be_gone_on_with(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    config, out = write_study(tmp_path), tmp_path / "run"
+def with_a_trial_out_of_reach(folder: Path, **changes: Any) -> Path:
+    """A run folder of three ended trials and a fourth whose checkpoint lies nobody knows where."""
+    config, out = write_study(folder, **changes), folder / "run"
     assert run_here("--config", config, "--local", "--out", out) == 0
     study = load_study(out / "config.yaml")
     ledger = Ledger(out / "study.db", study.replaced({"search.trials": 4}))
@@ -158,6 +158,13 @@ def test_locally_a_storage_that_stays_silent_ends_the_run_which_can_be_gone_on_w
     assert cut is not None
     ledger.report(cut.number, {"epoch": 1, "objective": 1.0}, "gopher://there/checkpoint")
     ledger.close()
+    return out
+
+
+def test_locally_a_storage_that_stays_silent_ends_the_run_which_can_be_gone_on_with(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = with_a_trial_out_of_reach(tmp_path)
     assert run_here("--resume", out, "--local", "--trials", 4) == 2
     said = capsys.readouterr().err
     assert "gopher://there/checkpoint: Unrecognized filesystem type" in said
@@ -298,14 +305,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one(
 def test_on_ray_a_storage_that_cannot_be_used_ends_the_run_which_can_be_gone_on_with(
     tmp_path: Path,
 ) -> None:
-    config, out = write_study(tmp_path, resources={"max_failures": 1}), tmp_path / "run"
-    assert run_here("--config", config, "--local", "--out", out) == 0
-    study = load_study(out / "config.yaml")
-    ledger = Ledger(out / "study.db", study.replaced({"search.trials": 4}))
-    cut = ledger.ask()
-    assert cut is not None
-    ledger.report(cut.number, {"epoch": 1, "objective": 1.0}, "gopher://there/checkpoint")
-    ledger.close()
+    out = with_a_trial_out_of_reach(tmp_path, resources={"max_failures": 1})
     with ray_head("--num-cpus=1") as head:
         ended = run("--resume", out, "--trials", 4, "--address", head.address, timeout=200)
     assert ended.returncode == 2, ended.stdout + ended.stderr
