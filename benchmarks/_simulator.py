@@ -82,7 +82,8 @@ class Pruner:
 
     def goes_on(self, number: int, epoch: int, objective: float, *, last: bool) -> bool:
         """What tuner.local asks."""
-        return not last and not self._ledger.should_prune(number)
+        hopeless = self._ledger.hopeless(epoch, objective) is not None
+        return not last and not hopeless and not self._ledger.should_prune(number)
 
 
 @dataclass(eq=False)  # a key, as Ray's own is
@@ -97,6 +98,7 @@ class Scheduler:
     """The Ray scheduler of the study, called as Ray calls it."""
 
     def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
         self._scheduler: Any = make_scheduler(ledger)
         self._trials: dict[int, _RayTrial] = {}
 
@@ -108,7 +110,7 @@ class Scheduler:
     def goes_on(self, number: int, epoch: int, objective: float, *, last: bool) -> bool:
         """What Ray's controller asks of a result; one that is done is only entered."""
         result = {"epoch": epoch, "objective": objective, "failed": False}
-        if last:
+        if last or self._ledger.hopeless(epoch, objective) is not None:
             self._scheduler.on_trial_complete(None, self._trials.pop(number), result)
             return False
         decision = self._scheduler.on_trial_result(None, self._trials[number], result)

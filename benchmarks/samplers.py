@@ -1,6 +1,6 @@
 """Samplers beside each other at equal compute, with trials that are really trained.
 
-    python -m benchmarks.samplers [--json FILE] [--seeds 6] [--epochs 240] [--samplers tpe gp]
+    python -m benchmarks.samplers [--json FILE] [--seeds 6] [--epochs 240] [--kinds tpe gp+chance]
 
 benchmarks.search replays curves from a Gaussian process, which may flatter a sampler that is one.
 Here the same study (the quickstart's network on half of its scenes, 27 epochs, ASHA with the rungs
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from benchmarks._simulator import MemoryLedger, Scheduler, simulate
 from benchmarks._timing import parser, save
-from benchmarks.search import bootstrap, study_of
+from benchmarks.search import CHANCE, bootstrap, study_of
 from tuner.config import StudyConfig
 from tuner.records import Assignment
 from tuner.trial import TrialRun
@@ -55,10 +55,11 @@ class Trained:
         return self._values[epoch]
 
 
-def searched(seed: int, sampler: str, epochs: int) -> dict[str, Any]:
-    """One search with one sampler."""
+def searched(seed: int, kind: str, epochs: int) -> dict[str, Any]:
+    """One search with one sampler, with `+chance` also stopped by it."""
     torch.set_num_threads(1)
-    study = study_of("asha", sampler, _ENDLESS, seed)
+    sampler, _, chance = kind.partition("+")
+    study = study_of("asha", sampler, _ENDLESS, seed, **(CHANCE if chance else {}))
     ledger = MemoryLedger(study)
     simulate(
         ledger,
@@ -72,7 +73,7 @@ def searched(seed: int, sampler: str, epochs: int) -> dict[str, Any]:
     done = [trial.objective for trial in trials if trial.state == "done"]
     return {
         "seed": seed,
-        "sampler": sampler,
+        "kind": kind,
         "best": min((value for value in done if value is not None), default=math.inf),
         "proposed": float(np.mean(first[study.search.startup_trials :])),
         "start": float(np.mean(first[: study.search.startup_trials])),
@@ -86,26 +87,27 @@ def main() -> None:
     arguments = parser(__doc__ or "")
     arguments.add_argument("--seeds", type=int, default=6, help="of searches (%(default)s)")
     arguments.add_argument("--epochs", type=int, default=240, help="of a search (%(default)s)")
-    arguments.add_argument("--samplers", nargs="+", default=["tpe", "gp"])
+    arguments.add_argument("--kinds", nargs="+", default=["tpe", "gp", "gp+chance"])
+    arguments.add_argument("--first", type=int, default=0, help="seed (%(default)s)")
     arguments.add_argument("--jobs", type=int, default=1, help="processes (%(default)s)")
     args = arguments.parse_args()
-    wanted = list(product(range(args.seeds), args.samplers))
+    wanted = list(product(range(args.first, args.first + args.seeds), args.kinds))
     rows = []
     with ProcessPoolExecutor(args.jobs) as pool:
         for row in pool.map(partial(_searched, epochs=args.epochs), wanted):
             rows.append(row)
             print(
-                f"seed {row['seed']}, {row['sampler']}: best {row['best']:.4f}; first epochs: "
+                f"seed {row['seed']}, {row['kind']}: best {row['best']:.4f}; first epochs: "
                 f"random {row['start']:.4f}, proposed {row['proposed']:.4f}; {row['trials']} "
                 f"trials, {row['done']} done",
                 flush=True,
             )
-    measure, *others = args.samplers
+    measure, *others = args.kinds
     figures: dict[str, Any] = {"rows": rows}
     for other in others:
         for name in ("best", "proposed"):
             values = {
-                s: np.array([r[name] for r in rows if r["sampler"] == s]) for s in (measure, other)
+                s: np.array([r[name] for r in rows if r["kind"] == s]) for s in (measure, other)
             }
             gap = figures[f"{other} - {measure}, {name}"] = bootstrap(
                 values[other] - values[measure]

@@ -50,29 +50,37 @@ from tuner.study import Ledger
 TARGET = 1.0 / 3.0
 _LARGE = 10_000  # trials of the driver's part
 _ENDLESS = 10**6
-# Ledger, scheduler and sampler of each kind of search.
+# Ledger, scheduler and sampler of each kind of search, and what else it is told.
 ASHA = "ASHA + TPE"
 PLAIN = "ASHA + TPE, stopped told COMPLETE"
-ARMS: dict[str, tuple[type[MemoryLedger], str, str]] = {
-    ASHA: (MemoryLedger, "asha", "tpe"),
-    PLAIN: (PlainLedger, "asha", "tpe"),
-    "ASHA + Gaussian process": (MemoryLedger, "asha", "gp"),
-    "ASHA + random": (MemoryLedger, "asha", "random"),
-    "TPE, nobody stopped": (MemoryLedger, "none", "tpe"),
+CHANCE = {"least_chance": 0.05}
+ARMS: dict[str, tuple[type[MemoryLedger], str, str, dict[str, Any]]] = {
+    ASHA: (MemoryLedger, "asha", "tpe", {}),
+    PLAIN: (PlainLedger, "asha", "tpe", {}),
+    "ASHA + TPE, chance": (MemoryLedger, "asha", "tpe", CHANCE),
+    "ASHA + Gaussian process": (MemoryLedger, "asha", "gp", {}),
+    "ASHA + Gaussian process, chance": (MemoryLedger, "asha", "gp", CHANCE),
+    "ASHA + random": (MemoryLedger, "asha", "random", {}),
+    "TPE, nobody stopped": (MemoryLedger, "none", "tpe", {}),
 }
 
 
-def study_of(scheduler: str, sampler: str, trials: int, seed: int) -> StudyConfig:
-    """The recorded study, searched with the rungs and the start of configs/full.yaml."""
-    return recorded_study(trials, seed).replaced(
-        {
-            "search.sampler": sampler,
-            "search.scheduler": scheduler,
-            "search.startup_trials": 12,
-            "search.grace_epochs": 1,
-            "search.reduction_factor": 3,
-        }
-    )
+def study_of(scheduler: str, sampler: str, trials: int, seed: int, **search: Any) -> StudyConfig:
+    """The recorded study, searched with the rungs and the start of configs/full.yaml.
+
+    Args:
+        scheduler, sampler, trials, seed: of the study.
+        **search: other fields of its search.
+    """
+    wanted = {
+        "sampler": sampler,
+        "scheduler": scheduler,
+        "startup_trials": 12,
+        "grace_epochs": 1,
+        "reduction_factor": 3,
+        **search,
+    }
+    return recorded_study(trials, seed).replaced({f"search.{k}": v for k, v in wanted.items()})
 
 
 @cache
@@ -97,8 +105,8 @@ def sequential(trials: int, seed: int) -> Run:
 
 def searched(arm: str, gpus: int, seed: int, gpu_seconds: float) -> Run:
     """One search of another kind."""
-    ledger_type, scheduler, sampler = ARMS[arm]
-    ledger = ledger_type(study_of(scheduler, sampler, _ENDLESS, seed))
+    ledger_type, scheduler, sampler, search = ARMS[arm]
+    ledger = ledger_type(study_of(scheduler, sampler, _ENDLESS, seed, **search))
     judge = Scheduler(ledger)
     curve = partial(replayed, seed)
     return simulate(ledger, judge, curve, gpus=gpus, gpu_seconds=gpu_seconds)

@@ -41,6 +41,7 @@ from physics import (
 from physics.steering import Wavefront
 from tuner.config import SearchConfig
 from tuner.pruners import make_pruner
+from tuner.rungs import rungs_of
 
 ROOT = Path(__file__).resolve().parent.parent
 CURVES = ROOT / "benchmarks" / "data" / "curves.json.gz"
@@ -296,7 +297,7 @@ def rungs(n_scenes: int, n_points: int) -> Figure:
         steps = range(1, epochs + 1)
         axis.plot(steps, curve, color=GREY, lw=0.6, alpha=0.5)
         _run(axis, list(steps)[:last], curve[:last], stopped)
-    for rung in search.rungs(epochs):
+    for rung in rungs_of(search, epochs):
         axis.axvline(rung, color=GREY, lw=1, ls=":")
     axis.plot([], [], color=BLUE, label="trained")
     axis.plot([], [], "x", color=ORANGE, label="stopped")

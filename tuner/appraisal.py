@@ -19,6 +19,7 @@ from model.data import open_source
 from model.network import build_network
 from tuner.config import SearchConfig, StudyConfig
 from tuner.errors import ConfigError
+from tuner.rungs import rungs_of
 from tuner.space import Value
 from tuner.trial import TrialRun
 
@@ -148,12 +149,12 @@ def epochs_expected(search: SearchConfig, epochs: int) -> tuple[float, float]:
     if search.scheduler == "pbt":  # a successor trains what is left of a budget
         each = search.population * epochs / search.population_trials(epochs)
         return each, each
-    rungs = search.rungs(epochs)
+    rungs = rungs_of(search, epochs) if search.scheduler == "asha" else []
     fewest, share, last = 0.0, 1.0, 0
     for rung in [*rungs, epochs]:
         fewest += share * (rung - last)
         share, last = share / search.reduction_factor, rung
-    if search.scheduler == "none" or rungs:
+    if not search.least_chance and (search.scheduler == "none" or rungs):
         return fewest, float(epochs)
     return float(min(search.grace_epochs, epochs)), float(epochs)
 

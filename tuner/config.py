@@ -17,14 +17,14 @@ from tuner.duration import parse_duration
 from tuner.errors import ConfigError
 from tuner.explain import did_you_mean, explain, field_paths
 from tuner.population import refusal
-from tuner.space import SearchSpace, Value, default_space, is_unsearchable, n_points, varies_images
+from tuner.refusals import cost_refusal, sampler_refusal
+from tuner.space import SearchSpace, Value, default_space, is_unsearchable, varies_images
 from tuner.yamlfile import dump_yaml, parse_yaml, read_yaml
 
 Section = TypeVar("Section", bound=BaseModel)
 
 _SPACE_FIELDS = {"type", "low", "high", "log", "step", "choices"}
 MEDIAN_OVER = 3  # trials that the median stopping rule needs for a judgement
-_MAX_GRID = 100_000  # points that a grid may have: they are counted for every proposal
 _MAX_JOINT = 4096  # joint choices of one section that are tried before a study starts
 
 
@@ -64,6 +64,13 @@ class SearchConfig(FrozenModel):
     )
     grace_epochs: int = Field(1, ge=1, description="epochs that every trial is given")
     reduction_factor: int = Field(3, ge=2, description="one in so many goes on at each rung")
+    least_chance: float = Field(
+        0.0,
+        ge=0,
+        lt=0.5,
+        description="stop a trial, too, whose chance to end better than the best so far is less, "
+        "such as 0.05; 0: no such rule",
+    )
     population: int = Field(8, ge=2, description="of pbt: members that live at a time")
     perturbation_epochs: int | None = Field(
         None, ge=1, description="of pbt: epochs between two comparisons; null: a fifth of all"
@@ -99,15 +106,6 @@ class SearchConfig(FrozenModel):
     def moved_by_cmaes(self) -> list[str]:
         """Numeric parameters of more than one value: what CMA-ES has a distribution over."""
         return [p for p, s in self.space.items() if s.type != "categorical" and s.size > 1]
-
-    def rungs(self, epochs: int) -> list[int]:
-        """Epochs after which ASHA stops all but the best, of a budget; none of other schedulers."""
-        if self.scheduler != "asha":
-            return []
-        found = [self.grace_epochs]
-        while found[-1] < epochs:
-            found.append(found[-1] * self.reduction_factor)
-        return found[:-1]
 
     def milestones(self, epochs: int) -> list[int]:
         """Epochs after which PBT compares its population; none of other schedulers."""
@@ -197,63 +195,10 @@ class StudyConfig(TrialConfig):
         return {**data, "search": {**search, "storage": url.render_as_string()}}
 
     @model_validator(mode="after")
-    def _sampler_suits(self) -> Self:
-        search, sampler = self.search, self.search.sampler
-        if search.warm_start is not None and sampler in ("random", "grid"):
-            raise ValueError(
-                f"search.warm_start: the sampler {sampler} learns nothing from earlier trials; "
-                "take tpe, gp or cmaes"
-            )
-        n_moved = len(search.moved_by_cmaes())
-        if sampler == "cmaes" and n_moved < 2:
-            raise ValueError(
-                "search.sampler: cmaes needs two or more float or int parameters in search.space, "
-                f"which has {n_moved}; take tpe"
-            )
-        endless = [path for path, parameter in search.space.items() if parameter.size == math.inf]
-        if sampler == "grid" and endless:
-            raise ValueError(
-                f"search.sampler: grid needs a finite space, and {endless[0]} is a float without "
-                "step; give it a step, make it categorical, or take another sampler"
-            )
-        if sampler == "grid" and n_points(search.space) > _MAX_GRID:
-            raise ValueError(
-                f"search.sampler: grid has {n_points(search.space):.0f} points in this space, more "
-                f"than {_MAX_GRID}; take wider steps or another sampler"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _cost_suits(self) -> Self:
-        search = self.search
-        if search.cost is None:
-            return self
-        if search.scheduler != "none":
-            raise ValueError(
-                f"search.cost: the scheduler {search.scheduler} judges by the objective alone, and "
-                "would stop cheap networks that belong to the front; take search.scheduler=none"
-            )
-        if search.sampler == "cmaes":
-            raise ValueError(
-                "search.cost: the sampler cmaes has one objective; take tpe, gp, random or grid"
-            )
-        if search.warm_start is not None:
-            raise ValueError(
-                "search.cost: search.warm_start tells the sampler one objective a trial; "
-                "one of the two must go"
-            )
-        front_end = [path for path in search.space if path.startswith("network.candidates.")]
-        if front_end:
-            raise ValueError(
-                f"search.cost: counts the network alone, and {front_end[0]} changes what precedes "
-                "it; take it out of search.space"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _population_suits(self) -> Self:
-        if (complaint := refusal(self)) is not None:
-            raise ValueError(complaint)
+    def _parts_suit_each_other(self) -> Self:
+        for complaint in (sampler_refusal(self.search), cost_refusal(self.search), refusal(self)):
+            if complaint is not None:
+                raise ValueError(complaint)
         return self
 
     @model_validator(mode="after")

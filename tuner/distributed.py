@@ -35,13 +35,16 @@ _SCRATCH = ".ray"  # in the run folder: by what is in it Ray would restore; the 
 
 
 class StopWish(tune.Stopper):
-    """Ends the whole run in good order when somebody wishes so."""
+    """Ends the whole run in good order when somebody wishes so, and trials that are hopeless."""
 
-    def __init__(self, wished: Callable[[], bool]) -> None:
+    def __init__(
+        self, wished: Callable[[], bool], hopeless: Callable[[str, dict[str, Any]], bool]
+    ) -> None:
         self._wished = wished
+        self._hopeless = hopeless
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        return False
+        return self._hopeless(trial_id, result)
 
     def stop_all(self) -> bool:
         return self._wished()
@@ -106,7 +109,7 @@ def run_distributed(
             failure_config=FailureConfig(max_failures=-1),  # LedgerSearch.lost gives up
             checkpoint_config=CheckpointConfig(checkpoint_at_end=False),  # TrialActor keeps its own
             callbacks=[LedgerCallback(search)],
-            stop=StopWish(lambda: stop() or search.cut_short is not None),
+            stop=StopWish(lambda: stop() or search.cut_short is not None, search.is_hopeless),
             verbose=0,
         ),
     )

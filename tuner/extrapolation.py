@@ -5,16 +5,19 @@ most trials early, so that they would learn from few, and the few are the best. 
 when it was last heard of says much of its end: the ends of all that came further are regressed on
 how those stood at that same epoch, and the line gives the end that is expected of it.
 
-It is what a sampler is told and nothing else: no expected end is recorded, shown or ranked.
+Expected ends are what a sampler is told and what `search.least_chance` judges by; none is recorded,
+shown or ranked.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 
 import numpy as np
 from optuna.trial import FrozenTrial, TrialState
+from scipy.special import stdtr
 
 _SLOPES = (0.2, 1.0)  # of the line: differences may shrink towards the end, not turn round or grow
 _RIDGE = 0.01  # of the variance: few points that stand alike are no slope
@@ -65,6 +68,53 @@ def expected_ends(trials: Sequence[FrozenTrial]) -> dict[int, float]:
                 )
             further += here
     return ends
+
+
+def why_hopeless(
+    done: Sequence[FrozenTrial], epoch: int, reached: float, wanted: int, least: float
+) -> str | None:
+    """Why a trial is not worth its further epochs; None where it is, or too few trials tell.
+
+    Args:
+        done: trials that have finished.
+        epoch: that the trial has come to.
+        reached: its best objective so far.
+        wanted: so many of the best are of use.
+        least: the chance to be one of them that a trial must have.
+
+    Source: the criterion, to stop where P(end < best) is small, is that of Domhan, Springenberg and
+    Hutter, "Speeding up automatic hyperparameter optimization of deep neural networks by
+    extrapolation of learning curves", IJCAI 2015, section 4.2; they fit the trial's own curve.
+    """
+    if len(done) < wanted:
+        return None
+    target = sorted(float(trial.values[0]) for trial in done)[wanted - 1]
+    chance = chance_below(target, done, epoch, reached)
+    if chance >= least:
+        return None
+    return (
+        f"stopped after epoch {epoch} at {reached:.5g}: its chance to end below {target:.5g} "
+        f"was {100 * chance:.1g} %"
+    )
+
+
+def chance_below(target: float, done: Sequence[FrozenTrial], epoch: int, reached: float) -> float:
+    """The chance of a trial that stands so to end below a target; 1 where too few trials tell.
+
+    The line of :func:`expected_ends`, with the spread of those that have finished around it:
+    Student's t of a new point (n - 2 degrees of freedom, so that few trials are trusted little).
+    """
+    if reached < target or len(done) < _FEWEST:
+        return 1.0
+    stood = np.array([_standing(trial, epoch) for trial in done])
+    ended = np.array([float(trial.values[0]) for trial in done])
+    slope, away = _slope(stood, ended), reached - float(stood.mean())
+    off = ended - ended.mean() - slope * (stood - stood.mean())
+    n, spread = len(done), float(((stood - stood.mean()) ** 2).sum())
+    lever = away**2 / spread if spread else math.inf if away else 0.0
+    deviation = math.sqrt(float((off**2).sum()) / (n - 2) * (1 + 1 / n + lever))
+    room = target - min(reached, float(ended.mean()) + slope * away)
+    return float(stdtr(n - 2, room / deviation)) if deviation else float(room > 0)
 
 
 def _slope(stood: np.ndarray, ended: np.ndarray) -> float:

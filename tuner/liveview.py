@@ -19,6 +19,7 @@ from tuner.finding import candidates_found
 from tuner.forecast import about, time_left
 from tuner.records import State
 from tuner.rows import TrialRow
+from tuner.rungs import rungs_of
 from tuner.space import n_points
 
 _COLOURS: dict[State, str] = {
@@ -58,7 +59,8 @@ class StudyView:
         self._study, self._seconds = study, seconds
         self._rows = sorted(rows, key=lambda row: row.number)
         self._ranked = ranked(self._rows)
-        self._rungs = study.search.rungs(study.training.epochs)
+        search, epochs = study.search, study.training.epochs
+        self._rungs = rungs_of(search, epochs) if search.scheduler == "asha" else []
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         bars = not options.ascii_only

@@ -134,8 +134,9 @@ def _run_epochs(
         if finished:
             _end(ledger, progress, number, "done", objective=result["objective"])
             return
-        if ledger.should_prune(number):
-            reason = f"stopped after epoch {result['epoch']}"
+        reason = ledger.hopeless(result["epoch"], result["objective"])
+        if reason is not None or ledger.should_prune(number):
+            reason = reason or f"stopped after epoch {result['epoch']}"
             _end(ledger, progress, number, "pruned", reason=reason)
             return
         if trial.until is not None and result["epoch"] >= trial.until:

@@ -49,8 +49,8 @@ class PopulationLedger(Ledger):
         self._milestones = study.search.milestones(study.training.epochs)
         self._whole = study.search.population_trials(study.training.epochs)
 
-    def _sampler(self, number: int, prior: Sequence[FrozenTrial]) -> BaseSampler:
-        return Viewing(super()._sampler(number, prior), without_heirs)
+    def _sampler(self, number: int, prior: Sequence[FrozenTrial], repeated: int = 0) -> BaseSampler:
+        return Viewing(super()._sampler(number, prior, repeated), without_heirs)
 
     # Handing out
 

@@ -167,6 +167,11 @@ def refusal(study: StudyConfig) -> str | None:
             f"search.sampler: {search.sampler} takes every trial for one of its own points, "
             "and pbt's successors are none; take tpe, gp or random"
         )
+    if search.least_chance:
+        return (
+            "search.least_chance: in a population the worst give way, and all others train to "
+            "the end; take least_chance=0"
+        )
     if search.promote:
         return (
             "search.promote: a winner of pbt has changed its parameters as it went, and "

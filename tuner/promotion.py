@@ -44,6 +44,7 @@ def promotion_study(study: StudyConfig) -> StudyConfig:
             "training.epochs": search.full_epochs or study.training.epochs,
             "search.trials": max(1, search.promote * search.promote_seeds),
             "search.scheduler": "none",
+            "search.least_chance": 0.0,
             "search.time_budget": None,
             "search.target": None,
             "search.warm_start": None,

@@ -22,6 +22,7 @@ from model.wording import counted
 from tuner.config import SearchConfig
 from tuner.extrapolation import with_expected_ends
 from tuner.records import HEIR
+from tuner.refusals import MAX_GRID
 from tuner.space import SearchSpace, Value, n_points, suggest
 
 _MANY = 300  # trials after which a Gaussian process thinks for a second (benchmarks.search)
@@ -56,6 +57,16 @@ def make_sampler(search: SearchConfig, seed: int, prior: Sequence[FrozenTrial]) 
                 source_trials=[_restricted(trial, moved) for trial in prior] or None,
             )
         return SpaceTPESampler(search.space, seed=seed, n_startup_trials=n_startup)
+
+
+def make_stranger(search: SearchConfig, seed: int) -> BaseSampler:
+    """A sampler of points that are new, for a study whose own repeats what was tried.
+
+    Which points of a finite space are left is counted; in a larger one chance finds new ones.
+    """
+    if n_points(search.space) <= MAX_GRID:
+        return GridSampler(search.space, seed)
+    return RandomSampler(seed=seed)
 
 
 def sampler_note(search: SearchConfig) -> str | None:
@@ -219,7 +230,9 @@ class GridSampler(BaseSampler):
         tried = {
             tuple(self._space[path].index(t.params[path]) for path in self._space)
             for t in others
-            if t.state != TrialState.WAITING and self._space.keys() <= t.params.keys()
+            if t.state != TrialState.WAITING
+            and "prior" not in t.user_attrs  # of an earlier study: may be tried again
+            and self._space.keys() <= t.params.keys()
         }
         every = product(*(range(len(values)) for values in self._values.values()))
         new = [point for point in every if point not in tried]

@@ -77,6 +77,7 @@ class LedgerSearch(OptunaSearch):
         self._in_a_row: dict[int, int] = {}  # losses without a finished epoch between them
         self._counted: set[str] = set()  # whose last loss is dealt with, with no epoch after it
         self._given_up: dict[str, str] = {}
+        self._hopeless: dict[str, str] = {}
         self.closed = False
         self.cut_short: StudyError | None = None  # why trials cannot be saved, if they cannot
         # What the base class keeps; the study is the ledger's own.
@@ -138,8 +139,18 @@ class LedgerSearch(OptunaSearch):
             self._watcher.handed_back(self._numbers[trial_id])
         else:
             state: End = "done" if result.get("finished") else "pruned"
-            stopped = None if state == "done" else f"stopped after epoch {result['epoch']}"
-            self._end(trial_id, state, objective=result.get("objective"), reason=stopped)
+            stopped = self._hopeless.get(trial_id, f"stopped after epoch {result['epoch']}")
+            reason = None if state == "done" else stopped
+            self._end(trial_id, state, objective=result.get("objective"), reason=reason)
+
+    def is_hopeless(self, trial_id: str, result: dict[str, Any]) -> bool:
+        """Whether a trial is stopped after this epoch for want of a chance to win."""
+        if result.get("failed") or result.get("finished"):
+            return False
+        why = self._ledger.hopeless(result["epoch"], result["objective"])
+        if why is not None:
+            self._hopeless[trial_id] = why
+        return why is not None
 
     def _abandoned(self, trial_id: str) -> None:
         """Ray does not try the trial again, although nobody has given it up.

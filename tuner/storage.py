@@ -429,6 +429,16 @@ for _name, _function in inspect.getmembers(BaseStorage, inspect.isfunction):
 abc.update_abstractmethods(PatientStorage)  # type: ignore[type-abstract]
 
 
+def patient(storage: Path | BaseStorage) -> PatientStorage:
+    """A storage with patience: a SQLite file, made where there is none, or one that is open."""
+    if isinstance(storage, Path):
+        return open_storage(sqlite_url(storage))
+    if isinstance(storage, PatientStorage):
+        return storage
+    # Its methods are set beside the class, which mypy cannot see.
+    return PatientStorage(storage, "memory")  # type: ignore[abstract]
+
+
 def _first_line(error: BaseException) -> str:
     """What a driver says, without the statement and the links that SQLAlchemy adds."""
     cause = getattr(error, "orig", None) or error.__cause__ or error

@@ -17,6 +17,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from tuner import retries
 from tuner.config import StudyConfig
 from tuner.draft import Draft
 from tuner.errors import LedgerLost
+from tuner.extrapolation import why_hopeless
 from tuner.folder import checkpoint_epoch
 from tuner.owned import OwnedStorage
 from tuner.pruners import make_pruner
@@ -46,14 +48,15 @@ from tuner.records import (
     record_of,
     trial_seed,
 )
-from tuner.samplers import make_sampler
+from tuner.samplers import make_sampler, make_stranger
 from tuner.space import Value, n_points, suggest
-from tuner.storage import PatientStorage, open_storage, sqlite_url
+from tuner.storage import PatientStorage, patient
 
 logger = logging.getLogger(__name__)
 
 _ENDS = {"done": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}
-_MAX_DUPLICATES = 50  # proposals in a row that were tried before: the space is exhausted
+_PATIENCE = 3  # proposals in a row that were tried before: then chance proposes
+_MAX_DUPLICATES = 50  # the same: the space is exhausted
 _MAX_TRACEBACK = 8000  # characters of a traceback in the ledger; the file has the whole
 
 
@@ -81,7 +84,7 @@ class Ledger:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             optuna.logging.set_verbosity(optuna.logging.ERROR)
-            self._database = _patient(storage)
+            self._database = patient(storage)
         # Whoever only looks must look again each time: another process writes.
         self._storage: PatientStorage | OwnedStorage = self._database
         if not reading:
@@ -138,9 +141,14 @@ class Ledger:
                     )
                 )
 
-    def _sampler(self, number: int, prior: Sequence[FrozenTrial]) -> optuna.samplers.BaseSampler:
+    def _sampler(
+        self, number: int, prior: Sequence[FrozenTrial], repeated: int = 0
+    ) -> optuna.samplers.BaseSampler:
+        """Of a proposal: its number, what an earlier study knows, repetitions right before it."""
         sequence = np.random.SeedSequence(self._config.seed, spawn_key=(1, number))
         seed = int(sequence.generate_state(1)[0])
+        if repeated >= _PATIENCE:  # a sampler that has found its best proposes it for ever
+            return make_stranger(self._config.search, seed)
         return make_sampler(self._config.search, seed, prior)
 
     # Proposing
@@ -172,7 +180,8 @@ class Ledger:
         """Let the proposal after these trials be made by its own sampler."""
         n_asked = sum(trial.state != TrialState.WAITING for trial in before)
         prior = [trial for trial in before if "prior" in trial.user_attrs]
-        self._study.sampler = self._sampler(n_asked, prior)
+        repeated = sum(1 for _ in takewhile(_is_repetition, reversed(before)))
+        self._study.sampler = self._sampler(n_asked, prior, repeated)
 
     @staticmethod
     def _twin(params: dict[str, Value], started: list[FrozenTrial]) -> int | None:
@@ -334,6 +343,16 @@ class Ledger:
         self._storage.set_trial_user_attr(identifier, *record)
         return parts
 
+    def hopeless(self, epoch: int, objective: float) -> str | None:
+        """Why a trial that stands so ends by `search.least_chance`, or None where it goes on."""
+        search, budget = self._config.search, self._config.training.epochs
+        if not search.least_chance or epoch < min(search.grace_epochs, budget):
+            return None
+        own = (t for t in self._started(self._frozen()) if t.user_attrs.get("budget") == budget)
+        done = [trial for trial in own if trial.state == TrialState.COMPLETE]
+        wanted = max(1, search.promote)
+        return why_hopeless(done, epoch, objective, wanted, search.least_chance)
+
     def should_prune(self, number: int) -> bool:
         """Whether Optuna's pruner stops the trial now, for the local loop."""
         # Not by way of optuna.Trial, which asks the sampler again.
@@ -471,14 +490,9 @@ def _is_before(location: str, epoch: int) -> bool:
     return found is not None and found < epoch
 
 
+def _is_repetition(trial: FrozenTrial) -> bool:
+    return "duplicate_of" in trial.user_attrs
+
+
 def _is_foreign(trial: FrozenTrial) -> bool:
-    return "duplicate_of" in trial.user_attrs or "prior" in trial.user_attrs
-
-
-def _patient(storage: Path | BaseStorage) -> PatientStorage:
-    if isinstance(storage, Path):
-        return open_storage(sqlite_url(storage))
-    if isinstance(storage, PatientStorage):
-        return storage
-    # Its methods are set beside the class, which mypy cannot see.
-    return PatientStorage(storage, "memory")  # type: ignore[abstract]
+    return _is_repetition(trial) or "prior" in trial.user_attrs

@@ -436,6 +436,43 @@ def test_another_scheduler_stops_what_is_worse_on_a_cluster(
     assert json.loads((out / "best.json").read_text())["trial"] not in pruned
 
 
+@pytest.mark.slow
+def test_what_cannot_win_is_stopped_on_a_cluster_as_it_is_locally(
+    tmp_path: Path, head: Head, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tuner.conclusion._score_winner", lambda folder, progress: None)
+    rates = [1e-2, 8e-3, 6e-3, 4e-3, 3e-7, 1e-7, 2e-2, 2e-7]
+    config = write_study(
+        tmp_path,
+        training={"epochs": 6},
+        search={
+            "trials": len(rates),
+            "scheduler": "none",
+            "least_chance": 0.2,
+            "include_base": False,
+            "enqueue": [{"training.learning_rate": rate} for rate in rates],
+            "space": {
+                "training.learning_rate": {"type": "float", "low": 1e-7, "high": 1e-1, "log": True}
+            },
+        },
+    )
+    local, out = tmp_path / "local", tmp_path / "run"
+    assert run_here("--config", config, "--local", "--out", local) == 0
+    wanted = trials_of(local)
+    assert "pruned" in {trial.state for trial in wanted}
+    asked = ("--address", head.address, "--concurrent", 1)
+    assert run_here("--config", config, *asked, "--trials", 5, "--out", out) == 0
+    assert run_here("--resume", out, *asked, "--trials", len(rates)) == 0
+    found = trials_of(out)
+    assert [t.curve for t in found] == [t.curve for t in wanted]
+    assert [(t.state, t.reason) for t in found] == [(t.state, t.reason) for t in wanted]
+    for trial in found:
+        if trial.state == "pruned":
+            assert "its chance to end below" in str(trial.reason)
+        else:
+            assert_whole(trial, 6)
+
+
 def test_a_dry_run_asks_a_cluster_for_its_resources_and_leaves_it_alone(
     tmp_path: Path, head: Head
 ) -> None:

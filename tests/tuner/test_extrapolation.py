@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from optuna.distributions import FloatDistribution
 from optuna.trial import FrozenTrial, TrialState, create_trial
+from scipy.stats import t as student
 
 from tests.tuner.support import tiny_study
-from tuner.extrapolation import expected_ends, with_expected_ends
+from tuner.extrapolation import chance_below, expected_ends, why_hopeless, with_expected_ends
 from tuner.study import Ledger
 
 SPACE = FloatDistribution(0.0, 1.0)
@@ -122,6 +123,74 @@ def test_a_sampler_sees_them_as_finished_and_the_study_does_not() -> None:
     ]  # fmt: skip
     assert [seen[0].values, seen[2].values] == [[1.5], [1.0]]
     assert trials[0].values is None
+
+
+@pytest.mark.parametrize("n", [3, 5, 40])
+def test_a_chance_is_that_of_a_new_point_on_a_fitted_line(n: int) -> None:
+    """Beside least squares by QR, whose prediction interval textbooks give."""
+    rng = np.random.default_rng(n)
+    for _ in range(20):
+        stood = rng.uniform(1.0, 2.0, n)
+        ended = np.minimum(stood, 0.5 + 0.5 * stood + 0.1 * rng.normal(size=n) - 0.3)
+        finished = [done(i, *rng.uniform(2.0, 3.0, 2), x, y) for i, (x, y) in
+                    enumerate(zip(stood, ended, strict=True))]  # fmt: skip
+        reached, target = rng.uniform(1.2, 2.2), float(ended.min())
+        found = chance_below(target, finished, 3, reached)
+        x = stood - stood.mean()
+        slope = float((x @ (ended - ended.mean())) / (1.01 * x @ x))
+        slope = min(1.0, max(0.2, slope))
+        design = np.column_stack([np.ones(n), stood])
+        new = np.array([1.0, reached])
+        r = np.linalg.qr(design, mode="r")
+        lever = float(((np.linalg.solve(r.T, new)) ** 2).sum())
+        residual = ended - ended.mean() - slope * x
+        deviation = math.sqrt(float(residual @ residual) / (n - 2) * (1.0 + lever))
+        expected = min(reached, float(ended.mean() + slope * (reached - stood.mean())))
+        wanted = 1.0 if reached < target else student.cdf((target - expected) / deviation, n - 2)
+        assert found == pytest.approx(wanted, rel=1e-9)
+
+
+def test_chances_are_calibrated_where_the_line_is_true() -> None:
+    rng = np.random.default_rng(0)
+    chances, came = [], []
+    for _ in range(4000):
+        stood = rng.normal(3.0, 0.5, 9)
+        ended = 0.5 * stood + 0.2 * rng.normal(size=9)  # further down than anybody has reached
+        *finished, new = (done(i, x, y) for i, (x, y) in enumerate(zip(stood, ended, strict=True)))
+        target = min(float(t.values[0]) for t in finished)
+        chances.append(chance_below(target, finished, 1, new.intermediate_values[1]))
+        came.append(float(new.values[0]) < target)
+    chances_, came_ = np.array(chances), np.array(came)
+    for low, high in ((0.0, 0.05), (0.05, 0.2), (0.2, 0.5), (0.5, 1.0)):
+        inside = (chances_ >= low) & (chances_ < high)
+        error = 3.0 * math.sqrt(chances_[inside].mean() / inside.sum())
+        assert inside.sum() > 100
+        assert came_[inside].mean() == pytest.approx(chances_[inside].mean(), abs=error)
+
+
+def test_few_trials_and_a_trial_that_leads_are_no_reason_to_stop() -> None:
+    two = [done(0, 2.0, 1.0), done(1, 3.0, 2.0)]
+    assert chance_below(1.0, two, 1, 99.0) == 1.0
+    three = [*two, done(2, 4.0, 3.0)]
+    assert chance_below(1.0, three, 1, 0.9) == 1.0
+    assert chance_below(1.0, three, 1, 99.0) < 0.01  # all ended on one line
+    assert why_hopeless(three, 1, 99.0, 4, 0.05) is None, "the fourth best is none yet"
+
+
+def test_trials_that_stood_alike_say_nothing_of_one_that_stands_elsewhere() -> None:
+    alike = [done(number, 2.0, end) for number, end in enumerate([1.0, 1.2, 1.4, 1.6])]
+    assert chance_below(1.0, alike, 1, 3.0) == pytest.approx(0.5)
+    assert 0.05 < chance_below(1.0, alike, 1, 2.0) < 0.3
+
+
+def test_as_many_of_the_best_as_are_wanted_are_the_mark() -> None:
+    rng = np.random.default_rng(1)
+    finished = [done(n, x, 0.5 * x + 0.01 * rng.normal()) for n, x in enumerate(range(2, 12))]
+    assert why_hopeless(finished, 1, 7.0, 8, 0.05) is None
+    said = why_hopeless(finished, 1, 7.0, 1, 0.05)
+    assert said is not None
+    best = min(float(t.values[0]) for t in finished)
+    assert said.startswith(f"stopped after epoch 1 at 7: its chance to end below {best:.5g} was ")
 
 
 @pytest.mark.slow

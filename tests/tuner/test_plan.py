@@ -215,6 +215,8 @@ def test_a_checkpoint_is_as_large_as_foretold(tmp_path: Path) -> None:
         ({"grace_epochs": 1, "reduction_factor": 3}, 27, (1 + 2 / 3 + 6 / 9 + 18 / 27, 27)),
         ({"grace_epochs": 5}, 4, (4, 4)),
         ({"scheduler": "none"}, 8, (8, 8)),
+        ({"scheduler": "none", "least_chance": 0.05}, 8, (1, 8)),
+        ({"grace_epochs": 2, "least_chance": 0.05}, 8, (2, 8)),
         ({"scheduler": "median", "grace_epochs": 2}, 8, (2, 8)),
     ],
 )

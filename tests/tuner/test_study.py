@@ -2,13 +2,15 @@ from __future__ import annotations
 
 import math
 import time
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
+from optuna.storages import InMemoryStorage
 
 from tests.tuner.support import tiny_study
-from tuner.records import Assignment, trial_seed
+from tuner.records import Assignment, PriorTrial, trial_seed
 from tuner.study import Ledger
 
 
@@ -140,6 +142,48 @@ def test_a_configuration_is_not_evaluated_twice(tmp_path: Path) -> None:
         ledger.finish(trial.number, "done", objective=1.0)
     assert sorted(map(int, map(str, proposed))) == [1, 2, 4]
     assert len(ledger.trials()) == 3
+
+
+def test_every_point_of_a_finite_space_is_found_by_a_sampler_that_repeats_itself(
+    tmp_path: Path,
+) -> None:
+    choices = [8, 16, 24, 32, 40, 48, 56, 64]
+    axis = {"type": "categorical", "choices": choices}
+    space = {"training.batch_size": axis, "loss.decoys": axis}
+    # An earlier study has tried one of them, which is no reason to leave it out.
+    prior = PriorTrial("earlier:0", {"training.batch_size": 8, "loss.decoys": 8}, 16.0)
+    study = tiny_study(
+        tmp_path, search={"trials": 64, "space": space, "sampler": "tpe", "include_base": False}
+    )
+    ledger = Ledger(InMemoryStorage(), study, lambda: [prior])
+    proposed = []
+    while (trial := ledger.ask()) is not None:
+        point = tuple(map(int, map(str, trial.params.values())))
+        proposed.append(point)
+        ledger.finish(trial.number, "done", objective=float(sum(point)))
+    assert sorted(proposed) == sorted(product(choices, choices))
+    rejected = len(ledger.optuna_study.trials) - 1 - len(proposed)
+    assert 0 < rejected <= 3 * len(proposed), "it is asked three times, then chance is"
+
+
+@pytest.mark.slow
+def test_a_sampler_that_has_found_the_best_corner_does_not_end_the_study(tmp_path: Path) -> None:
+    axis = {"type": "float", "low": 0.0, "high": 1.0}
+    search = {
+        "trials": 20,
+        "sampler": "gp",
+        "startup_trials": 4,
+        "include_base": False,
+        "space": {"loss.existence": axis, "loss.position": axis},
+    }
+    ledger = Ledger(InMemoryStorage(), tiny_study(tmp_path, search=search))
+    proposed = []
+    while (trial := ledger.ask()) is not None:
+        proposed.append(trial.params)
+        objective = float(sum(map(float, map(str, trial.params.values()))))
+        ledger.finish(trial.number, "done", objective=objective)
+    assert len(proposed) == 20
+    assert {"loss.existence": 0.0, "loss.position": 0.0} in proposed, "the corner was not found"
 
 
 def test_running_trials_come_back_with_number_parameters_seed_and_checkpoint(

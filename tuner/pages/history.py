@@ -91,6 +91,11 @@ def _rungs(material: Material) -> Markup:
     if not rungs:
         who = {"none": "No scheduler stops trials in this study", "median": "The median rule has"}
         text = who.get(search.scheduler, "This budget leaves no room")
+        if search.scheduler == "none" and search.least_chance:
+            return note(
+                "Trials are stopped whose chance to end better than the best is below "
+                f"{100 * search.least_chance:g} %: there are no rungs to show."
+            )
         return note(
             f"{text}: there are no rungs to show."
             if search.scheduler == "none"
