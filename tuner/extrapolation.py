@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from optuna.trial import FrozenTrial, TrialState
@@ -70,51 +70,77 @@ def expected_ends(trials: Sequence[FrozenTrial]) -> dict[int, float]:
     return ends
 
 
-def why_hopeless(
-    done: Sequence[FrozenTrial], epoch: int, reached: float, wanted: int, least: float
-) -> str | None:
-    """Why a trial is not worth its further epochs; None where it is, or too few trials tell.
+class Finished:
+    """Trials that have finished: what the chances of others are judged by.
+
+    How they stood at an epoch is looked up once, so that a judgement costs little among thousands.
 
     Args:
-        done: trials that have finished.
-        epoch: that the trial has come to.
-        reached: its best objective so far.
-        wanted: so many of the best are of use.
-        least: the chance to be one of them that a trial must have.
-
-    Source: the criterion, to stop where P(end < best) is small, is that of Domhan, Springenberg and
-    Hutter, "Speeding up automatic hyperparameter optimization of deep neural networks by
-    extrapolation of learning curves", IJCAI 2015, section 4.2; they fit the trial's own curve.
+        trials: that have finished, of one objective that is minimised.
     """
-    if len(done) < wanted:
-        return None
-    target = sorted(float(trial.values[0]) for trial in done)[wanted - 1]
-    chance = chance_below(target, done, epoch, reached)
-    if chance >= least:
-        return None
-    return (
-        f"stopped after epoch {epoch} at {reached:.5g}: its chance to end below {target:.5g} "
-        f"was {100 * chance:.1g} %"
-    )
 
+    def __init__(self, trials: Iterable[FrozenTrial] = ()) -> None:
+        self._trials = list(trials)
+        self._stood: dict[int, list[float]] = {}  # by epoch, as far as it was asked for
 
-def chance_below(target: float, done: Sequence[FrozenTrial], epoch: int, reached: float) -> float:
-    """The chance of a trial that stands so to end below a target; 1 where too few trials tell.
+    def add(self, trial: FrozenTrial) -> None:
+        """Another one has."""
+        self._trials.append(trial)
 
-    The line of :func:`expected_ends`, with the spread of those that have finished around it:
-    Student's t of a new point (n - 2 degrees of freedom, so that few trials are trusted little).
-    """
-    if reached < target or len(done) < _FEWEST:
-        return 1.0
-    stood = np.array([_standing(trial, epoch) for trial in done])
-    ended = np.array([float(trial.values[0]) for trial in done])
-    slope, away = _slope(stood, ended), reached - float(stood.mean())
-    off = ended - ended.mean() - slope * (stood - stood.mean())
-    n, spread = len(done), float(((stood - stood.mean()) ** 2).sum())
-    lever = away**2 / spread if spread else math.inf if away else 0.0
-    deviation = math.sqrt(float((off**2).sum()) / (n - 2) * (1 + 1 / n + lever))
-    room = target - min(reached, float(ended.mean()) + slope * away)
-    return float(stdtr(n - 2, room / deviation)) if deviation else float(room > 0)
+    def __len__(self) -> int:
+        return len(self._trials)
+
+    def ended(self) -> np.ndarray:
+        """Their objectives."""
+        return np.array([float(trial.values[0]) for trial in self._trials])
+
+    def stood(self, epoch: int) -> np.ndarray:
+        """Their best values up to an epoch."""
+        known = self._stood.setdefault(epoch, [])
+        known += [_standing(trial, epoch) for trial in self._trials[len(known) :]]
+        return np.array(known)
+
+    def why_hopeless(self, epoch: int, reached: float, wanted: int, least: float) -> str | None:
+        """Why a trial is not worth its further epochs; None where it is, or too few trials tell.
+
+        Args:
+            epoch: that the trial has come to.
+            reached: its best objective so far.
+            wanted: so many of the best are of use.
+            least: the chance to be one of them that a trial must have.
+
+        Source: the criterion, to stop where P(end < best) is small, is that of Domhan, Springenberg
+        and Hutter, "Speeding up automatic hyperparameter optimization of deep neural networks by
+        extrapolation of learning curves", IJCAI 2015; they extrapolate the trial's own curve.
+        """
+        if len(self) < wanted:
+            return None
+        target = float(np.partition(self.ended(), wanted - 1)[wanted - 1])
+        chance = self.chance_below(target, epoch, reached)
+        if chance >= least:
+            return None
+        return (
+            f"stopped after epoch {epoch} at {reached:.5g}: its chance to end below {target:.5g} "
+            f"was {100 * chance:.1g} %"
+        )
+
+    def chance_below(self, target: float, epoch: int, reached: float) -> float:
+        """The chance of a trial that stands so to end below a target; 1 where too few trials tell.
+
+        The line of :func:`expected_ends`, with the spread around it of those that have finished:
+        Student's t of a new point (n - 2 degrees of freedom, so that few are trusted little).
+        """
+        n = len(self)
+        if reached < target or n < _FEWEST:
+            return 1.0
+        stood, ended = self.stood(epoch), self.ended()
+        slope, away = _slope(stood, ended), reached - float(stood.mean())
+        off = ended - ended.mean() - slope * (stood - stood.mean())
+        spread = float(((stood - stood.mean()) ** 2).sum())
+        lever = away**2 / spread if spread else math.inf if away else 0.0
+        deviation = math.sqrt(float((off**2).sum()) / (n - 2) * (1 + 1 / n + lever))
+        room = target - min(reached, float(ended.mean()) + slope * away)
+        return float(stdtr(n - 2, room / deviation)) if deviation else float(room > 0)
 
 
 def _slope(stood: np.ndarray, ended: np.ndarray) -> float:

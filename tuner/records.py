@@ -167,6 +167,16 @@ def ranked(
     return sorted(ranking, key=lambda t: (t.objective, t.metrics[cost] if cost else 0, t.number))
 
 
+def is_repetition(frozen: FrozenTrial) -> bool:
+    """Whether it was proposed and not run, since another has had its parameters."""
+    return "duplicate_of" in frozen.user_attrs
+
+
+def is_foreign(frozen: FrozenTrial) -> bool:
+    """Whether it is no trial of the study's own: a repetition, or known from an earlier study."""
+    return is_repetition(frozen) or "prior" in frozen.user_attrs
+
+
 def heir_of(attrs: Mapping[str, Any]) -> Heir | None:
     """What a trial has from another, by its attributes; None of one that began by itself."""
     found = attrs.get(HEIR)

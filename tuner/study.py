@@ -32,7 +32,7 @@ from tuner import retries
 from tuner.config import StudyConfig
 from tuner.draft import Draft
 from tuner.errors import LedgerLost
-from tuner.extrapolation import why_hopeless
+from tuner.extrapolation import Finished
 from tuner.folder import checkpoint_epoch
 from tuner.owned import OwnedStorage
 from tuner.pruners import make_pruner
@@ -44,6 +44,8 @@ from tuner.records import (
     PriorTrial,
     TrialRecord,
     finite,
+    is_foreign,
+    is_repetition,
     ranked,
     record_of,
     trial_seed,
@@ -104,6 +106,7 @@ class Ledger:
         self._pruner = make_pruner(study.search, study.training.epochs)
         self._ids: dict[int, int] = {}
         self._handed_back: deque[int] = deque()
+        self._finished: Finished | None = None  # once it has been asked for
         if not reading and not self._started(self._frozen()):
             self._enqueue()
             self._learn(prior())
@@ -180,7 +183,7 @@ class Ledger:
         """Let the proposal after these trials be made by its own sampler."""
         n_asked = sum(trial.state != TrialState.WAITING for trial in before)
         prior = [trial for trial in before if "prior" in trial.user_attrs]
-        repeated = sum(1 for _ in takewhile(_is_repetition, reversed(before)))
+        repeated = sum(1 for _ in takewhile(is_repetition, reversed(before)))
         self._study.sampler = self._sampler(n_asked, prior, repeated)
 
     @staticmethod
@@ -246,7 +249,7 @@ class Ledger:
     @staticmethod
     def _started(trials: list[FrozenTrial]) -> list[FrozenTrial]:
         """The study's own trials: not waiting, no repetitions, and none of an earlier study."""
-        return [t for t in trials if t.state != TrialState.WAITING and not _is_foreign(t)]
+        return [t for t in trials if t.state != TrialState.WAITING and not is_foreign(t)]
 
     def settle(self) -> list[TrialRecord]:
         """Decide what can be before the next trial is asked for; the trials that this ends."""
@@ -348,10 +351,14 @@ class Ledger:
         search, budget = self._config.search, self._config.training.epochs
         if not search.least_chance or epoch < min(search.grace_epochs, budget):
             return None
-        own = (t for t in self._started(self._frozen()) if t.user_attrs.get("budget") == budget)
-        done = [trial for trial in own if trial.state == TrialState.COMPLETE]
+        if self._finished is None:
+            self._finished = Finished(t for t in self._started(self._frozen()) if self._ranks(t))
         wanted = max(1, search.promote)
-        return why_hopeless(done, epoch, objective, wanted, search.least_chance)
+        return self._finished.why_hopeless(epoch, objective, wanted, search.least_chance)
+
+    def _ranks(self, trial: FrozenTrial) -> bool:
+        budget = self._config.training.epochs
+        return trial.state == TrialState.COMPLETE and trial.user_attrs.get("budget") == budget
 
     def should_prune(self, number: int) -> bool:
         """Whether Optuna's pruner stops the trial now, for the local loop."""
@@ -378,6 +385,8 @@ class Ledger:
             self._storage.write_together(identifier, {}, said)
         values = list(scores.values()) if state == "done" else None
         self._study.tell(number, values, state=_ENDS[state])
+        if self._finished is not None and self._ranks(ended := self._storage.get_trial(identifier)):
+            self._finished.add(ended)
         return state
 
     def _scores(self, number: int, objective: float | None) -> dict[str, Any]:
@@ -488,11 +497,3 @@ class Ledger:
 def _is_before(location: str, epoch: int) -> bool:
     found = checkpoint_epoch(location)
     return found is not None and found < epoch
-
-
-def _is_repetition(trial: FrozenTrial) -> bool:
-    return "duplicate_of" in trial.user_attrs
-
-
-def _is_foreign(trial: FrozenTrial) -> bool:
-    return _is_repetition(trial) or "prior" in trial.user_attrs

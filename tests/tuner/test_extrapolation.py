@@ -13,7 +13,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from scipy.stats import t as student
 
 from tests.tuner.support import tiny_study
-from tuner.extrapolation import chance_below, expected_ends, why_hopeless, with_expected_ends
+from tuner.extrapolation import Finished, expected_ends, with_expected_ends
 from tuner.study import Ledger
 
 SPACE = FloatDistribution(0.0, 1.0)
@@ -135,7 +135,7 @@ def test_a_chance_is_that_of_a_new_point_on_a_fitted_line(n: int) -> None:
         finished = [done(i, *rng.uniform(2.0, 3.0, 2), x, y) for i, (x, y) in
                     enumerate(zip(stood, ended, strict=True))]  # fmt: skip
         reached, target = rng.uniform(1.2, 2.2), float(ended.min())
-        found = chance_below(target, finished, 3, reached)
+        found = Finished(finished).chance_below(target, 3, reached)
         x = stood - stood.mean()
         slope = float((x @ (ended - ended.mean())) / (1.01 * x @ x))
         slope = min(1.0, max(0.2, slope))
@@ -158,7 +158,7 @@ def test_chances_are_calibrated_where_the_line_is_true() -> None:
         ended = 0.5 * stood + 0.2 * rng.normal(size=9)  # further down than anybody has reached
         *finished, new = (done(i, x, y) for i, (x, y) in enumerate(zip(stood, ended, strict=True)))
         target = min(float(t.values[0]) for t in finished)
-        chances.append(chance_below(target, finished, 1, new.intermediate_values[1]))
+        chances.append(Finished(finished).chance_below(target, 1, new.intermediate_values[1]))
         came.append(float(new.values[0]) < target)
     chances_, came_ = np.array(chances), np.array(came)
     for low, high in ((0.0, 0.05), (0.05, 0.2), (0.2, 0.5), (0.5, 1.0)):
@@ -170,24 +170,24 @@ def test_chances_are_calibrated_where_the_line_is_true() -> None:
 
 def test_few_trials_and_a_trial_that_leads_are_no_reason_to_stop() -> None:
     two = [done(0, 2.0, 1.0), done(1, 3.0, 2.0)]
-    assert chance_below(1.0, two, 1, 99.0) == 1.0
+    assert Finished(two).chance_below(1.0, 1, 99.0) == 1.0
     three = [*two, done(2, 4.0, 3.0)]
-    assert chance_below(1.0, three, 1, 0.9) == 1.0
-    assert chance_below(1.0, three, 1, 99.0) < 0.01  # all ended on one line
-    assert why_hopeless(three, 1, 99.0, 4, 0.05) is None, "the fourth best is none yet"
+    assert Finished(three).chance_below(1.0, 1, 0.9) == 1.0
+    assert Finished(three).chance_below(1.0, 1, 99.0) < 0.01  # all ended on one line
+    assert Finished(three).why_hopeless(1, 99.0, 4, 0.05) is None, "the fourth best is none yet"
 
 
 def test_trials_that_stood_alike_say_nothing_of_one_that_stands_elsewhere() -> None:
     alike = [done(number, 2.0, end) for number, end in enumerate([1.0, 1.2, 1.4, 1.6])]
-    assert chance_below(1.0, alike, 1, 3.0) == pytest.approx(0.5)
-    assert 0.05 < chance_below(1.0, alike, 1, 2.0) < 0.3
+    assert Finished(alike).chance_below(1.0, 1, 3.0) == pytest.approx(0.5)
+    assert 0.05 < Finished(alike).chance_below(1.0, 1, 2.0) < 0.3
 
 
 def test_as_many_of_the_best_as_are_wanted_are_the_mark() -> None:
     rng = np.random.default_rng(1)
     finished = [done(n, x, 0.5 * x + 0.01 * rng.normal()) for n, x in enumerate(range(2, 12))]
-    assert why_hopeless(finished, 1, 7.0, 8, 0.05) is None
-    said = why_hopeless(finished, 1, 7.0, 1, 0.05)
+    assert Finished(finished).why_hopeless(1, 7.0, 8, 0.05) is None
+    said = Finished(finished).why_hopeless(1, 7.0, 1, 0.05)
     assert said is not None
     best = min(float(t.values[0]) for t in finished)
     assert said.startswith(f"stopped after epoch 1 at 7: its chance to end below {best:.5g} was ")
