@@ -82,8 +82,8 @@ class Pruner:
 
     def goes_on(self, number: int, epoch: int, objective: float, *, last: bool) -> bool:
         """What tuner.local asks."""
-        hopeless = self._ledger.hopeless(epoch, objective) is not None
-        return not last and not hopeless and not self._ledger.should_prune(number)
+        pruned = not last and self._ledger.should_prune(number)
+        return not last and not pruned and self._ledger.hopeless(epoch, objective) is None
 
 
 @dataclass(eq=False)  # a key, as Ray's own is

@@ -103,13 +103,26 @@ def sequential(trials: int, seed: int) -> Run:
     return simulate(ledger, Pruner(ledger), partial(replayed, seed), gpus=1)
 
 
-def searched(arm: str, gpus: int, seed: int, gpu_seconds: float) -> Run:
-    """One search of another kind."""
+def searched(arm: str, gpus: int, seed: int, gpu_seconds: float) -> tuple[Run, tuple[int, int]]:
+    """One search of another kind, and what was :func:`missed` by it."""
     ledger_type, scheduler, sampler, search = ARMS[arm]
     ledger = ledger_type(study_of(scheduler, sampler, _ENDLESS, seed, **search))
-    judge = Scheduler(ledger)
     curve = partial(replayed, seed)
-    return simulate(ledger, judge, curve, gpus=gpus, gpu_seconds=gpu_seconds)
+    run = simulate(ledger, Scheduler(ledger), curve, gpus=gpus, gpu_seconds=gpu_seconds)
+    return run, missed(run, ledger, seed)
+
+
+def missed(run: Run, ledger: Ledger, seed: int) -> tuple[int, int]:
+    """Stopped trials whose end would have been the best by then, and all since there was a best."""
+    params = {trial.number: trial.params for trial in ledger.trials()}
+    best, of, would = math.inf, 0, 0
+    for span in run.spans:
+        if span.state == "done":
+            best = min(best, span.objective)
+        elif math.isfinite(best):
+            end = replayed(seed, Assignment(span.number, params[span.number], 0)).objective[-1]
+            of, would = of + 1, would + int(end < best)
+    return would, of
 
 
 def compared(
@@ -126,7 +139,7 @@ def compared(
     }
     for arm in arms:
         for gpus in counts:
-            run = searched(arm, gpus, seed, beyond * compute)
+            run, (would, of) = searched(arm, gpus, seed, beyond * compute)
             equal = [s for s in run.spans if s.end * gpus <= compute]
             done = [s.objective for s in equal if s.state == "done"]
             found["arms"].setdefault(arm, {})[str(gpus)] = {
@@ -134,6 +147,8 @@ def compared(
                 "best": min(done, default=math.inf),
                 "trials": len(equal),
                 "done": len(done),
+                "would_have_won": would,
+                "stopped": of,
                 "told": dict(told(run)),
             }
     return found
@@ -170,8 +185,9 @@ def summary(rows: list[dict[str, Any]], counts: list[int], beyond: float) -> dic
         f"measure: GPU time {result['gpu_seconds']:.0f} s, best {result['best']:.4f} (medians of "
         f"{len(rows)} seeds), first reached after {result['found_at'][1]:.2f} of its time\n\n"
         "| search | GPUs | GPU-hours to the measure's best / all of the measure's, quartiles "
-        "| reached within a third | at equal GPU-hours: best - measure's [95 %] | trials | done |\n"
-        "|---|---|---|---|---|---|---|"
+        "| reached within a third | at equal GPU-hours: best - measure's [95 %] | trials | done "
+        "| stopped that would have become the best |\n"
+        "|---|---|---|---|---|---|---|---|"
     )
     for arm in rows[0]["arms"]:
         for gpus in counts:
@@ -187,6 +203,8 @@ def summary(rows: list[dict[str, Any]], counts: list[int], beyond: float) -> dic
                 "no_finished_trial": int((~np.isfinite(gaps)).sum()),
                 "trials": statistics.median(cell["trials"] for cell in cells),
                 "done": statistics.median(cell["done"] for cell in cells),
+                "would_have_won": sum(cell["would_have_won"] for cell in cells),
+                "stopped": sum(cell["stopped"] for cell in cells),
             }
             result["arms"].setdefault(arm, {})[str(gpus)] = entry
             shown = ", ".join(f"{r:.2f}" if r <= beyond else f"> {beyond:g}" for r in ratios)
@@ -195,7 +213,8 @@ def summary(rows: list[dict[str, Any]], counts: list[int], beyond: float) -> dic
                 difference = f"none finished: {entry['no_finished_trial']} seeds"
             print(
                 f"| {arm} | {gpus} | {shown} | {100 * entry['within_a_third']:.0f} % | "
-                f"{difference} | {entry['trials']:g} | {entry['done']:g} |"
+                f"{difference} | {entry['trials']:g} | {entry['done']:g} | "
+                f"{entry['would_have_won']} of {entry['stopped']} |"
             )
     print()
     for arm, found in result["arms"].items():

@@ -154,7 +154,7 @@ def epochs_expected(search: SearchConfig, epochs: int) -> tuple[float, float]:
     for rung in [*rungs, epochs]:
         fewest += share * (rung - last)
         share, last = share / search.reduction_factor, rung
-    if not search.least_chance and (search.scheduler == "none" or rungs):
+    if search.who_stops is None or (rungs and not search.least_chance):
         return fewest, float(epochs)
     return float(min(search.grace_epochs, epochs)), float(epochs)
 

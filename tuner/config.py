@@ -103,6 +103,12 @@ class SearchConfig(FrozenModel):
     def _units(cls, value: Any) -> Any:
         return parse_duration(value) if isinstance(value, str) else value
 
+    @property
+    def who_stops(self) -> str | None:
+        """What ends trials before their budget is used, in the words of the fields; or nothing."""
+        who = [] if self.scheduler == "none" else [self.scheduler]
+        return " and ".join(who + ["least_chance"] * bool(self.least_chance)) or None
+
     def moved_by_cmaes(self) -> list[str]:
         """Numeric parameters of more than one value: what CMA-ES has a distribution over."""
         return [p for p, s in self.space.items() if s.type != "categorical" and s.size > 1]

@@ -22,6 +22,7 @@ from scipy.special import stdtr
 _SLOPES = (0.2, 1.0)  # of the line: differences may shrink towards the end, not turn round or grow
 _RIDGE = 0.01  # of the variance: few points that stand alike are no slope
 _FEWEST = 3  # trials that make a line; with fewer, differences are taken as they are
+_FAR = 10.0  # times the middle trial's distance from the first: what stood there is on no line
 
 
 def with_expected_ends(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
@@ -80,19 +81,16 @@ class Finished:
     """
 
     def __init__(self, trials: Iterable[FrozenTrial] = ()) -> None:
-        self._trials = list(trials)
+        self._trials: list[FrozenTrial] = []
+        self._ends: list[float] = []
         self._stood: dict[int, list[float]] = {}  # by epoch, as far as it was asked for
+        for trial in trials:
+            self.add(trial)
 
     def add(self, trial: FrozenTrial) -> None:
         """Another one has."""
         self._trials.append(trial)
-
-    def __len__(self) -> int:
-        return len(self._trials)
-
-    def ended(self) -> np.ndarray:
-        """Their objectives."""
-        return np.array([float(trial.values[0]) for trial in self._trials])
+        self._ends.append(float(trial.values[0]))
 
     def stood(self, epoch: int) -> np.ndarray:
         """Their best values up to an epoch."""
@@ -113,32 +111,38 @@ class Finished:
         and Hutter, "Speeding up automatic hyperparameter optimization of deep neural networks by
         extrapolation of learning curves", IJCAI 2015; they extrapolate the trial's own curve.
         """
-        if len(self) < wanted:
+        if len(self._ends) < wanted:
             return None
-        target = float(np.partition(self.ended(), wanted - 1)[wanted - 1])
+        target = float(np.partition(self._ends, wanted - 1)[wanted - 1])
         chance = self.chance_below(target, epoch, reached)
         if chance >= least:
             return None
         return (
             f"stopped after epoch {epoch} at {reached:.5g}: its chance to end below {target:.5g} "
-            f"was {100 * chance:.1g} %"
+            f"was {100 * chance:.2g} %"
         )
 
     def chance_below(self, target: float, epoch: int, reached: float) -> float:
         """The chance of a trial that stands so to end below a target; 1 where too few trials tell.
 
-        The line of :func:`expected_ends`, with the spread around it of those that have finished:
-        Student's t of a new point (n - 2 degrees of freedom, so that few are trusted little).
+        The line is that of :func:`expected_ends`, with the spread around it of those that have
+        finished: Student's t of a new point (n - 2 degrees of freedom, so that few are trusted
+        little). Who stood far behind at that epoch is left out: one such would decide where the
+        line lies. Where all stood alike there is none.
         """
-        n = len(self)
-        if reached < target or n < _FEWEST:
+        if reached < target or len(self._ends) < _FEWEST:
             return 1.0
-        stood, ended = self.stood(epoch), self.ended()
+        stood, ended = self.stood(epoch), np.array(self._ends)
+        middle, first = float(np.median(stood)), float(stood.min())
+        near = stood <= middle + _FAR * (middle - first)
+        stood, ended, n = stood[near], ended[near], int(near.sum())
+        if n < _FEWEST or not np.ptp(stood):
+            return 1.0
         slope, away = _slope(stood, ended), reached - float(stood.mean())
         off = ended - ended.mean() - slope * (stood - stood.mean())
         spread = float(((stood - stood.mean()) ** 2).sum())
-        lever = away**2 / spread if spread else math.inf if away else 0.0
-        deviation = math.sqrt(float((off**2).sum()) / (n - 2) * (1 + 1 / n + lever))
+        variance = float((off**2).sum()) / (n - 2)
+        deviation = math.sqrt(variance * (1 + 1 / n + away**2 / spread))
         room = target - min(reached, float(ended.mean()) + slope * away)
         return float(stdtr(n - 2, room / deviation)) if deviation else float(room > 0)
 

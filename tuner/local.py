@@ -134,8 +134,9 @@ def _run_epochs(
         if finished:
             _end(ledger, progress, number, "done", objective=result["objective"])
             return
+        pruned = ledger.should_prune(number)  # a pruner takes note of whom it is asked about
         reason = ledger.hopeless(result["epoch"], result["objective"])
-        if reason is not None or ledger.should_prune(number):
+        if pruned or reason is not None:
             reason = reason or f"stopped after epoch {result['epoch']}"
             _end(ledger, progress, number, "pruned", reason=reason)
             return

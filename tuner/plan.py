@@ -144,7 +144,7 @@ def _time(study: StudyConfig, place: Place, ledger: Ledger | None, found: Apprai
     least, most = (waited + trials * n * found.epoch_seconds / lanes for n in bounds)
     span = about(most)
     if bounds[0] < bounds[1]:
-        span = f"{about(least)} if {search.scheduler} stops what it may, {span} if it stops nobody"
+        span = f"{about(least)} if {search.who_stops} may stop all, {span} if nobody is stopped"
     if budget is not None and budget < most:
         span += f"; ended by the time budget after {format_duration(budget)}"
     parts = f"an epoch {about(found.epoch_seconds).removeprefix('about ')}"

@@ -84,7 +84,9 @@ class TrialRow:
 
 
 def note_of(state: State, reason: str | None) -> str:
-    """What is said of an end; a pruned trial's epoch tells it all."""
+    """What is said of an end; of a pruned trial what its epoch does not tell."""
+    if state == "pruned":
+        return (reason or "").partition(": ")[2]
     return reason or "" if state == "failed" else ""
 
 

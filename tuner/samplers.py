@@ -87,8 +87,8 @@ def sampler_note(search: SearchConfig) -> str | None:
     random = [path for path, p in search.space.items() if path not in moved and p.size > 1]
     if random:
         said.append(f"leaves categorical parameters to chance: {', '.join(random)}")
-    if search.scheduler != "none":
-        said.append("learns from finished trials alone, not from those that the scheduler stops")
+    if search.who_stops is not None:
+        said.append("learns from finished trials alone, not from those that are stopped")
     return f"sampler cmaes: {'; '.join(said)}"
 
 

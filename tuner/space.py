@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from decimal import Decimal
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
@@ -189,6 +190,12 @@ class CategoricalSpace(FrozenModel):
 
 ParameterSpace = Annotated[FloatSpace | IntSpace | CategoricalSpace, Field(discriminator="type")]
 SearchSpace = dict[str, ParameterSpace]
+
+
+def point_key(space: SearchSpace, params: Mapping[str, Value]) -> dict[str, Value]:
+    """What points that are the same have in common: steps of floats, however they were rounded."""
+    stepped = (path for path, p in space.items() if p.type == "float" and p.step and path in params)
+    return {**params, **{path: space[path].index(params[path]) for path in stepped}}
 
 
 def default_space() -> SearchSpace:

@@ -17,7 +17,7 @@ from tuner.config import StudyConfig
 from tuner.liveview import StudyView, count_states, ranked, short
 from tuner.records import Assignment, State, TrialRecord
 from tuner.retries import halved_note
-from tuner.rows import TrialRow
+from tuner.rows import TrialRow, note_of
 from tuner.waiting import Advance, counting, waiting
 from tuner.watchers import Watcher
 
@@ -219,8 +219,8 @@ class Progress(Watcher):
             best = next(iter(ranked(self._rows.values())), None)
             if best is row:
                 text += " (best so far)"
-        elif state == "failed":
-            text += f": {reason}"
+        elif said := note_of(state, reason):
+            text += f": {said}"
         self._event(number, text, logging.WARNING if state == "failed" else logging.INFO)
 
     def counts(self) -> dict[State, int]:

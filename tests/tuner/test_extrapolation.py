@@ -130,7 +130,7 @@ def test_a_chance_is_that_of_a_new_point_on_a_fitted_line(n: int) -> None:
     """Beside least squares by QR, whose prediction interval textbooks give."""
     rng = np.random.default_rng(n)
     for _ in range(20):
-        stood = rng.uniform(1.0, 2.0, n)
+        stood = np.linspace(1.0, 2.0, n) + rng.uniform(0.0, 0.2, n)  # none far behind
         ended = np.minimum(stood, 0.5 + 0.5 * stood + 0.1 * rng.normal(size=n) - 0.3)
         finished = [done(i, *rng.uniform(2.0, 3.0, 2), x, y) for i, (x, y) in
                     enumerate(zip(stood, ended, strict=True))]  # fmt: skip
@@ -178,9 +178,21 @@ def test_few_trials_and_a_trial_that_leads_are_no_reason_to_stop() -> None:
 
 
 def test_trials_that_stood_alike_say_nothing_of_one_that_stands_elsewhere() -> None:
-    alike = [done(number, 2.0, end) for number, end in enumerate([1.0, 1.2, 1.4, 1.6])]
-    assert Finished(alike).chance_below(1.0, 1, 3.0) == pytest.approx(0.5)
-    assert 0.05 < Finished(alike).chance_below(1.0, 1, 2.0) < 0.3
+    alike = Finished([done(number, 2.0, end) for number, end in enumerate([1.0, 1.2, 1.4, 1.6])])
+    assert alike.chance_below(1.0, 1, 3.0) == 1.0
+    for flat in (1.0, 0.7):  # 1 - F1 of networks that name nothing yet
+        silent = Finished([done(number, flat, flat, flat) for number in range(3)])
+        for reached in (flat, 0.8, 2.0):
+            assert silent.why_hopeless(1, reached, 1, 0.05) is None
+
+
+def test_one_trial_that_stood_far_behind_does_not_decide_where_the_line_lies() -> None:
+    rng = np.random.default_rng(2)
+    near = [done(n, x, 0.5 * x + 0.01 * rng.normal()) for n, x in enumerate([2.0, 2.2, 2.4, 2.6])]
+    wanted = Finished(near).chance_below(1.0, 1, 2.5)
+    assert 0.0 < wanted < 0.05
+    for stood, ended in ((2000.0, 20.0), (2e6, 1e6)):
+        assert Finished([*near, done(4, stood, ended)]).chance_below(1.0, 1, 2.5) == wanted
 
 
 def test_as_many_of_the_best_as_are_wanted_are_the_mark() -> None:

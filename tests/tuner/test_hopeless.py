@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from optuna.storages import InMemoryStorage
 
+from benchmarks._simulator import Pruner, Scheduler
 from tests.tuner.support import (
     FakeRun,
     run_here,
@@ -15,6 +18,7 @@ from tests.tuner.support import (
     write_study,
 )
 from tuner.errors import ConfigError
+from tuner.records import End
 from tuner.study import Ledger
 
 CHANCE = {"scheduler": "none", "least_chance": 0.05, "trials": 20}
@@ -105,6 +109,36 @@ def test_a_local_search_stops_what_cannot_win_and_says_why(
         assert "its chance to end below 0.2" in str(trials[number].reason)
         assert trials[number].epoch == 1
     assert [t.epoch for t in trials if t.state == "done"] == [5] * 4
+
+
+@pytest.mark.parametrize("judge", [Pruner, Scheduler])
+def test_who_is_stopped_so_is_at_its_rung_for_those_who_come_after(
+    tmp_path: Path, judge: Callable[[Ledger], Any]
+) -> None:
+    """Ray's ASHA and Optuna's alike: 3 of 23 would go on, and the one in question is the fourth."""
+    search = {"trials": 99, "scheduler": "asha", "least_chance": 0.05, "reduction_factor": 3}
+    study = tiny_study(tmp_path, search=search, training={"epochs": 9})
+    ledger = Ledger(InMemoryStorage(), study)
+    judging = judge(ledger)
+
+    def goes_on(*values: float) -> int:
+        """A trial that reports these; how many epochs it was let train."""
+        trial = ledger.ask()
+        assert trial is not None
+        judging.started(trial.number)
+        for epoch, value in enumerate(values, start=1):
+            ledger.report(trial.number, {"epoch": epoch, "objective": value})
+            if not judging.goes_on(trial.number, epoch, value, last=epoch == 9):
+                state: End = "done" if epoch == 9 else "pruned"
+                ledger.finish(trial.number, state, objective=value if epoch == 9 else None)
+                return epoch
+        return len(values)
+
+    ends = [goes_on(*(2.0 - 0.1 * n - 0.01 * n * e for e in range(9))) for n in range(5)]
+    assert ends == [9] * 5, "each leads"
+    assert [goes_on(*[5.0 + 0.01 * n] * 9) for n in range(15)] == [1] * 15
+    # Among those five alone it would be too bad for its rung.
+    assert goes_on(*(1.75 - 0.05 * e for e in range(9))) > 1
 
 
 @pytest.mark.parametrize(

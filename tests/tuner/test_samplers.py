@@ -170,7 +170,7 @@ def test_what_cma_es_leaves_to_chance_is_said(tmp_path: Path) -> None:
     note = str(sampler_note(study.search))
     assert "sampler cmaes: moves blend.beta, blend.shrinkage" in note
     assert "leaves categorical parameters to chance: network.heads" in note
-    assert "not from those that the scheduler stops" in note
+    assert "not from those that are stopped" in note
     assert sampler_note(tiny_study(tmp_path).search) is None
 
 

@@ -151,7 +151,7 @@ def test_every_point_of_a_finite_space_is_found_by_a_sampler_that_repeats_itself
     axis = {"type": "categorical", "choices": choices}
     space = {"training.batch_size": axis, "loss.decoys": axis}
     # An earlier study has tried one of them, which is no reason to leave it out.
-    prior = PriorTrial("earlier:0", {"training.batch_size": 8, "loss.decoys": 8}, 16.0)
+    prior = PriorTrial("earlier:0", {"training.batch_size": 64, "loss.decoys": 64}, 128.0)
     study = tiny_study(
         tmp_path, search={"trials": 64, "space": space, "sampler": "tpe", "include_base": False}
     )
@@ -164,6 +164,21 @@ def test_every_point_of_a_finite_space_is_found_by_a_sampler_that_repeats_itself
     assert sorted(proposed) == sorted(product(choices, choices))
     rejected = len(ledger.optuna_study.trials) - 1 - len(proposed)
     assert 0 < rejected <= 3 * len(proposed), "it is asked three times, then chance is"
+
+
+def test_a_point_is_the_same_however_its_steps_were_rounded(tmp_path: Path) -> None:
+    axis = {"type": "float", "low": 0.1, "high": 0.8, "step": 0.1}
+    space = {"blend.beta": axis, "blend.shrinkage": axis}
+    search = {"trials": 64, "space": space, "sampler": "random", "include_base": False}
+    search["enqueue"] = [
+        {"blend.beta": 0.3, "blend.shrinkage": 0.6}
+    ]  # 0.30000000000000004 of Optuna
+    ledger = Ledger(InMemoryStorage(), tiny_study(tmp_path, search=search))
+    proposed = []
+    while (trial := ledger.ask()) is not None:
+        proposed.append(tuple(round(10 * float(str(value))) for value in trial.params.values()))
+        ledger.finish(trial.number, "done", objective=1.0)
+    assert sorted(proposed) == sorted(product(range(1, 9), range(1, 9)))
 
 
 @pytest.mark.slow

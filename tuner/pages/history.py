@@ -183,6 +183,8 @@ def _drawn_rungs(
             "trial was judged by those that were at the rung before it, so that early ones may "
             "have gone on from above the line."
         )
+        if material.study.search.least_chance:
+            remark += " Others stopped below it, for want of a chance to win."
     elif material.study.search.scheduler == "pbt":
         remark = (
             "Whoever stopped here gave way to a successor of one of the best of its population, "
@@ -231,7 +233,7 @@ def learning_curves(material: Material) -> Markup:
         )
     reached = [value for t in shown for _, value in t.curve]
     figure.update_layout(xaxis_title="epoch", yaxis=axis_for(reached, "objective"))
-    remark = "A curve ends with × where the scheduler stopped its trial, with + where it failed."
+    remark = "A curve ends with × where its trial was stopped, with + where it failed."
     remark += _left_out(trials, shown)
     counts = {state: sum(t.state == state for t in trials) for state in STATE_WORDS}
     ends = ", ".join(f"{n} {STATE_WORDS[state]}" for state, n in counts.items() if n)

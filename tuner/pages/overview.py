@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from model.config import OBJECTIVES, TrialConfig
 from model.wording import counted
-from tuner.config import plain_of
+from tuner.config import SearchConfig, plain_of
 from tuner.duration import format_duration
 from tuner.gain import gain_of
 from tuner.pages.markup import Markup, escape, listed, note, pairs, short, table
@@ -85,8 +85,16 @@ def _asked(material: Material) -> str:
         f"{OBJECTIVES[study.objective]}{target}, over {counted(len(search.space), 'parameter')}; "
         f"{counted(search.trials, 'trial')} of at most {counted(study.training.epochs, 'epoch')}"
         f"{budget}, proposed by {_SAMPLERS[search.sampler]} and stopped early by "
-        f"{_SCHEDULERS[search.scheduler]}, trained on {data}."
+        f"{_stoppers(search)}, trained on {data}."
     )
+
+
+def _stoppers(search: SearchConfig) -> str:
+    who = _SCHEDULERS[search.scheduler]
+    if not search.least_chance:
+        return who
+    rule = f"a chance to win below {100 * search.least_chance:g} %"
+    return rule if search.scheduler == "none" else f"{who} and by {rule}"
 
 
 def _found(material: Material) -> str:
