@@ -132,7 +132,7 @@ def test_a_chance_is_that_of_a_new_point_on_a_fitted_line(n: int) -> None:
     for _ in range(20):
         stood = np.linspace(1.0, 2.0, n) + rng.uniform(0.0, 0.2, n)  # none far behind
         ended = np.minimum(stood, 0.5 + 0.5 * stood + 0.1 * rng.normal(size=n) - 0.3)
-        finished = [done(i, *rng.uniform(2.0, 3.0, 2), x, y) for i, (x, y) in
+        finished = [done(i, *rng.uniform(3.0, 4.0, 2), x, y) for i, (x, y) in
                     enumerate(zip(stood, ended, strict=True))]  # fmt: skip
         reached, target = rng.uniform(1.2, 2.2), float(ended.min())
         found = Finished(finished).chance_below(target, 3, reached)
