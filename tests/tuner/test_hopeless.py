@@ -17,6 +17,7 @@ from tests.tuner.support import (
     trials_of,
     write_study,
 )
+from tuner.config import load_study
 from tuner.errors import ConfigError
 from tuner.records import End
 from tuner.study import Ledger
@@ -84,7 +85,10 @@ def test_who_may_be_promoted_goes_on(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("scheduler", ["none", "asha", "hyperband", "median"])
 def test_a_local_search_stops_what_cannot_win_and_says_why(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheduler: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    scheduler: str,
 ) -> None:
     monkeypatch.setattr("tuner.local.TrialRun", FakeRun)
     monkeypatch.setattr("tuner.conclusion._score_winner", lambda folder, progress: None)
@@ -109,6 +113,12 @@ def test_a_local_search_stops_what_cannot_win_and_says_why(
         assert "its chance to end below 0.2" in str(trials[number].reason)
         assert trials[number].epoch == 1
     assert [t.epoch for t in trials if t.state == "done"] == [5] * 4
+    if scheduler == "asha":  # Optuna's notes, by which it judges those who come after
+        ledger = Ledger(tmp_path / "run" / "study.db", load_study(tmp_path / "run" / "config.yaml"))
+        noted = [t.system_attrs.get("completed_rung_0") for t in ledger.optuna_study.trials]
+        assert noted == [pytest.approx(t.curve[0][1]) for t in trials]
+    said = " ".join(capsys.readouterr().out.split())
+    assert "trial 0003 pruned after epoch 1: its chance to end below 0.22 was " in said
 
 
 @pytest.mark.parametrize("judge", [Pruner, Scheduler])
