@@ -41,6 +41,23 @@ def test_the_overview_says_what_was_asked_and_found(tmp_path: Path) -> None:
     assert f"The best is trial 0003 with {best:.5g}, {1 - best / 9:.0%} below the untrained" in text
 
 
+@pytest.mark.parametrize(
+    ("search", "words"),
+    [
+        ({}, "stopped early by ASHA, trained"),
+        ({"least_chance": 0.05}, "stopped early by ASHA and by a chance to win below 5 %, trained"),
+        (
+            {"least_chance": 0.1, "scheduler": "none"},
+            "stopped early by a chance to win below 10 %, trained",
+        ),
+    ],
+)
+def test_the_overview_says_who_stops_trials(
+    tmp_path: Path, search: dict[str, Any], words: str
+) -> None:
+    assert words in overview(material(tmp_path, record(0), search=search))
+
+
 def test_the_overview_says_what_the_search_gained_over_the_studys_own_values(
     tmp_path: Path,
 ) -> None:
@@ -166,6 +183,7 @@ def test_rungs_show_who_was_stopped_and_where_the_cut_is(tmp_path: Path) -> None
     ("search", "words"),
     [
         ({"scheduler": "none"}, "No scheduler stops trials"),
+        ({"scheduler": "none", "least_chance": 0.05}, "end better than the best is below 5 %"),
         ({"scheduler": "median", "grace_epochs": 2}, "after any epoch from 2 on"),
         ({"grace_epochs": 9}, "leaves no room for rungs"),
     ],
