@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from decimal import Decimal
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from optuna.trial import BaseTrial
 
 Value = bool | int | float | str | None
+Params = Mapping[str, Value]
 
 # The objective must mean the same in every trial, and every trial the same budget.
 UNSEARCHABLE = (
@@ -192,10 +193,24 @@ ParameterSpace = Annotated[FloatSpace | IntSpace | CategoricalSpace, Field(discr
 SearchSpace = dict[str, ParameterSpace]
 
 
-def point_key(space: SearchSpace, params: Mapping[str, Value]) -> dict[str, Value]:
-    """What points that are the same have in common: steps of floats, however they were rounded."""
-    stepped = (path for path, p in space.items() if p.type == "float" and p.step and path in params)
-    return {**params, **{path: space[path].index(params[path]) for path in stepped}}
+def same_point(space: SearchSpace, params: Params) -> Callable[[Params], bool]:
+    """A test whether others are this point: steps of floats count, however they were rounded."""
+    stepped = {path for path, p in space.items() if p.type == "float" and p.step}
+    if not stepped:
+        return lambda other: other == params
+    plain = params.keys() - stepped
+
+    def same(other: Params) -> bool:
+        return (
+            other.keys() == params.keys()
+            and all(other[path] == params[path] for path in plain)
+            and all(
+                space[path].index(other[path]) == space[path].index(params[path])
+                for path in params.keys() & stepped
+            )
+        )
+
+    return same
 
 
 def default_space() -> SearchSpace:

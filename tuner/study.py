@@ -51,7 +51,7 @@ from tuner.records import (
     trial_seed,
 )
 from tuner.samplers import make_sampler, make_stranger
-from tuner.space import Value, n_points, point_key, suggest
+from tuner.space import Value, n_points, same_point, suggest
 from tuner.storage import PatientStorage, patient
 
 logger = logging.getLogger(__name__)
@@ -188,11 +188,10 @@ class Ledger:
 
     def _twin(self, params: dict[str, Value], started: list[FrozenTrial]) -> int | None:
         """The trial that has had these parameters, if any has."""
-        space = self._config.search.space
-        key = point_key(space, params)
+        is_twin = same_point(self._config.search.space, params)
         # A successor in a population has had them only for a part of its training.
         own = (trial for trial in started if HEIR not in trial.user_attrs)
-        return next((trial.number for trial in own if point_key(space, trial.params) == key), None)
+        return next((trial.number for trial in own if is_twin(trial.params)), None)
 
     def _reject(self, number: int, twin: int) -> None:
         """End a trial that repeats another."""
