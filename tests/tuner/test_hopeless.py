@@ -83,7 +83,7 @@ def test_who_may_be_promoted_goes_on(tmp_path: Path) -> None:
     assert promoting.hopeless(2, 2.3) is not None
 
 
-@pytest.mark.parametrize("scheduler", ["none", "asha", "hyperband", "median"])
+@pytest.mark.parametrize("scheduler", ["none", "asha"])
 def test_a_local_search_stops_what_cannot_win_and_says_why(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
