@@ -150,19 +150,22 @@ def test_every_point_of_a_finite_space_is_found_by_a_sampler_that_repeats_itself
     choices = [8, 16, 24, 32, 40, 48]
     axis = {"type": "categorical", "choices": choices}
     space = {"training.batch_size": axis, "loss.decoys": axis}
-    # An earlier study has tried one of them, which is no reason to leave it out.
-    prior = PriorTrial("earlier:0", {"training.batch_size": 48, "loss.decoys": 48}, 96.0)
+    # An earlier study has tried some of the worst, which is no reason to leave them out.
+    prior = [
+        PriorTrial(f"earlier:{decoys}", {"training.batch_size": 48, "loss.decoys": decoys}, 99.0)
+        for decoys in choices
+    ]
     study = tiny_study(
         tmp_path, search={"trials": 36, "space": space, "sampler": "tpe", "include_base": False}
     )
-    ledger = Ledger(InMemoryStorage(), study, lambda: [prior])
+    ledger = Ledger(InMemoryStorage(), study, lambda: prior)
     proposed = []
     while (trial := ledger.ask()) is not None:
         point = tuple(map(int, map(str, trial.params.values())))
         proposed.append(point)
         ledger.finish(trial.number, "done", objective=float(sum(point)))
     assert sorted(proposed) == sorted(product(choices, choices))
-    rejected = len(ledger.optuna_study.trials) - 1 - len(proposed)
+    rejected = len(ledger.optuna_study.trials) - len(prior) - len(proposed)
     assert 0 < rejected <= 3 * len(proposed), "it is asked three times, then chance is"
 
 
