@@ -1,6 +1,6 @@
 """Samplers beside each other at equal compute, with trials that are really trained.
 
-    python -m benchmarks.samplers [--json FILE] [--seeds 6] [--epochs 240] [--kinds tpe gp+chance]
+    python -m benchmarks.samplers [--json FILE] [--seeds 6] [--epochs 240] [--kinds tpe gp]
 
 benchmarks.search replays curves from a Gaussian process, which may flatter a sampler that is one.
 Here the same study (the quickstart's network on half of its scenes, 27 epochs, ASHA with the rungs
@@ -88,10 +88,9 @@ def main() -> None:
     arguments.add_argument("--seeds", type=int, default=6, help="of searches (%(default)s)")
     arguments.add_argument("--epochs", type=int, default=240, help="of a search (%(default)s)")
     arguments.add_argument("--kinds", nargs="+", default=["tpe", "gp", "gp+chance"])
-    arguments.add_argument("--first", type=int, default=0, help="seed (%(default)s)")
     arguments.add_argument("--jobs", type=int, default=1, help="processes (%(default)s)")
     args = arguments.parse_args()
-    wanted = list(product(range(args.first, args.first + args.seeds), args.kinds))
+    wanted = list(product(range(args.seeds), args.kinds))
     rows = []
     with ProcessPoolExecutor(args.jobs) as pool:
         for row in pool.map(partial(_searched, epochs=args.epochs), wanted):

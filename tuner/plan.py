@@ -144,7 +144,9 @@ def _time(study: StudyConfig, place: Place, ledger: Ledger | None, found: Apprai
     least, most = (waited + trials * n * found.epoch_seconds / lanes for n in bounds)
     span = about(most)
     if bounds[0] < bounds[1]:
-        span = f"{about(least)} if {search.who_stops} may stop all, {span} if nobody is stopped"
+        span = (
+            f"{about(least)} if all are stopped that {search.who_stops} may stop, {span} if none is"
+        )
     if budget is not None and budget < most:
         span += f"; ended by the time budget after {format_duration(budget)}"
     parts = f"an epoch {about(found.epoch_seconds).removeprefix('about ')}"

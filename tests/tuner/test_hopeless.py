@@ -19,6 +19,7 @@ from tests.tuner.support import (
 )
 from tuner.config import load_study
 from tuner.errors import ConfigError
+from tuner.promotion import Promotion
 from tuner.records import End
 from tuner.study import Ledger
 
@@ -81,6 +82,13 @@ def test_who_may_be_promoted_goes_on(tmp_path: Path) -> None:
     promoting = ledger_in(tmp_path / "promoting", *curves, promote=5)
     assert promoting.hopeless(2, 1.8) is None
     assert promoting.hopeless(2, 2.3) is not None
+
+
+def test_promoted_runs_are_not_stopped(tmp_path: Path) -> None:
+    promotion = Promotion(ledger_in(tmp_path, *THREE, promote=2, promote_seeds=2))
+    for curve in THREE:
+        finish(promotion, *curve)
+    assert promotion.hopeless(2, 30.0) is None
 
 
 @pytest.mark.parametrize("scheduler", ["none", "asha"])

@@ -49,7 +49,7 @@ def test_a_dry_run_shows_the_study_and_starts_nothing(
     row = line(lines, " network.heads")
     assert row.split() == ["network.heads", "categorical", "1,", "2,", "4", "2"]
     assert "a Ray that would be started on this machine: " in "\n".join(lines)
-    assert "if asha may stop all, about" in line(lines, "time: ")
+    assert "if all are stopped that asha may stop, about" in line(lines, "time: ")
     assert any("of checkpoints at a time" in text for text in lines)
     assert lines[-1].startswith("nothing was started, and nothing written (--dry-run)")
 

@@ -171,6 +171,10 @@ def test_what_cma_es_leaves_to_chance_is_said(tmp_path: Path) -> None:
     assert "sampler cmaes: moves blend.beta, blend.shrinkage" in note
     assert "leaves categorical parameters to chance: network.heads" in note
     assert "not from those that are stopped" in note
+    nobody = study.replaced({"search.scheduler": "none"})
+    assert "that are stopped" not in str(sampler_note(nobody.search))
+    by_chance = nobody.replaced({"search.least_chance": 0.05})
+    assert "that are stopped" in str(sampler_note(by_chance.search))
     assert sampler_note(tiny_study(tmp_path).search) is None
 
 
