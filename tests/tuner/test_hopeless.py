@@ -130,10 +130,24 @@ def test_a_local_search_stops_what_cannot_win_and_says_why(
 
 
 @pytest.mark.parametrize("judge", [Pruner, Scheduler])
+def test_benchmarks_stop_whom_a_search_would(
+    tmp_path: Path, judge: Callable[[Ledger], Any]
+) -> None:
+    ledger = ledger_in(tmp_path, *THREE)
+    judging = judge(ledger)
+    for objective, on in ((1.9, True), (30.0, False)):
+        trial = ledger.ask()
+        assert trial is not None
+        judging.started(trial.number)
+        ledger.report(trial.number, {"epoch": 1, "objective": objective})
+        assert judging.goes_on(trial.number, 1, objective, last=False) == on
+
+
+@pytest.mark.parametrize("judge", [Pruner, Scheduler])
 def test_who_is_stopped_so_is_at_its_rung_for_those_who_come_after(
     tmp_path: Path, judge: Callable[[Ledger], Any]
 ) -> None:
-    """Ray's ASHA and Optuna's alike: 3 of 23 would go on, and the one in question is the fourth."""
+    """Ray's ASHA and Optuna's alike."""
     search = {"trials": 99, "scheduler": "asha", "least_chance": 0.05, "reduction_factor": 3}
     study = tiny_study(tmp_path, search=search, training={"epochs": 9})
     ledger = Ledger(InMemoryStorage(), study)

@@ -7,6 +7,7 @@ from typing import Any
 from ray.tune.search import Searcher
 
 from tests.tuner.support import tiny_study
+from tuner.distributed import StopWish
 from tuner.folder import RunFolder
 from tuner.members import PopulationLedger
 from tuner.search import LedgerSearch
@@ -26,6 +27,29 @@ def search_over(ledger: Ledger, folder: Path, **options: Any) -> LedgerSearch:
 
 def epoch(number: int, objective: float, **more: Any) -> dict[str, Any]:
     return {"epoch": number, "objective": objective, "failed": False, "finished": False, **more}
+
+
+def test_a_trial_without_a_chance_ends_with_the_reason_and_a_failed_one_is_not_asked_about(
+    tmp_path: Path,
+) -> None:
+    ledger = ledger_in(tmp_path, search={"trials": 9, "scheduler": "none", "least_chance": 0.05})
+    search = search_over(ledger, tmp_path)
+    stop = StopWish(lambda: False, search.is_hopeless)
+    for name, first, last in (("a", 2.0, 1.0), ("b", 2.2, 1.2), ("c", 2.4, 1.401)):
+        search.suggest(name)
+        for result in (epoch(1, first), epoch(2, last, finished=True)):
+            assert not stop(name, result)
+            search.reported(name, result)
+        search.on_trial_complete(name, result)
+    search.suggest("d")
+    assert not stop("d", {"failed": True, "reason": "diverged"})
+    assert not stop("d", epoch(1, 1.9))
+    assert stop("d", epoch(1, 30.0))
+    search.reported("d", epoch(1, 30.0))
+    search.on_trial_complete("d", epoch(1, 30.0))
+    ended = ledger.trial(3)
+    assert (ended.state, ended.epoch) == ("pruned", 1)
+    assert str(ended.reason).startswith("stopped after epoch 1 at 30: its chance to end below 1 ")
 
 
 def test_a_trial_that_asha_stops_is_pruned_with_its_steps(tmp_path: Path) -> None:
