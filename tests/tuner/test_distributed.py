@@ -70,7 +70,9 @@ def test_a_study_runs_on_a_cluster_prunes_and_survives_bad_trials(
             "trials": 6,
             "reduction_factor": 2,
             "space": {"training.learning_rate": rate},
-            "enqueue": [{"training.learning_rate": value} for value in (1e30, 1e-6, 2e-6, 1e-2)],
+            # the last of these is behind all others and starts when two of them have reported,
+            # whichever worker comes up first: it is stopped on a slow machine too
+            "enqueue": [{"training.learning_rate": value} for value in (1e30, 2e-3, 1e-6, 2e-6)],
         },
     )
     out = tmp_path / "run"
@@ -82,7 +84,7 @@ def test_a_study_runs_on_a_cluster_prunes_and_survives_bad_trials(
     assert [trial.number for trial in trials] == list(range(6))
     assert trials[1].state == "failed"
     assert str(trials[1].reason).startswith("diverged")
-    assert "pruned" in {trial.state for trial in trials}
+    assert trials[4].state == "pruned"
     for trial in trials:
         if trial.state == "pruned":
             assert trial.epoch < 4
