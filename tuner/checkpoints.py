@@ -241,15 +241,17 @@ class TrialCheckpoints:
     def __init__(self, home: str) -> None:
         self._home = home
         self._kept: list[str] = []
+        self._spared = 0
         self._is_new = True  # the trial's folder, as far as is known here
         self._opened: tuple[Any, str] | None = None
 
     def follow(self, previous: str | None) -> None:
-        """Take over the checkpoint that the trial went on from: it goes when there is a newer one.
-
-        Not where others may begin there too.
-        """
+        """Take over the checkpoint that the trial went on from: it goes after a newer one."""
         self._kept = [previous] if previous else []
+
+    def spare(self, epoch: int) -> None:
+        """Leave those up to an epoch, also where they are written anew: others may begin there."""
+        self._spared = epoch
 
     def reach(self) -> None:
         """Make sure that this machine sees the storage.
@@ -291,7 +293,7 @@ class TrialCheckpoints:
 
         _patiently(location, keep)
         self._is_new = False
-        if location not in self._kept:
+        if epoch > self._spared and location not in self._kept:
             self._kept.append(location)
         return location
 

@@ -116,7 +116,9 @@ def _run_epochs(
     number = trial.number
     kept = TrialCheckpoints(str(home))
     run.build()
-    if trial.until is None and run.epoch:  # heirs may begin where a stretch does
+    if trial.until is not None:  # heirs may begin where a stretch of it did
+        kept.spare(trial.epoch)
+    elif run.epoch:
         kept.follow(trial.checkpoint)
     while True:
         result = run.step()

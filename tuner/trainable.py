@@ -11,6 +11,7 @@ from ray import tune
 
 from model.config import TrialConfig
 from tuner.checkpoints import TrialCheckpoints, starting_points
+from tuner.folder import checkpoint_epoch
 from tuner.gauges import trial_gauges
 from tuner.trial import TrialRun, place_of
 
@@ -70,7 +71,9 @@ class TrialActor(tune.Trainable):
         self._run = TrialRun(trial, self._device, own, given)
         if own or given:
             self._run.build()
-        if self._until is None and self._run.epoch:  # heirs may begin where a stretch does
+        if self._until is not None:  # heirs may begin where a stretch of it did
+            self._kept.spare(checkpoint_epoch(previous or "") or 0)
+        elif self._run.epoch:
             self._kept.follow(previous)
 
     def step(self) -> dict[str, Any]:

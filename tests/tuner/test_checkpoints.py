@@ -239,6 +239,14 @@ def test_a_checkpoint_stays_until_the_next_is_known(home: str) -> None:
     again.forget()
     with fetched(third):
         pass
+    member = TrialCheckpoints(home)
+    member.spare(3)
+    for epoch in (3, 4, 5):
+        latest = member.write(epoch, saving("anew"))
+        member.forget()
+    for location in (third, latest):
+        with fetched(location):
+            pass
 
 
 def test_a_folder_that_cannot_be_written_for_a_while_is_tried_again(

@@ -14,7 +14,16 @@ import pytest
 
 from model.training import Trainer
 from tests.tuner.clusters import Head, actors, started_head
-from tests.tuner.support import kill, read_until, run, run_here, start, wait_for, write_study
+from tests.tuner.support import (
+    kill,
+    merged,
+    read_until,
+    run,
+    run_here,
+    start,
+    wait_for,
+    write_study,
+)
 from tuner.command import execute
 from tuner.config import load_study
 from tuner.folder import RunFolder
@@ -22,6 +31,7 @@ from tuner.ledger import read_ledger
 from tuner.records import TrialRecord
 from tuner.results import lineage
 from tuner.train import app
+from tuner.trial import MemoryExhausted, TrialRun
 
 PBT: dict[str, Any] = {
     "seed": 4,  # whose winner is a successor's successor
@@ -172,6 +182,38 @@ def test_a_killed_population_goes_on_to_the_same_end(searched: Path, tmp_path: P
         resumed = run("--resume", out, "--local", timeout=300)
         assert resumed.returncode == 0, resumed.stdout + resumed.stderr
         assert story(out) == story(searched)
+
+
+def test_a_donor_that_begins_anew_leaves_its_heirs_what_they_begin_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tuner.conclusion._score_winner", lambda folder, progress: None)
+    config = write_study(
+        tmp_path, **merged(PBT, {"search": {"perturbation_epochs": 2, "trials": 6}})
+    )
+    out = tmp_path / "run"
+    spoilt: list[int] = []
+
+    class Exhausted(TrialRun):
+        """One that meets the end of its memory once, beside a checkpoint that cannot be read."""
+
+        def step(self) -> dict[str, Any]:
+            heirs = [trial for trial in trials_of(out) if trial.heir is not None]
+            donors = {trial.heir.donor for trial in heirs if trial.heir and not trial.curve}
+            for trial in trials_of(out):
+                last = out / "trials" / f"{trial.number:04d}" / "checkpoint-00003"
+                if trial.number in donors and last.is_dir() and not spoilt:
+                    spoilt.append(trial.number)
+                    for path in last.iterdir():
+                        path.write_bytes(b"cut off")
+                    raise MemoryExhausted("no more of it")
+            return super().step()
+
+    monkeypatch.setattr("tuner.local.TrialRun", Exhausted)
+    assert run_here("--config", config, "--local", "--out", out) == 0
+    trials = trials_of(out)
+    assert [trial.state for trial in trials if trial.heir] == ["done", "done"]
+    assert [epoch for epoch, _ in trials[spoilt[0]].curve] == [1, 2, 3, 4]
 
 
 @pytest.fixture(scope="module")

@@ -110,6 +110,19 @@ def test_an_actor_begins_with_its_donors_weights_and_makes_room_at_its_milestone
     assert Path(result[CHECKPOINT]).exists(), "heirs may begin where a stretch does"
 
 
+def test_a_member_that_begins_anew_leaves_what_heirs_may_begin_with(tmp_path: Path) -> None:
+    member = order(tmp_path, 1, training={"epochs": 6})
+    actor = TrialActor(member | {UNTIL: 3})
+    kept = [Path(actor.train()[CHECKPOINT]) for _ in range(3)]
+    for path in kept[-1].iterdir():
+        path.write_bytes(b"cut off")
+    again = TrialActor(member | {RESUME: str(kept[-1]), UNTIL: 6})
+    results = [again.train() for _ in range(6)]
+    assert [result["epoch"] for result in results] == [1, 2, 3, 4, 5, 6]
+    assert kept[-1].is_dir(), "the milestone"
+    assert not Path(results[3][CHECKPOINT]).exists()
+
+
 def test_what_cannot_be_brought_here_is_said_by_the_first_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
