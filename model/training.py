@@ -361,7 +361,7 @@ class Trainer:
             "nll": float(torch.cat(nll).mean()) if located else math.nan,
             "count_accuracy": matching.count_accuracy if matching else math.nan,
             "f1": matching.f1 if matching else math.nan,
-            "gospa": float(gospa(located, *sources).total.mean()) if located else math.nan,
+            "gospa": float(gospa(located, *sources).total.double().mean()) if located else math.nan,
         }
 
     def _set_weights(self, weights: dict[str, Tensor]) -> None:

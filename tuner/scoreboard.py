@@ -220,7 +220,7 @@ def score(
         len(scenes) / seconds,
         detections,
         matching,
-        gospa(detections, scenes.position, scenes.present).total,
+        gospa(detections, scenes.position, scenes.present).total.double(),
         errors(detections, matching, scenes.position),
         torch.cat(error) if error else None,
         torch.cat(subspace) if subspace else None,

@@ -122,7 +122,7 @@ def test_validation_names_the_sources_that_its_decision_names(goal: str) -> None
     matching = match(found, batch.scenes.position, batch.scenes.present)
     assert metrics["f1"] == matching.f1
     assert metrics["count_accuracy"] == matching.count_accuracy
-    cost = gospa(found, batch.scenes.position, batch.scenes.present).total.mean()
+    cost = gospa(found, batch.scenes.position, batch.scenes.present).total.double().mean()
     assert metrics["gospa"] == float(cost)
 
 
