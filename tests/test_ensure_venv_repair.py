@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import shutil
 import subprocess
@@ -18,12 +18,9 @@ pytestmark = pytest.mark.skipif(not PYTHON.exists(), reason=f"no {PYTHON}")
 
 
 def load_script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("ensure_venv", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(SCRIPT.parent))
+        return importlib.import_module(SCRIPT.stem)
 
 
 script = load_script()
