@@ -439,17 +439,19 @@ def test_another_scheduler_stops_what_is_worse_on_a_cluster(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("scheduler", ["none", "asha"])
 def test_what_cannot_win_is_stopped_on_a_cluster_as_it_is_locally(
-    tmp_path: Path, head: Head, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, head: Head, monkeypatch: pytest.MonkeyPatch, scheduler: str
 ) -> None:
     monkeypatch.setattr("tuner.conclusion._score_winner", lambda folder, progress: None)
-    rates = [1e-2, 8e-3, 6e-3, 4e-3, 3e-7, 1e-7, 2e-2, 2e-7]
+    rates = [2e-3, 8e-3, 2e-2, 4e-3, 3e-7, 1e-7, 1e-2, 2e-7]
     config = write_study(
         tmp_path,
         training={"epochs": 6},
         search={
             "trials": len(rates),
-            "scheduler": "none",
+            "scheduler": scheduler,
+            "grace_epochs": 5,  # a rung that few come to
             "least_chance": 0.2,
             "include_base": False,
             "enqueue": [{"training.learning_rate": rate} for rate in rates],
@@ -466,12 +468,17 @@ def test_what_cannot_win_is_stopped_on_a_cluster_as_it_is_locally(
     assert run_here("--config", config, *asked, "--trials", 5, "--out", out) == 0
     assert run_here("--resume", out, *asked, "--trials", len(rates)) == 0
     found = trials_of(out)
-    assert [t.curve for t in found] == [t.curve for t in wanted]
-    assert [(t.state, t.reason) for t in found] == [(t.state, t.reason) for t in wanted]
+    if scheduler == "none":  # of rungs Ray's and Optuna's judge a little differently
+        assert [t.curve for t in found] == [t.curve for t in wanted]
+        assert [(t.state, t.reason) for t in found] == [(t.state, t.reason) for t in wanted]
+    reasons = [str(trial.reason) for trial in found if trial.state == "pruned"]
+    hopeless = [reason for reason in reasons if "its chance to end below" in reason]
+    assert hopeless
+    assert set(reasons) - set(hopeless) <= (
+        {"stopped after epoch 5"} if scheduler == "asha" else set()
+    )
     for trial in found:
-        if trial.state == "pruned":
-            assert "its chance to end below" in str(trial.reason)
-        else:
+        if trial.state != "pruned":
             assert_whole(trial, 6)
 
 
