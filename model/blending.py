@@ -33,9 +33,8 @@ def blended_covariance(
         prediction: the network's.
         features: of the same scenes; R_samp comes from their ridge solutions.
         config: beta and shrinkage.
-        beta: (B,) of a training, see :func:`jittered_beta`; None takes beta as it is, as
-            inference does.
+        beta: (B,) of a training, on the CPU, see :func:`jittered_beta`; None takes beta as it is,
+            as inference does.
     """
     measured = features.measured_covariance(config.shrinkage)
-    chosen = config.beta if beta is None else beta.to(features.y.device)
-    return blend(prediction.covariance, measured, chosen)
+    return blend(prediction.covariance, measured, config.beta if beta is None else beta)

@@ -22,6 +22,7 @@ from physics.candidates import Candidates
 from physics.config import FrozenModel
 from physics.geometry import PlanarArray
 from physics.scene import SceneConfig, Scenes
+from physics.transfer import sent
 
 if TYPE_CHECKING:
     from model.config import TrialConfig
@@ -189,7 +190,7 @@ class FrontEnds:
         if split == "train" and self.hidden:
             sequence = np.random.SeedSequence(self.seed, spawn_key=(4, epoch, chunk))
             drawn = np.random.default_rng(sequence).random(len(scenes)) < self.hidden
-            snr_db = snr_db.masked_fill(torch.from_numpy(drawn).to(snr_db.device), torch.nan)
+            snr_db = snr_db.masked_fill(sent(torch.from_numpy(drawn), snr_db.device), torch.nan)
         if self._search is None:
             return Batch(scenes, snr_db)
         found = self._search(scenes.y, scenes.H, scenes.codes, snr_db)
@@ -264,7 +265,7 @@ class SimulatedScenes:
         if not self.config.fresh:
             if self._fixed is None:
                 self._fixed = self._front_ends.fixed(list(self._simulate(0)), "train")
-            order = _shuffle(n_scenes, epoch, seed).to(self.device)
+            order = sent(_shuffle(n_scenes, epoch, seed), self.device)
             for start in range(0, n_scenes, batch_size):
                 yield self._fixed[order[start : start + batch_size]]
             return
@@ -340,7 +341,7 @@ class ShardScenes:
         for number, start in enumerate(range(0, len(order), batch_size)):
             index = order[start : start + batch_size]
             scenes = self.train.read(index.numpy()).to(self.device)
-            here = index.to(self.device)
+            here = sent(index, self.device)
             if self._known is None:
                 batch = self._front_ends.examine(scenes, "train", epoch, number)
             else:

@@ -18,9 +18,11 @@ from physics.config import Adjustable, FrozenModel
 from physics.covariance import LowRankCovariance, nmse, source_covariance
 from physics.geometry import PlanarArray
 from physics.precision import in_full_precision
-from physics.scaling import column_energy, energy, multiply, power
+from physics.scaling import column_energy, energy, power
 from physics.scene import Scenes
 from physics.steering import Wavefront, steering_vector
+from physics.subspace import orthonormal_weights
+from physics.transfer import sent
 
 Phase = Literal["warmup", "main", "final"]
 
@@ -268,19 +270,15 @@ class ScenesLoss:
         if self.config.decoys >= n_cells:
             return self.dictionary
         drawn = torch.randperm(n_cells, generator=generator)[: self.config.decoys]
-        return self.dictionary[drawn.to(self.dictionary.device)]
+        return self.dictionary.index_select(0, sent(drawn, self.dictionary.device))
 
     def _orthonormal(self, truth: LowRankCovariance, present: Tensor) -> tuple[Tensor, Tensor]:
         """T (B, K, K) of a basis A T of the sources' span, zero beyond its dimension (B,).
 
-        ``T = V Lambda^-1/2`` from the K x K Gram matrix of the steering vectors A; sources that
-        coincide count once.
+        Sources that coincide count once.
         """
         sources = truth.reweighted(present.to(truth.loading.dtype))
-        values, vectors = torch.linalg.eigh(sources.gram())
-        apart = values > self.array.size * torch.finfo(values.dtype).eps * values[..., -1:]
-        scale = torch.where(apart, values, torch.inf).rsqrt()
-        return multiply(vectors, scale.unsqueeze(-2)), apart.sum(-1)
+        return orthonormal_weights(sources.gram(), self.array.size)
 
     def _subspace(
         self,

@@ -6,18 +6,19 @@ import math
 from dataclasses import dataclass
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from scipy.stats import chi2
 from torch import Tensor
 from torch.nn import functional
 
 from model.prediction import Prediction
 from model.ranging import REACH, named_range
+from physics.assignment import FEW, assign, assign_few
 
 _SHARPNESS = 20.0  # of the target over shared cells
 _GATE = math.radians(5.0)  # a candidate farther from a source in either angle is not of it
 _LEVEL = 0.9  # of the ellipses and intervals that directions and ranges are to lie in
 _REACH = REACH["f1"]  # error beyond which a range is a miss, whatever the decision's goal [m]
+_BEYOND = 1e3  # cost beyond what all other pairs of a scene can cost together
 _SMALL = 1e-9  # squared error and variance of a range that count as none [m^2]
 # Their squared radii: chi-square quantiles of two degrees of freedom and of one.
 _ELLIPSE, _INTERVAL = (float(chi2.ppf(_LEVEL, df=degrees)) for degrees in (2, 1))
@@ -173,7 +174,7 @@ def heat_loss(
 
 @torch.no_grad()
 def match_slots(prediction: Prediction, score: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
-    """Pair slots with sources, one to one, by the Hungarian method.
+    """Pair slots with sources, one to one, by an optimal assignment.
 
     A pair costs minus its score and minus half the probability that the slot holds a source.
     Sources left over, because there are more of them than slots or none may be theirs, stay
@@ -188,16 +189,8 @@ def match_slots(prediction: Prediction, score: Tensor, present: Tensor) -> tuple
         matched (B, r) bool and the source (B, r) int64 of each slot, 0 where unmatched.
     """
     cost = -score - 0.5 * torch.sigmoid(prediction.existence).unsqueeze(-1)
-    barred = torch.isinf(score).cpu().numpy()
-    # Beyond what all other pairs of a scene can cost together.
-    costs = torch.nan_to_num(cost, nan=0.0, posinf=1e3, neginf=0.0).cpu().numpy()
-    counts = present.sum(-1).tolist()
-    matched = torch.zeros(prediction.existence.shape, dtype=torch.bool)
-    source = torch.zeros(prediction.existence.shape, dtype=torch.int64)
-    for item, count in enumerate(counts):
-        rows, columns = linear_sum_assignment(costs[item, :, :count])
-        allowed = ~barred[item, rows, columns]
-        matched[item, rows[allowed]] = True
-        source[item, rows[allowed]] = torch.from_numpy(columns[allowed])
-    device = prediction.existence.device
-    return matched.to(device), source.to(device)
+    allowed = ~torch.isinf(score) & present.unsqueeze(-2)
+    costs = torch.nan_to_num(cost, nan=0.0, posinf=_BEYOND, neginf=0.0)
+    pair = assign_few if present.shape[-1] <= FEW else assign
+    source = pair(costs, allowed, _BEYOND)
+    return source >= 0, source.clamp_min(0)

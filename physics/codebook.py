@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from physics.geometry import PlanarArray
+from physics.transfer import sent
 
 Codebook = Literal["random", "dft", "hadamard"]
 
@@ -138,7 +139,6 @@ def draw_codes(
         )
     elif kind in ("dft", "hadamard"):
         book = dft_codebook(array, dtype) if kind == "dft" else hadamard_codebook(array, dtype)
-        book = book.to(device) if device is not None else book
         repeats = -(-n_snapshots // array.size)
         keys = torch.rand(
             (*batch, repeats, array.size),
@@ -147,7 +147,7 @@ def draw_codes(
             dtype=dtype.to_real(),
         )
         chosen = keys.argsort(dim=-1).flatten(-2)[..., :n_snapshots]
-        codes = book[chosen]
+        codes = sent(book, keys.device)[chosen]
     else:
         raise ValueError(f"codebook {kind!r} unknown; choose from {get_args(Codebook)}")
     return codes if bits is None else quantize(codes, bits)

@@ -15,6 +15,7 @@ from physics.products import energy_beyond
 from physics.scaling import column_energy, divide, divisor, energy, multiply, peak, power
 from physics.subspace import dominant_energy, dominant_weights
 from physics.tikhonov import Solver, tikhonov_solve
+from physics.transfer import sent
 
 
 class BlendConfig(FrozenModel):
@@ -392,11 +393,12 @@ class LowRankCovariance:
 
 def _fraction(name: str, value: float | Tensor, like: Tensor) -> Tensor:
     """A weight in [0, 1] as a tensor; a clear error instead of the root of a negative number."""
-    fraction = torch.as_tensor(value, device=like.device, dtype=like.dtype)
-    inside = (fraction >= 0) & (fraction <= 1) if isinstance(value, Tensor) else 0 <= value <= 1
-    if not (bool(inside.all()) if isinstance(inside, Tensor) else inside):
+    inside = ((value >= 0) & (value <= 1)).all() if isinstance(value, Tensor) else 0 <= value <= 1
+    if not inside:
         raise ValueError(f"{name} is {value}; expected a number in [0, 1]")
-    return fraction
+    if isinstance(value, Tensor):
+        return sent(value, like.device).to(like.dtype)
+    return like.new_full((), value)
 
 
 def blend(

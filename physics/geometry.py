@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 from pydantic import Field
@@ -90,6 +90,13 @@ class PlanarArray:
             [grid_x.reshape(-1), grid_y.reshape(-1), torch.zeros(self.size, dtype=torch.float64)],
             dim=-1,
         )
+
+
+@lru_cache(maxsize=32)
+@torch.inference_mode(False)  # as for the elements themselves
+def elements_on(array: PlanarArray, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Element positions (N, 3) [m] of an array, brought to a device once."""
+    return array.elements.to(device=device, dtype=dtype)
 
 
 def direction(azimuth: Tensor, elevation: Tensor) -> Tensor:

@@ -12,12 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
 from scipy.stats import chi2
 from torch import Tensor
 
+from physics.assignment import assign
 from physics.checks import check_finite
 from physics.covariance import LowRankCovariance
 from physics.detections import Detections
@@ -134,7 +133,7 @@ def match(
     close = (difference <= limits).all(-1) & together
     distance = torch.linalg.vector_norm(difference / limits, dim=-1)
     # One pair less costs more than the largest distances, sqrt(3), of all others together.
-    detection = _assign(distance, close, math.sqrt(3.0) * (1 + min(close.shape[1:])))
+    detection = assign(distance, close, math.sqrt(3.0) * (1 + min(close.shape[1:])))
     return Matching(detection, (detection >= 0).sum(-1), found.count, present.sum(-1))
 
 
@@ -158,7 +157,7 @@ def gospa(
     points, truth = to_cartesian(found.position.double()), to_cartesian(position.double())
     distance = torch.linalg.vector_norm(points.unsqueeze(1) - truth.unsqueeze(2), dim=-1)
     cost = distance.pow(p)
-    detection = _assign(cost, (distance < c) & together, c**p)
+    detection = assign(cost, (distance < c) & together, c**p)
     slots = torch.arange(cost.shape[-1], device=cost.device)
     localisation = torch.where(detection.unsqueeze(-1) == slots, cost, 0.0).sum((1, 2))
     n_pairs = (detection >= 0).sum(-1)
@@ -306,19 +305,6 @@ def _difference(found: Tensor, true: Tensor) -> Tensor:
     difference = found.double() - true.double()
     turns = torch.round(difference[..., :1] / (2.0 * torch.pi))
     return torch.cat([difference[..., :1] - 2.0 * torch.pi * turns, difference[..., 1:]], dim=-1)
-
-
-def _assign(cost: Tensor, close: Tensor, cap: float) -> Tensor:
-    """Detection (B, K) int64 of each source, or -1, in the cheapest one-to-one set of close pairs.
-
-    Costs are (B, K, P); each pair that lacks to min(K, P) of them costs ``cap``.
-    """
-    costs, may = torch.where(close, cost.detach(), cap).cpu().numpy(), close.cpu().numpy()
-    assigned = np.full(costs.shape[:2], -1, dtype=np.int64)
-    for item in np.flatnonzero(may.any((1, 2))):
-        rows, columns = linear_sum_assignment(costs[item])
-        assigned[item, rows] = np.where(may[item, rows, columns], columns, -1)
-    return torch.from_numpy(assigned).to(cost.device)
 
 
 def _of_hits(values: Tensor, matching: Matching) -> Tensor:

@@ -9,6 +9,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from physics.transfer import sent
+
 
 class Rows:
     """Base of frozen dataclasses all of whose fields are tensors (B, …) of the same B scenes."""
@@ -24,9 +26,10 @@ class Rows:
         """Every field by its name."""
         return {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]  # who inherits is one
 
-    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Self:
+    def to(self, device: torch.device | str) -> Self:
         """The same scenes on another device."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        place = torch.device(device)
+        return self._map(lambda tensor: sent(tensor, place))
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Self:
         return type(self)(**{name: function(value) for name, value in self.tensors().items()})

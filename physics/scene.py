@@ -16,6 +16,7 @@ from physics.covariance import LowRankCovariance, source_covariance
 from physics.geometry import PlanarArray
 from physics.rows import Rows
 from physics.steering import Wavefront, steering_vector
+from physics.transfer import sent
 
 SourceMode = Literal["fluctuating", "constant"]
 
@@ -169,16 +170,13 @@ def draw_sources(
     unit = torch.rand(
         (n_scenes, config.max_sources, 3), generator=generator, device=device, dtype=dtype
     )
-    low, high = (
-        torch.tensor(
-            [
-                math.radians(config.azimuth_deg[side]),
-                math.radians(config.elevation_deg[side]),
-                config.range_m[side],
-            ],
-            device=device,
-            dtype=dtype,
-        )
+    limits = [
+        [
+            math.radians(config.azimuth_deg[side]),
+            math.radians(config.elevation_deg[side]),
+            config.range_m[side],
+        ]
         for side in (0, 1)
-    )
+    ]
+    low, high = sent(torch.tensor(limits, dtype=dtype), unit.device)
     return low + (high - low) * unit, n_sources

@@ -13,6 +13,7 @@ from physics.geometry import PlanarArray
 from physics.precision import in_full_precision
 from physics.scene import SceneConfig, Scenes, draw_sources
 from physics.steering import steering_vector
+from physics.transfer import sent
 
 
 @in_full_precision
@@ -145,7 +146,7 @@ def _hardware(
         share = (2.0 * uniform(batch, 4) - 1.0).clamp_min(0.0)
         if config.faultless_share:
             share = share * (uniform(batch, 1) >= config.faultless_share)
-    levels = share * position.new_tensor(errors)
+    levels = share * sent(torch.tensor(errors, dtype=real), device)
     jitter, phase_deg, level_db, dropout = levels.unsqueeze(-1).unbind(1)  # (B or 1, 1) each
     displacement = None
     if config.element_jitter:

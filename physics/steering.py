@@ -8,7 +8,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from physics.geometry import PlanarArray, direction
+from physics.geometry import PlanarArray, direction, elements_on
 from physics.precision import in_full_precision
 
 Wavefront = Literal["spherical", "fresnel", "paraxial", "planar"]
@@ -111,7 +111,7 @@ def _checked(position: Tensor, array: PlanarArray, wavefront: Wavefront) -> tupl
         )
     if wavefront not in get_args(Wavefront):
         raise ValueError(f"wavefront {wavefront!r} unknown; choose from {get_args(Wavefront)}")
-    elements = array.elements.to(device=position.device, dtype=position.dtype)
+    elements = elements_on(array, position.device, position.dtype)
     return elements, direction(position[..., 0], position[..., 1])
 
 

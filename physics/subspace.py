@@ -92,3 +92,36 @@ class _DominantWeights(torch.autograd.Function):
         # Of the columns k alone: the Hermitian part of this is what a Hermitian matrix sees.
         to_gram = (core.mT @ vectors.mT).mT @ vectors[..., n_rest:].mH
         return to_gram.sum_to_size(*ctx.batch_shape, *to_gram.shape[-2:]), None, None
+
+
+def orthonormal_weights(gram: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """T (…, K, K) of an orthonormal basis A T of the span of A's columns, and its dimension (…).
+
+    By ``A^H A = L D L^H`` without pivoting, column after column: ``T = L^-H D^-1/2``. A column that
+    the ones before it span to within rounding adds no dimension: its column of T is zero. The host
+    looks at no value.
+
+    Args:
+        gram: A^H A (…, K, K) of columns of like norm, zero columns aside.
+        size: N, the length of the columns, whose rounding it is.
+
+    Source: Golub and Van Loan, "Matrix Computations", 4th ed., 2013, sec. 4.1.2.
+    """
+    n_columns = gram.shape[-1]
+    diagonal = gram.diagonal(dim1=-2, dim2=-1).real
+    least = size * torch.finfo(diagonal.dtype).eps * diagonal.amax(-1)
+    rest, columns, pivots = gram, [], []
+    for k in range(n_columns):
+        pivot = rest[..., k, k].real
+        apart = pivot > least
+        pivot = torch.where(apart, pivot, torch.inf)
+        column = rest[..., :, k] / pivot.unsqueeze(-1)
+        rest = rest - column.unsqueeze(-1) * rest[..., k, :].unsqueeze(-2)
+        columns.append(column)
+        pivots.append(pivot)
+    scale = torch.stack(pivots, dim=-1).rsqrt()  # (…, K), 0 where a column is left out
+    lower = torch.stack(columns, dim=-1)
+    inverse = torch.linalg.solve_triangular(
+        lower.mH, torch.diag_embed(scale.to(gram.dtype)), upper=True, unitriangular=True
+    )
+    return inverse, (scale > 0).sum(-1)

@@ -46,11 +46,7 @@ class SolveReport:
     solver: Solver
     unit_modulus: bool
     fell_back: Tensor
-
-    @property
-    def n_fallbacks(self) -> int:
-        """Number of scenes that the SVD solved again."""
-        return int(self.fell_back.sum())
+    n_fallbacks: int
 
 
 def is_unit_modulus(codes: Tensor) -> bool:
@@ -170,7 +166,8 @@ def solve_unchecked(
                 failed = failed | ~torch.isfinite(operand).flatten(1).all(-1)
     # One pass: a sum is finite only where every term is.
     failed = failed | ~torch.isfinite(torch.view_as_real(a).flatten(1).sum(1))
-    if bool(failed.any()):
+    n_failed = int(failed.sum())  # all that is looked at of what the device has computed
+    if n_failed:
         a = a.clone()
         again, _ = _in_chunks(
             "svd",
@@ -178,7 +175,7 @@ def solve_unchecked(
         )
         a[failed] = _zero_non_finite(again)
     return a.reshape(*batch, *a.shape[-2:]), SolveReport(
-        resolved, unit_modulus, failed.reshape(batch)
+        resolved, unit_modulus, failed.reshape(batch), n_failed
     )
 
 

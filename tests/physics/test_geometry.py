@@ -7,6 +7,7 @@ import torch
 from pydantic import ValidationError
 
 from physics import ArrayConfig, PlanarArray, direction, from_cartesian, to_cartesian
+from physics.geometry import elements_on
 from tests.reference import steering as reference
 
 
@@ -69,7 +70,16 @@ def test_elements_first_asked_for_in_inference_mode_serve_gradients_later() -> N
     array = PlanarArray(3, 4)
     with torch.inference_mode():
         assert array.elements.shape == (12, 3)
+        steering_vector(torch.ones(1, 3, dtype=torch.float64), array)
     position = torch.tensor([[0.1, 0.2, 3.0]], dtype=torch.float64, requires_grad=True)
     steering_vector(position, array).real.sum().backward()
     assert position.grad is not None
     assert torch.isfinite(position.grad).all()
+
+
+def test_elements_are_brought_to_a_device_once() -> None:
+    host = torch.device("cpu")
+    brought = elements_on(PlanarArray(3, 4), host, torch.float32)
+    assert elements_on(PlanarArray(3, 4), host, torch.float32) is brought
+    assert torch.equal(brought.double(), PlanarArray(3, 4).elements.float().double())
+    assert not torch.equal(elements_on(PlanarArray(4, 3), host, torch.float32), brought)

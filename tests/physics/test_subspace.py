@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from physics import LowRankCovariance, blend, nmse
+from physics.subspace import orthonormal_weights
 from tests.physics.helpers import complex_normal, relative_error
 from tests.physics.test_covariance import DTYPES, covariance, dense, laws, shapes
 from tests.reference import covariance as reference
@@ -151,3 +152,36 @@ def test_counts_for_one_matrix_give_it_the_sum_of_their_gradients() -> None:
     assert shared.grad is not None
     assert each.grad is not None
     assert torch.allclose(shared.grad, each.grad.sum(0))
+
+
+def orthonormal(columns: Tensor) -> tuple[Tensor, Tensor]:
+    """The basis A T (…, N, K) and its dimension."""
+    weights, dimension = orthonormal_weights(columns.mH @ columns, columns.shape[-2])
+    return columns @ weights, dimension
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
+def test_orthonormal_weights_span_what_the_columns_do(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(2)
+    columns = torch.randn(20, 30, 5, generator=generator, dtype=dtype)
+    columns = columns / torch.linalg.vector_norm(columns, dim=-2, keepdim=True)
+    # No columns, coinciding ones, those that others span, and close ones.
+    columns[0] = 0.0
+    columns[1, :, 3] = columns[1, :, 1] * 1j
+    columns[2, :, 1:3] = 0.0
+    both = columns[3, :, 0] + columns[3, :, 1]
+    columns[3, :, 4] = both / torch.linalg.vector_norm(both)
+    columns[4, :, 2] = columns[4, :, 0] + 0.05 * columns[4, :, 2]
+    columns[4] = columns[4] / torch.linalg.vector_norm(columns[4], dim=-2, keepdim=True)
+    basis, dimension = orthonormal(columns)
+    assert dimension.tolist() == [0, 4, 3, 4, *[5] * 16]
+    exact = 400 * torch.finfo(dtype).eps
+    for item in range(len(columns)):
+        kept = basis[item][:, basis[item].abs().sum(0) > 0]
+        assert kept.shape[1] == dimension[item]
+        eye = torch.eye(kept.shape[1], dtype=dtype)
+        # The rounding of the Gram matrix over the smallest pivot, 0.05^2 of the close columns.
+        assert torch.allclose(kept.mH @ kept, eye, atol=400 * exact if item == 4 else exact)
+        left, values, _ = torch.linalg.svd(columns[item], full_matrices=False)
+        left = left[:, values > 1e-3]
+        assert torch.allclose(kept @ kept.mH, left @ left.mH, atol=400 * exact)

@@ -1,0 +1,82 @@
+"""One-to-one assignment at least cost, of many small problems at once."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+FEW = 6  # columns whose subsets are few enough to be gone through
+
+
+@torch.no_grad()
+def assign(cost: Tensor, allowed: Tensor, cap: float) -> Tensor:
+    """Column of each row, or -1, in the cheapest one-to-one set of allowed pairs.
+
+    Each pair that lacks to ``min(R, C)`` of them costs ``cap``: with a cap above what all other
+    pairs can cost together, the set has as many pairs as there can be. By the Hungarian method on
+    the host, which waits for the device.
+
+    Args:
+        cost: (B, R, C) real, below the cap where it is allowed; anything elsewhere.
+        allowed: (B, R, C) bool.
+        cap: finite.
+
+    Returns:
+        (B, R) int64.
+
+    Source: Kuhn, "The Hungarian method for the assignment problem", Naval Res. Logist. Quart.
+    2(1-2), 1955; as SciPy has it.
+    """
+    costs, may = torch.where(allowed, cost, cap).cpu().numpy(), allowed.cpu().numpy()
+    assigned = np.full(costs.shape[:2], -1, dtype=np.int64)
+    for item in np.flatnonzero(may.any((1, 2))):
+        rows, columns = linear_sum_assignment(costs[item])
+        assigned[item, rows] = np.where(may[item, rows, columns], columns, -1)
+    return torch.from_numpy(assigned).to(cost.device)
+
+
+@torch.no_grad()
+def assign_few(cost: Tensor, allowed: Tensor, cap: float) -> Tensor:
+    """What :func:`assign` returns, for at most FEW columns, without a look at any value.
+
+    A device goes through it while the host is ahead. Row by row it keeps the least cost of every
+    set of columns that may be taken by then, 2^C numbers a problem, and goes back through them.
+
+    Args:
+        cost, allowed, cap: as there; C at most FEW.
+
+    Returns:
+        (B, R) int64. Of sets that cost the same it may be another one than :func:`assign` takes.
+
+    Raises:
+        ValueError: more columns.
+
+    Source: Held and Karp, "A dynamic programming approach to sequencing problems", J. SIAM 10(1),
+    1962, whose recursion over subsets this is.
+    """
+    n_problems, n_rows, n_columns = cost.shape
+    if n_columns > FEW:
+        raise ValueError(f"cost has {n_columns} columns; expected at most {FEW}: use assign")
+    subset = torch.arange(1 << n_columns, device=cost.device)
+    bit = 1 << torch.arange(n_columns, device=cost.device)
+    holds = (subset.unsqueeze(-1) & bit) != 0  # (2^C, C)
+    before = (subset.unsqueeze(-1) & ~bit).flatten()  # the subset without the column
+    # In double precision, as on the host: the cap may be a thousand times the costs.
+    step = cost.double().masked_fill(~allowed, torch.inf).unsqueeze(-2)  # (B, R, 1, C)
+    step = step.masked_fill(~holds, torch.inf)
+    least = step.new_zeros(n_problems, len(subset)).masked_fill(subset > 0, torch.inf)
+    taken = []
+    for row in range(n_rows):
+        reached = least.index_select(1, before).view(n_problems, len(subset), n_columns)
+        value, column = (reached + step[:, row]).min(-1)
+        taken.append(torch.where(value < least, column, -1))
+        least = torch.minimum(value, least)
+    at = (least - cap * holds.sum(-1, dtype=least.dtype)).argmin(-1, keepdim=True)
+    columns = []
+    for choice in reversed(taken):
+        column = choice.gather(1, at)
+        columns.append(column)
+        at = torch.where(column < 0, at, at - (1 << column.clamp_min(0)))
+    return torch.cat(columns[::-1], dim=1) if columns else at.new_empty(n_problems, 0)

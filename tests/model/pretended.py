@@ -1,0 +1,174 @@
+"""An accelerator that is not there: where the host would wait for it.
+
+PyTorch's fake tensors have shapes, dtypes and a device, and no values. On them a training step runs
+without a GPU: operands that lie on two devices are an error as they are on a real one, and every
+look at a value, for which the host has to wait until the device has computed it, can be counted.
+
+Run as a program, since the pretended device stays with its process: it prints, as JSON, the places
+by what was run, and how often each waits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import sys
+import tempfile
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import backend_registration
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from model import Trainer
+from model.loss import ScenesLoss
+from model.optimizer import WeightAverage, make_optimizer
+from physics import PlanarArray, SceneConfig, simulate
+from physics.assignment import assign
+from tests.model.test_step_sizes import _NETWORKS, config_of
+
+ROOT = Path(__file__).resolve().parents[2]
+NAME = "pretended"
+# On CUDA these look whether they succeeded, or at how much they will return.
+WAITING = {"_linalg_eigh", "_linalg_svd", "linalg_lstsq", "nonzero", "masked_select", "_unique2"}
+
+
+class Waits(TorchDispatchMode):
+    """Counts the places, "file: function", that wait for the device; values read are made up."""
+
+    def __init__(self, mode: FakeTensorMode) -> None:
+        super().__init__()
+        self.places: Counter[str] = Counter()
+        self._mode = mode
+        self._true: dict[int, Tensor] = {}  # what says that all is well
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        kwargs = kwargs or {}
+        name = func.overloadpacket.__name__
+        if name == "_pin_memory":
+            return args[0]
+        if name == "_local_scalar_dense":
+            return self._read(args[0])
+        if name == "_to_copy" and not self._is_fake(args[0]):  # a constant of the host's
+            args = (self._mode.from_tensor(args[0]), *args[1:])
+        if name in WAITING and self._is_there(args[0]):
+            self._count()
+        if name in ("index", "index_put", "index_put_") and any(
+            index is not None and index.dtype is torch.bool for index in args[1]
+        ):
+            self._count()
+        result = func(*args, **kwargs)
+        if name == "all":
+            self._true[id(result)] = result
+        if name in ("_to_copy", "copy_"):
+            source, blocks = (args[1], len(args) < 3 or not args[2]) if name == "copy_" else (
+                args[0], not kwargs.get("non_blocking"))  # fmt: skip
+            if blocks and self._is_there(source) != self._is_there(result):
+                self._count()
+        return result
+
+    def _read(self, value: Tensor) -> bool | int | float:
+        if self._is_there(value):
+            self._count()
+        if value.dtype is torch.bool:
+            return id(value) in self._true
+        return 0.5 if value.is_floating_point() else 0
+
+    def _count(self) -> None:
+        own = [frame for frame in traceback.extract_stack() if _is_ours(frame.filename)]
+        path = Path(own[-1].filename).relative_to(ROOT)
+        self.places[f"{path}: {own[-1].name}"] += 1
+
+    @staticmethod
+    def _is_fake(tensor: Tensor) -> bool:
+        return type(tensor) is not Tensor and type(tensor) is not nn.Parameter
+
+    @staticmethod
+    def _is_there(tensor: Tensor) -> bool:
+        return tensor.device.type == NAME
+
+
+def _is_ours(path: str) -> bool:
+    return any(Path(path).is_relative_to(ROOT / package) for package in ("physics", "model"))
+
+
+def moved(value: Any, mode: FakeTensorMode) -> Any:
+    """Tensors, records of tensors and modules as if they lay on the device."""
+    if isinstance(value, Tensor):
+        return mode.from_tensor(value).to(NAME)
+    if isinstance(value, nn.Module):
+        for part in value.modules():
+            for name, parameter in part.named_parameters(recurse=False):
+                setattr(part, name, nn.Parameter(moved(parameter.detach(), mode)))
+            for name, buffer in part.named_buffers(recurse=False):
+                setattr(part, name, moved(buffer, mode))
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        parts = {f.name: moved(getattr(value, f.name), mode) for f in dataclasses.fields(value)}
+        return dataclasses.replace(value, **parts)
+    return value
+
+
+def waits_of(work: Callable[[], object], mode: FakeTensorMode) -> dict[str, int]:
+    """The places where the host waits, when all that happens once has happened."""
+    for _ in range(2):
+        with mode, Waits(mode) as waits:
+            work()
+    return dict(waits.places)
+
+
+def waits_of_a_step(family: str, mode: FakeTensorMode) -> dict[str, int]:
+    """Of a training step of a network."""
+    with tempfile.TemporaryDirectory() as cache:
+        config = config_of(family, 12, Path(cache))
+        trainer = Trainer(config)
+        batch = next(iter(trainer.source.train_batches(0, config.training.batch_size, 0)))
+    with mode:
+        batch, network = moved(batch, mode), moved(trainer.network.train(), mode)
+        trainer.device = torch.device(NAME)
+        trainer.network = network
+        trainer.optimizer = make_optimizer(network, config.training, trainer.device)
+        trainer.average = WeightAverage(network, config.training.ema_decay)
+        cells = network.dictionary, network.cell_size, network.directions
+        trainer.loss = ScenesLoss(config.loss, trainer.array, config.scene.wavefront, *cells)
+    return waits_of(lambda: trainer._train_step(batch), mode)
+
+
+def waits_of_a_simulation(mode: FakeTensorMode, **changes: Any) -> dict[str, int]:
+    """Of a chunk of scenes."""
+    config, array = SceneConfig.model_validate(changes), PlanarArray(12, 12)
+    return waits_of(lambda: simulate(256, config, array, device=torch.device(NAME)), mode)
+
+
+def waits_of_what_waits(mode: FakeTensorMode) -> dict[str, int]:
+    """Of an assignment on the host, which can but wait."""
+
+    def work() -> None:
+        cost = torch.empty(4, 3, 2, device=NAME)
+        with contextlib.suppress(RuntimeError):  # fake tensors have no NumPy view
+            assign(cost, cost > 0, 1.0)
+
+    return waits_of(work, mode)
+
+
+def main() -> None:
+    """Print where the host waits."""
+    backend_registration._setup_privateuseone_for_python_backend(NAME)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    errors = {"element_jitter": 0.01, "phase_error_deg": 5.0, "error_levels": "varied"}
+    found = {family: waits_of_a_step(family, mode) for family in sorted(_NETWORKS)}
+    found["simulate"] = waits_of_a_simulation(mode)
+    found["simulate, DFT codes"] = waits_of_a_simulation(mode, codebook="dft")
+    found["simulate, hardware errors"] = waits_of_a_simulation(mode, **errors)
+    found["assign"] = waits_of_what_waits(mode)
+    json.dump(found, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
