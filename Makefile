@@ -11,6 +11,9 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 	command -v $$p && break; done)
 VENV := .venv/bin
 ARGS ?=
+# Processes that share the tests; 0: all in one, for a debugger.
+WORKERS ?= 2
+PYTEST := $(VENV)/python -m pytest -n $(WORKERS) --dist loadfile
 
 # Packages of another Python must not shadow those of .venv.
 unexport PYTHONHOME PYTHONPATH
@@ -43,10 +46,10 @@ run: setup  ## tune a small network on simulated scenes, in minutes, on any mach
 	@$(VENV)/python -m tuner.run $(if $(NAMED),,--config configs/quickstart.yaml) $(ARGS)
 
 test: dev  ## run the tests
-	@$(VENV)/python -m pytest $(ARGS)
+	@$(PYTEST) $(ARGS)
 
 test-slow: dev  ## run the tests that take minutes
-	@$(VENV)/python -m pytest -m slow $(ARGS)
+	@$(PYTEST) -m slow $(ARGS)
 
 lint: dev  ## check style and types
 	@$(VENV)/ruff check .
