@@ -17,7 +17,7 @@ import sys
 import tempfile
 import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from model import Trainer
 from model.loss import ScenesLoss
 from model.optimizer import WeightAverage, make_optimizer
-from physics import PlanarArray, SceneConfig, simulate
+from physics import PlanarArray, SceneConfig, nomp, sample_covariance, scene_crb, simulate, somp
 from physics.assignment import assign
+from physics.candidates import find_candidates
 from tests.model.test_step_sizes import _NETWORKS, config_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -60,10 +61,10 @@ class Waits(TorchDispatchMode):
             args = (self._mode.from_tensor(args[0]), *args[1:])
         if name in WAITING and self._is_there(args[0]):
             self._count()
-        if name in ("index", "index_put", "index_put_") and any(
-            index is not None and index.dtype is torch.bool for index in args[1]
-        ):
-            self._count()
+        if name == "nonzero":
+            return torch.stack(_all_of(args[0]), dim=-1)
+        if name in ("index", "index_put", "index_put_"):
+            args = (args[0], self._chosen(args[1]), *args[2:])
         result = func(*args, **kwargs)
         if name == "all":
             self._true[id(result)] = result
@@ -73,6 +74,17 @@ class Waits(TorchDispatchMode):
             if blocks and self._is_there(source) != self._is_there(result):
                 self._count()
         return result
+
+    def _chosen(self, indices: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Indices in the place of masks, for which the host waits."""
+        chosen: list[Tensor | None] = []
+        for index in indices:
+            if index is not None and index.dtype is torch.bool:
+                self._count()
+                chosen += _all_of(index)
+            else:
+                chosen.append(index)
+        return chosen
 
     def _read(self, value: Tensor) -> bool | int | float:
         if self._is_there(value):
@@ -93,6 +105,11 @@ class Waits(TorchDispatchMode):
     @staticmethod
     def _is_there(tensor: Tensor) -> bool:
         return tensor.device.type == NAME
+
+
+def _all_of(mask: Tensor) -> list[Tensor]:
+    """Where a mask is true, as if it were true everywhere."""
+    return [torch.empty(mask.numel(), dtype=torch.int64, device=mask.device)] * mask.ndim
 
 
 def _is_ours(path: str) -> bool:
@@ -146,6 +163,25 @@ def waits_of_a_simulation(mode: FakeTensorMode, **changes: Any) -> dict[str, int
     return waits_of(lambda: simulate(256, config, array, device=torch.device(NAME)), mode)
 
 
+def waits_of_estimators(mode: FakeTensorMode) -> dict[str, dict[str, int]]:
+    """Of what locates sources without a network, by its name."""
+    config, array = SceneConfig(), PlanarArray(12, 12)
+    with mode, Waits(mode):
+        scenes = simulate(8, config, array, device=torch.device(NAME))
+    measurement = scenes.y, scenes.H, scenes.codes
+    common: dict[str, Any] = {"array": array, "scene": config}
+    estimators: dict[str, Callable[[], object]] = {
+        "candidates": lambda: find_candidates(*measurement, **common, snr_db=scenes.snr_db),
+        "crb": lambda: scene_crb(scenes, array, config.wavefront, config.source_mode),
+        "nomp": lambda: nomp(*measurement, **common, snr_db=scenes.snr_db),
+        "nomp, blind": lambda: nomp(*measurement, **common),
+        "somp": lambda: somp(*measurement, **common),
+        "R_samp": lambda: sample_covariance(*measurement),
+        "R_samp, SVD": lambda: sample_covariance(*measurement, solver="svd"),
+    }
+    return {name: waits_of(work, mode) for name, work in estimators.items()}
+
+
 def waits_of_what_waits(mode: FakeTensorMode) -> dict[str, int]:
     """Of an assignment on the host, which can but wait."""
 
@@ -166,6 +202,7 @@ def main() -> None:
     found["simulate"] = waits_of_a_simulation(mode)
     found["simulate, DFT codes"] = waits_of_a_simulation(mode, codebook="dft")
     found["simulate, hardware errors"] = waits_of_a_simulation(mode, **errors)
+    found |= waits_of_estimators(mode)
     found["assign"] = waits_of_what_waits(mode)
     json.dump(found, sys.stdout)
 

@@ -46,5 +46,13 @@ def test_a_simulation_waits_for_nothing(waits: dict[str, dict[str, int]], kind: 
     assert waits[kind] == {}
 
 
+@pytest.mark.parametrize(
+    "estimator", ["R_samp", "R_samp, SVD", "candidates", "crb", "nomp", "nomp, blind", "somp"]
+)
+def test_an_estimator_keeps_to_its_device(waits: dict[str, dict[str, int]], estimator: str) -> None:
+    """Operands on two devices would have ended it; how often it waits is open."""
+    assert waits[estimator]
+
+
 def test_a_wait_is_seen(waits: dict[str, dict[str, int]]) -> None:
     assert set(waits["assign"]) == {"physics/assignment.py: assign"}
