@@ -137,7 +137,8 @@ def solve_unchecked(
         unit_modulus = is_unit_modulus(codes)
     if unit_modulus:
         y = divide(y, H_scale)
-        trace = energy(H).unsqueeze(-1)
+        kernel = H @ H.mH
+        trace = kernel.diagonal(dim1=-2, dim2=-1).real.sum(-1, keepdim=True)
     else:
         code_scale = divisor(peak(codes, 1)).unsqueeze(-1)  # (B, L, 1)
         codes = divide(codes, code_scale)
@@ -155,7 +156,7 @@ def solve_unchecked(
         a = y.new_zeros(*y.shape[:-1], n_elements)
         failed = torch.zeros(0, dtype=torch.bool, device=y.device)
     elif resolved == "dual" and unit_modulus:
-        a, failed = _dual_shared(y, H, codes, alpha)
+        a, failed = _dual_shared(y, H, codes, kernel, alpha)
     else:
         operands = (y, H, codes, alpha.expand(y.shape[:2]))
         if resolved == "dual":
@@ -202,13 +203,15 @@ def _substitute(cholesky: Tensor, right: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(cholesky.mH, half, upper=True)
 
 
-def _dual_shared(y: Tensor, H: Tensor, codes: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
-    """Dual form for unit-modulus codes: one M x M factorisation a scene."""
-    kernel = H @ H.mH
+def _dual_shared(
+    y: Tensor, H: Tensor, codes: Tensor, kernel: Tensor, alpha: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Dual form for unit-modulus codes: one M x M factorisation a scene, of ``H H^H + alpha I``."""
     kernel.diagonal(dim1=-2, dim2=-1).add_(alpha)
     cholesky, failed = _factorize(kernel)
     z = _substitute(cholesky, y.mT)  # (B, M, L)
-    return ((z.mH @ H) * codes).conj_physical(), failed  # H and codes are conjugated in no copy
+    # H and codes are conjugated in no copy, and the product is kept in one place.
+    return (z.mH @ H).mul_(codes).conj_physical_(), failed
 
 
 def _in_chunks(
