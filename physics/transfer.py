@@ -15,4 +15,5 @@ def sent(tensor: Tensor, device: torch.device) -> Tensor:
     """
     if device.type == "cpu" or tensor.device.type != "cpu":
         return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
+    # Contiguous: rows that share their memory cannot be pinned as they lie.
+    return tensor.contiguous().pin_memory().to(device, non_blocking=True)
