@@ -76,8 +76,8 @@ def table(result: dict[str, Any]) -> str:
             "|---|---|---|---|---|",
         ]
         lines += [
-            f"| {name} | {row['median_ms']:.3g} ms | {row['n_operations']:,} | {row['bound']} | "
-            f"{row['reached']:.0%} |"
+            f"| {name} | {digits(row['median_ms'])} ms | {row['n_operations']:,} | "
+            f"{row['bound']} | {row['reached']:.0%} |"
             for name, row in hot["functions"].items()
         ]
     epoch = result.get("epoch")
@@ -92,6 +92,11 @@ def table(result: dict[str, Any]) -> str:
             + ".",
         ]
     return "\n".join(lines)
+
+
+def digits(value: float) -> str:
+    """Three digits or all before the point: 0.0519, 84.1, 1,052."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def written_into(page: str, text: str) -> str:

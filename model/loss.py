@@ -192,7 +192,9 @@ class ScenesLoss:
             seen = signal.mT @ projected  # (B, K, K)
             subspace = blended.combined(signal)  # (B, K, N)
             terms["subspace_align"] = self._subspace(
-                seen, *self._orthonormal(truth, present), None if whole is None else whole.occupied
+                seen,
+                *orthonormal_weights(steering.masked_fill(~present.unsqueeze(-1), 0.0).mT),
+                None if whole is None else whole.occupied,
             )
             terms["peak_contrast"] = self._contrast(
                 column_energy(seen),
@@ -271,14 +273,6 @@ class ScenesLoss:
             return self.dictionary
         drawn = torch.randperm(n_cells, generator=generator)[: self.config.decoys]
         return self.dictionary.index_select(0, sent(drawn, self.dictionary.device))
-
-    def _orthonormal(self, truth: LowRankCovariance, present: Tensor) -> tuple[Tensor, Tensor]:
-        """T (B, K, K) of a basis A T of the sources' span, zero beyond its dimension (B,).
-
-        Sources that coincide count once.
-        """
-        sources = truth.reweighted(present.to(truth.loading.dtype))
-        return orthonormal_weights(sources.gram(), self.array.size)
 
     def _subspace(
         self,

@@ -44,6 +44,11 @@ class TrainingConfig(FrozenModel):
         0.1, ge=0, le=1, description="share of training scenes whose SNR is hidden"
     )
     threads: int = Field(1, ge=1, description="CPU threads of the trial")
+    compile: bool = Field(
+        False,
+        description="the network's part of a step is compiled before the first, for a minute or "
+        "more: for long trainings",
+    )
 
     def warmup_steps(self, total_steps: int) -> int:
         """Optimiser steps of the warm-up."""

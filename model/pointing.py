@@ -191,6 +191,7 @@ def match_slots(prediction: Prediction, score: Tensor, present: Tensor) -> tuple
     cost = -score - 0.5 * torch.sigmoid(prediction.existence).unsqueeze(-1)
     allowed = ~torch.isinf(score) & present.unsqueeze(-2)
     costs = torch.nan_to_num(cost, nan=0.0, posinf=_BEYOND, neginf=0.0)
-    pair = assign_few if present.shape[-1] <= FEW else assign
+    on_host = costs.device.type == "cpu" or costs.shape[-1] > FEW
+    pair = assign if on_host else assign_few
     source = pair(costs, allowed, _BEYOND)
     return source >= 0, source.clamp_min(0)

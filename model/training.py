@@ -18,11 +18,11 @@ from torch import Tensor
 from model.adjustment import first_difference, lasting, undivided
 from model.blending import blended_covariance, jittered_beta
 from model.checkpoint import Checkpoint, CheckpointError, check_shapes, has_checkpoint
+from model.compiling import compiled
 from model.config import TrialConfig, score
 from model.cost import trial_flops
 from model.data import Batch, open_source
-from model.decision import Decision, Judged, choose, judge
-from model.decode import detect
+from model.decision import Decision
 from model.features import Features, compute_features
 from model.loss import Counts, ScenesLoss
 from model.memory import keep_freed_memory
@@ -34,17 +34,15 @@ from model.optimizer import (
     set_learning_rate,
 )
 from model.precision import AmpPolicy
-from physics.covariance import nmse
-from physics.detections import Detections
-from physics.metrics import gospa, match
+from model.prediction import Prediction
+from model.validation import score_validation
+from physics.covariance import LowRankCovariance
 from physics.pursuit import pursuit_grid
 
 log = logging.getLogger(__name__)
 
 Metrics = dict[str, float | int | bool]
 Report = Callable[[int, Metrics], None]
-
-_VALIDATION_BATCH = 128
 
 
 class TrialDiverged(RuntimeError):
@@ -80,6 +78,9 @@ class Trainer:
         self.grid = pursuit_grid(config.scene, self.array)
         self._seed_epoch(0)
         self.network = build_network(config.network, config.scene, self.array).to(self.device)
+        self._forward: Callable[[Features], Prediction] = self.network
+        if config.training.compile:
+            self._forward = compiled(self.network, config.training.threads)
         self.source = open_source(config, self.device, self.network.dictionary)
         self.average = WeightAverage(self.network, config.training.ema_decay)
         self.optimizer = make_optimizer(self.network, config.training, self.device)
@@ -273,7 +274,7 @@ class Trainer:
         for part, drawn in zip(parts, betas, strict=True):
             features = self._features(part)
             with self.amp.autocast():
-                prediction = self.network(features)
+                prediction = self._forward(features)
             blended = blended_covariance(prediction, features, self.config.blend, drawn)
             value = self.loss(prediction, blended, part.scenes, phase, decoys, whole)
             self.amp.backward(value.total)
@@ -320,49 +321,28 @@ class Trainer:
             those of a dictionary by the peaks of MUSIC on a coarse grid.
         """
         self.network.eval()
-        validation = self.source.validation()
-        scenes = validation.scenes
         raw = {k: p.detach().clone() for k, p in self.network.named_parameters()}
         self._set_weights(self.average.weights)
         try:
-            wavefront = self.config.scene.wavefront
-            pred, blended_error, nll, found, judged = [], [], [], [], []
-            size = -(-_VALIDATION_BATCH // self.config.training.accumulation)
-            for start in range(0, len(scenes), size):
-                index = slice(start, start + size)
-                features, batch = self._features(validation[index]), scenes[index]
-                with self.amp.autocast():
-                    prediction = self.network(features)
-                blended = blended_covariance(prediction, features, self.config.blend)
-                truth = batch.covariance(self.array, wavefront)
-                pred.append(nmse(prediction.covariance, truth).double())
-                blended_error.append(nmse(blended, truth).double())
-                if not bool(torch.isfinite(blended_error[-1]).all()):
-                    continue  # weights that have diverged locate nothing
-                nll.append(self.loss.nll(prediction, batch).double())
-                if prediction.cells is not None:
-                    judged.append(judge(prediction, self.config.decision.goal))
-                else:
-                    found.append(detect(prediction, blended, self.grid, self.array, wavefront))
+            metrics, decision = score_validation(
+                self._predict,
+                self.source.validation(),
+                self.loss,
+                self.config,
+                self.array,
+                self.grid,
+            )
         finally:
             self._set_weights(raw)
-        located = None
-        if len(judged) == len(pred):
-            everything = Judged.concatenate(judged)
-            self.decision = choose(everything, scenes, self.config.decision.goal)
-            located = everything.named(self.decision)
-        elif len(found) == len(pred):
-            located = Detections.concatenate(found)
-        sources = scenes.position, scenes.present
-        matching = match(located, *sources) if located else None
-        return {
-            "nmse_pred": float(torch.cat(pred).mean()),
-            "nmse_blend": float(torch.cat(blended_error).mean()),
-            "nll": float(torch.cat(nll).mean()) if located else math.nan,
-            "count_accuracy": matching.count_accuracy if matching else math.nan,
-            "f1": matching.f1 if matching else math.nan,
-            "gospa": float(gospa(located, *sources).total.double().mean()) if located else math.nan,
-        }
+        self.decision = decision or self.decision
+        return metrics
+
+    def _predict(self, batch: Batch) -> tuple[Prediction, LowRankCovariance]:
+        """Prediction and R_blend as inference makes them."""
+        features = self._features(batch)
+        with self.amp.autocast():
+            prediction = self.network(features)
+        return prediction, blended_covariance(prediction, features, self.config.blend)
 
     def _set_weights(self, weights: dict[str, Tensor]) -> None:
         with torch.no_grad():

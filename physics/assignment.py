@@ -7,6 +7,8 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from physics.transfer import sent
+
 FEW = 6  # columns whose subsets are few enough to be gone through
 
 
@@ -34,15 +36,16 @@ def assign(cost: Tensor, allowed: Tensor, cap: float) -> Tensor:
     for item in np.flatnonzero(may.any((1, 2))):
         rows, columns = linear_sum_assignment(costs[item])
         assigned[item, rows] = np.where(may[item, rows, columns], columns, -1)
-    return torch.from_numpy(assigned).to(cost.device)
+    return sent(torch.from_numpy(assigned), cost.device)
 
 
 @torch.no_grad()
 def assign_few(cost: Tensor, allowed: Tensor, cap: float) -> Tensor:
     """What :func:`assign` returns, for at most FEW columns, without a look at any value.
 
-    A device goes through it while the host is ahead. Row by row it keeps the least cost of every
-    set of columns that may be taken by then, 2^C numbers a problem, and goes back through them.
+    A device goes through it while the host is ahead; on a CPU :func:`assign` is faster. Row by row
+    it keeps the least cost of every set of columns that may be taken by then, 2^C numbers a
+    problem, and goes back through them.
 
     Args:
         cost, allowed, cap: as there; C at most FEW.
@@ -65,12 +68,12 @@ def assign_few(cost: Tensor, allowed: Tensor, cap: float) -> Tensor:
     before = (subset.unsqueeze(-1) & ~bit).flatten()  # the subset without the column
     # In double precision, as on the host: the cap may be a thousand times the costs.
     step = cost.double().masked_fill(~allowed, torch.inf).unsqueeze(-2)  # (B, R, 1, C)
-    step = step.masked_fill(~holds, torch.inf)
+    barrier = step.new_zeros(holds.shape).masked_fill(~holds, torch.inf)
     least = step.new_zeros(n_problems, len(subset)).masked_fill(subset > 0, torch.inf)
     taken = []
     for row in range(n_rows):
         reached = least.index_select(1, before).view(n_problems, len(subset), n_columns)
-        value, column = (reached + step[:, row]).min(-1)
+        value, column = (reached + step[:, row] + barrier).min(-1)
         taken.append(torch.where(value < least, column, -1))
         least = torch.minimum(value, least)
     at = (least - cap * holds.sum(-1, dtype=least.dtype)).argmin(-1, keepdim=True)

@@ -56,6 +56,7 @@ class PlanarArray:
     offset: tuple[float, float] = (0.0, 0.0)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "offset", tuple(self.offset))  # a list could not be looked up by
         if self.n_horizontal < 1 or self.n_vertical < 1:
             raise ValueError(
                 f"array has {self.n_horizontal} x {self.n_vertical} elements; at least 1 x 1 needed"

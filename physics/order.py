@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from physics.fit import Fit, Measurement
+from physics.scaling import column_energy
 from physics.scene import SourceMode
 from physics.steering import Wavefront
 
@@ -106,7 +107,7 @@ def symbol_powers(measurement: Measurement, fit: Fit, noise_power: Tensor | None
         if step == _EM_STEPS:
             break
         # Posterior of the symbols: mean root u, variance sigma^2 root^2 diag(W^-1).
-        scatter = torch.cholesky_inverse(cholesky).diagonal(dim1=-2, dim2=-1).real
+        scatter = column_energy(torch.linalg.solve_triangular(cholesky, eye, upper=False))
         spread = root.square() * sigma2[:, None, None]
         new_p = (solved.abs().square() * root.square() + spread * scatter).mean(1)
         if noise_power is None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from physics.scaling import column_energy, multiply
+from physics.scaling import column_energy, divide, multiply
 
 
 def dominant_energy(
@@ -94,34 +94,37 @@ class _DominantWeights(torch.autograd.Function):
         return to_gram.sum_to_size(*ctx.batch_shape, *to_gram.shape[-2:]), None, None
 
 
-def orthonormal_weights(gram: Tensor, size: int) -> tuple[Tensor, Tensor]:
+def orthonormal_weights(columns: Tensor) -> tuple[Tensor, Tensor]:
     """T (…, K, K) of an orthonormal basis A T of the span of A's columns, and its dimension (…).
 
     By ``A^H A = L D L^H`` without pivoting, column after column: ``T = L^-H D^-1/2``. A column that
-    the ones before it span to within rounding adds no dimension: its column of T is zero. The host
+    the ones before it span to within the rounding of A adds no dimension: its column of T is zero.
+    In double precision, since sources close to each other leave pivots near that rounding; the host
     looks at no value.
 
     Args:
-        gram: A^H A (…, K, K) of columns of like norm, zero columns aside.
-        size: N, the length of the columns, whose rounding it is.
+        columns: A (…, N, K) complex of like norm, zero columns aside.
 
     Source: Golub and Van Loan, "Matrix Computations", 4th ed., 2013, sec. 4.1.2.
     """
-    n_columns = gram.shape[-1]
-    diagonal = gram.diagonal(dim1=-2, dim2=-1).real
-    least = size * torch.finfo(diagonal.dtype).eps * diagonal.amax(-1)
-    rest, columns, pivots = gram, [], []
-    for k in range(n_columns):
+    exact = columns.to(torch.complex128)
+    rest = exact.mH @ exact
+    diagonal = rest.diagonal(dim1=-2, dim2=-1).real
+    rounding = columns.shape[-2] * torch.finfo(columns.dtype).eps
+    least = rounding * diagonal.amax(-1)
+    factor, pivots = [], []
+    for k in range(columns.shape[-1]):
         pivot = rest[..., k, k].real
-        apart = pivot > least
-        pivot = torch.where(apart, pivot, torch.inf)
-        column = rest[..., :, k] / pivot.unsqueeze(-1)
+        pivot = torch.where(pivot > least, pivot, torch.inf)
+        column = divide(rest[..., :, k], pivot.unsqueeze(-1))
         rest = rest - column.unsqueeze(-1) * rest[..., k, :].unsqueeze(-2)
-        columns.append(column)
+        factor.append(column)
         pivots.append(pivot)
     scale = torch.stack(pivots, dim=-1).rsqrt()  # (…, K), 0 where a column is left out
-    lower = torch.stack(columns, dim=-1)
-    inverse = torch.linalg.solve_triangular(
-        lower.mH, torch.diag_embed(scale.to(gram.dtype)), upper=True, unitriangular=True
+    weights = torch.linalg.solve_triangular(
+        torch.stack(factor, dim=-1).mH,
+        torch.diag_embed(scale.to(exact.dtype)),
+        upper=True,
+        unitriangular=True,
     )
-    return inverse, (scale > 0).sum(-1)
+    return weights.to(columns.dtype), (scale > 0).sum(-1)

@@ -137,7 +137,7 @@ def solve_unchecked(
         unit_modulus = is_unit_modulus(codes)
     if unit_modulus:
         y = divide(y, H_scale)
-        kernel = H @ H.mH
+        kernel = H @ H.mH  # of the dual form; its trace serves all
         trace = kernel.diagonal(dim1=-2, dim2=-1).real.sum(-1, keepdim=True)
     else:
         code_scale = divisor(peak(codes, 1)).unsqueeze(-1)  # (B, L, 1)

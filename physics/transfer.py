@@ -13,7 +13,7 @@ def sent(tensor: Tensor, device: torch.device) -> Tensor:
     the device has done all that was asked of it before: the tensor goes by pinned memory, which
     PyTorch keeps until it has been read.
     """
-    if device.type == "cpu" or tensor.device.type != "cpu":
+    if device.type in ("cpu", "meta") or tensor.device.type != "cpu":
         return tensor.to(device)
     # Contiguous: rows that share their memory cannot be pinned as they lie.
     return tensor.contiguous().pin_memory().to(device, non_blocking=True)

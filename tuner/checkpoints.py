@@ -241,7 +241,7 @@ class TrialCheckpoints:
     def __init__(self, home: str) -> None:
         self._home = home
         self._kept: list[str] = []
-        self._spared = 0
+        self._spared: set[str] = set()
         self._is_new = True  # the trial's folder, as far as is known here
         self._opened: tuple[Any, str] | None = None
 
@@ -249,9 +249,19 @@ class TrialCheckpoints:
         """Take over the checkpoint that the trial went on from: it goes after a newer one."""
         self._kept = [previous] if previous else []
 
-    def spare(self, epoch: int) -> None:
-        """Leave those up to an epoch, also where they are written anew: others may begin there."""
-        self._spared = epoch
+    def spare(self) -> None:
+        """Leave those that there are, also where they are written anew: others may begin there.
+
+        Raises:
+            StorageOut: the storage does not say which there are.
+        """
+
+        def look() -> set[str]:
+            filesystem, home = open_location(self._home)
+            found = filesystem.get_file_info(FileSelector(home, allow_not_found=True))
+            return {info.base_name for info in found}
+
+        self._spared = _patiently(self._home, look)
 
     def reach(self) -> None:
         """Make sure that this machine sees the storage.
@@ -293,7 +303,7 @@ class TrialCheckpoints:
 
         _patiently(location, keep)
         self._is_new = False
-        if epoch > self._spared and location not in self._kept:
+        if name not in self._spared and location not in self._kept:
             self._kept.append(location)
         return location
 

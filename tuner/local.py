@@ -117,7 +117,7 @@ def _run_epochs(
     kept = TrialCheckpoints(str(home))
     run.build()
     if trial.until is not None:  # heirs may begin where a stretch of it did
-        kept.spare(trial.epoch)
+        kept.spare()
     elif run.epoch:
         kept.follow(trial.checkpoint)
     while True:

@@ -34,6 +34,7 @@ UNSEARCHABLE = (
     "training.patience",
     "training.threads",
     "training.accumulation",
+    "training.compile",
 )
 _CELLS = tuple(f"network.{axis}_cells" for axis in ("azimuth", "elevation", "range"))
 _MOST_IMAGES = 8  # kinds of spectra of the same scenes that a study keeps

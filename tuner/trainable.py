@@ -11,7 +11,6 @@ from ray import tune
 
 from model.config import TrialConfig
 from tuner.checkpoints import TrialCheckpoints, starting_points
-from tuner.folder import checkpoint_epoch
 from tuner.gauges import trial_gauges
 from tuner.trial import TrialRun, place_of
 
@@ -72,7 +71,7 @@ class TrialActor(tune.Trainable):
         if own or given:
             self._run.build()
         if self._until is not None:  # heirs may begin where a stretch of it did
-            self._kept.spare(checkpoint_epoch(previous or "") or 0)
+            self._kept.spare()
         elif self._run.epoch:
             self._kept.follow(previous)
 

@@ -20,10 +20,12 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -33,12 +35,31 @@ from model.optimizer import WeightAverage, make_optimizer
 from physics import PlanarArray, SceneConfig, nomp, sample_covariance, scene_crb, simulate, somp
 from physics.assignment import assign
 from physics.candidates import find_candidates
-from tests.model.test_step_sizes import _NETWORKS, config_of
+from physics.precision import in_full_precision
+from tests.model.test_step_sizes import NETWORKS, config_of
 
 ROOT = Path(__file__).resolve().parents[2]
 NAME = "pretended"
 # On CUDA these look whether they succeeded, or at how much they will return.
 WAITING = {"_linalg_eigh", "_linalg_svd", "linalg_lstsq", "nonzero", "masked_select", "_unique2"}
+# These look too, behind operations that need not: linalg.cholesky is cholesky_ex and a look.
+LOOKING = {
+    torch.linalg.cholesky, torch.cholesky_inverse, torch.linalg.inv, torch.inverse,
+    torch.linalg.solve, torch.linalg.eig, torch.linalg.lu_solve, torch.linalg.matrix_rank,
+}  # fmt: skip
+
+
+class Looks(TorchFunctionMode):
+    """Decompositions that look whether they succeeded, which the operations below do not show."""
+
+    def __init__(self, waits: Waits) -> None:
+        super().__init__()
+        self._waits = waits
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if func in LOOKING and self._waits.is_there(args[0]):
+            self._waits.count()
+        return func(*args, **(kwargs or {}))
 
 
 class Waits(TorchDispatchMode):
@@ -49,51 +70,64 @@ class Waits(TorchDispatchMode):
         self.places: Counter[str] = Counter()
         self._mode = mode
         self._true: dict[int, Tensor] = {}  # what says that all is well
+        self._pinned: dict[int, Tensor] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         kwargs = kwargs or {}
         name = func.overloadpacket.__name__
         if name == "_pin_memory":
-            return args[0]
+            pinned = args[0].clone()
+            self._pinned[id(pinned)] = pinned
+            return pinned
         if name == "_local_scalar_dense":
             return self._read(args[0])
         if name == "_to_copy" and not self._is_fake(args[0]):  # a constant of the host's
             args = (self._mode.from_tensor(args[0]), *args[1:])
-        if name in WAITING and self._is_there(args[0]):
-            self._count()
+        if name in WAITING and self.is_there(args[0]):
+            self.count()
         if name == "nonzero":
             return torch.stack(_all_of(args[0]), dim=-1)
         if name in ("index", "index_put", "index_put_"):
-            args = (args[0], self._chosen(args[1]), *args[2:])
+            args = (args[0], self._chosen(args[0], args[1]), *args[2:])
         result = func(*args, **kwargs)
         if name == "all":
             self._true[id(result)] = result
         if name in ("_to_copy", "copy_"):
-            source, blocks = (args[1], len(args) < 3 or not args[2]) if name == "copy_" else (
-                args[0], not kwargs.get("non_blocking"))  # fmt: skip
-            if blocks and self._is_there(source) != self._is_there(result):
-                self._count()
+            source = args[1] if name == "copy_" else args[0]
+            asked = len(args) > 2 and args[2] if name == "copy_" else kwargs.get("non_blocking")
+            ahead = asked and id(source) in self._pinned
+            if self.is_there(source) != self.is_there(result) and not ahead:
+                self.count()
         return result
 
-    def _chosen(self, indices: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """Indices in the place of masks, for which the host waits."""
+    def _chosen(self, of: Tensor, indices: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Indices in the place of masks, for which the host waits, as for those that it holds."""
         chosen: list[Tensor | None] = []
         for index in indices:
+            if index is not None and self.is_there(of) and not self.is_there(index):
+                self.count()
             if index is not None and index.dtype is torch.bool:
-                self._count()
+                self.count()
                 chosen += _all_of(index)
             else:
                 chosen.append(index)
         return chosen
 
+    def listed(self, values: Tensor) -> list[float]:
+        """What ``values.tolist()`` returns of a row of numbers."""
+        assert values.ndim == 1
+        if self.is_there(values):
+            self.count()
+        return [0.5] * len(values)
+
     def _read(self, value: Tensor) -> bool | int | float:
-        if self._is_there(value):
-            self._count()
+        if self.is_there(value):
+            self.count()
         if value.dtype is torch.bool:
             return id(value) in self._true
         return 0.5 if value.is_floating_point() else 0
 
-    def _count(self) -> None:
+    def count(self) -> None:
         own = [frame for frame in traceback.extract_stack() if _is_ours(frame.filename)]
         path = Path(own[-1].filename).relative_to(ROOT)
         self.places[f"{path}: {own[-1].name}"] += 1
@@ -103,7 +137,7 @@ class Waits(TorchDispatchMode):
         return type(tensor) is not Tensor and type(tensor) is not nn.Parameter
 
     @staticmethod
-    def _is_there(tensor: Tensor) -> bool:
+    def is_there(tensor: Tensor) -> bool:
         return tensor.device.type == NAME
 
 
@@ -134,10 +168,17 @@ def moved(value: Any, mode: FakeTensorMode) -> Any:
 
 def waits_of(work: Callable[[], object], mode: FakeTensorMode) -> dict[str, int]:
     """The places where the host waits, when all that happens once has happened."""
-    for _ in range(2):
-        with mode, Waits(mode) as waits:
-            work()
-    return dict(waits.places)
+    _watched(work, mode)
+    return dict(_watched(work, mode).places)
+
+
+def _watched(work: Callable[[], object], mode: FakeTensorMode) -> Waits:
+    waits = Waits(mode)
+    # Fake tensors would give their values one by one; a device gives all of them at once.
+    listed = patch.object(FakeTensor, "tolist", lambda values: waits.listed(values))
+    with mode, waits, Looks(waits), listed:
+        work()
+    return waits
 
 
 def waits_of_a_step(family: str, mode: FakeTensorMode) -> dict[str, int]:
@@ -166,7 +207,7 @@ def waits_of_a_simulation(mode: FakeTensorMode, **changes: Any) -> dict[str, int
 def waits_of_estimators(mode: FakeTensorMode) -> dict[str, dict[str, int]]:
     """Of what locates sources without a network, by its name."""
     config, array = SceneConfig(), PlanarArray(12, 12)
-    with mode, Waits(mode):
+    with mode, Waits(mode) as waits, Looks(waits):
         scenes = simulate(8, config, array, device=torch.device(NAME))
     measurement = scenes.y, scenes.H, scenes.codes
     common: dict[str, Any] = {"array": array, "scene": config}
@@ -182,15 +223,34 @@ def waits_of_estimators(mode: FakeTensorMode) -> dict[str, dict[str, int]]:
     return {name: waits_of(work, mode) for name, work in estimators.items()}
 
 
-def waits_of_what_waits(mode: FakeTensorMode) -> dict[str, int]:
-    """Of an assignment on the host, which can but wait."""
+def waits_of_what_waits(mode: FakeTensorMode) -> dict[str, dict[str, int]]:
+    """Of what can but wait, once each, by its name."""
+    with mode:
+        there = torch.empty(4, 3, 3, device=NAME)
+        here = torch.zeros(2, dtype=torch.int64)
 
-    def work() -> None:
-        cost = torch.empty(4, 3, 2, device=NAME)
+    def on_the_host() -> None:
         with contextlib.suppress(RuntimeError):  # fake tensors have no NumPy view
-            assign(cost, cost > 0, 1.0)
+            assign(there, there > 0, 1.0)
 
-    return waits_of(work, mode)
+    # Each from within the packages, by a function of theirs that calls it.
+    known: dict[str, Callable[[], object]] = {
+        "assign": on_the_host,
+        "read": lambda: probe(lambda: bool(there.sum() > 0)),
+        "list": lambda: probe(lambda: there.sum(-1).flatten().tolist()),
+        "mask": lambda: probe(lambda: there[there > 0]),
+        "index of the host": lambda: probe(lambda: there[here]),
+        "unpinned": lambda: probe(lambda: here.to(NAME, non_blocking=True)),
+        "blocking": lambda: probe(lambda: here.pin_memory().to(NAME)),
+        "cholesky": lambda: probe(lambda: torch.linalg.cholesky(there)),
+        "eigh": lambda: probe(lambda: torch.linalg.eigh(there)),
+    }
+    return {name: waits_of(work, mode) for name, work in known.items()}
+
+
+def probe(work: Callable[[], object]) -> object:
+    """Do some work under a function of physics, where what waits is looked for."""
+    return in_full_precision(work)()
 
 
 def main() -> None:
@@ -198,12 +258,12 @@ def main() -> None:
     backend_registration._setup_privateuseone_for_python_backend(NAME)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     errors = {"element_jitter": 0.01, "phase_error_deg": 5.0, "error_levels": "varied"}
-    found = {family: waits_of_a_step(family, mode) for family in sorted(_NETWORKS)}
+    found = {family: waits_of_a_step(family, mode) for family in sorted(NETWORKS)}
     found["simulate"] = waits_of_a_simulation(mode)
     found["simulate, DFT codes"] = waits_of_a_simulation(mode, codebook="dft")
     found["simulate, hardware errors"] = waits_of_a_simulation(mode, **errors)
     found |= waits_of_estimators(mode)
-    found["assign"] = waits_of_what_waits(mode)
+    found |= {f"known: {name}": waits for name, waits in waits_of_what_waits(mode).items()}
     json.dump(found, sys.stdout)
 
 

@@ -19,7 +19,7 @@ SCENES = 4
 _DECOMPOSITIONS = {"_linalg_eigh", "_linalg_svd", "linalg_qr", "linalg_lstsq",
                    "linalg_cholesky_ex", "linalg_eig", "linalg_inv_ex", "linalg_lu_factor_ex",
                    "_linalg_solve_ex"}  # fmt: skip
-_NETWORKS: dict[str, dict[str, Any]] = {
+NETWORKS: dict[str, dict[str, Any]] = {
     "snapshot": TINY["network"],
     "candidate": TINY_CANDIDATE,
     "image": {
@@ -65,7 +65,7 @@ def config_of(family: str, side: int, cache: Path) -> TrialConfig:
         {
             "array": {"n_horizontal": side, "n_vertical": side, "spacing": 0.15},
             "scene": TINY["scene"] | {"n_antennas": 6, "n_snapshots": 6},
-            "network": _NETWORKS[family],
+            "network": NETWORKS[family],
             "data": {"train_scenes": SCENES, "val_scenes": SCENES, "cache": cache},
             "training": {"batch_size": SCENES},
             "loss": {"decoys": 8},
@@ -83,7 +83,7 @@ def sizes_of_a_step(config: TrialConfig) -> Sizes:
     return sizes
 
 
-@pytest.mark.parametrize("family", sorted(_NETWORKS))
+@pytest.mark.parametrize("family", sorted(NETWORKS))
 def test_nothing_in_a_training_step_grows_with_the_square_of_the_surface(
     family: str, tmp_path: Path
 ) -> None:
@@ -94,7 +94,7 @@ def test_nothing_in_a_training_step_grows_with_the_square_of_the_surface(
     assert large.largest < SCENES * SIDES[1] ** 4 * 8, f"{large.of} hides N x N of every scene"
 
 
-@pytest.mark.parametrize("family", sorted(_NETWORKS))
+@pytest.mark.parametrize("family", sorted(NETWORKS))
 def test_a_training_step_decomposes_small_matrices_alone(family: str, tmp_path: Path) -> None:
     config = config_of(family, SIDES[0], tmp_path)
     decomposed = sizes_of_a_step(config).decomposed

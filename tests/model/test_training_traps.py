@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import model.training as training_module
+import model.validation as validation_module
 from model import Trainer
 from model.checkpoint import export_best, load_tensors
 from tests.model.support import run, weights_of
@@ -146,7 +147,7 @@ def test_trap_training_and_validation_build_the_same_r_pred(
 ) -> None:
     trainer = Trainer(tiny_config(training={"snr_dropout": 0.0}, network={"dropout": 0.0}))
     seen: list[Tensor] = []
-    original_loss, original_nmse = trainer.loss.__class__.__call__, training_module.nmse
+    original_loss, original_nmse = trainer.loss.__class__.__call__, validation_module.nmse
 
     def loss_spy(self: Any, prediction: Any, *rest: Any) -> Any:
         seen.append(prediction.covariance.dense().detach())
@@ -157,7 +158,7 @@ def test_trap_training_and_validation_build_the_same_r_pred(
         return original_nmse(estimate, truth)
 
     monkeypatch.setattr(trainer.loss.__class__, "__call__", loss_spy)
-    monkeypatch.setattr(training_module, "nmse", nmse_spy)
+    monkeypatch.setattr(validation_module, "nmse", nmse_spy)
     trainer.validate()  # the average is the network before its first step
     validated = seen[0]
     trainer.network.train()

@@ -36,9 +36,7 @@ def waits() -> dict[str, dict[str, int]]:
 def test_a_training_step_waits_for_its_device_at_three_places(
     waits: dict[str, dict[str, int]], family: str
 ) -> None:
-    places = waits[family]
-    assert set(places) == {SOLVED, SPLIT, LOOKED_AT}
-    assert (places[SOLVED], places[SPLIT]) == (1, 1)
+    assert waits[family] == {SOLVED: 1, SPLIT: 1, LOOKED_AT: 1}
 
 
 @pytest.mark.parametrize("kind", ["simulate", "simulate, DFT codes", "simulate, hardware errors"])
@@ -50,9 +48,12 @@ def test_a_simulation_waits_for_nothing(waits: dict[str, dict[str, int]], kind: 
     "estimator", ["R_samp", "R_samp, SVD", "candidates", "crb", "nomp", "nomp, blind", "somp"]
 )
 def test_an_estimator_keeps_to_its_device(waits: dict[str, dict[str, int]], estimator: str) -> None:
-    """Operands on two devices would have ended it; how often it waits is open."""
-    assert waits[estimator]
+    """Operands on two devices would have ended it, as far as made-up values lead into it."""
+    assert estimator in waits
 
 
-def test_a_wait_is_seen(waits: dict[str, dict[str, int]]) -> None:
-    assert set(waits["assign"]) == {"physics/assignment.py: assign"}
+def test_every_kind_of_wait_is_seen(waits: dict[str, dict[str, int]]) -> None:
+    known = {name: places for name, places in waits.items() if name.startswith("known: ")}
+    assert len(known) == 9
+    for name, places in known.items():
+        assert list(places.values()) == [1], name

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from physics import LowRankCovariance, blend, nmse
+from physics import LowRankCovariance, PlanarArray, blend, nmse, steering_vector
 from physics.subspace import orthonormal_weights
 from tests.physics.helpers import complex_normal, relative_error
 from tests.physics.test_covariance import DTYPES, covariance, dense, laws, shapes
@@ -156,7 +156,7 @@ def test_counts_for_one_matrix_give_it_the_sum_of_their_gradients() -> None:
 
 def orthonormal(columns: Tensor) -> tuple[Tensor, Tensor]:
     """The basis A T (…, N, K) and its dimension."""
-    weights, dimension = orthonormal_weights(columns.mH @ columns, columns.shape[-2])
+    weights, dimension = orthonormal_weights(columns)
     return columns @ weights, dimension
 
 
@@ -175,13 +175,30 @@ def test_orthonormal_weights_span_what_the_columns_do(dtype: torch.dtype) -> Non
     columns[4] = columns[4] / torch.linalg.vector_norm(columns[4], dim=-2, keepdim=True)
     basis, dimension = orthonormal(columns)
     assert dimension.tolist() == [0, 4, 3, 4, *[5] * 16]
-    exact = 400 * torch.finfo(dtype).eps
+    # Rounding of the columns over the root of the smallest pivot, 0.05 of the close ones.
+    rounding = 1000 * torch.finfo(dtype).eps
     for item in range(len(columns)):
         kept = basis[item][:, basis[item].abs().sum(0) > 0]
         assert kept.shape[1] == dimension[item]
-        eye = torch.eye(kept.shape[1], dtype=dtype)
-        # The rounding of the Gram matrix over the smallest pivot, 0.05^2 of the close columns.
-        assert torch.allclose(kept.mH @ kept, eye, atol=400 * exact if item == 4 else exact)
+        assert torch.allclose(kept.mH @ kept, torch.eye(kept.shape[1], dtype=dtype), atol=rounding)
         left, values, _ = torch.linalg.svd(columns[item], full_matrices=False)
         left = left[:, values > 1e-3]
-        assert torch.allclose(kept @ kept.mH, left @ left.mH, atol=400 * exact)
+        assert torch.allclose(kept @ kept.mH, left @ left.mH, atol=rounding)
+
+
+@pytest.mark.parametrize("spread", [0.03, 0.01, 0.003, 0.001])
+@pytest.mark.parametrize("n_sources", [2, 3, 5])
+def test_weights_of_sources_close_to_each_other_are_orthonormal_too(
+    spread: float, n_sources: int
+) -> None:
+    generator = torch.Generator().manual_seed(1)
+    around = torch.tensor([0.1, 0.05, 3.0])
+    offset = spread * (2.0 * torch.rand(400, n_sources, 3, generator=generator) - 1.0)
+    columns = steering_vector(around + offset, PlanarArray()).mT  # complex64
+    basis, dimension = orthonormal(columns)
+    kept = (basis.abs().sum(-2) > 0).to(basis.dtype)
+    assert torch.equal((kept.real > 0).sum(-1), dimension)
+    # The weights are as large as the root of the smallest pivot's reciprocal, and round the sum.
+    least = 144 * torch.finfo(torch.float32).eps
+    tolerance = 10 * torch.finfo(torch.float32).eps / least**0.5 * n_sources
+    assert (basis.mH @ basis - torch.diag_embed(kept)).abs().max() < tolerance

@@ -240,12 +240,14 @@ def test_a_checkpoint_stays_until_the_next_is_known(home: str) -> None:
     with fetched(third):
         pass
     member = TrialCheckpoints(home)
-    member.spare(3)
-    for epoch in (3, 4, 5):
-        latest = member.write(epoch, saving("anew"))
-        member.forget()
-    for location in (third, latest):
+    member.spare()
+    written = [member.write(epoch, saving("anew")) for epoch in (2, 3, 4, 5)]
+    member.forget()
+    for location in (third, written[-1]):
         with fetched(location):
+            pass
+    for location in (written[0], written[2]):
+        with pytest.raises(FileNotFoundError), fetched(location):
             pass
 
 
