@@ -27,8 +27,12 @@ def compiled(network: SourceNetwork, threads: int) -> Callable[[Features], Predi
     torch._inductor.config.compile_threads = threads
     # Complex, and steering vectors ask for the array's elements on their device, which are kept.
     network.manifold_factor = torch.compiler.disable(network.manifold_factor)  # type: ignore[method-assign]
-    for said in ("Torchinductor does not support code gen", "Dynamo does not know how to trace"):
-        warnings.filterwarnings("ignore", f"{said}.*")
+    for said in (
+        "Torchinductor does not support code generation",
+        "Dynamo does not know how to trace",
+        "`torch._prims_common.check` is deprecated",
+    ):
+        warnings.filterwarnings("ignore", said)
     made: Callable[[Features], Prediction] = torch.compile(
         network, dynamic=False, options={"fallback_random": True}
     )
