@@ -56,7 +56,7 @@ class PlanarArray:
     offset: tuple[float, float] = (0.0, 0.0)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "offset", tuple(self.offset))  # a list could not be looked up by
+        object.__setattr__(self, "offset", tuple(self.offset))  # a list has no hash
         if self.n_horizontal < 1 or self.n_vertical < 1:
             raise ValueError(
                 f"array has {self.n_horizontal} x {self.n_vertical} elements; at least 1 x 1 needed"
@@ -96,7 +96,7 @@ class PlanarArray:
 @lru_cache(maxsize=32)
 @torch.inference_mode(False)  # as for the elements themselves
 def elements_on(array: PlanarArray, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Element positions (N, 3) [m] of an array, brought to a device once."""
+    """Element positions (N, 3) [m] of an array, brought to a device once in a process."""
     return array.elements.to(device=device, dtype=dtype)
 
 

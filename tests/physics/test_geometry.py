@@ -83,3 +83,5 @@ def test_elements_are_brought_to_a_device_once() -> None:
     assert elements_on(PlanarArray(3, 4), host, torch.float32) is brought
     assert torch.equal(brought.double(), PlanarArray(3, 4).elements.float().double())
     assert not torch.equal(elements_on(PlanarArray(4, 3), host, torch.float32), brought)
+    listed = PlanarArray(3, 4, offset=[0.0, 0.0])  # type: ignore[arg-type]  # as YAML has it
+    assert elements_on(listed, host, torch.float32) is brought
