@@ -33,6 +33,7 @@ def compiled(network: SourceNetwork, threads: int) -> Callable[[Features], Predi
         "`torch._prims_common.check` is deprecated",
     ):
         warnings.filterwarnings("ignore", said)
+    # Dropout is drawn as by the network itself, which on a CPU it was found to be in any case.
     made: Callable[[Features], Prediction] = torch.compile(
         network, dynamic=False, options={"fallback_random": True}
     )
