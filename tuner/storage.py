@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import abc
 import inspect
-import json
 import logging
 import os
 import sqlite3
@@ -23,7 +22,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import optuna
-from optuna.storages import BaseStorage, RDBStorage
+from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from model.files import PART, sync
@@ -34,6 +33,7 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import URL, ExceptionContext
 
     from tuner.claim import Claim
+    from tuner.rdb import BatchedStorage
 
 logger = logging.getLogger(__name__)
 
@@ -170,10 +170,12 @@ def open_storage(url: URL) -> PatientStorage:
     return PatientStorage(cached, place, rdb.engine.dispose)  # type: ignore[abstract]
 
 
-def _opened(url: URL) -> RDBStorage:
+def _opened(url: URL) -> BatchedStorage:
+    from tuner.rdb import BatchedStorage
+
     # Braces are a template's to Optuna.
     text = url.render_as_string(hide_password=False).replace("{", "{{").replace("}", "}}")
-    return RDBStorage(text, engine_kwargs={"connect_args": connect_args(url)})
+    return BatchedStorage(text, engine_kwargs={"connect_args": connect_args(url)})
 
 
 def _make_sqlite(path: Path) -> None:
@@ -319,40 +321,13 @@ class PatientStorage(BaseStorage):
         self, trial_id: int, values: Mapping[int, float], attrs: Mapping[str, Any]
     ) -> None:
         rdb = getattr(self._backend, "_backend", None)
-        if not isinstance(rdb, RDBStorage):  # in memory
-            for step, value in values.items():
-                self._backend.set_trial_intermediate_value(trial_id, step, value)
-            for key, attr in attrs.items():
-                self._backend.set_trial_user_attr(trial_id, key, attr)
+        if write := getattr(rdb, "write_together", None):
+            write(trial_id, values, attrs)
             return
-        from optuna.storages._rdb import models
-        from optuna.storages._rdb.storage import _create_scoped_session
-        from sqlalchemy.dialects import postgresql, sqlite
-
-        # What Optuna's own methods do, each with questions and a commit of its own.
-        dialects: dict[str, Any] = {"sqlite": sqlite, "postgresql": postgresql}
-        value_model, attr_model = models.TrialIntermediateValueModel, models.TrialUserAttributeModel
-        value_rows = [
-            dict(zip(("intermediate_value", "intermediate_value_type"), stored, strict=True))
-            | {"trial_id": trial_id, "step": step}
-            for step, value in values.items()
-            for stored in [value_model.intermediate_value_to_stored_repr(value)]
-        ]
-        attr_rows = [
-            {"trial_id": trial_id, "key": key, "value_json": json.dumps(attr)}
-            for key, attr in attrs.items()
-        ]
-        with _create_scoped_session(rdb.scoped_session) as session:
-            for model, identity, rows in (
-                (value_model, ("trial_id", "step"), value_rows),
-                (attr_model, ("trial_id", "key"), attr_rows),
-            ):
-                if rows:
-                    insert = dialects[rdb.engine.name].insert(model).values(rows)
-                    changed = {k: insert.excluded[k] for k in rows[0] if k not in identity}
-                    session.execute(
-                        insert.on_conflict_do_update(index_elements=identity, set_=changed)
-                    )
+        for step, value in values.items():  # in memory
+            self._backend.set_trial_intermediate_value(trial_id, step, value)
+        for key, attr in attrs.items():
+            self._backend.set_trial_user_attr(trial_id, key, attr)
 
     def remove_session(self) -> None:
         """Let go of the database, which needs no answer."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from optuna.trial import FrozenTrial
 
 from model.config import TrialConfig
 from tuner.command import execute
@@ -266,3 +267,15 @@ def ran(ledger: Ledger, trial: Assignment, epochs: int = 2) -> None:
         objective = trial.params["blend.beta"] + 1 / epoch  # type: ignore[operator]
         ledger.report(trial.number, {"epoch": epoch, "objective": objective}, "/nowhere")
     ledger.finish(trial.number, "done", objective=objective)
+
+
+def shown(trials: list[FrozenTrial]) -> list[str]:
+    """All fields in words: NaN differs from itself, but not from what is written of it."""
+    rows = [
+        {
+            name: sorted(value.items()) if isinstance(value, dict) else value
+            for name, value in vars(trial).items()
+        }
+        for trial in trials
+    ]
+    return [str(sorted(row.items())) for row in rows]

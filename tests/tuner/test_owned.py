@@ -18,7 +18,7 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import event, text
 from sqlalchemy.exc import IntegrityError
 
-from tests.tuner.support import tiny_study
+from tests.tuner.support import shown, tiny_study
 from tuner.draft import Draft
 from tuner.owned import OwnedStorage
 from tuner.storage import open_storage, sqlite_url
@@ -53,18 +53,6 @@ def in_database(folder: Path) -> list[FrozenTrial]:
     trials = storage.get_all_trials(1)
     storage.remove_session()
     return trials
-
-
-def shown(trials: list[FrozenTrial]) -> list[str]:
-    """All fields in words: NaN differs from itself, but not from what is written of it."""
-    rows = [
-        {
-            name: sorted(value.items()) if isinstance(value, dict) else value
-            for name, value in vars(trial).items()
-        }
-        for trial in trials
-    ]
-    return [str(sorted(row.items())) for row in rows]
 
 
 def write_something(storage: OwnedStorage, study_id: int, rng: random.Random) -> None:
