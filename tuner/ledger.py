@@ -2,21 +2,44 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import re
 import shlex
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from pydantic import ValidationError
 
 from model.files import write_text
+from model.wording import counted
 from tuner.claim import claim_of
 from tuner.config import StudyConfig
 from tuner.errors import StudyError
 from tuner.folder import RunFolder
 from tuner.members import PopulationLedger
 from tuner.records import PriorTrial
-from tuner.storage import PatientStorage, open_storage, parse_url, shown
+from tuner.storage import PatientStorage, open_storage, parse_url, shown, sqlite_url
 from tuner.study import Ledger
+
+# What may change from session to session: how far a study goes, and where its trials run and files
+# lie. Everything else decides what they score.
+_FREE = (
+    "data.cache",
+    "data.keep_images",
+    "data.shards",
+    "resources.",
+    "search.full_epochs",
+    "search.promote",  # and promote_seeds
+    "search.storage",
+    "search.target",
+    "search.time_budget",
+    "search.trials",
+    "search.warm_start",  # read before the first trial
+    "training.threads",
+)
+_SHOWN = 3  # differences that one line names
 
 
 def ledger_note(study: StudyConfig) -> list[str]:
@@ -45,20 +68,17 @@ def open_ledger(
     Raises:
         StudyError: it cannot be opened, is not where it was, or another driver is at work on it.
     """
-    ledger = _shared(folder, study, prior) or _kind(study)(folder.database, study, prior)
-    n_begun = len(ledger.trials())
-    if n_begun > study.search.trials:
+    ledger = _shared(folder, study, prior) or _own(folder, study, prior)
+    try:
+        refuse_other(folder, study, ledger)
+    except StudyError:
         ledger.close()
-        raise StudyError(
-            f"search.trials (--trials): got {study.search.trials}, and {n_begun} trials of "
-            f"{folder.path} have begun; a study can be extended, not cut: leave --trials out, or "
-            f"name {n_begun} or more"
-        )
+        raise
+    held = ledger.optuna_study.user_attrs
     attrs = {
         "config": study.model_dump(mode="json"),
         "folder": f"{platform.node()}:{folder.path}",
     }
-    held = ledger.optuna_study.user_attrs
     for key, value in attrs.items():
         if held.get(key) != value:
             ledger.optuna_study.set_user_attr(key, value)
@@ -91,6 +111,73 @@ def read_ledger(folder: RunFolder, study: StudyConfig) -> Ledger:
 def _kind(study: StudyConfig) -> type[Ledger]:
     """Whose trials are proposed one by one, or live in populations."""
     return PopulationLedger if study.search.scheduler == "pbt" else Ledger
+
+
+def refuse_other(folder: RunFolder, study: StudyConfig, ledger: Ledger) -> None:
+    """Refuse to go on with a study that is not the one of the trials that have begun.
+
+    Args:
+        folder: the run folder, for messages.
+        study: what its ``config.yaml`` and the command line say now.
+        ledger: which holds what its trials began with.
+
+    Raises:
+        StudyError: it differs in something that decides what trials score, or is cut.
+    """
+    n_begun = len(ledger.trials())
+    if not n_begun:
+        return
+    if n_begun > study.search.trials:
+        raise StudyError(
+            f"search.trials (--trials): got {study.search.trials}, and {n_begun} trials of "
+            f"{folder.path} have begun; a study can be extended, not cut: leave --trials out, or "
+            f"name {n_begun} or more"
+        )
+    try:
+        was = StudyConfig.model_validate(ledger.optuna_study.user_attrs.get("config"))
+    except ValidationError:  # of another version, whose fields cannot be compared with these
+        return
+    before, now = (_flat(config.model_dump(mode="json")) for config in (was, study))
+    differing = [
+        f"{path} was {json.dumps(before.get(path))} and is {json.dumps(now.get(path))}"
+        for path in sorted(before.keys() | now.keys())
+        if before.get(path) != now.get(path) and not path.startswith(_FREE)
+    ]
+    if not differing:
+        return
+    more = f"; {len(differing) - _SHOWN} more" if len(differing) > _SHOWN else ""
+    raise StudyError(
+        f"{folder.config} is not what {counted(n_begun, 'trial')} of this study began with: "
+        f"{'; '.join(differing[:_SHOWN])}{more}. Results of two settings cannot be ranked with "
+        "each other: put it back, or begin another study that learns from this one (--warm-start "
+        f"{shlex.quote(str(folder.path))})"
+    )
+
+
+def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values by their dotted paths."""
+    found: dict[str, Any] = {}
+    for name, value in data.items():
+        if isinstance(value, Mapping):
+            found |= _flat(value, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = value
+    return found
+
+
+def _own(
+    folder: RunFolder, study: StudyConfig, prior: Callable[[], Sequence[PriorTrial]]
+) -> Ledger:
+    """The ledger in the run folder, which holds one study and its promotion."""
+    storage = open_storage(sqlite_url(folder.database))
+    names = [held.study_name for held in storage.get_all_studies()]
+    if names and study.name not in names:
+        storage.remove_session()
+        raise StudyError(
+            f"{folder.config}: name is {study.name!r}, and the study in {folder.database} is "
+            f"{min(names, key=len)!r}; put that name back"
+        )
+    return _kind(study)(storage, study, prior)
 
 
 def _shared(

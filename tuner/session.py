@@ -25,7 +25,7 @@ from tuner.config import StudyConfig, flag_of, load_study
 from tuner.disk import full_disk_said
 from tuner.errors import ConfigError, StudyError
 from tuner.folder import RunFolder
-from tuner.ledger import ledger_note, open_ledger, read_ledger
+from tuner.ledger import ledger_note, open_ledger, read_ledger, refuse_other
 from tuner.limits import Limits, why_ended
 from tuner.local import run_local
 from tuner.place import Place, check_place, choose_place
@@ -227,6 +227,8 @@ def _ledgers(
 ) -> tuple[Ledger, Promotion | None]:
     ledger = read_ledger(folder, study) if reading else open_ledger(folder, study, prior)
     stack.callback(ledger.close)
+    if reading:
+        refuse_other(folder, study, ledger)
     return ledger, open_promotion(ledger)
 
 

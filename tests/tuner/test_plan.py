@@ -81,8 +81,11 @@ def test_a_dry_run_of_a_study_that_goes_on_says_what_is_left_and_leaves_it_as_it
     assert contents(folder.path) == before
     # One more epoch of the running one and four trials of one epoch; 90 s of epochs in 60 s.
     assert line(said(capsys), "time: ") == ("time: about 1m40s left, as the trials so far took")
-    assert run_here("--resume", folder.path, "--local", "--dry-run", "--trials", 2) == 0
+    assert run_here("--resume", folder.path, "--local", "--dry-run", "--trials", 3) == 0
     assert "nothing is left to run" not in capsys.readouterr().out, "a trial was cut"
+    assert run_here("--resume", folder.path, "--local", "--dry-run", "--trials", 2) == 2
+    assert "3 trials of" in capsys.readouterr().err, "it would be refused in earnest"
+    assert contents(folder.path) == before
 
 
 def test_bad_input_is_refused_as_without_it(
