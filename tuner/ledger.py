@@ -28,7 +28,6 @@ from tuner.study import Ledger
 _FREE = (
     "data.cache",
     "data.keep_images",
-    "data.shards",
     "resources.",
     "search.full_epochs",
     "search.promote",  # and promote_seeds
@@ -105,7 +104,7 @@ def read_ledger(folder: RunFolder, study: StudyConfig) -> Ledger:
     if name is None:
         raise StudyError(f"{folder.path}: no study.name there; the study has not begun")
     storage = _holding(study.search.storage, name)
-    return _kind(study)(storage, study, name=name, reading=True)
+    return _kind(study)(storage, study, name=name, home=folder.path, reading=True)
 
 
 def _kind(study: StudyConfig) -> type[Ledger]:
@@ -141,7 +140,8 @@ def refuse_other(folder: RunFolder, study: StudyConfig, ledger: Ledger) -> None:
     differing = [
         f"{path} was {json.dumps(before.get(path))} and is {json.dumps(now.get(path))}"
         for path in sorted(before.keys() | now.keys())
-        if before.get(path) != now.get(path) and not path.startswith(_FREE)
+        if before.get(path) != now.get(path)
+        and not (path.startswith(_FREE) or (path == "data.shards" and before[path] and now[path]))
     ]
     if not differing:
         return
@@ -177,7 +177,7 @@ def _own(
             f"{folder.config}: name is {study.name!r}, and the study in {folder.database} is "
             f"{min(names, key=len)!r}; put that name back"
         )
-    return _kind(study)(storage, study, prior)
+    return _kind(study)(storage, study, prior, home=folder.path)
 
 
 def _shared(
@@ -199,7 +199,7 @@ def _shared(
     try:
         way_on = f"go on with: python -m tuner.run --resume {shlex.quote(str(folder.path))}"
         storage.hold(claim_of(url, name), way_on)
-        ledger = _kind(study)(storage, study, prior, name)
+        ledger = _kind(study)(storage, study, prior, name, home=folder.path)
         storage.sign(ledger.optuna_study._study_id)
         if kept is None:  # only now: a name in the folder is that of a study in the database
             write_text(folder.study_name, name + "\n")

@@ -21,14 +21,12 @@ from typing import Any
 
 import numpy as np
 import optuna
-from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
 
 from model.config import Objective, score
 from tuner.perturbation import perturbed
 from tuner.population import Exploit, Member, Verdict, judge, perturbed_paths
 from tuner.records import HEIR, Assignment, End, Heir, TrialRecord, heir_of, record_of, trial_seed
-from tuner.samplers import Viewing, without_heirs
 from tuner.space import n_points
 from tuner.study import Ledger
 
@@ -48,9 +46,6 @@ class PopulationLedger(Ledger):
         study = self.config
         self._milestones = study.search.milestones(study.training.epochs)
         self._whole = study.search.population_trials(study.training.epochs)
-
-    def _sampler(self, number: int, prior: Sequence[FrozenTrial], repeated: int = 0) -> BaseSampler:
-        return Viewing(super()._sampler(number, prior, repeated), without_heirs)
 
     # Handing out
 
@@ -83,7 +78,7 @@ class PopulationLedger(Ledger):
         heir = heir_of(self._storage.get_trial(self._id(number)).user_attrs)
         if heir is None:
             return found
-        return replace(found, epoch=found.epoch or heir.epoch, donor=heir.location)
+        return replace(found, epoch=found.epoch or heir.epoch, donor=self._placed(heir.location))
 
     def _origin(self, attrs: Mapping[str, Any]) -> str | None:
         heir = heir_of(attrs)
@@ -93,7 +88,7 @@ class PopulationLedger(Ledger):
         """From a checkpoint the trial goes on, and at a milestone its heirs too."""
         attrs = super()._checkpoint_attrs(epoch, location)
         if epoch in self._milestones:  # first: a storage in memory takes them one by one
-            attrs = {_MILESTONE.format(epoch): location} | attrs
+            attrs = {_MILESTONE.format(epoch): self._kept(location)} | attrs
         return attrs
 
     # Deciding
@@ -238,7 +233,8 @@ class PopulationLedger(Ledger):
             heir = heir_of(attrs)
             if trial.state == TrialState.RUNNING and heir and "checkpoint" not in attrs:
                 kept.add(heir.location)
-        return [place for place in super().unneeded(checkpoints) if place not in kept]
+        placed = {self._placed(place) for place in kept}
+        return [place for place in super().unneeded(checkpoints) if place not in placed]
 
 
 def _own_score(objective: Objective, metrics: Mapping[str, Any], reported: float) -> float:

@@ -137,7 +137,8 @@ class Promotion(Ledger):
 
     def __init__(self, search: Ledger) -> None:
         name = f"{search.optuna_study.study_name}-promoted"
-        super().__init__(search._database, promotion_study(search.config), name=name)
+        study = promotion_study(search.config)
+        super().__init__(search._database, study, name=name, home=search._home)
         self._search = search
 
     @property

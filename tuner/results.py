@@ -13,7 +13,7 @@ from model.files import write_text
 from tuner.checkpoints import Storage, drop, fetched
 from tuner.config import ResourcesConfig
 from tuner.files import replace_folder
-from tuner.folder import RunFolder
+from tuner.folder import RunFolder, checkpoint_epoch
 from tuner.pareto import pareto_front
 from tuner.promotion import Promoted, Promotion
 from tuner.records import TrialRecord
@@ -180,17 +180,22 @@ def export_winner(folder: RunFolder, best: TrialRecord) -> bool:
 
 def drop_losers(folder: RunFolder, ledger: Ledger, *winners: TrialRecord | None) -> None:
     """Delete checkpoints that nobody will go on from: all but the winners' and the running."""
-    kept = {winner.checkpoint for winner in winners if winner is not None}
+    kept = {
+        (winner.number, checkpoint_epoch(winner.checkpoint))
+        for winner in winners
+        if winner is not None and winner.checkpoint is not None
+    }
     # `--local` writes to the run folder whatever storage the study names.
     storages = {Storage.of(folder, ResourcesConfig()), Storage.of(folder, ledger.config.resources)}
     for storage in storages:
         try:
-            found = list(storage.checkpoints())
+            found = {location: number for number, location in storage.checkpoints()}
         except OSError as error:
             logger.warning("checkpoints of ended trials stay in %s: %s", storage.root, error)
             continue
-        for location in ledger.unneeded(found):
-            if location not in kept:
+        for location in ledger.unneeded((number, location) for location, number in found.items()):
+            # By trial and epoch: a place may have more than one name.
+            if (found[location], checkpoint_epoch(location)) not in kept:
                 drop(location)
 
 

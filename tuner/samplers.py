@@ -19,13 +19,34 @@ from optuna.samplers import BaseSampler, CmaEsSampler, GPSampler, RandomSampler,
 from optuna.trial import FrozenTrial, TrialState
 
 from model.wording import counted
-from tuner.config import SearchConfig
+from tuner.config import SearchConfig, StudyConfig
 from tuner.extrapolation import with_expected_ends
 from tuner.records import HEIR
 from tuner.refusals import MAX_GRID
 from tuner.space import SearchSpace, Value, n_points, suggest
 
+_PATIENCE = 3  # proposals in a row that were tried before: then chance proposes
 _MANY = 300  # trials after which a Gaussian process thinks for a second (benchmarks.search)
+
+
+def proposal_sampler(
+    study: StudyConfig, number: int, prior: Sequence[FrozenTrial] = (), repeated: int = 0
+) -> BaseSampler:
+    """The sampler of one proposal, seeded by the study's seed and the proposal's number.
+
+    Args:
+        study: names it.
+        number: of the proposal.
+        prior: trials of an earlier study.
+        repeated: how many proposals right before it repeated a trial.
+    """
+    sequence = np.random.SeedSequence(study.seed, spawn_key=(1, number))
+    seed = int(sequence.generate_state(1)[0])
+    if repeated >= _PATIENCE:  # a sampler that has found its best proposes it for ever
+        sampler = make_stranger(study.search, seed)
+    else:
+        sampler = make_sampler(study.search, seed, prior)
+    return Viewing(sampler, without_heirs) if study.search.scheduler == "pbt" else sampler
 
 
 def make_sampler(search: SearchConfig, seed: int, prior: Sequence[FrozenTrial]) -> BaseSampler:

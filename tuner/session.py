@@ -60,6 +60,7 @@ _RESUMABLE = {
     "search__promote",
     "resources__concurrent",
     "resources__gpus_per_trial",
+    "data__shards",  # where they have gone
 }
 
 
@@ -259,7 +260,7 @@ def _reopen(
         raise StudyError(
             f"{refused[0]}: cannot change with --resume; a study goes on as it was begun "
             "(--trials, --time-budget, --target, --promote, --storage, --concurrent, "
-            "--gpus-per-trial, --address and --local may change)"
+            "--gpus-per-trial, --data, --address and --local may change)"
         )
     folder = RunFolder.existing(path, lock=not request.dry_run)
     stack.callback(folder.release)

@@ -17,11 +17,11 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import optuna
 from optuna.storages import BaseStorage
 from optuna.study import StudyDirection
@@ -50,14 +50,13 @@ from tuner.records import (
     record_of,
     trial_seed,
 )
-from tuner.samplers import make_sampler, make_stranger
+from tuner.samplers import proposal_sampler
 from tuner.space import Value, n_points, same_point, suggest
 from tuner.storage import PatientStorage, patient
 
 logger = logging.getLogger(__name__)
 
 _ENDS = {"done": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}
-_PATIENCE = 3  # proposals in a row that were tried before: then chance proposes
 _MAX_DUPLICATES = 50  # the same: the space is exhausted
 _MAX_TRACEBACK = 8000  # characters of a traceback in the ledger; the file has the whole
 
@@ -70,6 +69,8 @@ class Ledger:
         study: the configuration.
         prior: asked, until the first trial has started, for what the sampler knows before it.
         name: what the study is called in the storage; the configuration's name by default.
+        home: the run folder; that of the SQLite file by default. Checkpoints below it are kept by
+            their path from there, so that a folder may be moved or copied.
         reading: whether it is only looked at, maybe while another process runs the study.
     """
 
@@ -80,9 +81,11 @@ class Ledger:
         prior: Callable[[], Sequence[PriorTrial]] = tuple,
         name: str | None = None,
         *,
+        home: Path | None = None,
         reading: bool = False,
     ) -> None:
         self._config = study
+        self._home = storage.parent if home is None and isinstance(storage, Path) else home
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -94,7 +97,7 @@ class Ledger:
         known: dict[str, Any] = {
             "storage": self._storage,
             "study_name": name or study.name,
-            "sampler": self._sampler(0, ()),
+            "sampler": proposal_sampler(study, 0),
             # Samplers must not see a pruner: they would keep to the trial's own bracket.
             "pruner": optuna.pruners.NopPruner(),
         }
@@ -144,16 +147,6 @@ class Ledger:
                     )
                 )
 
-    def _sampler(
-        self, number: int, prior: Sequence[FrozenTrial], repeated: int = 0
-    ) -> optuna.samplers.BaseSampler:
-        """Of a proposal: its number, what an earlier study knows, repetitions right before it."""
-        sequence = np.random.SeedSequence(self._config.seed, spawn_key=(1, number))
-        seed = int(sequence.generate_state(1)[0])
-        if repeated >= _PATIENCE:  # a sampler that has found its best proposes it for ever
-            return make_stranger(self._config.search, seed)
-        return make_sampler(self._config.search, seed, prior)
-
     # Proposing
 
     def ask(self) -> Assignment | None:
@@ -184,7 +177,7 @@ class Ledger:
         n_asked = sum(trial.state != TrialState.WAITING for trial in before)
         prior = [trial for trial in before if "prior" in trial.user_attrs]
         repeated = sum(1 for _ in takewhile(is_repetition, reversed(before)))
-        self._study.sampler = self._sampler(n_asked, prior, repeated)
+        self._study.sampler = proposal_sampler(self._config, n_asked, prior, repeated)
 
     def _twin(self, params: dict[str, Value], started: list[FrozenTrial]) -> int | None:
         """The trial that has had these parameters, if any has."""
@@ -280,7 +273,7 @@ class Ledger:
             number,
             dict(frozen.params),
             attrs["seed"],
-            kept["location"],
+            self._placed(kept["location"]),
             kept["epoch"],
             retries.accumulation(attrs),
             self._origin(attrs),
@@ -321,7 +314,16 @@ class Ledger:
 
     def _checkpoint_attrs(self, epoch: int, location: str) -> dict[str, Any]:
         """What a trial's attributes say of its last checkpoint."""
-        return {"checkpoint": {"location": location, "epoch": epoch}}
+        return {"checkpoint": {"location": self._kept(location), "epoch": epoch}}
+
+    def _kept(self, location: str) -> str:
+        """A checkpoint's location as the ledger holds it."""
+        return location.removeprefix(f"{self._home}/") if self._home else location
+
+    def _placed(self, location: str | None) -> str | None:
+        """Where a location that the ledger holds is now."""
+        inside = location is not None and "://" not in location and not location.startswith("/")
+        return f"{self._home}/{location}" if self._home and inside else location
 
     def lost(self, number: int, reason: str) -> None:
         """Record that a machine died under the trial."""
@@ -409,7 +411,7 @@ class Ledger:
 
     def trials(self) -> list[TrialRecord]:
         """All trials that were started, by number."""
-        return [record_of(frozen) for frozen in self._started(self._frozen())]
+        return [self._record(frozen) for frozen in self._started(self._frozen())]
 
     def running(self) -> set[int]:
         """Numbers of the trials that have not ended."""
@@ -418,7 +420,11 @@ class Ledger:
 
     def trial(self, number: int) -> TrialRecord:
         """One trial."""
-        return record_of(self._storage.get_trial(self._id(number)))
+        return self._record(self._storage.get_trial(self._id(number)))
+
+    def _record(self, frozen: FrozenTrial) -> TrialRecord:
+        found = record_of(frozen)
+        return replace(found, checkpoint=self._placed(found.checkpoint))
 
     def unneeded(self, checkpoints: Iterable[tuple[int, str]]) -> list[str]:
         """Locations among these, each with its trial, from which no trial will go on.
@@ -430,7 +436,8 @@ class Ledger:
         return [
             location
             for number, location in checkpoints
-            if number not in reached or _is_before(location, reached[number])
+            if number not in reached
+            or ((epoch := checkpoint_epoch(location)) is not None and epoch < reached[number])
         ]
 
     def _reached(self) -> dict[int, int]:
@@ -463,7 +470,7 @@ class Ledger:
         Of equal objectives the cheaper comes first where the study has a cost, then the earlier.
         """
         own = self._started(self._frozen())
-        done = [record_of(trial) for trial in own if trial.state == TrialState.COMPLETE]
+        done = [self._record(trial) for trial in own if trial.state == TrialState.COMPLETE]
         return ranked(done, self._config.training.epochs, self._config.search.cost)
 
     def best(self) -> TrialRecord | None:
@@ -492,8 +499,3 @@ class Ledger:
                 self._study._study_id, number
             )
         return self._ids[number]
-
-
-def _is_before(location: str, epoch: int) -> bool:
-    found = checkpoint_epoch(location)
-    return found is not None and found < epoch

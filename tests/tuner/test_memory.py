@@ -125,13 +125,13 @@ def asked(ledger: Ledger) -> Assignment:
 def test_the_ledger_halves_a_trial_once_in_all_sessions(tmp_path: Path) -> None:
     ledger = ledger_in(tmp_path)
     trial = asked(ledger)
-    ledger.report(trial.number, {"epoch": 1, "objective": 0.5}, "somewhere")
+    ledger.report(trial.number, {"epoch": 1, "objective": 0.5}, "/kept/checkpoint-00001")
     assert ledger.out_of_memory(trial.number, "no room") == 2
     assert ledger.out_of_memory(trial.number, "no room") is None
     ledger.close()
     (again,) = ledger_in(tmp_path).orphans()
     assert (again.number, again.params, again.seed) == (trial.number, trial.params, trial.seed)
-    assert (again.checkpoint, again.epoch, again.accumulation) == ("somewhere", 1, 2)
+    assert (again.checkpoint, again.epoch, again.accumulation) == ("/kept/checkpoint-00001", 1, 2)
     reopened = ledger_in(tmp_path)
     training = reopened.trial_config(again).training
     assert (training.batch_size, training.accumulation) == (8, 2)

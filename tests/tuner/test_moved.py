@@ -1,0 +1,153 @@
+"""A run folder that was moved or copied goes on where it stands, and touches no other."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from model import Localizer, write_shards
+from physics import PlanarArray, simulate
+from tests.tuner.support import (
+    Clock,
+    FakeRun,
+    kill,
+    outcome,
+    read_until,
+    run_here,
+    start,
+    trials_of,
+    write_study,
+)
+from tuner.config import load_study
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+@pytest.fixture
+def cut(tmp_path: Path) -> Path:
+    """A study whose first trial has finished and whose second was killed amid its epochs.
+
+    The driver died before it wrote the winner's network.
+    """
+    config = write_study(
+        tmp_path, training={"epochs": 40}, search={"scheduler": "none", "trials": 2}
+    )
+    process = start("--config", config, "--local", "--out", tmp_path / "cut")
+    read_until(process, "trial 0001 epoch 2/40")
+    kill(process)
+    return tmp_path / "cut"
+
+
+def test_a_moved_study_keeps_its_winner_and_goes_on_from_its_checkpoints(
+    tmp_path: Path, cut: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = tmp_path / "whole"
+    shutil.copytree(cut, whole)
+    assert run_here("--resume", whole, "--local") == 0
+    capsys.readouterr()
+    moved = tmp_path / "elsewhere" / "moved"
+    moved.parent.mkdir()
+    shutil.move(cut, moved)
+    assert run_here("--resume", moved, "--local") == 0
+    said = capsys.readouterr().out
+    goes_on = re.search(r"trial 0001 goes on after epoch (\d+)", said)
+    assert goes_on is not None
+    assert f"trial 0001 epoch {int(goes_on[1]) + 1}/40" in said
+    assert "trial 0001 epoch 1/40" not in said
+    assert "starting from the beginning" not in (moved / "tuner.log").read_text()
+    assert outcome(moved) == outcome(whole)
+    best = min(trials_of(moved), key=lambda trial: trial.objective or 9e9)
+    assert best.checkpoint is not None
+    assert Path(best.checkpoint).is_relative_to(moved)
+    assert Path(best.checkpoint).is_dir()
+    assert contents(moved / "best") == contents(whole / "best")
+    Localizer.load(moved / "best")
+
+
+def test_a_copy_leaves_the_original_alone(tmp_path: Path, cut: Path) -> None:
+    before = contents(cut)
+    shutil.copytree(cut, tmp_path / "copy")
+    assert run_here("--resume", tmp_path / "copy", "--local") == 0
+    assert contents(cut) == before
+    assert run_here("--resume", cut, "--local") == 0
+    assert outcome(cut) == outcome(tmp_path / "copy")
+
+
+def test_successors_find_their_donors_where_the_folder_has_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick: None
+) -> None:
+    begun: list[Path | None] = []
+
+    class Run(FakeRun):
+        def __init__(self, *given: object) -> None:
+            begun.extend(path for path in given[2:] if isinstance(path, Path))
+            super().__init__(*given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("tuner.local.TrialRun", Run)
+    Clock(monkeypatch)
+    search = {
+        "scheduler": "pbt",
+        "population": 4,
+        "trials": 8,
+        "perturbation_epochs": 2,
+        "space": {"training.learning_rate": {"type": "float", "low": 1e-4, "high": 1e-2,
+                                             "log": True}},
+    }  # fmt: skip
+    config = write_study(tmp_path, training={"epochs": 8}, search=search)
+    assert run_here("--config", config, "--local", "--out", tmp_path / "whole") == 0
+    for minutes in (9, 10, 11, 12):
+        out = tmp_path / f"run-{minutes}"
+        budget = f"{minutes}m"
+        assert run_here("--config", config, "--local", "--out", out, "--time-budget", budget) in (
+            0,
+            1,
+        )
+        moved = tmp_path / f"moved-{minutes}"
+        shutil.move(out, moved)
+        begun.clear()
+        assert run_here("--resume", moved, "--local", "--time-budget", "none") == 0
+        assert begun
+        assert all(path is not None and path.is_relative_to(moved) for path in begun)
+        assert outcome(moved) == outcome(tmp_path / "whole")
+
+
+def test_recorded_scenes_may_move_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = write_study(
+        tmp_path, training={"epochs": 40}, search={"scheduler": "none", "trials": 1}
+    )
+    study = load_study(config)
+    array = PlanarArray(study.array.n_horizontal, study.array.n_vertical)
+    for split, count, seed in (("train", 16, 1), ("val", 8, 2)):
+        generator = torch.Generator().manual_seed(seed)
+        scenes = simulate(count, study.scene, array, generator=generator)
+        write_shards(tmp_path / "data", split, scenes, array, "spherical")
+    out = tmp_path / "run"
+    process = start("--config", config, "--data", tmp_path / "data", "--local", "--out", out)
+    read_until(process, "trial 0000 epoch 2/40")
+    kill(process)
+    shutil.move(tmp_path / "data", tmp_path / "archive")
+    assert run_here("--resume", out, "--local") == 2
+    assert "data" in capsys.readouterr().err
+    assert run_here("--resume", out, "--local", "--data", tmp_path / "archive") == 0
+    said = capsys.readouterr().out
+    assert re.search(r"trial 0000 goes on after epoch \d", said)
+    assert "trial 0000 epoch 1/40" not in said
+    (trial,) = trials_of(out)
+    assert (trial.state, trial.epoch) == ("done", 40)
+    # Scenes that are simulated are others than those on disk.
+    simulated = write_study(tmp_path / "other", search={"trials": 1})
+    assert run_here("--config", simulated, "--local", "--out", tmp_path / "sim") == 0
+    capsys.readouterr()
+    assert run_here("--resume", tmp_path / "sim", "--data", tmp_path / "archive", "--local") == 2
+    assert "data.shards was null and is " in capsys.readouterr().err
