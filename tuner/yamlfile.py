@@ -1,4 +1,4 @@
-"""Strict YAML: duplicate keys are errors, and 1e-3 is a number."""
+"""Strict YAML: duplicate keys are errors, 1e-3 is a number, and off is a word."""
 
 from __future__ import annotations
 
@@ -20,10 +20,18 @@ _FLOAT = re.compile(
     |\.(?:nan|NaN|NAN))$""",
     re.VERBOSE,
 )
+# YAML 1.1 also takes on, off, yes and no for truth values; `precision.amp: off` is a choice's name.
+_BOOL_TAG = "tag:yaml.org,2002:bool"
+_BOOL = re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$")
 
 
 class _StrictLoader(yaml.SafeLoader):
     """SafeLoader with readable floats and without silent duplicate keys."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != _BOOL_TAG]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[Hashable] = set()
@@ -44,6 +52,7 @@ class _StrictLoader(yaml.SafeLoader):
 
 
 _StrictLoader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
+_StrictLoader.add_implicit_resolver(_BOOL_TAG, _BOOL, list("tTfF"))
 
 
 def parse_yaml(text: str, source: str) -> Any:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from tuner.config import load_study
 from tuner.errors import ConfigError
 from tuner.yamlfile import dump_yaml, parse_yaml, read_yaml
 
@@ -18,9 +19,26 @@ def test_exponents_without_a_dot_are_numbers(text: str, value: float) -> None:
     assert read == value
 
 
-@pytest.mark.parametrize(("text", "value"), [("12", 12), ("e3", "e3"), ("1e", "1e"), ("on", True)])
+@pytest.mark.parametrize(("text", "value"), [("12", 12), ("e3", "e3"), ("1e", "1e"), ("~", None)])
 def test_what_is_no_float_stays_what_it_is(text: str, value: object) -> None:
     assert parse_yaml(text, "x") == value
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("true", True), ("False", False), ("off", "off"), ("on", "on"), ("no", "no"), ("Yes", "Yes")],
+)
+def test_truth_values_are_true_and_false_alone(text: str, value: object) -> None:
+    read = parse_yaml(text, "x")
+    assert (type(read), read) == (type(value), value)
+    assert parse_yaml(dump_yaml({"x": value}), "x") == {"x": value}
+
+
+def test_mixed_precision_is_switched_off_by_its_word(tmp_path: Path) -> None:
+    path = tmp_path / "study.yaml"
+    path.write_text("precision:\n  amp: off\n")
+    assert load_study(path).precision.amp == "off"
+    assert load_study(None, ("precision.amp=off",)).precision.amp == "off"
 
 
 def test_a_key_given_twice_is_refused_with_its_place() -> None:
