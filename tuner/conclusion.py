@@ -18,7 +18,7 @@ from tuner.pareto import pareto_front
 from tuner.promotion import Promotion
 from tuner.records import State
 from tuner.report import write_report
-from tuner.results import drop_losers, export_winner, write_best, write_promoted, write_trials
+from tuner.results import drop_losers, winners, write_best, write_promoted, write_trials
 from tuner.scenes import ensure_scenes
 from tuner.study import Ledger
 from tuner.telemetry import Progress
@@ -52,11 +52,9 @@ def conclude(
     """
     write_trials(folder, ledger)
     best = write_best(folder, ledger, promotion)
-    drop_losers(folder, ledger, ledger.best())
+    drop_losers(folder, ledger, *winners(ledger))
     if promotion is not None:
         write_promoted(folder, promotion)
-    if best is not None:
-        export_winner(folder, best)
     scored = best is not None and not interrupted
     if not scored:  # else it is written with the winner's scores
         _draw_report(folder, ledger, progress)
@@ -81,6 +79,12 @@ def conclude(
         progress.say(f"Pareto front, cheapest in {study_cost} first: {front or 'no trial'}")
     for line in promotion.summary() if promotion is not None else []:
         progress.say(line)
+    if best is not None and not folder.best.exists():
+        progress.say(
+            f"best/ was not written: the checkpoint of trial {best.number:04d} cannot be had now "
+            f"({folder.log} says why); --resume tries again",
+            logging.WARNING,
+        )
     if interrupted:
         progress.say(f"interrupted; go on with: python -m tuner.run --resume {where}")
         return INTERRUPTED
@@ -105,8 +109,9 @@ def conclude(
     progress.say(f"report: {folder.report}")
     if promotion is None or promotion.winner() is None:
         progress.say(f"train the winner at full budget: python -m tuner.train --from {where}")
-    best_network = shlex.quote(str(folder.best))
-    progress.say(f"locate with it: python -m model.locate SNAPSHOTS --checkpoint {best_network}")
+    if folder.best.exists():
+        network = shlex.quote(str(folder.best))
+        progress.say(f"locate with it: python -m model.locate SNAPSHOTS --checkpoint {network}")
     return DONE
 
 

@@ -82,6 +82,16 @@ class RunFolder:
         """The winner's network."""
         return self.path / "best"
 
+    @property
+    def earlier_best(self) -> Path:
+        """The network of an earlier winner, where the winner's own is out of reach."""
+        return self.path / "best.earlier"
+
+    @property
+    def pareto(self) -> Path:
+        """Networks of a study's front, a folder a trial."""
+        return self.path / "pareto"
+
     def fingerprint(self) -> str:
         """Of the winner's network: weights, configuration and decision."""
         digest = hashlib.sha256()

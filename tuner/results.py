@@ -7,11 +7,14 @@ import io
 import json
 import logging
 import math
+import shutil
+from pathlib import Path
 from typing import Any
 
 from model.files import write_text
 from tuner.checkpoints import Storage, drop, fetched
 from tuner.config import ResourcesConfig
+from tuner.disk import full_disk
 from tuner.files import replace_folder
 from tuner.folder import RunFolder, checkpoint_epoch
 from tuner.pareto import pareto_front
@@ -89,7 +92,11 @@ def write_promoted(folder: RunFolder, promotion: Promotion) -> None:
 def write_best(
     folder: RunFolder, ledger: Ledger, promotion: Promotion | None = None
 ) -> TrialRecord | None:
-    """best.json: the winner with all that is needed to train it again.
+    """best/, the winner's network, and best.json, with all that is needed to train it again.
+
+    The network first: what best.json describes is what best/ holds. Where its checkpoint is out
+    of reach, best/ is absent, and the network of an earlier winner lies in best.earlier/. A study
+    of two objectives has the networks of its front in pareto/.
 
     Args:
         folder: where it goes.
@@ -105,6 +112,7 @@ def write_best(
     if best is None:
         return None
     study = ledger.config
+    front = _write_front(folder, ledger)
     source = ledger if promotion is None or winner is None else promotion
     trained, config = source.config, source.trial_config(best)
     device = best.metrics.get("device", "cpu")
@@ -128,13 +136,58 @@ def write_best(
         ]  # fmt: skip
     if winner is not None:
         content["promoted"] = _promoted(winner)
-    if (cost := study.search.cost) is not None:
-        content["pareto"] = [
-            {"trial": t.number, "objective": t.objective, cost: t.metrics[cost], "params": t.params}
-            for t in pareto_front(ledger)
-        ]
-    write_text(folder.best_json, json.dumps(content, indent=2) + "\n")
+    if front is not None:
+        content["pareto"] = front
+    text = json.dumps(content, indent=2) + "\n"
+    if _is_written(folder, text):
+        return best
+    if not export_network(best, folder.best) and folder.best.exists():
+        shutil.rmtree(folder.earlier_best, ignore_errors=True)
+        folder.best.rename(folder.earlier_best)
+    write_text(folder.best_json, text)
     return best
+
+
+def _is_written(folder: RunFolder, text: str) -> bool:
+    """Whether best.json says just this, and best/ is there."""
+    try:
+        return folder.best.exists() and folder.best_json.read_text(encoding="utf-8") == text
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+def _write_front(folder: RunFolder, ledger: Ledger) -> list[dict[str, Any]] | None:
+    """pareto/: a network for each trial of the front; what best.json says of them, or None."""
+    if (cost := ledger.config.search.cost) is None:
+        return None
+    front = pareto_front(ledger)
+    names = {trial.number: f"{trial.number:04d}" for trial in front}
+    if folder.pareto.exists():
+        for beaten in folder.pareto.iterdir():
+            if beaten.name not in names.values():
+                shutil.rmtree(beaten, ignore_errors=True)
+    found = []
+    for trial in front:
+        network = folder.pareto / names[trial.number]
+        there = network.exists() or export_network(trial, network)
+        found.append(
+            {
+                "trial": trial.number,
+                "objective": trial.objective,
+                cost: trial.metrics[cost],
+                "params": trial.params,
+                "seed": trial.seed,
+                "config": ledger.trial_config(trial).model_dump(mode="json"),
+                "network": str(network.relative_to(folder.path)) if there else None,
+            }
+        )
+    return found
+
+
+def winners(ledger: Ledger) -> list[TrialRecord]:
+    """The trials of a search whose checkpoints are kept: the best one, and those of its front."""
+    found = [] if (best := ledger.best()) is None else [best]
+    return found if ledger.config.search.cost is None else [*found, *pareto_front(ledger)]
 
 
 def lineage(ledger: Ledger, trial: TrialRecord) -> list[tuple[TrialRecord, int]]:
@@ -162,18 +215,20 @@ def _promoted(winner: Promoted) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def export_winner(folder: RunFolder, best: TrialRecord) -> bool:
-    """best/: the weights that were scored; False where the checkpoint is out of reach."""
+def export_network(trial: TrialRecord, place: Path) -> bool:
+    """The weights of a trial that were scored, as a folder; False where they are out of reach."""
     from model.checkpoint import CheckpointError, export_best
 
-    if best.checkpoint is None:
-        logger.warning("trial %04d has no checkpoint: best/ is not written", best.number)
+    if trial.checkpoint is None:
+        logger.warning("trial %04d has no checkpoint: %s is not written", trial.number, place.name)
         return False
     try:
-        with fetched(best.checkpoint) as source:
-            replace_folder(folder.best, lambda out: export_best(source, out))
+        with fetched(trial.checkpoint) as source:
+            replace_folder(place, lambda out: export_best(source, out))
     except (CheckpointError, OSError) as error:
-        logger.warning("trial %04d: checkpoint cannot be exported: %s", best.number, error)
+        if full_disk(error) is not None:
+            raise
+        logger.warning("trial %04d: checkpoint cannot be exported: %s", trial.number, error)
         return False
     return True
 

@@ -33,7 +33,7 @@ from tuner.plan import show_plan
 from tuner.population import population_note
 from tuner.promotion import Promotion, open_promotion
 from tuner.records import PriorTrial
-from tuner.results import drop_losers, write_best, write_promoted, write_trials
+from tuner.results import drop_losers, winners, write_best, write_promoted, write_trials
 from tuner.samplers import sampler_note
 from tuner.study import Ledger
 from tuner.telemetry import Progress, Verbosity, logging_to
@@ -288,7 +288,7 @@ def _run_trials(
         if begun >= due:
             write_trials(folder, ledger)
             write_best(folder, ledger)
-            drop_losers(folder, ledger, ledger.best())
+            drop_losers(folder, ledger, *winners(ledger))
             due = monotonic() + _BETWEEN_WRITES * (monotonic() - begun)
 
     _run(place, ledger, folder, watcher, limits, interruption, after)

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from model import Localizer
+from model.config import TrialConfig
 from tests.reference.pareto import pareto_front as reference
 from tests.tuner.support import (
     FakeRun,
@@ -27,6 +29,7 @@ from tuner.folder import RunFolder
 from tuner.pages.material import Material
 from tuner.pareto import pareto_front
 from tuner.report import page
+from tuner.results import winners, write_best
 from tuner.study import Ledger
 from tuner.yamlfile import dump_yaml
 
@@ -144,7 +147,7 @@ def test_a_search_of_two_objectives_ends_with_its_front(
 ) -> None:
     monkeypatch.setattr("tuner.local.TrialRun", CostlyRun)
     monkeypatch.setattr("tuner.conclusion._score_winner", lambda folder, progress: None)
-    monkeypatch.setattr("tuner.conclusion.export_winner", lambda folder, best: True)
+    monkeypatch.setattr("tuner.results.export_network", lambda trial, place: True)
     monkeypatch.setattr("tuner.conclusion.write_report", lambda folder, ledger: None)
     step = 0.2 if sampler == "grid" else None
     space = {
@@ -170,6 +173,53 @@ def test_a_search_of_two_objectives_ends_with_its_front(
         assert [float(row["flops"]) for row in csv.DictReader(stream)] == [
             flops for _, flops in points.values()
         ]
+
+
+def test_the_networks_of_the_front_are_kept_and_work(tmp_path: Path) -> None:
+    widths = [8, 16, 24]
+    space = {"network.width": {"type": "categorical", "choices": widths}}
+    asked = changes(
+        space=space,
+        trials=3,
+        sampler="random",
+        include_base=False,
+        enqueue=[{"network.width": width} for width in widths],
+    )
+    out = tmp_path / "run"
+    assert run_here("--config", write_study(tmp_path, **asked), "--local", "--out", out) == 0
+    best = json.loads((out / "best.json").read_text())
+    front = {entry["trial"]: entry for entry in best["pareto"]}
+    assert 0 in front  # the cheapest is on every front
+    assert sorted(path.name for path in (out / "pareto").iterdir()) == [
+        f"{number:04d}" for number in sorted(front)
+    ]
+    for number, entry in front.items():
+        localizer = Localizer.load(out / entry["network"])
+        assert localizer.config == TrialConfig.model_validate(entry["config"])
+        assert localizer.config.network.width == widths[number]
+        assert entry["seed"] == localizer.config.seed
+    kept = {int(path.parent.name) for path in (out / "trials").glob("*/checkpoint-*")}
+    assert kept == set(front)
+
+
+def test_who_is_beaten_leaves_the_front_with_its_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "tuner.results.export_network",
+        lambda trial, place: place.mkdir(parents=True, exist_ok=True) or True,
+    )
+    ledger = finished(tmp_path, [(1.0, 10.0), (0.5, 20.0)])
+    folder = RunFolder(tmp_path)
+    write_best(folder, ledger)
+    assert sorted(path.name for path in folder.pareto.iterdir()) == ["0000", "0001"]
+    trial = ledger.ask()
+    assert trial is not None
+    ledger.report(trial.number, {"epoch": 2, "objective": 0.25, "flops": 10.0})
+    ledger.finish(trial.number, "done", objective=0.25)
+    write_best(folder, ledger)
+    assert sorted(path.name for path in folder.pareto.iterdir()) == ["0002"]
+    assert [t.number for t in winners(ledger)] == [2, 2]
 
 
 @pytest.mark.slow

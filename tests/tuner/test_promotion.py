@@ -269,7 +269,7 @@ class Fickle(FakeRun):
 def fickle(monkeypatch: pytest.MonkeyPatch) -> type[Fickle]:
     monkeypatch.setattr("tuner.local.TrialRun", Fickle)
     monkeypatch.setattr("tuner.conclusion._score_winner", lambda folder, progress: None)
-    monkeypatch.setattr("tuner.conclusion.export_winner", lambda folder, best: True)
+    monkeypatch.setattr("tuner.results.export_network", lambda trial, place: True)
     monkeypatch.setattr("tuner.conclusion.write_report", lambda folder, ledger: None)
     monkeypatch.setattr(Fickle, "doomed", frozenset())
     monkeypatch.setattr(Fickle, "cut", None)

@@ -4,9 +4,11 @@ import csv
 import json
 from pathlib import Path
 
+import pytest
 from optuna.storages import InMemoryStorage
 from optuna.trial import TrialState, create_trial
 
+from model import Trainer
 from tests.tuner.support import tiny_study
 from tuner.folder import RunFolder
 from tuner.results import drop_losers, write_best, write_trials
@@ -60,4 +62,68 @@ def test_the_winners_measures_are_those_of_the_weights_that_are_kept(tmp_path: P
     write_trials(folder, ledger)
     (row,) = csv.DictReader(folder.trials_csv.open(newline=""))
     assert (row["f1"], row["epochs"], row["skipped_steps"]) == ("0.75", "3", "3")
+    ledger.close()
+
+
+def trained(folder: Path, ledger: Ledger, objective: float) -> Path:
+    """One more trial of the ledger, with the checkpoint of a training."""
+    trial = ledger.ask()
+    assert trial is not None
+    config = ledger.trial_config(trial)
+    trainer = Trainer(config, "cpu")
+    trainer.run_epoch()
+    place = folder / "trials" / f"{trial.number:04d}" / "checkpoint-00001"
+    trainer.save(place)
+    ledger.report(trial.number, {"epoch": 1, "objective": objective}, str(place))
+    ledger.finish(trial.number, "done", objective=objective)
+    return place
+
+
+def weights(folder: Path) -> bytes:
+    return b"".join(path.read_bytes() for path in sorted(folder.iterdir()))
+
+
+def test_what_best_json_describes_is_what_best_holds_at_any_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = RunFolder.fresh(tmp_path / "run")
+    ledger = Ledger(InMemoryStorage(), tiny_study(tmp_path, training={"epochs": 1}))
+    trained(folder.path, ledger, 2.0)
+    write_best(folder, ledger)
+    first = weights(folder.best)
+    trained(folder.path, ledger, 1.0)
+
+    def dies(path: Path, text: str) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:  # the driver dies between the two
+        patch.setattr("tuner.results.write_text", dies)
+        with pytest.raises(KeyboardInterrupt):
+            write_best(folder, ledger)
+    write_best(folder, ledger)
+    assert json.loads(folder.best_json.read_text())["trial"] == 1
+    second = weights(folder.best)
+    assert second != first
+    assert json.loads((folder.best / "config.json").read_text())["seed"] == ledger.trial(1).seed
+    written = folder.best.stat().st_ino
+    write_best(folder, ledger)
+    assert folder.best.stat().st_ino == written, "nothing has changed, and it is written again"
+    ledger.close()
+
+
+def test_a_winner_whose_network_is_out_of_reach_has_no_other_ones(tmp_path: Path) -> None:
+    folder = RunFolder.fresh(tmp_path / "run")
+    ledger = Ledger(InMemoryStorage(), tiny_study(tmp_path, training={"epochs": 1}))
+    trained(folder.path, ledger, 2.0)
+    write_best(folder, ledger)
+    first = weights(folder.best)
+    place = trained(folder.path, ledger, 1.0)
+    place.rename(tmp_path / "away")
+    write_best(folder, ledger)
+    assert json.loads(folder.best_json.read_text())["trial"] == 1
+    assert not folder.best.exists()
+    assert weights(folder.earlier_best) == first
+    (tmp_path / "away").rename(place)
+    write_best(folder, ledger)
+    assert folder.best.exists()
     ledger.close()
