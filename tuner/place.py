@@ -86,7 +86,7 @@ def _place_on(cluster: Cluster, study: StudyConfig, notes: list[str]) -> Place:
 
 
 def check_place(study: StudyConfig, folder: RunFolder, place: Place) -> None:
-    """Have every node of a cluster look at the place of the checkpoints.
+    """Have every node of a cluster look at the place of the checkpoints, and at the data.
 
     Raises:
         StudyError: nodes that do not see it.
@@ -94,7 +94,9 @@ def check_place(study: StudyConfig, folder: RunFolder, place: Place) -> None:
     if place.cluster is None:
         return
     from tuner.checkpoints import Storage
-    from tuner.reach import check_reach
+    from tuner.reach import check_data_reach, check_reach
 
     cpus = study.resources.cpus_per_trial or 1
     check_reach(Storage.of(folder, study.resources), cpus, place.gpus)
+    if study.data.shards is not None:
+        check_data_reach(study.data.shards, cpus, place.gpus)

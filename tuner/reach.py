@@ -1,14 +1,16 @@
-"""Whether all machines see the storage of the checkpoints, asked before a trial starts.
+"""Whether all machines see the checkpoints' storage and the data, asked before a trial starts.
 
 A run folder that only the driver's machine has is the commonest fault of a first cluster:
-trials seem to run, and what they saved lies on disks that nobody will look at.
+trials seem to run, and what they saved lies on disks that nobody will look at. Data that one
+machine lacks lets every trial fail that comes to it.
 """
 
 from __future__ import annotations
 
 import logging
 import uuid
-from pathlib import PurePosixPath
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
 
 import ray
 from ray.exceptions import RayError, RayTaskError
@@ -46,15 +48,37 @@ def check_reach(storage: Storage, cpus: int, gpus: float) -> None:
         line = " ".join(str(error).split())[:300]
         raise StudyError(f"resources.storage: cannot write to {storage.root}: {line}") from error
     try:
-        blind = _blind(storage.location(filesystem, marker), cpus, gpus)
+        blind = _blind(cpus, gpus, sees, storage.location(filesystem, marker))
     finally:
         filesystem.delete_file(marker)
     if blind:
-        names = ", ".join(blind[:5]) + (f" and {len(blind) - 5} more" if len(blind) > 5 else "")
         raise StudyError(
-            f"resources.storage: {storage.root} is not seen by {names}; put the run folder (--out) "
+            f"resources.storage: {storage.root} is not seen by {blind}; put the run folder (--out) "
             "on storage that all machines share, or name such a folder or URI here"
         )
+
+
+def check_data_reach(shards: Path, cpus: int, gpus: float) -> None:
+    """Have every node that can hold a trial look for the recorded scenes.
+
+    Args:
+        shards: their folder.
+        cpus: CPUs a trial.
+        gpus: GPUs a trial.
+
+    Raises:
+        StudyError: nodes that do not see it.
+    """
+    if blind := _blind(cpus, gpus, has_folder, str(shards)):
+        raise StudyError(
+            f"data.shards (--data): {shards} is not seen by {blind}; put the scenes on storage "
+            "that all machines share under one path, or copy them to that path on each"
+        )
+
+
+def has_folder(path: str) -> bool:
+    """On a node: whether the folder is there."""
+    return Path(path).is_dir()
 
 
 def sees(location: str) -> bool:
@@ -63,12 +87,12 @@ def sees(location: str) -> bool:
     return bool(filesystem.get_file_info(path).is_file)
 
 
-def _blind(location: str, cpus: int, gpus: float) -> list[str]:
-    """Names of the nodes that do not see the file; of one that does not answer nothing is said."""
+def _blind(cpus: int, gpus: float, look: Callable[[str], bool], place: str) -> str:
+    """Nodes that do not see a place, in words; of one that does not answer nothing is said."""
     asked = [
         (
             f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})",
-            on_node(node["NodeID"], sees, location),
+            on_node(node["NodeID"], look, place),
         )
         for node in ray.nodes()
         if node["Alive"] and Machine.of(node["Resources"]).places(cpus, gpus)
@@ -82,8 +106,8 @@ def _blind(location: str, cpus: int, gpus: float) -> list[str]:
             if not ray.get(answer, timeout=0):
                 blind.append(name)
         except RayTaskError as error:
-            logger.warning("%s cannot open the storage: %s", name, error.cause)
+            logger.warning("%s cannot look at %s: %s", name, place, error.cause)
             blind.append(name)
         except RayError as error:
             logger.warning("%s was not asked: %s", name, str(error)[:200])
-    return blind
+    return ", ".join(blind[:5]) + (f" and {len(blind) - 5} more" if len(blind) > 5 else "")

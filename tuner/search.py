@@ -39,6 +39,7 @@ from tuner.trainable import (
     STUDY,
     UNTIL,
 )
+from tuner.trial import DIVERGED, DeviceLost
 from tuner.watchers import Watcher
 
 logger = logging.getLogger(__name__)
@@ -76,6 +77,7 @@ class LedgerSearch(OptunaSearch):
         self._ended: set[str] = set()
         self._in_a_row: dict[int, int] = {}  # losses without a finished epoch between them
         self._counted: set[str] = set()  # whose last loss is dealt with, with no epoch after it
+        self._failed_on: dict[str, int] = {}  # trials in a row, by node, before a first epoch
         self._given_up: dict[str, str] = {}
         self._hopeless: dict[str, str] = {}
         self.closed = False
@@ -130,6 +132,7 @@ class LedgerSearch(OptunaSearch):
         if error or result is None:
             self._abandoned(trial_id)
         elif result.get("failed"):
+            self._suspect(trial_id, result)
             self._end(
                 trial_id, "failed", reason=result.get("reason"), traceback=result.get("traceback")
             )
@@ -167,6 +170,23 @@ class LedgerSearch(OptunaSearch):
         self._ended.add(trial_id)
         self._ledger.hand_back(self._numbers[trial_id])
 
+    def _suspect(self, trial_id: str, result: dict[str, Any]) -> None:
+        """End the session where one node fails trial after trial before a first epoch.
+
+        Such a node (without the data, the compiler, a driver) takes the next trial at once, and
+        the whole study with it. What diverges does so anywhere.
+        """
+        reason, node = str(result.get("reason")), str(result.get("node_id"))
+        if result["epoch"] > 1 or trial_id in self._given_up or reason.startswith(DIVERGED):
+            return
+        self._failed_on[node] = times = self._failed_on.get(node, 0) + 1
+        if times > self._ledger.config.resources.max_failures:
+            self.cut_short = storage_error(
+                self._folder.path,
+                f"{times} trials in a row have failed on {result.get('node')} before they had "
+                f"finished an epoch, the last one with: {reason}; mend that machine or the study",
+            )
+
     def lost(self, trial_id: str, reason: str) -> dict[str, Any]:
         """The trial's process has ended without a word and Ray starts another.
 
@@ -191,7 +211,7 @@ class LedgerSearch(OptunaSearch):
         self._in_a_row[number] = times = self._in_a_row.get(number, 0) + 1
         self._ledger.lost(number, reason)
         if times > self._ledger.config.resources.max_failures:
-            if StorageOut.__name__ in reason:  # nor is this
+            if any(kind.__name__ in reason for kind in (StorageOut, DeviceLost)):  # nor is this
                 self.cut_short = storage_error(self._folder.path, reason)
                 return {}
             return self._give_up(
@@ -213,6 +233,7 @@ class LedgerSearch(OptunaSearch):
             return
         if not result.get("failed") and not result.get("repeated"):
             self._in_a_row.pop(number, None)
+            self._failed_on.pop(str(result.get("node_id")), None)
             self._counted.discard(trial_id)
             metrics = own_metrics(result)
             self._ledger.report(number, metrics, result.get(CHECKPOINT))

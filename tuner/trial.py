@@ -28,6 +28,8 @@ from model.training import Trainer, TrialDiverged
 
 logger = logging.getLogger(__name__)
 
+DIVERGED = "diverged"  # begins the reason of a trial that did
+
 
 def trial_name(number: int) -> str:
     """What a trial is called wherever it is listed: trial-0007."""
@@ -116,18 +118,19 @@ class TrialRun:
         except BdbQuit:  # who leaves the debugger ends the session, as Ctrl-C does: no fault of it
             raise KeyboardInterrupt from None
         except TrialDiverged as error:
-            return self._failure(f"diverged: {error}", error)
+            return self._failure(f"{DIVERGED}: {error}", error)
         except DataError as error:
             return self._failure(f"data: {error}", error)
         except Exception as error:  # the trial's own fault, reported with its traceback
             if is_out_of_memory(error):
                 raise self._exhausted(error) from None
             if not _device_answers(self._device):
-                raise DeviceLost(f"{self._device} no longer answers: {error}") from error
+                where = f"{self._device} of {platform.node()}"
+                raise DeviceLost(f"{where} no longer answers: {error}") from error
             return self._failure(f"{type(error).__name__}: {error}", error)
         objective = metrics.get("objective")
         if not isinstance(objective, int | float) or not math.isfinite(objective):
-            return self._failure(f"diverged: objective is {objective}", None)
+            return self._failure(f"{DIVERGED}: objective is {objective}", None)
         return {**metrics, "finished": bool(trainer.finished), "failed": False}
 
     @staticmethod

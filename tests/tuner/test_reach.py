@@ -14,7 +14,7 @@ from tests.tuner.support import run, write_study
 from tuner.checkpoints import Storage
 from tuner.cluster import connected
 from tuner.errors import StudyError
-from tuner.reach import check_reach
+from tuner.reach import check_data_reach, check_reach
 
 pytestmark = pytest.mark.long
 
@@ -33,7 +33,8 @@ def test_a_node_that_does_not_see_the_run_folder_is_named_before_a_trial_starts(
     tmp_path: Path,
 ) -> None:
     runs = tmp_path / "runs"
-    runs.mkdir()
+    (runs / "data").mkdir(parents=True)
+    (tmp_path / "data").mkdir()
     # A machine of its own as far as this folder goes: a mount that only this node has.
     apart = ["unshare", "--mount", "sh", "-c", f'mount -t tmpfs none {runs} && exec "$@"', "sh"]
     tried = subprocess.run([*apart, "true"], capture_output=True, text=True, check=False)
@@ -55,6 +56,16 @@ def test_a_node_that_does_not_see_the_run_folder_is_named_before_a_trial_starts(
             with connected(head.address):
                 check_reach(Storage(str(tmp_path), "elsewhere"), 1, 0)
                 check_reach(Storage(str(runs), "run"), cpus=2, gpus=0)  # no node takes that
+                here, sizes = f"{platform.node()} (", {"cpus": 1, "gpus": 0}
+                with pytest.raises(
+                    StudyError, match=r"data\.shards \(--data\): .*/runs/data"
+                ) as lacks:
+                    check_data_reach(runs / "data", **sizes)
+                assert str(lacks.value).count(here) == 1
+                check_data_reach(tmp_path / "data", **sizes)
+                with pytest.raises(StudyError) as gone:
+                    check_data_reach(tmp_path / "gone", **sizes)
+                assert str(gone.value).count(here) == 2
                 assert len(ray.nodes()) == 2
         seen = run(*asked, "--out", runs / "run", timeout=300)
         assert seen.returncode == 0, seen.stdout + seen.stderr

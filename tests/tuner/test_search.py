@@ -183,3 +183,63 @@ def test_memory_that_ran_out_while_an_actor_took_a_trial_is_no_lost_machine_too(
     assert again[NUMBER] == 0
     assert again[CONFIG]["training"]["accumulation"] == 2
     assert ledger.trial(0).state == "running"
+
+
+def failed_at_once(reason: str, node: str) -> dict[str, Any]:
+    place = {"node_id": node, "node": f"host-{node}"}
+    return epoch(1, float("nan"), failed=True, reason=reason, traceback="", **place)
+
+
+def test_a_node_that_fails_trial_after_trial_ends_the_session_and_not_the_study(
+    tmp_path: Path,
+) -> None:
+    ledger = ledger_in(tmp_path, search={"trials": 30}, resources={"max_failures": 2})
+    search = search_over(ledger, tmp_path)
+    search.suggest("works")
+    for number in range(4):  # elsewhere trials finish epochs, and there now and then
+        name = f"now and then {number}"
+        search.suggest(name)
+        search.on_trial_complete(name, failed_at_once("data: no such data folder", "bad"))
+        search.reported("works", epoch(number + 1, 0.5, node_id="good"))
+        if number == 1:
+            search.suggest("once")
+            search.reported("once", epoch(1, 0.5, node_id="bad"))
+    assert search.cut_short is None
+    search.suggest("last")
+    search.on_trial_complete("last", failed_at_once("data: no such data folder", "bad"))
+    said = str(search.cut_short)
+    assert "3 trials in a row have failed on host-bad before they had finished an epoch" in said
+    assert "data: no such data folder" in said
+    assert f"--resume {tmp_path}" in said
+    assert search.suggest("none") == Searcher.FINISHED
+    states = [trial.state for trial in ledger.trials()]
+    assert states == ["running", "failed", "failed", "running", "failed", "failed", "failed"]
+
+
+def test_what_diverges_and_what_fails_later_says_nothing_of_its_node(tmp_path: Path) -> None:
+    ledger = ledger_in(tmp_path, search={"trials": 30}, resources={"max_failures": 1})
+    search = search_over(ledger, tmp_path)
+    for number in range(6):
+        name = str(number)
+        search.suggest(name)
+        diverged = failed_at_once("diverged: 5 non-finite steps in a row", "any")
+        later = failed_at_once("ValueError: late", "any") | {"epoch": 2}
+        search.on_trial_complete(name, diverged if number % 2 else later)
+    assert search.cut_short is None
+
+
+def test_a_gpu_that_no_longer_answers_fails_no_trial(tmp_path: Path) -> None:
+    ledger = ledger_in(tmp_path, search={"trials": 30}, resources={"max_failures": 2})
+    search = search_over(ledger, tmp_path)
+    search.suggest("a")
+    reason = "tuner.trial.DeviceLost: cuda of host-3 no longer answers: CUDA error: ECC"
+    for _ in range(2):
+        assert RESUME in search.lost("a", reason)
+        assert search.cut_short is None
+    assert search.lost("a", reason) == {}
+    assert "cuda of host-3 no longer answers" in str(search.cut_short)
+    assert search.suggest("b") == Searcher.FINISHED
+    assert ledger.trial(0).state == "running", "it goes on when the machine is mended"
+    other = search_over(ledger_in(tmp_path / "other", resources={"max_failures": 0}), tmp_path)
+    other.suggest("a")
+    assert "give_up" in other.lost("a", "ActorDiedError: The actor died unexpectedly"), "a crash"
