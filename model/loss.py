@@ -19,7 +19,7 @@ from physics.covariance import LowRankCovariance, nmse, source_covariance
 from physics.geometry import PlanarArray
 from physics.precision import in_full_precision
 from physics.scaling import column_energy, energy, power
-from physics.scene import Scenes
+from physics.scene import SceneConfig, Scenes
 from physics.steering import Wavefront, steering_vector
 from physics.subspace import orthonormal_weights
 from physics.transfer import sent
@@ -34,6 +34,7 @@ _SCHEDULE: dict[Phase, dict[str, float]] = {
 }
 
 _TERMS = ("cov_pred", "subspace_align", "peak_contrast", "existence", "position")
+MISSED = 0.1  # sources a scene that the likelihood expects outside all slots
 TermName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
 
 
@@ -110,7 +111,7 @@ class ScenesLoss:
 
     Terms (see docs/conventions.md for the weights' names and schedule):
 
-    - ``nmse``: ||R_blend - R_true||^2 / ||R_true||^2, both at trace N;
+    - ``nmse``: ||R_blend - R_true||^2 / ||R_true||^2, both at trace N, over scenes with sources;
     - ``cov_pred``: the same of R_pred, so that R_samp cannot hide a lazy network;
     - ``subspace_align``: ``1 - ||U_K^H Q||^2 / K``, with U_K the dominant subspace of R_blend and
       Q an orthonormal basis of the sources' steering vectors;
@@ -182,9 +183,14 @@ class ScenesLoss:
         projected = blended.project(steering)  # (B, r, K)
         # Of the terms that are means over scenes.
         share = 1.0 if whole is None else len(scenes) / whole.scenes
+        # R_pred has the trace N whatever there is: of an empty scene its error says nothing.
+        occupied = present.any(-1)
+        n_occupied = occupied.sum() if whole is None else whole.occupied
         terms = {
-            "nmse": nmse(blended, truth, projected).mean() * share,
-            "cov_pred": nmse(predicted, truth, predicted.project(steering)).mean() * share,
+            "nmse": _mean_of(nmse(blended, truth, projected), occupied, n_occupied),
+            "cov_pred": _mean_of(
+                nmse(predicted, truth, predicted.project(steering)), occupied, n_occupied
+            ),
         }
         if weights["subspace_align"] or weights["peak_contrast"]:
             decoys = self.dictionary if decoys is None else decoys
@@ -194,7 +200,7 @@ class ScenesLoss:
             terms["subspace_align"] = self._subspace(
                 seen,
                 *orthonormal_weights(steering.masked_fill(~present.unsqueeze(-1), 0.0).mT),
-                None if whole is None else whole.occupied,
+                n_occupied,
             )
             terms["peak_contrast"] = self._contrast(
                 column_energy(seen),
@@ -244,19 +250,33 @@ class ScenesLoss:
 
     @in_full_precision
     @torch.no_grad()
-    def nll(self, prediction: Prediction, scenes: Scenes) -> Tensor:
+    def nll(self, prediction: Prediction, scenes: Scenes, config: SceneConfig) -> Tensor:
         """Negative log-likelihood (B,) of scenes [nat], free of every weight.
 
-        Of which slots hold a source, and of the cell where each of these sources is. One that no
-        slot may be of costs what the empty slots say.
+        Each slot holds a source or none, and where it says that one is has a density; other
+        sources stand anywhere, MISSED of them a scene on average. Densities are relative to that
+        of a source anywhere, so that what no slot is of, or of none that is worth it, costs the
+        same whoever missed it. Below zero is better than knowing nothing but how many.
+
+        Args:
+            prediction: of B scenes.
+            scenes: their truth.
+            config: which says where sources stand.
+
+        Source: of a Poisson multi-Bernoulli density, Pinto, Xia, Svensson and Wymeersch, "An
+        uncertainty-aware performance measure for multi-object tracking", IEEE Signal Processing
+        Letters 28, 2021; slots and sources are paired by :func:`match_slots`.
         """
         steering = steering_vector(scenes.position, self.array, self.wavefront)
         pointing = self._pointing(prediction, scenes, steering)
         slot, source = match_slots(prediction, pointing.score(), scenes.present)
-        existence = functional.binary_cross_entropy_with_logits(
-            prediction.existence, slot.to(prediction.existence.dtype), reduction="none"
-        )
-        return (existence + torch.where(slot, pointing.cross_entropy(source), 0.0)).sum(-1)
+        empty = functional.softplus(prediction.existence).double()
+        held = functional.softplus(-prediction.existence).double()
+        missed = empty - math.log(MISSED)
+        named = held - pointing.log_density(source, config.extent)
+        costs = torch.where(slot, torch.minimum(named, missed), empty)
+        n_left = scenes.n_sources - slot.sum(-1)
+        return costs.sum(-1) - n_left * math.log(MISSED) + MISSED
 
     def draw_decoys(self, phase: Phase, generator: torch.Generator) -> Tensor | None:
         """Steering vectors (G', N) of the decoys of a training step.
@@ -279,11 +299,10 @@ class ScenesLoss:
         seen: Tensor,  # (B, K, K) conj(U^H A) of the signal subspace and the steering vectors
         basis: Tensor,  # (B, K, K) T of an orthonormal basis A T of their span
         n_bases: Tensor,  # (B,)
-        n_occupied: Tensor | None,
+        n_occupied: Tensor,
     ) -> Tensor:
         occupied = (n_bases > 0).to(basis.real.dtype)
         loss = occupied - energy(seen @ basis.conj()) / n_bases.clamp_min(1)
-        n_occupied = occupied.sum() if n_occupied is None else n_occupied
         return loss.sum() / n_occupied.clamp_min(1)
 
     def _contrast(
@@ -319,9 +338,9 @@ class ScenesLoss:
         return SharedCells(prediction, overlap, scenes.position, self.cell_size)
 
 
-def _mean_of(value: Tensor, slot: Tensor, count: Tensor) -> Tensor:
-    """Mean of values (B, r) of the slots (B, r) bool that hold a source, ``count`` in all."""
-    return torch.where(slot, value, torch.zeros_like(value)).sum() / count.clamp_min(1)
+def _mean_of(value: Tensor, counts: Tensor, count: Tensor) -> Tensor:
+    """Mean of the values that count (bool, as many), ``count`` in all."""
+    return torch.where(counts, value, torch.zeros_like(value)).sum() / count.clamp_min(1)
 
 
 def overlap_of(cells: Tensor, steering: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ _GATE = math.radians(5.0)  # a candidate farther from a source in either angle i
 _LEVEL = 0.9  # of the ellipses and intervals that directions and ranges are to lie in
 _REACH = REACH["f1"]  # error beyond which a range is a miss, whatever the decision's goal [m]
 _BEYOND = 1e3  # cost beyond what all other pairs of a scene can cost together
+Extent = tuple[float, float, float]  # of where sources stand: two angles [rad], range [m]
 _SMALL = 1e-9  # squared error and variance of a range that count as none [m^2]
 # Their squared radii: chi-square quantiles of two degrees of freedom and of one.
 _ELLIPSE, _INTERVAL = (float(chi2.ppf(_LEVEL, df=degrees)) for degrees in (2, 1))
@@ -42,6 +43,10 @@ class SharedCells:
         target = torch.softmax(_SHARPNESS * self.overlap.mT, dim=-1)  # (B, K, G)
         wanted = target.gather(1, source.unsqueeze(-1).expand(-1, -1, target.shape[-1]))
         return -(wanted * self.prediction.log_pointer).sum(-1)
+
+    def log_density(self, source: Tensor, extent: Extent) -> Tensor:
+        """Log density (B, r) at the sources (B, r) int64, less that of a source anywhere [nat]."""
+        return math.log(self.overlap.shape[-2]) - self.cross_entropy(source)
 
     def loss(self, source: Tensor) -> Tensor:
         """Loss (B, r) of the slots if they hold the sources (B, r) int64.
@@ -81,9 +86,8 @@ class OwnCells:
     def cross_entropy(self, source: Tensor) -> Tensor:
         """Of the two cells (B, r) around the range, evenly spaced, of the sources (B, r) int64."""
         truth = self.position[..., 2].gather(1, source).unsqueeze(-1)
-        ranges = self.cells[..., 2]
+        ranges, step = self.cells[..., 2], self._step()
         last = ranges.shape[-1] - 1
-        step = ((ranges[..., -1:] - ranges[..., :1]) / last).clamp_min(1e-6)
         place = ((truth - ranges[..., :1]) / step).clamp(0.0, last)
         lower = place.floor().clamp(max=last - 1)
         share = place - lower
@@ -91,6 +95,26 @@ class OwnCells:
         log_pointer = self.prediction.log_pointer
         below, above = log_pointer.gather(-1, index), log_pointer.gather(-1, index + 1)
         return -((1.0 - share) * below + share * above).squeeze(-1)
+
+    def _step(self) -> Tensor:
+        """Between two cells (B, r, 1) [m]."""
+        ranges = self.cells[..., 2]
+        return ((ranges[..., -1:] - ranges[..., :1]) / (ranges.shape[-1] - 1)).clamp_min(1e-6)
+
+    def log_density(self, source: Tensor, extent: Extent) -> Tensor:
+        """Log density (B, r) at the sources (B, r) int64, less that of a source anywhere [nat].
+
+        Normal in direction, and what the pointer says in range. An angle in which sources stand
+        within the gate counts as one as wide as the gate, a range within a cell as a cell.
+        """
+        truth = self.position.gather(1, source.unsqueeze(-1).expand(-1, -1, 3))
+        off = (self.prediction.position[..., :2] - truth[..., :2]).double()
+        assert self.prediction.angle_covariance is not None
+        form, determinant = _adjugate_form(self.prediction.angle_covariance.double(), off)
+        normal = -0.5 * (form / determinant + torch.log(determinant)) - math.log(2.0 * math.pi)
+        angles = math.prod(max(width, _GATE) for width in extent[:2])
+        n_cells = (extent[2] / self._step().squeeze(-1)).clamp_min(1.0)
+        return normal + math.log(angles) + torch.log(n_cells) - self.cross_entropy(source)
 
     def loss(self, source: Tensor) -> Tensor:
         """Loss (B, r) of the slots if they hold the sources (B, r) int64.
@@ -114,13 +138,8 @@ class OwnCells:
     def _off_ellipse(self, off: Tensor) -> Tensor:
         """Quantile loss (B, r) of the Mahalanobis distance of errors (B, r, 2) in gates."""
         assert self.prediction.angle_covariance is not None
-        scale = self.prediction.angle_covariance / _GATE**2
-        (a, b), (_, c) = (row.unbind(-1) for row in scale.unbind(-2))
-        tiny = torch.finfo(a.dtype).tiny
-        x, y = off.unbind(-1)
-        distance = (c * x.square() - 2.0 * b * x * y + a * y.square()).clamp_min(tiny)
-        determinant = (a * c - b.square()).clamp_min(tiny)
-        return _quantile_loss(torch.log(distance) - torch.log(determinant), _ELLIPSE)
+        form, determinant = _adjugate_form(self.prediction.angle_covariance / _GATE**2, off)
+        return _quantile_loss(torch.log(form) - torch.log(determinant), _ELLIPSE)
 
     def _off_interval(self, truth: Tensor) -> Tensor:
         """Quantile loss (B, r) of the errors of range within reach, truth (B, r) [m]."""
@@ -132,6 +151,18 @@ class OwnCells:
         distance = off.square().clamp_min(_SMALL) / named.variance.clamp_min(_SMALL)
         loss = _quantile_loss(torch.log(distance) - 2.0 * torch.log(spread), _INTERVAL)
         return torch.where(off < _REACH, loss, 0.0)
+
+
+def _adjugate_form(covariance: Tensor, off: Tensor) -> tuple[Tensor, Tensor]:
+    """``x^T adj(C) x`` and ``det C`` (B, r), above zero, of C (B, r, 2, 2) and x (B, r, 2).
+
+    Their ratio is the squared Mahalanobis distance.
+    """
+    (a, b), (_, c) = (row.unbind(-1) for row in covariance.unbind(-2))
+    tiny = torch.finfo(a.dtype).tiny
+    x, y = off.unbind(-1)
+    form = c * x.square() - 2.0 * b * x * y + a * y.square()
+    return form.clamp_min(tiny), (a * c - b.square()).clamp_min(tiny)
 
 
 def _quantile_loss(log_distance: Tensor, squared_radius: float) -> Tensor:

@@ -57,7 +57,7 @@ def score_validation(
         blended_error.append(nmse(blended, truth).double())
         if not bool(torch.isfinite(blended_error[-1]).all()):
             continue
-        nll.append(loss.nll(prediction, part.scenes).double())
+        nll.append(loss.nll(prediction, part.scenes, config.scene))
         if prediction.cells is not None:
             judged.append(judge(prediction, goal))
         else:
@@ -70,10 +70,12 @@ def score_validation(
     elif len(found) == len(pred):
         located = Detections.concatenate(found)
     sources = scenes.position, scenes.present
+    # R_pred has the trace N whatever there is: of empty scenes its error says nothing.
+    occupied = scenes.present.any(-1) if bool(scenes.present.any()) else slice(None)
     matching = match(located, *sources) if located else None
     return {
-        "nmse_pred": float(torch.cat(pred).mean()),
-        "nmse_blend": float(torch.cat(blended_error).mean()),
+        "nmse_pred": float(torch.cat(pred)[occupied].mean()),
+        "nmse_blend": float(torch.cat(blended_error)[occupied].mean()),
         "nll": float(torch.cat(nll).mean()) if located else math.nan,
         "count_accuracy": matching.count_accuracy if matching else math.nan,
         "f1": matching.f1 if matching else math.nan,

@@ -76,6 +76,14 @@ class SceneConfig(FrozenModel):
         "those that chance leaves without",
     )
 
+    @property
+    def extent(self) -> tuple[float, float, float]:
+        """How far apart sources may stand in azimuth, elevation [rad] and range [m]."""
+        azimuth, elevation, distance = (
+            high - low for low, high in (self.azimuth_deg, self.elevation_deg, self.range_m)
+        )
+        return math.radians(azimuth), math.radians(elevation), distance
+
     @field_validator("azimuth_deg", "elevation_deg", "range_m", "snr_db", "base_station_range_m")
     @classmethod
     def _ordered(cls, value: tuple[float, float]) -> tuple[float, float]:

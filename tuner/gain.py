@@ -18,6 +18,8 @@ def gain_of(study: StudyConfig, trials: Iterable[TrialRecord], best: TrialRecord
         return "It ran the study's own values: none that the search proposed did better."
     if own.state != "done" or own.objective is None or best.objective is None:
         return f"Trial {own.number:04d} ran the study's own values: {STATE_WORDS[own.state]}."
-    gain = 1 - best.objective / own.objective if own.objective > 0 else 0.0
+    gain = own.objective - best.objective
+    # Of a likelihood, which may be below zero, there is no share.
+    words = f"{gain:.3g} nat" if study.objective == "nll" else f"{gain / own.objective:.1%}"
     name = f"the study's own values (trial {own.number:04d})"
-    return f"That is {gain:.1%} below {name}, {own.objective:.5g}."
+    return f"That is {words} below {name}, {own.objective:.5g}."

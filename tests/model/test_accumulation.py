@@ -74,8 +74,8 @@ def test_the_gradient_of_the_parts_is_that_of_the_whole_batch(
     whole, terms = gradient(Trainer(config_of(family)))
     parts, again = gradient(Trainer(config_of(family, accumulation)))
     # Single precision, summed in another order; a wrong share of one term is off by a hundredth.
-    assert float((parts - whole).norm() / whole.norm()) < 2e-5
-    assert again == pytest.approx(terms, rel=2e-5)
+    assert float((parts - whole).norm() / whole.norm()) < 1e-4
+    assert again == pytest.approx(terms, rel=1e-4)
 
 
 def test_the_counting_pass_of_a_gated_network_sees_the_dropout_of_the_training_pass(

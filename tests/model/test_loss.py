@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import fields
+import math
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from model.loss import LossConfig, ScenesLoss
+from model.loss import MISSED, LossConfig, ScenesLoss
 from model.pointing import match_slots
 from model.prediction import Prediction
-from physics import LowRankCovariance, PlanarArray, PolarGrid, SceneConfig, simulate
+from physics import LowRankCovariance, PlanarArray, PolarGrid, SceneConfig, Scenes, simulate
 from physics.covariance import blend
 from tests.reference import losses as reference
 
@@ -64,8 +65,9 @@ def test_every_covariance_term_equals_its_dense_reference() -> None:
     dense_pred = prediction.covariance.dense().numpy()
     counts = scenes.n_sources.tolist()
     assert min(counts) == 0 < 1 < max(counts), "the case must hold empty and crowded scenes"
-    nmse = np.mean([reference.nmse(r, t) for r, t in zip(dense, dense_truth, strict=True)])
-    pred = np.mean([reference.nmse(r, t) for r, t in zip(dense_pred, dense_truth, strict=True)])
+    held = [i for i, k in enumerate(counts) if k]  # an empty scene's R_true has another trace
+    nmse = np.mean([reference.nmse(dense[i], dense_truth[i]) for i in held])
+    pred = np.mean([reference.nmse(dense_pred[i], dense_truth[i]) for i in held])
     align = np.mean(
         [reference.subspace_align(dense[i], a[i, :k].T) for i, k in enumerate(counts) if k]
     )
@@ -313,3 +315,61 @@ def test_position_counts_the_cells_between_a_slot_and_its_source() -> None:
         off[..., axis] += 3 * cell[axis]
         # Huber with a knee at one cell, 3 - 1/2, weighted by 0.1
         assert term(off) - exact == pytest.approx(0.25)
+
+
+def naming(scenes: Scenes, logit: float, spread_deg: float, off_deg: float = 0.0) -> Prediction:
+    """A slot a source, so far off, as sure of it as the logit, and cells of ranges around it."""
+    at = scenes.position.clone()
+    at[..., 0] += math.radians(off_deg)
+    steps = torch.linspace(-1.0, 1.0, 5, dtype=at.dtype)
+    cells = at.unsqueeze(2).repeat(1, 1, 5, 1)
+    cells[..., 2] += steps
+    sure = torch.log_softmax(-(steps**2) / 0.1, -1).expand(*at.shape[:2], 5)
+    covariance = math.radians(spread_deg) ** 2 * torch.eye(2, dtype=at.dtype)
+    return Prediction(
+        factor=torch.ones(len(scenes), ARRAY.size, at.shape[1], dtype=torch.complex128),
+        existence=torch.where(scenes.present, logit, -logit).to(at.dtype),
+        log_pointer=sure,
+        position=at,
+        cells=cells,
+        angle_covariance=covariance.expand(*at.shape[:2], 2, 2),
+    )
+
+
+def test_the_likelihood_is_best_of_who_finds_all_and_knows_how_well() -> None:
+    scenes, _, _, loss, _ = _case(n_scenes=40)
+
+    def of(prediction: Prediction) -> float:
+        return float(loss.nll(prediction, scenes, SCENE).mean())
+
+    good = of(naming(scenes, 4.0, 0.5))
+    far = naming(scenes, 4.0, 0.5, off_deg=20.0)  # no source within any slot's gate
+    silent = of(naming(scenes, -4.0, 0.5, off_deg=20.0))
+    assert good < of(naming(scenes, 4.0, 2.0)), "less sure of where than it could be"
+    assert good < of(naming(scenes, 1.0, 0.5)), "less sure of that than it could be"
+    assert of(naming(scenes, 4.0, 0.5, off_deg=3.0)) > of(naming(scenes, 4.0, 2.0, off_deg=3.0))
+    assert good < of(far)
+    assert of(naming(scenes, 4.0, 2.0, off_deg=3.0)) < silent
+    # Nothing found and nothing claimed: every source costs what one anywhere does.
+    quiet = naming(scenes, 30.0, 0.5, off_deg=20.0)
+    quiet = replace(quiet, existence=torch.full_like(quiet.existence, -30.0))
+    wanted = -scenes.n_sources.double() * math.log(MISSED) + MISSED
+    assert torch.allclose(loss.nll(quiet, scenes, SCENE), wanted)
+
+
+def test_the_likelihood_pays_no_more_for_a_bad_place_than_for_none() -> None:
+    scenes, _, _, loss, _ = _case(n_scenes=40)
+    wrong = naming(scenes, 4.0, 1e-3, off_deg=4.0)  # thousands of its own deviations off
+    cost = loss.nll(wrong, scenes, SCENE)
+    sure = math.log1p(math.exp(4.0)) - math.log(MISSED)  # of an empty slot, and of the source
+    small = math.log1p(math.exp(-4.0))
+    n_left = scenes.present.shape[1] - scenes.n_sources
+    assert torch.allclose(cost, scenes.n_sources.double() * sure + n_left * small + MISSED)
+
+
+def test_more_sources_than_slots_are_charged_for() -> None:
+    scenes, prediction, _, loss, _ = _case(n_slots=1, n_scenes=40)
+    few = scenes.n_sources == 1
+    many = scenes.n_sources == 3
+    cost = loss.nll(prediction, scenes, SCENE)
+    assert float(cost[many].mean() - cost[few].mean()) > -1.9 * math.log(MISSED)

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from scipy.stats import chi2
+from scipy.stats import chi2, multivariate_normal
 from torch import Tensor
 
 from model.decision import judge
@@ -71,6 +71,67 @@ def test_a_source_five_degrees_off_in_either_angle_is_none_of_a_slots(
     position = prediction.cells[:, :, 0].clone()
     position[..., axis] += step * GATE
     assert bool(torch.isfinite(own(prediction, position).score()).item()) is theirs
+
+
+EXTENT = (2.0, 1.0, 9.5)
+
+
+def test_the_density_is_normal_in_direction_and_the_pointers_in_range() -> None:
+    prediction = judged_slots(6, 4, 5)
+    position = around(prediction, 3)
+    source = torch.randint(3, (6, 4), generator=torch.Generator().manual_seed(2))
+    found = own(prediction, position).log_density(source, EXTENT)
+    assert prediction.cells is not None
+    assert prediction.angle_covariance is not None
+    for b, i in np.ndindex(6, 4):
+        truth = position[b, source[b, i]].numpy()
+        ranges = prediction.cells[b, i, :, 2].numpy()
+        step = ranges[1] - ranges[0]
+        covariance = prediction.angle_covariance[b, i].numpy()
+        at = prediction.position[b, i, :2].numpy()
+        normal = multivariate_normal(at, covariance).logpdf(truth[:2])
+        log_weights = prediction.log_pointer[b, i].numpy()
+        in_range = np.interp(truth[2], ranges, log_weights) - math.log(step)
+        anywhere = -math.log(EXTENT[0] * EXTENT[1] * EXTENT[2])
+        assert float(found[b, i]) == pytest.approx(normal + in_range - anywhere, rel=1e-9)
+
+
+def test_the_density_means_the_same_whatever_the_cells() -> None:
+    """A pointer that knows nothing of the range is worth nothing, with 3 cells or with 96."""
+    coarse, fine = judged_slots(4, 3, 3), judged_slots(4, 3, 96)
+    found = []
+    for prediction in (coarse, fine):
+        assert prediction.cells is not None
+        cells = prediction.cells.clone()
+        cells[..., :2] = coarse.position[:, :, None, :2]
+        cells[..., 2] = torch.linspace(0.5, 10.0, cells.shape[2], dtype=cells.dtype)
+        uniform = torch.full_like(prediction.log_pointer, -math.log(cells.shape[2]))
+        knows_nothing = replace(
+            prediction,
+            cells=cells,
+            log_pointer=uniform,
+            position=coarse.position,
+            angle_covariance=coarse.angle_covariance,
+        )
+        position = torch.cat([coarse.position[..., :2], cells[:, :, 1, 2:]], -1)
+        source = torch.arange(3).expand(4, 3)
+        found.append(own(knows_nothing, position).log_density(source, EXTENT))
+    # One step less than there are cells spans the range: 3 cells hold it one and a half times.
+    assert torch.allclose(
+        found[0] - found[1], torch.tensor(math.log(2 / 3) - math.log(95 / 96)).double()
+    )
+
+
+def test_a_fixed_elevation_and_a_fixed_range_leave_the_density_finite() -> None:
+    prediction = judged_slots(2, 2, 4)
+    assert prediction.cells is not None
+    cells = prediction.cells.clone()
+    cells[..., 2] = 5.0
+    source = torch.zeros(2, 2, dtype=torch.int64)
+    found = own(replace(prediction, cells=cells), cells[:, :, 0]).log_density(
+        source, (2.0, 0.0, 0.0)
+    )
+    assert bool(torch.isfinite(found).all())
 
 
 def ellipse_loss(prediction: Prediction, position: Tensor, source: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ import model.training as training_module
 from model import Trainer, TrialDiverged, train
 from model.checkpoint import Checkpoint, CheckpointError, export_best, read_decision, save_tensors
 from model.decision import Decision
+from model.loss import MISSED
 from model.pointing import match_slots
 from physics import nmse, steering_vector
 from tests.model.support import run, weights_of
@@ -399,15 +400,34 @@ def test_the_likelihood_is_that_of_the_averaged_weights_over_all_validation_scen
     steering = steering_vector(scenes.position, trainer.array)
     pointing = trainer.loss._pointing(p, scenes, steering)
     slot, source = match_slots(p, pointing.score(), scenes.present)
-    apart = pointing.cross_entropy(source)
-    total = 0.0
+    density = pointing.log_density(source, config.scene.extent)
+    total, n_claimed = 0.0, 0
     for b in range(len(batch)):
+        left = int(scenes.n_sources[b])
         for i in range(p.existence.shape[1]):
             q = 1 / (1 + math.exp(-float(p.existence[b, i])))
-            total -= math.log(q if slot[b, i] else 1 - q)
-            total += float(apart[b, i]) if slot[b, i] else 0.0
-    assert int(slot.sum()) > 5
+            claimed = math.log(q) + float(density[b, i])
+            is_worth_it = bool(slot[b, i]) and claimed > math.log(1 - q) + math.log(MISSED)
+            total -= claimed if is_worth_it else math.log(1 - q)
+            left -= is_worth_it
+            n_claimed += is_worth_it
+        total += MISSED - left * math.log(MISSED)
+    assert n_claimed > 5
     assert found == pytest.approx(total / len(batch), rel=1e-4)
+
+
+def test_empty_scenes_say_nothing_of_covariances() -> None:
+    trainer = Trainer(tiny_config(scene={"min_sources": 0}))
+    found = trainer.validate()
+    batch = trainer.source.validation()
+    trainer.network.eval()
+    with torch.no_grad():
+        prediction = trainer.network(trainer._features(batch))
+    error = nmse(prediction.covariance, batch.scenes.covariance(trainer.array, "spherical"))
+    held = batch.scenes.n_sources > 0
+    assert 0 < int(held.sum()) < len(batch)
+    assert found["nmse_pred"] == pytest.approx(float(error[held].mean()), rel=1e-5)
+    assert float(error[~held].min()) > 2 * found["nmse_pred"], "they would drown the others"
 
 
 def test_weights_of_an_earlier_version_are_refused_with_what_they_are(tmp_path: Path) -> None:
