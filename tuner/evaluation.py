@@ -50,7 +50,7 @@ def suite_scenes(
         suite: what is changed in it.
         array: the surface that they are made with.
         n_scenes: how many, of recorded ones at most; None takes ``DEFAULT_SCENES``, or all that
-            are recorded.
+            are recorded. Fewer than are recorded are drawn, always the same: files may be sorted.
 
     Raises:
         DataError: shards that cannot be used.
@@ -68,7 +68,9 @@ def suite_scenes(
         refuse_leaks([open_split(config.data, scene, array, "train"), split])
     count = len(split) if n_scenes is None else min(n_scenes, len(split))
     warning = "" if held_out else " (the scenes that choose a search's winner)"
-    return split.read(np.arange(count)), f"{count} of {folder / split.name}{warning}"
+    chosen = np.sort(np.random.default_rng(0).choice(len(split), count, replace=False))
+    drawn = f", drawn from {len(split)}" if count < len(split) else ""
+    return split.read(chosen), f"{count} of {folder / split.name}{drawn}{warning}"
 
 
 def evaluate_suite(

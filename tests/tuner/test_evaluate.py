@@ -29,6 +29,7 @@ from tests.tiny import TINY, tiny_config
 from tests.tuner.support import run
 from tuner import evaluation_page
 from tuner.command import execute
+from tuner.config import load_study
 from tuner.evaluate import app
 from tuner.evaluation import evaluate_suite, suite_scenes, write_evaluation
 from tuner.scoreboard import (
@@ -159,6 +160,26 @@ def test_test_scenes_are_none_that_a_training_or_validation_draws() -> None:
     seen = [source.validation(), *source.train_batches(0, 16, 0)]
     known = {row.numpy().tobytes() for batch in seen for row in batch.scenes.y}
     assert not any(row.numpy().tobytes() in known for row in drawn.y)
+
+
+def test_fewer_recorded_scenes_than_there_are_stand_for_all_of_a_sorted_file(
+    origin_shards: Path,
+) -> None:
+    config = load_study(
+        Path(__file__).parents[2] / "configs" / "origin-shards.yaml", data__shards=origin_shards
+    )
+    array, suite = config.array.build(), SUITES["nominal"]
+    whole, said = suite_scenes(config, suite, array, None)
+    assert "drawn" not in said
+    few, said = suite_scenes(config, suite, array, 6)
+    assert f"6 of {origin_shards}" in said
+    assert f"drawn from {len(whole)}" in said
+    rows = [row.numpy().tobytes() for row in whole.y]
+    places = [rows.index(row.numpy().tobytes()) for row in few.y]
+    assert places == sorted(set(places))
+    assert max(places) > len(whole) // 2, "not the first ones"
+    again, _ = suite_scenes(config, suite, array, 6)
+    assert torch.equal(again.y, few.y)
 
 
 def test_the_classical_estimators_are_scored_on_shards(origin_shards: Path, tmp_path: Path) -> None:
@@ -299,7 +320,6 @@ def test_told_suites_are_judged_by_the_model_that_made_them() -> None:
 
 
 def test_recorded_scenes_without_a_test_split_say_that_they_choose(origin_shards: Path) -> None:
-    from tuner.config import load_study
 
     study = load_study(
         Path(__file__).parents[2] / "configs" / "origin-shards.yaml", data__shards=origin_shards

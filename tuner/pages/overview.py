@@ -8,7 +8,7 @@ from model.config import OBJECTIVES, TrialConfig
 from model.wording import counted
 from tuner.config import SearchConfig, plain_of
 from tuner.duration import format_duration
-from tuner.gain import gain_of
+from tuner.gain import change_in_words, gain_of
 from tuner.pages.markup import Markup, escape, listed, note, pairs, short, table
 from tuner.records import STATE_WORDS
 from tuner.scoretable import signed
@@ -108,9 +108,9 @@ def _found(material: Material) -> str:
     unit = _UNITS[material.study.objective]
     text = f"{so_far} The best is trial {best.number:04d} with {short(best.objective, 5)}{unit}"
     untrained = best.metrics.get("untrained_objective")
-    if isinstance(untrained, float) and untrained > 0 and best.objective is not None:
-        change = best.objective / untrained - 1
-        text += f", {abs(change):.0%} {'below' if change < 0 else 'above'} the untrained network"
+    if isinstance(untrained, float) and best.objective is not None:
+        change = change_in_words(material.study, untrained, best.objective)
+        text += f", {change} the untrained network"
     gain = gain_of(material.study, material.trials, best)
     text += f". {gain}" if gain else "."
     text += " It is the best of many on the same validation scenes, and so a little optimistic."

@@ -71,6 +71,10 @@ def test_the_overview_says_what_the_search_gained_over_the_studys_own_values(
         start = record(0, state, params=own, level=level)  # type: ignore[arg-type]
         assert said in html.unescape(overview(material(tmp_path, start, record(3))))
     assert "own values" not in overview(material(tmp_path, record(0), record(3)))
+    start = record(0, params=own, level=4.0)
+    likely = overview(material(tmp_path, start, record(3), objective="nll"))
+    assert " nat below the untrained network" in likely
+    assert "That is 3.45 nat below the study's own values" in html.unescape(likely)
 
 
 def test_the_overview_puts_the_winner_beside_nomp_with_intervals(tmp_path: Path) -> None:
