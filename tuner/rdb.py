@@ -1,7 +1,7 @@
 """Optuna's storage in a relational database, with what belongs together written in one go.
 
 Optuna writes a trial's parameters, values and attributes one by one, each with questions of its own
-to the database: a new trial of 15 parameters took some 60 statements, each of which a database on
+to the database: a new trial of 15 parameters took 55 statements, each of which a database on
 the network answers after its way to and fro. The tables and what stands in them are Optuna's.
 """
 
