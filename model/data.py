@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor
 
 from model.front_end import CandidateSearch, Chunks, Images, Imaging
-from model.plugin import ImportPath, PluginError, simulator_of
+from model.plugin import ImportPath, check_scenes, simulator_of
 from model.shards import SPLITS, DataError, ShardSplit, refuse_leaks
 from physics.candidates import Candidates
 from physics.config import FrozenModel
@@ -136,7 +136,8 @@ def simulate_split(
     """Chunks of the simulated scenes of a split, ``n_scenes`` in all.
 
     Raises:
-        PluginError: a simulator that cannot be imported.
+        PluginError: a simulator that cannot be imported, or what it made is refused
+            (:func:`model.plugin.check_scenes`).
     """
     simulate = simulator_of(config.simulator)
     for chunk, start in enumerate(range(0, n_scenes, CHUNK)):
@@ -144,26 +145,9 @@ def simulate_split(
         generator.manual_seed(simulation_seed(config.seed, split, epoch, chunk))
         scenes = simulate(CHUNK, scene, array, generator=generator, device=device)
         if config.simulator is not None:
-            _check_simulated(config.simulator, scenes, scene, array)
+            # Values of the first alone: to look at them waits for the device.
+            check_scenes(config.simulator, scenes, CHUNK, scene, array, values=chunk == 0)
         yield scenes[slice(0, min(CHUNK, n_scenes - start))]
-
-
-def _check_simulated(path: str, scenes: Scenes, scene: SceneConfig, array: PlanarArray) -> None:
-    """Refuse scenes of a user's simulator that are none, or of other sizes than asked for."""
-    if not isinstance(scenes, Scenes):
-        raise PluginError(f"{path}: made {type(scenes).__name__}; expected physics.Scenes")
-    L, M, N, K = scene.n_snapshots, scene.n_antennas, array.size, scene.max_sources
-    expected = {
-        "y": (CHUNK, L, M),
-        "H": (CHUNK, M, N),
-        "codes": (CHUNK, L, N),
-        "position": (CHUNK, K, 3),
-        "power": (CHUNK, K),
-    }
-    for name, shape in expected.items():
-        found = tuple(getattr(scenes, name).shape)
-        if found != shape:
-            raise PluginError(f"{path}: made {name} of shape {found}; expected {shape}")
 
 
 class FrontEnds:

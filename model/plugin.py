@@ -144,3 +144,77 @@ def simulator_of(path: str | None) -> Simulator:
         PluginError: see :func:`load_plugin`.
     """
     return simulate if path is None else load_plugin(path)
+
+
+def check_scenes(
+    path: str,
+    scenes: Scenes,
+    n_scenes: int,
+    scene: SceneConfig,
+    array: PlanarArray,
+    *,
+    values: bool = True,
+) -> None:
+    """Refuse what a user's simulator made where it is not what was asked for.
+
+    Args:
+        path: of the simulator, for messages.
+        scenes: what it made.
+        n_scenes: that it was asked for.
+        scene: M, L and K of the scenes.
+        array: the surface, N elements.
+        values: look at the numbers too, which waits once for the scenes' device.
+
+    Raises:
+        PluginError: no scenes, a tensor of another shape or kind, and with ``values`` NaN or Inf,
+            a number of sources out of bounds, a source without a range or a negative power.
+    """
+    if not isinstance(scenes, Scenes):
+        raise PluginError(f"{path}: made {type(scenes).__name__}; expected physics.Scenes")
+    L, M, N, K = scene.n_snapshots, scene.n_antennas, array.size, scene.max_sources
+    expected = {
+        "y": ("complex", (n_scenes, L, M)),
+        "H": ("complex", (n_scenes, M, N)),
+        "codes": ("complex", (n_scenes, L, N)),
+        "position": ("real", (n_scenes, K, 3)),
+        "power": ("real", (n_scenes, K)),
+        "n_sources": ("integer", (n_scenes,)),
+        "snr_db": ("real", (n_scenes,)),
+    }
+    for name, (kind, shape) in expected.items():
+        tensor = getattr(scenes, name)
+        found = tuple(tensor.shape)
+        if found != shape:
+            raise PluginError(f"{path}: made {name} of shape {found}; expected {shape}")
+        if _kind(tensor) != kind:
+            raise PluginError(f"{path}: made {name} of {tensor.dtype}; expected {kind} values")
+    if not values:
+        return
+    present, n_sources = scenes.present, scenes.n_sources
+    ranges = scenes.position[..., 2]
+    faults = {
+        f"{name} with NaN or Inf": ~torch.isfinite(getattr(scenes, name)).flatten(1).all(-1)
+        for name in ("y", "H", "codes", "position", "power")
+    } | {
+        f"n_sources outside 0..{K} (scene.max_sources)": (n_sources < 0) | (n_sources > K),
+        "a source whose range is not above 0 m": (present & (ranges <= 0)).any(-1),
+        "a power below 0, or above it in a slot without a source": (
+            (scenes.power < 0) | (~present & (scenes.power != 0))
+        ).any(-1),
+        "snr_db of Inf (NaN says that it is not known)": torch.isinf(scenes.snr_db),
+    }
+    counts = torch.stack([bad.sum() for bad in faults.values()]).tolist()
+    for (what, bad), count in zip(faults.items(), counts, strict=True):
+        if count:
+            first = int(bad.nonzero()[0])
+            raise PluginError(
+                f"{path}: made {what} in {count} of {n_scenes} scenes, first in scene {first}"
+            )
+
+
+def _kind(tensor: Tensor) -> str:
+    if tensor.is_complex():
+        return "complex"
+    if tensor.is_floating_point():
+        return "real"
+    return "other" if tensor.dtype == torch.bool else "integer"

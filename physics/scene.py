@@ -127,9 +127,10 @@ class SceneConfig(FrozenModel):
 class Scenes(Rows):
     """A batch of scenes with their truth.
 
-    ``position`` holds azimuth, elevation [rad] and range [m]; slots from ``n_sources`` on have
-    power 0 and an arbitrary valid position. ``power`` is the incoherent power p_k of
-    ``R = sum p_k a_k a_k^H`` on an arbitrary common scale.
+    ``position`` holds azimuth, elevation [rad] and range [m]. Slots from ``n_sources`` on have
+    power 0 and any position, a padding of zeros or NaN too: it becomes (1, 1, 1), whose steering
+    vector is finite, so that its product with the power is none. ``power`` is the incoherent power
+    p_k of ``R = sum p_k a_k a_k^H`` on an arbitrary common scale.
     """
 
     y: Tensor  # (B, L, M) complex
@@ -138,7 +139,13 @@ class Scenes(Rows):
     position: Tensor  # (B, K, 3) real
     power: Tensor  # (B, K) real
     n_sources: Tensor  # (B,) int64
-    snr_db: Tensor  # (B,) real
+    snr_db: Tensor  # (B,) real; NaN where it is not known
+
+    def __post_init__(self) -> None:
+        # Shapes that do not fit together are for who checks them to name.
+        if self.position.ndim == 3 and self.n_sources.shape == self.position.shape[:1]:
+            safe = torch.where(self.present.unsqueeze(-1), self.position, 1.0)
+            object.__setattr__(self, "position", safe)
 
     @property
     def present(self) -> Tensor:

@@ -20,6 +20,7 @@ NETWORK = "examples.extension:SpectrumNetwork"
 TERM = "examples.extension:few_slots"
 NEARBY = "examples.extension:nearby"
 MODULE = """
+from dataclasses import replace
 import torch
 from physics import simulate
 number = 3
@@ -29,6 +30,9 @@ def by_scene(prediction, scenes):
     return prediction.existence.sum(-1)
 def half(n_scenes, config, array, *, generator, device):
     return simulate(n_scenes // 2, config, array, generator=generator, device=device)
+def zero_padded(n_scenes, config, array, **options):
+    scenes = simulate(n_scenes, config, array, **options)
+    return replace(scenes, position=scenes.position * scenes.present.unsqueeze(-1))
 def nothing(*arguments, **options):
     return None
 """
@@ -164,3 +168,49 @@ def test_all_paths_of_a_configuration_are_known() -> None:
     own = config(loss__extra={"mine": {"term": TERM}}, data__simulator=NEARBY)
     assert plugins_of(own) == [NETWORK, TERM, NEARBY]
     assert plugins_of(TrialConfig()) == []
+
+
+def test_a_simulator_may_pad_slots_without_a_source_with_zeros(theirs: str) -> None:
+    own = config(data__simulator=f"{theirs}:zero_padded")
+    assert "zero_padded" in check_data(own)
+    losses = Trainer(own).run_epoch()
+    assert losses["skipped_steps"] == 0
+    assert losses["loss"] == Trainer(config(data__simulator="physics:simulate")).run_epoch()["loss"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ("y=scenes.y * float('nan')", r"y with NaN or Inf in 256 of 256 scenes, first in scene 0"),
+        ("H=scenes.H.real", r"H of torch.float32; expected complex values"),
+        ("power=scenes.power - 1", "a power below 0"),
+        ("power=scenes.power + 1", "above it in a slot without a source"),
+        ("position=0.0 * scenes.position", "range is not above 0 m"),
+        ("position=scenes.position / 0.0", "position with NaN or Inf"),
+        ("position=scenes.position[:, :2]", r"position of shape \(256, 2, 3\)"),
+        ("n_sources=scenes.n_sources + 9", r"n_sources outside 0..5 \(scene.max_sources\)"),
+        (
+            "n_sources=scenes.n_sources.float()",
+            "n_sources of torch.float32; expected integer values",
+        ),
+        ("n_sources=scenes.n_sources[:, None]", r"n_sources of shape \(256, 1\)"),
+        ("snr_db=scenes.snr_db[:7]", r"snr_db of shape \(7,\); expected \(256,\)"),
+        ("snr_db=scenes.snr_db / 0.0", "snr_db of Inf"),
+    ],
+)
+def test_values_that_a_simulator_may_not_make_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: str, message: str
+) -> None:
+    (tmp_path / "their_faulty_module.py").write_text(
+        "from dataclasses import replace\n"
+        "from physics import simulate\n"
+        "def faulty(n_scenes, config, array, **options):\n"
+        "    scenes = simulate(n_scenes, config, array, **options)\n"
+        f"    return replace(scenes, {changes})\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    try:
+        with pytest.raises(PluginError, match=f"their_faulty_module:faulty: made .*{message}"):
+            check_data(config(data__simulator="their_faulty_module:faulty"))
+    finally:
+        sys.modules.pop("their_faulty_module", None)

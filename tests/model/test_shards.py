@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -82,6 +83,16 @@ def test_the_written_format_is_the_origins(folder: Path) -> None:
     np.testing.assert_allclose(trace, np.where(values["K"] > 0, 36.0, 0.0), rtol=1e-5)
     with zipfile.ZipFile(folder / "train" / "shard_000.npz") as archive:
         assert all(i.compress_type == zipfile.ZIP_STORED for i in archive.infolist())
+
+
+def test_scenes_padded_with_zeros_are_written_read_and_trained_on(tmp_path: Path) -> None:
+    for name, seed in (("train", 1), ("val", 2)):
+        scenes = made(12, seed)
+        padded = replace(scenes, position=scenes.position * scenes.present.unsqueeze(-1))
+        write_shards(tmp_path, name, padded, ARRAY, "paraxial")
+        assert np.isfinite(np.load(tmp_path / name / "shard_000.npz")["R"]).all()
+    check_data(config_for(tmp_path))
+    assert Trainer(config_for(tmp_path)).run_epoch()["skipped_steps"] == 0
 
 
 def test_arrays_are_memory_mapped_and_not_read(folder: Path) -> None:

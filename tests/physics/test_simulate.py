@@ -269,7 +269,8 @@ def test_counts_positions_and_levels_stay_within_their_bounds() -> None:
     batch = simulate(500, config, ARRAY, generator=torch.Generator().manual_seed(0))
     assert set(batch.n_sources.tolist()) == {2, 3, 4}
     for axis, (low, high) in enumerate((config.azimuth_deg, config.elevation_deg, config.range_m)):
-        values = batch.position[..., axis] if axis == 2 else batch.position[..., axis].rad2deg()
+        values = batch.position[batch.present][:, axis]
+        values = values if axis == 2 else values.rad2deg()
         assert float(values.min()) >= low - 1e-4
         assert float(values.max()) <= high + 1e-4
     assert float(batch.snr_db.min()) >= -5
