@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -431,7 +432,7 @@ def images_bytes(config: TrialConfig) -> int:
         array = config.array.build()
         train, val = (open_split(data, config.scene, array, name) for name in ("train", "val"))
         n_scenes = len(train) + min(len(val), data.val_scenes)
-    cells = network.azimuth_cells * network.elevation_cells * network.range_cells
+    cells = math.prod(network.grid(config.scene).shape)
     return 4 * n_scenes * len(network.spectra) * cells
 
 

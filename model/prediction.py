@@ -49,6 +49,10 @@ class FamilyConfig(FrozenModel):
         """Sources that it can tell of."""
         raise NotImplementedError
 
+    def grid(self, scene: SceneConfig) -> PolarGrid:
+        """Cells of the dictionary over a field of view."""
+        return PolarGrid.covering(scene, self.azimuth_cells, self.elevation_cells, self.range_cells)
+
 
 class AttentionConfig(FamilyConfig):
     """Sizes of a network with attention."""
@@ -116,9 +120,7 @@ class SourceNetwork(nn.Module, ABC):
     def __init__(self, config: FamilyConfig, scene: SceneConfig, array: PlanarArray) -> None:
         super().__init__()
         self.scene, self.array = scene, array
-        self.grid = PolarGrid.covering(
-            scene, config.azimuth_cells, config.elevation_cells, config.range_cells
-        )
+        self.grid = config.grid(scene)
         positions = self.grid.positions()
         self.register_buffer("directions", positions[:, :, 0, :2].clone(), persistent=False)
         cells = positions.reshape(-1, 3)

@@ -91,9 +91,7 @@ class SnapshotNetwork(SourceNetwork):
         )
         axes = torch.stack(
             torch.meshgrid(
-                torch.linspace(-1, 1, config.azimuth_cells),
-                torch.linspace(-1, 1, config.elevation_cells),
-                indexing="ij",
+                *(torch.linspace(-1, 1, count) for count in self.grid.shape[:2]), indexing="ij"
             )
         )
         self.register_buffer("image_axes", axes, persistent=False)

@@ -25,6 +25,7 @@ class PolarGrid:
     """Regular grid in azimuth [rad], elevation [rad] and inverse range [1/m].
 
     Inverse range is the coordinate in which near-field beams have even width; 0 is infinity.
+    An axis whose points are all the same has one: copies of a plane would each hold every peak.
     """
 
     azimuth: tuple[float, ...]
@@ -38,12 +39,19 @@ class PolarGrid:
             raise ValueError(
                 f"inverse range starts at {min(self.inverse_range)} 1/m; it must be at least 0"
             )
+        for name in ("azimuth", "elevation", "inverse_range"):
+            points = getattr(self, name)
+            if min(points) == max(points):
+                object.__setattr__(self, name, points[:1])
 
     @classmethod
     def covering(
         cls, scene: SceneConfig, n_azimuth: int = 61, n_elevation: int = 31, n_range: int = 8
     ) -> PolarGrid:
-        """Grid with the given counts over the field of view of a scene configuration."""
+        """Grid with the given counts over the field of view of a scene configuration.
+
+        A direction or range that is fixed there has one point, whatever its count.
+        """
 
         def axis(bounds: tuple[float, float], count: int) -> tuple[float, ...]:
             low, high = bounds

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -11,17 +12,23 @@ from pydantic import ValidationError
 from model import (
     CandidateNetwork,
     CandidateNetworkConfig,
+    Localizer,
     SnapshotConfig,
     SnapshotNetwork,
     SourceNetwork,
+    Trainer,
     TrialConfig,
     build_network,
 )
 from model.checkpoint import CheckpointError, parse_config
+from model.decode import detect
 from model.image import ImageNetwork
 from model.network import FAMILIES, dotted
+from model.prediction import Prediction
+from physics import PlanarArray, SceneConfig, steering_vector
 from physics.candidates import CandidateConfig
-from tests.tiny import tiny_candidate_config, tiny_config
+from physics.metrics import match
+from tests.tiny import TINY_CANDIDATE, tiny_candidate_config, tiny_config
 from tuner.explain import explain, field_paths
 
 
@@ -173,3 +180,36 @@ def test_a_damaged_configuration_of_a_checkpoint_is_named_by_field(tmp_path: Any
     text = tiny_config().model_dump_json().replace('"rank":3', '"rank":0')
     with pytest.raises(CheckpointError, match=r": network\.rank holds '0'"):
         parse_config(tmp_path / "config.json", text)
+
+
+@pytest.mark.parametrize("family", ["snapshot", "candidate", "image"])
+@pytest.mark.parametrize("fixed", [{"elevation_deg": (0.0, 0.0)}, {"range_m": (3.0, 3.0)}])
+def test_every_family_trains_where_a_direction_or_the_range_is_fixed(
+    family: str, fixed: dict[str, Any]
+) -> None:
+    small: dict[str, Any] = {"family": family, "width": 16, "depth": 1, "rank": 3}
+    if family == "candidate":
+        small = {**TINY_CANDIDATE}
+    config = tiny_config(scene={**fixed, "n_antennas": 6, "n_snapshots": 6})
+    config = TrialConfig.model_validate(config.model_dump() | {"network": small})
+    trainer = Trainer(config)
+    grid = trainer.network.grid
+    assert len(trainer.network.cells.unique(dim=0)) == math.prod(grid.shape)
+    assert 1 in grid.shape
+    metrics = trainer.run_epoch()
+    assert metrics["skipped_steps"] == 0
+    assert math.isfinite(metrics["gospa"])
+
+
+def test_snapshot_networks_do_not_name_a_source_once_for_every_plane_of_a_fixed_axis() -> None:
+    scene = SceneConfig(elevation_deg=(0.0, 0.0), min_sources=3, max_sources=3, snr_db=(30.0, 30.0))
+    array = PlanarArray()
+    config = TrialConfig(scene=scene)
+    localizer = Localizer(config, build_network(config.network, scene, array))
+    azimuth = torch.tensor([[-0.86, 0.28, -0.09]])
+    position = torch.stack([azimuth, torch.zeros(1, 3), torch.tensor([[1.5, 3.0, 2.0]])], dim=-1)
+    factor = steering_vector(position, array).mT
+    existence = torch.tensor([[5.0, 5.0, 5.0, -5.0]])
+    said = Prediction(factor, existence, torch.zeros(1, 4, 1), torch.zeros(1, 4, 3))
+    found = detect(said, said.covariance, localizer.grid, array, scene.wavefront)
+    assert match(found, position, torch.ones(1, 3, dtype=torch.bool)).f1 == 1.0

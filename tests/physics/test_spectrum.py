@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -298,6 +299,26 @@ def test_bad_spectra_requests_are_refused() -> None:
         PolarGrid((), (0.0,), (0.0,))
     with pytest.raises(ValueError, match="inverse range"):
         PolarGrid((0.0,), (0.0,), (-0.1,))
+
+
+@pytest.mark.parametrize(
+    "fixed",
+    [{"azimuth_deg": (7.0, 7.0)}, {"elevation_deg": (0.0, 0.0)}, {"range_m": (5.0, 5.0)}],
+)
+def test_a_direction_or_range_that_is_fixed_makes_no_copies_of_peaks(fixed: Any) -> None:
+    """With copies of the plane every copy of the highest peak would come before the second."""
+    array, grid = PlanarArray(), PolarGrid.covering(SceneConfig(**fixed))
+    assert grid.shape == tuple(
+        1 if name in fixed else count
+        for name, count in (("azimuth_deg", 61), ("elevation_deg", 31), ("range_m", 8))
+    )
+    places = zip((5, 30, 52), (4, 26, 14), (1, 2, 0), strict=True)
+    cells = [tuple(min(p, n - 1) for p, n in zip(at, grid.shape, strict=True)) for at in places]
+    true = torch.stack([grid.positions()[cell] for cell in cells])
+    R = LowRankCovariance(steering_vector(true, array).mT)
+    position, _ = find_peaks(music_spectrum(R, grid, 3, array), grid, 3, refine=False)
+    assert sorted(position.tolist()) == sorted(true.tolist())
+    assert PolarGrid((0.1, 0.1), (0.0, 0.0, 0.0), (0.2,)).shape == (1, 1, 1)
 
 
 def on_grid(cells: list[tuple[int, int, int]], grid: PolarGrid) -> Tensor:

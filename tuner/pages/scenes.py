@@ -158,7 +158,7 @@ def _ranges(content: dict[str, Any], view: dict[str, Any]) -> go.Figure:
 
 def _around(values: list[float]) -> list[float]:
     """From the least to the largest, with room for a marker at the edge."""
-    room = 0.03 * (values[-1] - values[0])
+    room = 0.03 * (values[-1] - values[0]) or 1.0
     return [values[0] - room, values[-1] + room]
 
 
