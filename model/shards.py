@@ -342,17 +342,24 @@ class ShardSplit:
         ]
 
     def fingerprints(self) -> Iterator[tuple[int, str, bytes]]:
-        """Index, what was hashed, and hash: of every measurement and of every source layout."""
+        """Index, what was hashed, and hash: of every measurement and of every set of sources.
+
+        As they are read: in single precision, whatever the file's precision, its slots for
+        sources and the order of the sources in them.
+        """
         for start, shard in self.starts():
             y, ptr, counts = (shard.arrays[key] for key in ("y", "ptr", "K"))
             for row in range(len(shard)):
                 yield start + row, "measurement", _digest(y[row])
-                if int(counts[row]):
-                    yield start + row, "set of sources", _digest(ptr[row])
+                n_sources = int(counts[row])
+                if n_sources:
+                    sources = ptr[row].reshape(3, -1)[:, :n_sources].astype(np.float32)
+                    order = np.lexsort(sources)
+                    yield start + row, "set of sources", _digest(sources[:, order])
 
 
 def _digest(row: NDArray[np.generic]) -> bytes:
-    return hashlib.blake2b(np.ascontiguousarray(row).tobytes(), digest_size=16).digest()
+    return hashlib.blake2b(np.ascontiguousarray(row, "<f4").tobytes(), digest_size=16).digest()
 
 
 def _complex(pairs: NDArray[np.generic]) -> Tensor:

@@ -186,6 +186,28 @@ def test_trap_leaks_are_refused_with_their_index(folder: Path, what: str) -> Non
         check_data(config_for(folder))
 
 
+@pytest.mark.parametrize("disguise", ["float64", "big-endian", "wider", "order"])
+def test_trap_leaks_are_seen_whatever_the_shard_makes_of_them(folder: Path, disguise: str) -> None:
+    scenes = made(10, 1)
+    keep = torch.nonzero(scenes.n_sources == 2).squeeze(-1)
+    theirs = scenes[keep]
+    if disguise in ("wider", "order"):  # measured once more
+        theirs = replace(theirs, y=theirs.y + 0.01)
+    if disguise == "order":
+        theirs = replace(theirs, position=theirs.position.flip(1), power=theirs.power.flip(1))
+    if disguise == "wider":
+        wide = torch.nn.functional.pad(theirs.position, (0, 0, 0, 2), value=1.0)
+        theirs = replace(theirs, position=wide, power=torch.nn.functional.pad(theirs.power, (0, 2)))
+    shutil.rmtree(folder / "val")
+    (path,) = write_shards(folder, "val", theirs, ARRAY, "paraxial")
+    kind = {"float64": np.float64, "big-endian": np.dtype(">f4")}.get(disguise)
+    if kind:
+        edit(path, **{k: v.astype(kind) for k, v in np.load(path).items() if k != "K"})
+    what = "measurement" if kind else "set of sources"
+    with pytest.raises(DataError, match=f"leak.*scene 0 has the same {what}"):
+        check_data(config_for(folder))
+
+
 def test_scenes_without_sources_are_no_leak(folder: Path) -> None:
     splits = [split(folder, "train"), split(folder, "val")]
     assert sum((s.shards[0].arrays["K"] == 0).sum() for s in splits) >= 2, "needs empty scenes"
