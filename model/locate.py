@@ -72,6 +72,7 @@ def _read(path: Path) -> Measurement:
     import torch
 
     from model.shards import GAIN, DataError
+    from model.wording import in_one_line
 
     try:
         with path.open("rb") as file:
@@ -95,10 +96,23 @@ def _read(path: Path) -> Measurement:
                 )
             arrays = [archive[name] for name in names]
             level = archive["snr"] if is_shard else archive.get("snr_db")
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"{path}: cannot be read as .npz: {error}") from error
+    except DataError:
+        raise
+    except Exception as error:
+        # Damaged bytes raise zlib.error, tokenize.TokenError, NotImplementedError and others.
+        raise DataError(f"{path}: cannot be read as .npz: {in_one_line(error)}") from error
+    for name, array in zip(names, arrays, strict=True):
+        if not isinstance(array, np.ndarray):
+            raise DataError(f"{path}: {name} is no .npy member; write it with numpy.savez")
+        if array.dtype.kind not in ("fiu" if is_shard else "c"):
+            raise DataError(
+                f"{path}: {name} is {array.dtype}; expected "
+                + (
+                    "a shard's real pairs [re, im]"
+                    if is_shard
+                    else "complex (of real and imaginary part: a[..., 0] + 1j * a[..., 1])"
+                )
+            )
     if is_shard:
         pairs = [torch.from_numpy(np.ascontiguousarray(a, np.float32)) for a in arrays]
         for name, pair in zip(names, pairs, strict=True):
@@ -109,15 +123,12 @@ def _read(path: Path) -> Measurement:
         y, H, codes = (torch.view_as_complex(pair) for pair in pairs)
         y = y / GAIN
     else:
-        for name, array in zip(names, arrays, strict=True):
-            if array.dtype.kind != "c":
-                raise DataError(
-                    f"{path}: {name} is {array.dtype}; expected complex "
-                    "(of real and imaginary part: a[..., 0] + 1j * a[..., 1])"
-                )
-        y, H, codes = (torch.from_numpy(array) for array in arrays)
-    if level is not None and level.dtype.kind not in "fiu":
-        raise DataError(f"{path}: snr_db is {level.dtype}; expected real numbers [dB]")
+        single = all(array.dtype.itemsize <= 8 for array in arrays)
+        kind = np.complex64 if single else np.complex128
+        y, H, codes = (torch.from_numpy(np.ascontiguousarray(array, kind)) for array in arrays)
+    if level is not None and (not isinstance(level, np.ndarray) or level.dtype.kind not in "fiu"):
+        found = level.dtype if isinstance(level, np.ndarray) else "no .npy member"
+        raise DataError(f"{path}: snr_db is {found}; expected real numbers [dB]")
     snr_db = None if level is None else torch.from_numpy(np.asarray(level, np.float32))
     _check_shapes(path, y, H, codes, snr_db)
     return Measurement(path, y.unsqueeze(0) if y.ndim == 2 else y, H, codes, snr_db)

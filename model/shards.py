@@ -34,6 +34,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from model.files import replacing
+from model.wording import counted, in_one_line
 from physics.covariance import LowRankCovariance, sample_covariance
 from physics.geometry import PlanarArray
 from physics.scene import Scenes
@@ -66,14 +67,18 @@ def open_npz(path: Path) -> dict[str, NDArray[np.generic]]:
                 for info in archive.infolist()
                 if info.filename.endswith(".npy")
             }
-    except zipfile.BadZipFile as error:
-        size = path.stat().st_size
-        raise DataError(
-            f"{path}: not a readable npz archive of {size} bytes ({error}); "
-            "it may be truncated: copy or write it again"
-        ) from error
+    except DataError:
+        raise
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except Exception as error:
+        # What zipfile and NumPy raise of damaged bytes is of many kinds: NotImplementedError of a
+        # flag, tokenize.TokenError of a header, and theirs may change.
+        size = path.stat().st_size
+        raise DataError(
+            f"{path}: not a readable npz archive of {size} bytes ({in_one_line(error)}); "
+            "it may be truncated or damaged: copy or write it again"
+        ) from error
 
 
 def _map_member(
@@ -100,8 +105,8 @@ def _map_member(
             else (npy_format.read_array_header_2_0)
         )
         shape, fortran, dtype = read(handle)
-    except (ValueError, EOFError) as error:
-        raise DataError(f"{path}: member {name} is no npy array ({error})") from error
+    except Exception as error:  # of many kinds, as in open_npz
+        raise DataError(f"{path}: member {name} is no npy array ({in_one_line(error)})") from error
     if dtype.hasobject:
         raise DataError(
             f"{path}: member {name} holds pickled Python objects, which are never loaded; "

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import xml.etree.ElementTree as ET
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,8 @@ import torch
 from scipy.stats import chi2
 
 from model.localizer import Localizer, Source
-from model.locate import described, main
-from model.shards import write_shards
+from model.locate import described, main, measurements
+from model.shards import DataError, write_shards
 from physics import Scenes, simulate
 from physics.geometry import from_cartesian, to_cartesian
 
@@ -187,6 +189,61 @@ def test_what_does_not_fit_is_said_in_one_line(
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
     assert words in line
+
+
+def test_numbers_of_any_byte_order_and_width_are_read(plain: Path, scenes: Scenes) -> None:
+    found = []
+    for kinds in ({}, {"y": ">c8", "snr_db": ">f4"}, {"y": np.clongdouble}, {"H": np.complex128}):
+        kept = {k: v.astype(kinds.get(k, v.dtype)) for k, v in arrays(scenes).items()}
+        np.savez(plain, **kept)
+        (measured,) = measurements(plain)
+        found.append(measured)
+        assert len({measured.y.dtype, measured.H.dtype, measured.codes.dtype}) == 1
+    for other in found[1:]:
+        assert torch.equal(other.y.to(torch.complex64), found[0].y)
+        assert torch.equal(other.H.to(torch.complex64), found[0].H)
+
+
+def npy(array: np.ndarray) -> bytearray:
+    stream = io.BytesIO()
+    np.save(stream, array)
+    return bytearray(stream.getvalue())
+
+
+def test_damage_of_any_kind_is_said_with_the_files_name(
+    plain: Path, scenes: Scenes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = arrays(scenes)
+    members = {f"{name}.npy": npy(array) for name, array in kept.items()}
+    header = npy(kept["y"])
+    header[20:24] = b"(((("
+    for changed, words in (
+        ({"y.npy": header}, "cannot be read as .npz"),
+        ({"y.npy": None, "y": b"abc"}, "y is no .npy member"),
+        ({"snr_db.npy": None, "snr_db": b"abc"}, "snr_db is no .npy member"),
+    ):
+        with zipfile.ZipFile(plain, "w") as archive:
+            for name, content in (members | changed).items():
+                if content is not None:
+                    archive.writestr(name, bytes(content))
+        assert main([str(plain)]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert plain.name in line
+        assert words in line
+    np.savez_compressed(plain, **kept)
+    whole = plain.read_bytes()
+    said = []
+    for place in range(60, len(whole) - 2, len(whole) // 60):
+        broken = bytearray(whole)
+        broken[place] ^= 0x5A
+        broken[place + 1] ^= 0xFF
+        plain.write_bytes(broken)
+        try:
+            list(measurements(plain))
+        except DataError as error:
+            said.append(str(error))
+    assert len(said) > 50  # some bytes mean nothing
+    assert all(plain.name in message for message in said)
 
 
 def test_files_and_arguments_that_cannot_be_used_are_named(
