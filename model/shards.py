@@ -193,8 +193,15 @@ class ShardSplit:
             raise DataError(
                 f"{path}: foreign archive, without {', '.join(missing)}; expected {', '.join(KEYS)}"
             )
-        count = arrays["K"].shape[0] if arrays["K"].ndim == 1 else -1
-        n_slots = arrays["ptr"].shape[-1] // 3 if arrays["ptr"].ndim == 2 else -1
+        # How many scenes and slots there are; what the shapes of the others are compared with.
+        for key, ndim, fits in (
+            ("K", 1, "('n',), one number a scene"),
+            ("ptr", 2, "('n', 3 K): the azimuths, the elevations and the ranges of K slots"),
+        ):
+            shape = arrays[key].shape
+            if len(shape) != ndim or (key == "ptr" and shape[1] % 3):
+                raise DataError(f"{path}: {key} has shape {shape}; expected {fits}")
+        count, n_slots = len(arrays["K"]), arrays["ptr"].shape[1] // 3
         n, m, length = self.array.size, self.n_antennas, self.n_snapshots
         expected: dict[str, tuple[int, ...]] = {
             "y": (count, length, m, 2),
@@ -209,7 +216,7 @@ class ShardSplit:
             if arrays[key].shape != shape:
                 raise DataError(
                     f"{path}: {key} has shape {arrays[key].shape}; expected "
-                    f"{('n', *shape[1:])} with scene.n_snapshots={length}, "
+                    f"{shape} of {counted(count, 'scene')} (K) with scene.n_snapshots={length}, "
                     f"scene.n_antennas={m} and {n} array elements: "
                     "change the configuration or the data"
                 )
