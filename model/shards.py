@@ -10,7 +10,7 @@ A shard is an uncompressed ``.npz`` in ``{train,val,test}/shard_%03d.npz``, floa
 ``codes``   (n, L, N, 2)   phase codes
 ``ptr``     (n, 3 K)       azimuths, elevations [rad], ranges [m], zero-padded
 ``K``       (n,) int32     number of sources
-``snr``     (n,)           [dB]
+``snr``     (n,)           [dB]; NaN where it is not known
 ``R``       (n, N, N, 2)   true covariance, trace N, incoherent
 ``R_samp``  (n, N, N, 2)   a sample covariance; never read here
 ======  =================  ==========================================================
@@ -257,11 +257,14 @@ class ShardSplit:
         """Read scenes in the order asked.
 
         Raises:
-            DataError: a non-finite value or a source without a range, naming file and scene.
+            DataError: a non-finite value (but a NaN in snr, which is not known then) or a source
+                without a range, naming file and scene.
         """
         values = {key: self._gather(key, indices) for key in READ if key != "R"}
-        for key in ("y", "H_full", "codes", "ptr", "snr"):
+        for key in ("y", "H_full", "codes", "ptr"):
             self._check_finite(key, values[key], indices)
+        snr_db = values["snr"].astype(np.float32)
+        self._check_finite("snr", np.where(np.isnan(snr_db), 0.0, snr_db), indices, "Inf")
         position, present = self._positions(values["ptr"], values["K"])
         nowhere = ((position[..., 2] <= 0) & present).any(-1).numpy()
         if nowhere.any():
@@ -278,16 +281,20 @@ class ShardSplit:
             position=position,
             power=power,
             n_sources=torch.from_numpy(values["K"].astype(np.int64)),
-            snr_db=torch.from_numpy(values["snr"].astype(np.float32)),
+            snr_db=torch.from_numpy(snr_db),
         )
 
     def _check_finite(
-        self, key: str, values: NDArray[np.generic], indices: NDArray[np.int64]
+        self,
+        key: str,
+        values: NDArray[np.generic],
+        indices: NDArray[np.int64],
+        what: str = "NaN or Inf",
     ) -> None:
         bad = ~np.isfinite(values).reshape(len(indices), -1).all(1)
         if bad.any():
             raise DataError(
-                f"{self.where(int(indices[np.argmax(bad)]))}: {key} holds NaN or Inf; "
+                f"{self.where(int(indices[np.argmax(bad)]))}: {key} holds {what}; "
                 "repair or drop the scene"
             )
 

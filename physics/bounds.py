@@ -131,7 +131,8 @@ def scene_crb(
 
     For constant sources the deterministic bound, at the amplitudes that fit the measurement best
     at the true positions; for fluctuating ones the stochastic bound, at the scenes' powers scaled
-    to the measurement's energy. The noise power follows from the SNR.
+    to the measurement's energy. The noise power follows from the SNR; where that is NaN, not known,
+    the bound is infinite.
     """
     parts = [
         _scene_crb(scenes[slice(start, start + _CHUNK)], array, wavefront, source_mode)
@@ -149,7 +150,8 @@ def _scene_crb(
     )
     place = torch.where(scenes.present.unsqueeze(-1), scenes.position, 1.0).double()
     measurement = Measurement.of(y, H, codes, array, wavefront, source_mode)
-    snr = 10.0 ** (scenes.snr_db.double() / 10.0)
+    unknown = torch.isnan(scenes.snr_db)
+    snr = 10.0 ** (torch.where(unknown, 0.0, scenes.snr_db).double() / 10.0)
     mean = measurement.energy / measurement.n_rows
     noise = (mean / (1.0 + snr)).clamp_min(torch.finfo(torch.float64).tiny)
     known: dict[str, Tensor]
@@ -168,7 +170,7 @@ def _scene_crb(
         codes,
         noise,
         **known,
-        present=scenes.present,
+        present=scenes.present & ~unknown.unsqueeze(-1),
         array=array,
         wavefront=wavefront,
         source_mode=source_mode,

@@ -98,7 +98,7 @@ def evaluate_suite(
         methods: names of the estimators to run; all if left out.
         classical: which of the classical ones are among them; all if left out.
         references: estimators whose F1 is taken from that of the others; NOMP if left out.
-        snr_known: whether estimators are told the SNR.
+        snr_known: whether estimators are told the SNR; none is where that of a scene is NaN.
         device: where to compute.
         say: takes a line on every step.
         advance: told of every batch: the estimator, its scenes so far, and all.
@@ -111,6 +111,8 @@ def evaluate_suite(
     array = config.array.build()
     made_by, scene = suite.array(array), suite.scene(config.scene)
     drawn, origin = suite_scenes(config, suite, made_by, n_scenes)
+    if snr_known and bool(torch.isnan(drawn.known_snr_db).any()):
+        snr_known, origin = False, f"{origin}; the SNR of some is not known, and told to nobody"
     drawn = drawn.to(device)
     truth = Truth.of(drawn, made_by, scene)
     if suite.told:
@@ -194,7 +196,7 @@ def _snr_estimate(truth: Truth, array: PlanarArray, scene: SceneConfig) -> dict[
     """How well the SNR is known from the measurement alone [dB]."""
     some = truth.scenes[slice(0, _SNR_SCENES)]
     level = estimate_snr_db(some.y, some.H, some.codes, array=array, scene=scene)
-    with_sources = some.n_sources > 0
+    with_sources = (some.n_sources > 0) & torch.isfinite(some.snr_db)
     error = (level - some.snr_db)[with_sources]
     error = error[torch.isfinite(error)]  # none where no source is found
     if not len(error):

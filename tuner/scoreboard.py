@@ -303,8 +303,11 @@ def by_range(score: Score, truth: Truth) -> list[dict[str, Any]]:
 
 
 def snr_bands(truth: Truth) -> list[tuple[float, float]]:
-    """Bands of 5 dB that hold all scenes."""
+    """Bands of 5 dB that hold all scenes whose SNR is known; none without such a scene."""
     level = truth.scenes.snr_db
+    level = level[torch.isfinite(level)]
+    if not len(level):
+        return []
     low = SNR_STEP * math.floor(float(level.min()) / SNR_STEP)
     high = SNR_STEP * math.ceil(float(level.max()) / SNR_STEP)
     count = max(1, round((high - low) / SNR_STEP))

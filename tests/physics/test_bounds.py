@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -205,6 +206,17 @@ def test_bounds_of_scenes_are_those_at_their_own_amplitudes_and_noise(
     assert torch.allclose(found, expected, rtol=1e-6)
     scaled = Scenes(**{**S.__dict__, "y": S.y * 1e-20, "H": S.H * 1e20})
     assert torch.allclose(scene_crb(scaled, ARRAY, "spherical", mode), found, rtol=1e-6)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_scene_of_unknown_snr_has_no_bound_and_leaves_the_others_alone(mode: Any) -> None:
+    S = scenes(mode, 6)
+    whole = scene_crb(S, ARRAY, "spherical", mode)
+    unknown = torch.arange(6) % 2 == 0
+    S = replace(S, snr_db=S.snr_db.masked_fill(unknown, torch.nan))
+    found = scene_crb(S, ARRAY, "spherical", mode)
+    assert torch.equal(found[~unknown], whole[~unknown])
+    assert torch.isinf(found[unknown].diagonal(dim1=-2, dim2=-1)).all()
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -31,7 +31,7 @@ from tuner import evaluation_page
 from tuner.command import execute
 from tuner.config import load_study
 from tuner.evaluate import app
-from tuner.evaluation import evaluate_suite, suite_scenes, write_evaluation
+from tuner.evaluation import evaluate_suite, evaluation_of, suite_scenes, write_evaluation
 from tuner.scoreboard import (
     Truth,
     classical_estimators,
@@ -210,6 +210,30 @@ def test_unknown_snr_is_told_to_nobody(study: Path, tmp_path: Path) -> None:
     assert estimate["scenes"] + estimate["without_estimate"] == 40
     assert estimate["without_estimate"] <= 4
     assert math.isfinite(estimate["median_absolute_error_db"])
+
+
+@pytest.mark.parametrize("known", [0, 6])
+def test_recorded_scenes_of_unknown_snr_are_scored(tmp_path: Path, known: int) -> None:
+    from model import write_shards
+
+    config = tiny_config(data={"shards": tmp_path / "data"})
+    array = config.array.build()
+    for name, seed in (("train", 1), ("test", 2)):
+        scenes = simulate(12, config.scene, array, generator=torch.Generator().manual_seed(seed))
+        scenes = replace(
+            scenes, snr_db=scenes.snr_db.index_fill(0, torch.arange(known, 12), math.nan)
+        )
+        write_shards(tmp_path / "data", name, scenes, array, config.scene.wavefront)
+    suite = evaluate_suite("nominal", config, None, say=lambda text: None)
+    assert "the SNR of some is not known" in suite["scenes"]
+    assert set(suite["methods"]) == {"music", "mvdr", "somp", "nomp"}  # nomp-blind is NOMP then
+    counted = sum(band["scenes"] for band in suite["methods"]["nomp"]["by_snr"])
+    assert counted == known
+    assert (suite["gated_share"] > 0) == (known > 0)
+    content = evaluation_of({"nominal": suite}, config, checkpoint=None)
+    write_evaluation(tmp_path / "found.json", content)
+    assert "F1 against SNR" in (tmp_path / "found.html").read_text()
+    print_tables(suite, Console(file=io.StringIO()))
 
 
 def test_whoever_is_named_is_compared_with(
