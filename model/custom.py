@@ -53,12 +53,22 @@ def build_custom(config: CustomConfig, scene: SceneConfig, array: PlanarArray) -
     """The network that the import path makes.
 
     Raises:
-        PluginError: it cannot be imported or is no SourceNetwork.
+        PluginError: it cannot be imported, is no SourceNetwork, or holds a persistent buffer:
+            parameters alone are averaged, saved and exported.
     """
     network = load_plugin(config.builder)(config, scene, array)
     if not isinstance(network, SourceNetwork):
         raise PluginError(
             f"{config.builder}: made {type(network).__name__}; expected a SourceNetwork "
             "(model.prediction), which gives a Prediction"
+        )
+    parameters = dict(network.named_parameters(remove_duplicate=False))
+    kept = [name for name in network.state_dict() if name not in parameters]
+    if kept:
+        raise PluginError(
+            f"{config.builder}: holds the persistent {', '.join(kept[:3])}"
+            f"{' and others' if len(kept) > 3 else ''}, which no checkpoint would; expected "
+            "parameters alone: take GroupNorm or LayerNorm for BatchNorm, and register_buffer(..., "
+            "persistent=False) for constants"
         )
     return network

@@ -159,6 +159,30 @@ def test_what_a_plug_in_gives_is_looked_at(theirs: str) -> None:
         check_data(config(data__simulator=f"{theirs}:nothing"))
 
 
+def test_a_network_with_what_no_checkpoint_holds_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "their_networks.py").write_text(
+        "import torch\n"
+        "from examples.extension import SpectrumNetwork\n"
+        "class Normed(SpectrumNetwork):\n"
+        "    def __init__(self, *arguments):\n"
+        "        super().__init__(*arguments)\n"
+        "        self.norm = torch.nn.BatchNorm1d(4)\n"
+        "class Constant(SpectrumNetwork):\n"
+        "    def __init__(self, *arguments):\n"
+        "        super().__init__(*arguments)\n"
+        "        self.register_buffer('scale', torch.ones(3), persistent=False)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    try:
+        with pytest.raises(PluginError, match=r"norm\.running_mean.*GroupNorm.*persistent=False"):
+            check_plugins(config(network__builder="their_networks:Normed"))
+        check_plugins(config(network__builder="their_networks:Constant"))
+    finally:
+        sys.modules.pop("their_networks", None)
+
+
 def test_a_term_may_not_take_the_name_of_another() -> None:
     with pytest.raises(ValidationError, match="nmse is a term of the loss already"):
         config(loss__extra={"nmse": {"term": TERM}})
