@@ -13,7 +13,7 @@ from physics.candidates import Candidates
 from physics.covariance import LowRankCovariance
 from physics.precision import in_full_precision
 from physics.scaling import column_energy, divide, divisor, energy, peak, power
-from physics.tikhonov import TikhonovConfig, solve_unchecked
+from physics.tikhonov import TikhonovConfig, solve_unchecked, zero_non_finite
 
 Spectrum = Literal["incoherent", "coherent", "adaptive"]
 
@@ -59,7 +59,7 @@ def compute_features(
     The spectra of matched filters are the incoherent ``mean_l |a_g^H a_l|^2``, the statistic of
     fluctuating sources, and the coherent ``|a_g^H mean_l a_l|^2``, the one of constant sources.
     The adaptive one is MVDR's, ``1 / a_g^H (R_samp + I/10)^-1 a_g`` with R_samp at trace N. All
-    enter as logarithms around their mean.
+    enter as logarithms around their mean. NaN and Inf of a measurement count as zeros.
 
     Args:
         y: (B, L, M) complex.
@@ -76,6 +76,8 @@ def compute_features(
     ridge, report = solve_unchecked(
         y, H, codes, tikhonov.regularization, tikhonov.solver, unit_modulus
     )
+    if report.n_fallbacks:  # it may be for NaN or Inf, which count as zeros here too
+        y, H, codes = (zero_non_finite(t) for t in (y, H, codes))
     ridge, y, H = _unit_power(ridge), _unit_power(y), _unit_power(H)
     if spectrum is None:
         spectrum = _log_spectra(ridge, dictionary, spectra)

@@ -23,7 +23,7 @@ from physics.candidates import VERSION, CandidateConfig, Candidates, find_candid
 from physics.geometry import PlanarArray
 from physics.rows import Rows
 from physics.scene import SceneConfig
-from physics.tikhonov import TikhonovConfig
+from physics.tikhonov import TikhonovConfig, zero_non_finite
 
 if TYPE_CHECKING:
     from model.config import TrialConfig
@@ -178,7 +178,11 @@ class CandidateSearch(FrontEnd[Candidates]):
         return Candidates(**tensors)
 
     def compute(self, y: Tensor, H: Tensor, codes: Tensor, snr_db: Tensor) -> Candidates:
-        """The pursuit is told the noise in some scenes, and estimates it in the others."""
+        """The pursuit is told the noise in some scenes, and estimates it in the others.
+
+        NaN and Inf of a measurement count as zeros, as for the ridge solutions.
+        """
+        y, H, codes = (zero_non_finite(t) for t in (y, H, codes))
         known = ~torch.isnan(snr_db)
         parts: list[Candidates] = []
         for chosen, level in ((known, snr_db[known]), (~known, None)):

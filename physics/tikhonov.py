@@ -162,7 +162,7 @@ def solve_unchecked(
         if resolved == "dual":
             a, failed = _in_chunks(resolved, *operands)
         else:  # LAPACK raises for the whole batch when one scene of it holds a NaN
-            a, failed = _in_chunks(resolved, *(_zero_non_finite(t) for t in operands))
+            a, failed = _in_chunks(resolved, *(zero_non_finite(t) for t in operands))
             for operand in operands:
                 failed = failed | ~torch.isfinite(operand).flatten(1).all(-1)
     # One pass: a sum is finite only where every term is.
@@ -172,15 +172,16 @@ def solve_unchecked(
         a = a.clone()
         again, _ = _in_chunks(
             "svd",
-            *(_zero_non_finite(t[failed]) for t in (y, H, codes, alpha.expand(y.shape[:2]))),
+            *(zero_non_finite(t[failed]) for t in (y, H, codes, alpha.expand(y.shape[:2]))),
         )
-        a[failed] = _zero_non_finite(again)
+        a[failed] = zero_non_finite(again)
     return a.reshape(*batch, *a.shape[-2:]), SolveReport(
         resolved, unit_modulus, failed.reshape(batch), n_failed
     )
 
 
-def _zero_non_finite(value: Tensor) -> Tensor:
+def zero_non_finite(value: Tensor) -> Tensor:
+    """The same with zeros for NaN and Inf."""
     return torch.nan_to_num(value, 0.0, 0.0, 0.0)
 
 

@@ -128,7 +128,7 @@ def test_a_part_that_is_not_finite_spoils_its_step_and_no_other() -> None:
     trainer = Trainer(config_of("snapshot", 3))
     batch = next(iter(trainer.source.train_batches(0, 13, 0)))
     before = {name: p.detach().clone() for name, p in trainer.network.named_parameters()}
-    batch.scenes.y[12] = torch.nan  # in the last part
+    batch.scenes.power[12] = torch.nan  # in the last part
     terms, norm, _ = trainer._train_step(batch)
     assert terms is None or not norm < float("inf")
     for name, parameter in trainer.network.named_parameters():
