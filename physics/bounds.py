@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import torch
 from torch import Tensor
 
+from physics.checks import check_finite
 from physics.fit import (
     Measurement,
     gauss_newton,
@@ -70,7 +73,8 @@ def crb(
 
     Raises:
         ValueError: both or neither of ``amplitude`` and ``source_power``, shapes that do not fit,
-            or a noise power that is not above 0.
+            NaN or Inf (but in the positions of absent sources), a noise power that is not above 0,
+            or an unknown source mode.
 
     Source: Stoica and Nehorai, "MUSIC, maximum likelihood, and Cramer-Rao bound", IEEE Trans.
     Acoust., Speech, Signal Process. 37(5), 1989, eq. 2.11 (deterministic); Slepian and Bangs'
@@ -81,6 +85,8 @@ def crb(
             f"got {'neither' if amplitude is None else 'both'} of amplitude and source_power; "
             "expected amplitude for the deterministic bound or source_power for the stochastic one"
         )
+    if source_mode not in get_args(SourceMode):
+        raise ValueError(f"source_mode {source_mode!r} unknown; choose from {get_args(SourceMode)}")
     n_scenes, n_sources = position.shape[:2]
     n_groups = codes.shape[-2] if source_mode == "fluctuating" else 1
     for name, value, shape in (
@@ -92,6 +98,18 @@ def crb(
     ):
         if value is not None and value.shape != shape:
             raise ValueError(f"{name} has shape {tuple(value.shape)}; expected {shape}")
+    if present is not None:
+        position = torch.where(present.unsqueeze(-1), position, 1.0)
+    for name, value in (
+        ("position", position),
+        ("H", H),
+        ("codes", codes),
+        ("noise_power", noise_power),
+        ("amplitude", amplitude),
+        ("source_power", source_power),
+    ):
+        if value is not None:
+            check_finite(name, value)
     if not bool((noise_power > 0).all()):
         raise ValueError(
             f"noise_power has a smallest value of {float(noise_power.min())}; expected above 0: "
@@ -101,7 +119,7 @@ def crb(
         return torch.zeros(n_scenes, 0, 3, 3, dtype=torch.float64, device=position.device)
     if present is None:
         present = torch.ones(n_scenes, n_sources, dtype=torch.bool, device=position.device)
-    place = torch.where(present.unsqueeze(-1), position, 1.0).double()
+    place = position.double()
     H, codes = H.to(torch.complex128), codes.to(torch.complex128)
     measurement = Measurement.of(
         H.new_zeros(n_scenes, codes.shape[-2], H.shape[-2]),

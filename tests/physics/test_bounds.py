@@ -186,6 +186,26 @@ def test_bad_arguments_are_refused() -> None:
             )
 
 
+@pytest.mark.parametrize("given", ["amplitude", "source_power"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_non_finite_arguments_and_unknown_modes_are_refused_by_name(given: str, bad: float) -> None:
+    S = scenes("constant")
+    known: dict[str, Any] = {
+        "position": S.position,
+        "H": S.H,
+        "codes": S.codes,
+        "noise_power": torch.ones(len(S)),
+        given: amplitudes(S, "constant") if given == "amplitude" else S.power,
+    }
+    for name, value in known.items():
+        broken = value.clone()
+        broken[(1,) + (0,) * (value.ndim - 1)] = bad
+        with pytest.raises(ValueError, match=f"{name} holds 1 non-finite"):
+            crb(**(known | {name: broken}), array=ARRAY, source_mode="constant")
+    with pytest.raises(ValueError, match="source_mode 'nonsense' unknown; choose from"):
+        crb(**known, array=ARRAY, source_mode="nonsense")  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("level", [0.0, 20.0])
 @pytest.mark.parametrize("mode", MODES)
 def test_bounds_of_scenes_are_those_at_their_own_amplitudes_and_noise(
