@@ -74,10 +74,5 @@ class TrialConfig(FrozenModel):
 
     @model_validator(mode="after")
     def _a_slot_for_every_source(self) -> Self:
-        if self.network.slots < self.scene.max_sources:
-            name = "candidates.count" if self.network.front_end else "rank"
-            raise ValueError(
-                f"network.{name} {self.network.slots} is below scene.max_sources "
-                f"{self.scene.max_sources}; every source needs a slot"
-            )
+        self.network.check_slots(self.scene)
         return self

@@ -41,6 +41,17 @@ class ImageConfig(FamilyConfig):
         """Sources that it can tell of."""
         return self.rank
 
+    def check_slots(self, scene: SceneConfig) -> None:
+        """Raise ValueError where there may be more sources than slots, or than directions."""
+        super().check_slots(scene)
+        azimuths, elevations, _ = self.grid(scene).shape
+        if azimuths * elevations < scene.max_sources:
+            raise ValueError(
+                f"network.azimuth_cells and elevation_cells make {azimuths} x {elevations} "
+                f"directions, fewer than scene.max_sources {scene.max_sources}; every source needs "
+                "one of its own as its slot: raise them"
+            )
+
     @property
     def spectra(self) -> tuple[Spectrum, ...]:
         """Those of matched filters and the adaptive one."""

@@ -49,6 +49,15 @@ class FamilyConfig(FrozenModel):
         """Sources that it can tell of."""
         raise NotImplementedError
 
+    def check_slots(self, scene: SceneConfig) -> None:
+        """Raise ValueError where there may be more sources than slots."""
+        if self.slots < scene.max_sources:
+            name = "candidates.count" if self.front_end else "rank"
+            raise ValueError(
+                f"network.{name} {self.slots} is below scene.max_sources "
+                f"{scene.max_sources}; every source needs a slot"
+            )
+
     def grid(self, scene: SceneConfig) -> PolarGrid:
         """Cells of the dictionary over a field of view."""
         return PolarGrid.covering(scene, self.azimuth_cells, self.elevation_cells, self.range_cells)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from model import Trainer, TrialConfig
 from model.features import Features, Spectrum, compute_features
@@ -36,6 +37,26 @@ def config(**sections: Any) -> TrialConfig:
 
 CONFIG = config()
 ARRAY = CONFIG.array.build()
+
+
+@pytest.mark.parametrize(
+    ("cells", "scene", "fits"),
+    [
+        ((2, 2), {"max_sources": 5}, False),
+        ((2, 2), {"max_sources": 4}, True),
+        ((4, 16), {"max_sources": 5, "elevation_deg": (0.0, 0.0)}, False),
+        ((5, 16), {"max_sources": 5, "elevation_deg": (0.0, 0.0)}, True),
+    ],
+)
+def test_fewer_directions_than_sources_are_refused(
+    cells: tuple[int, int], scene: dict[str, Any], fits: bool
+) -> None:
+    sizes = {"azimuth_cells": cells[0], "elevation_cells": cells[1], "rank": 8}
+    if fits:
+        assert config(network=sizes, scene=scene).network.slots == 8
+        return
+    with pytest.raises(ValidationError, match=r"directions, fewer than scene.max_sources 5"):
+        config(network=sizes, scene=scene)
 
 
 def scenes(count: int = 6, seed: int = 0) -> Scenes:
