@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
-from model.features import Features, Spectrum
+from model.features import Features, Spectrum, moderate_level
 from model.prediction import AttentionConfig, Prediction, SourceNetwork
 from physics.candidates import CandidateConfig, Candidates
 from physics.config import Adjustable
@@ -259,7 +259,7 @@ def _of_scenes(found: Candidates, snr_db: Tensor) -> Tensor:
     """Inputs (B, P, P + 1 + 3) of order 1, the same for all candidates of a scene."""
     fit = 0.5 * (found.deviance - found.deviance.amin(-1, keepdim=True))
     unknown = torch.isnan(snr_db)
-    level = torch.where(unknown, 0.0, snr_db.clamp(-30.0, 50.0)) / 10.0
+    level = moderate_level(snr_db, ~unknown)
     rest = torch.stack([level, unknown.to(level.dtype), 5.0 * _log(found.misfit)], dim=-1)
     whole = torch.cat([_compressed(fit) / 3.0 - 1.0, rest.clamp(-5.0, 5.0)], dim=-1)
     return whole.unsqueeze(1).expand(-1, found.power.shape[1], -1)

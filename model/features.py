@@ -17,6 +17,7 @@ from physics.tikhonov import TikhonovConfig, solve_unchecked, zero_non_finite
 
 Spectrum = Literal["incoherent", "coherent", "adaptive"]
 
+_QUIET, _LOUD = -30.0, 50.0  # dB beyond which an SNR says no more
 _LOADING = 0.1  # of the adaptive spectrum, relative to the mean diagonal
 
 
@@ -37,6 +38,16 @@ class Features:
         """R_samp of the same ridge solutions, trace N."""
         # The ridge solutions of a scene have unit mean power, or are zero throughout.
         return LowRankCovariance(self.ridge.mT).normalized(moderate=True).shrunk(shrinkage)
+
+
+def moderate_level(snr_db: Tensor, known: Tensor) -> Tensor:
+    """SNR (B,) in tens of dB as networks read it: within -3..5, and 0 where it is not known.
+
+    Args:
+        snr_db: (B,) [dB].
+        known: (B,) bool.
+    """
+    return torch.where(known, snr_db.clamp(_QUIET, _LOUD), 0.0) / 10.0
 
 
 @in_full_precision

@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
-from model.features import Features, Spectrum
+from model.features import Features, Spectrum, moderate_level
 from model.prediction import FamilyConfig, Prediction, SourceNetwork
 from physics.config import Adjustable
 from physics.geometry import PlanarArray
@@ -144,9 +144,7 @@ class ImageNetwork(SourceNetwork):
         spectrum = features.spectrum.unflatten(-1, self.grid.shape).permute(0, 1, 4, 2, 3)
         image = spectrum.flatten(1, 2) / 2.0
         known = torch.isfinite(features.snr_db)
-        level = torch.stack(
-            [torch.where(known, features.snr_db, 0.0) / 10.0, known.to(image.dtype)], dim=-1
-        )
+        level = torch.stack([moderate_level(features.snr_db, known), known.to(image.dtype)], dim=-1)
         size = image.shape[-2:]
         return torch.cat(
             [

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from model.features import Features
+from model.features import Features, moderate_level
 from model.prediction import AttentionConfig, Prediction, SourceNetwork
 from physics.geometry import PlanarArray
 from physics.precision import full_precision
@@ -140,7 +140,7 @@ class SnapshotNetwork(SourceNetwork):
         channel = self.channel_conv(self._as_image(features.H)).unsqueeze(1)
         known = torch.isfinite(features.snr_db)
         level = torch.stack(
-            [torch.where(known, features.snr_db, 0.0) / 10.0, known.to(features.snr_db.dtype)], -1
+            [moderate_level(features.snr_db, known), known.to(features.snr_db.dtype)], -1
         )
         tokens = torch.cat([tokens, channel], dim=1) + self.snr(level).unsqueeze(1)
         encoded: Tensor = self.encoder(tokens)

@@ -69,3 +69,23 @@ def test_a_batch_with_a_bad_scene_is_trained_on(
     metrics = Trainer(trial(family)).run_epoch()
     assert metrics["skipped_steps"] == 0
     assert metrics["solver_fallbacks"] == 1
+
+
+@pytest.mark.parametrize("family", NETWORKS)
+def test_an_snr_beyond_all_use_says_no_more_than_a_high_or_low_one(family: str) -> None:
+    config = trial(family)
+    trainer = Trainer(config)
+    trainer.network.eval()
+    scenes = simulate(4, config.scene, trainer.array, generator=torch.Generator().manual_seed(0))
+    front = FrontEnds(config)
+    front.hidden = 0.0
+    features = trainer._features(front.examine(scenes, "val", 0, 0))
+
+    def said(level: float) -> torch.Tensor:
+        with torch.no_grad():
+            level_of = torch.full_like(features.snr_db, level)
+            return trainer.network(replace(features, snr_db=level_of)).existence
+
+    assert torch.equal(said(50.0), said(300.0))
+    assert torch.equal(said(-30.0), said(-300.0))
+    assert not torch.equal(said(50.0), said(20.0))
