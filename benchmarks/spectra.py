@@ -31,8 +31,9 @@ from physics import (
 )
 from physics.baselines import bounds_of, highest_peaks, local_maxima, music, mvdr
 from physics.detections import Detections
+from physics.fit import position_of
 from physics.scene import SourceMode
-from physics.search import SpectralForm, as_position, climb, music_form, mvdr_form
+from physics.search import SpectralForm, climb, music_form, mvdr_form
 
 B, B_DENSE, ARRAY, LOADING = 64, 2, PlanarArray(), 1e-2
 GRID = PolarGrid.covering(SceneConfig(), 121, 61, 16)
@@ -79,7 +80,7 @@ def agreement(mode: SourceMode) -> dict[str, dict[str, float]]:
         top, energy = climb(form, start, bounds_of(GRID).to(start), ARRAY, n_steps=30)
         height = torch.where(found, form.height(energy), 0.0)
         tops = highest_peaks(
-            as_position(top), height, counts, ARRAY, "spherical", int(counts.max())
+            position_of(top), height, counts, ARRAY, "spherical", int(counts.max())
         )
         full, quick = (
             estimate(R, ARRAY, "spherical", GRID, counts, search=search)

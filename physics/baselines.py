@@ -12,10 +12,11 @@ from torch import Tensor
 from physics.checks import check_finite
 from physics.covariance import LowRankCovariance
 from physics.detections import Detections
+from physics.fit import position_of
 from physics.geometry import PlanarArray
 from physics.precision import in_full_precision
 from physics.scaling import power
-from physics.search import SpectralForm, as_position, check_loading, climb, music_form, mvdr_form
+from physics.search import SpectralForm, check_loading, climb, music_form, mvdr_form
 from physics.spectrum import PolarGrid, check_covariance, find_peaks, highest_around
 from physics.steering import Wavefront, steering_vector
 
@@ -237,7 +238,7 @@ def _detect(
             coordinates, found = local_maxima(energy, points, n_candidates)
             bounds = bounds_of(grid).to(coordinates)
             coordinates, top = climb(some, coordinates, bounds, array, wavefront)
-            position, height = as_position(coordinates), some.height(top)
+            position, height = position_of(coordinates), some.height(top)
         else:
             spectrum = some.height(energy.flatten(1)).unflatten(-1, points.shape)
             position, height = find_peaks(spectrum, points, n_candidates)

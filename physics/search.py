@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from physics.covariance import LowRankCovariance
+from physics.fit import position_of
 from physics.geometry import PlanarArray
 from physics.precision import in_full_precision
 from physics.scaling import multiply, power
@@ -162,7 +163,7 @@ def _slope(
     ``a_ij = (-k^2 d_i d_j - j k d_ij) a``. The part of the path's second derivatives ``d_ij`` is
     left out: it vanishes where v is along a, and is smaller by wavelength / aperture elsewhere.
     """
-    a, da = steering_derivatives(as_position(coordinates), array, wavefront)  # (B, C, (3,) N)
+    a, da = steering_derivatives(position_of(coordinates), array, wavefront)  # (B, C, (3,) N)
     seen = a @ form.rows.mT  # (B, C, r)
     moved = (da.flatten(1, 2) @ form.rows.mT).unflatten(1, da.shape[1:3])  # (B, C, 3, r)
     back = seen @ form.rows.conj()  # v (B, C, N)
@@ -174,11 +175,6 @@ def _slope(
     turning = torch.einsum("bcn,bcin->bci", a.conj(), da)
     metric = power(da).sum(-1) - power(turning)
     return _Slope(power(seen).sum(-1), gradient, curvature, metric)
-
-
-def as_position(coordinates: Tensor) -> Tensor:
-    """Azimuth, elevation, range (…, 3) of azimuth, elevation, inverse range (…, 3)."""
-    return torch.cat([coordinates[..., :2], coordinates[..., 2:].reciprocal()], dim=-1)
 
 
 @in_full_precision

@@ -22,7 +22,8 @@ from physics import (
 )
 from physics.baselines import coarse_grid, estimate_n_sources, highest_peaks, music, mvdr
 from physics.detections import Detections
-from physics.search import as_position, climb, music_form, mvdr_form
+from physics.fit import position_of
+from physics.search import climb, music_form, mvdr_form
 from tests.physics.helpers import complex_normal, eps
 from tests.reference import covariance as dense_reference
 from tests.reference import spectrum as reference
@@ -281,7 +282,7 @@ def test_climbing_reaches_the_tops_of_the_spectrum_and_stays_in_the_box() -> Non
     for form in (music_form(R, counts), mvdr_form(R)):
 
         def energy(coordinates: Tensor, form=form) -> Tensor:  # type: ignore[no-untyped-def]
-            a = steering_vector(as_position(coordinates), ARRAY)
+            a = steering_vector(position_of(coordinates), ARRAY)
             return (a @ form.rows.mT).abs().square().sum(-1)
 
         before = energy(start)
