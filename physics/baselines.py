@@ -153,7 +153,7 @@ def estimate_n_sources(
         ValueError: an unknown criterion, or a covariance that is not finite.
 
     Source: Wax and Kailath, "Detection of signals by information theoretic criteria", IEEE Trans.
-    Acoust. Speech Signal Process. 33(2), 1985, eqs. (16) and (17).
+    Acoust. Speech Signal Process. 33(2), 1985.
     """
     if criterion not in get_args(Criterion):
         raise ValueError(f"criterion {criterion!r} unknown; choose from {get_args(Criterion)}")

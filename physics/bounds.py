@@ -78,7 +78,8 @@ def crb(
 
     Source: Stoica and Nehorai, "MUSIC, maximum likelihood, and Cramer-Rao bound", IEEE Trans.
     Acoust., Speech, Signal Process. 37(5), 1989, eq. 2.11 (deterministic); Slepian and Bangs'
-    formula as in Stoica and Moses, "Spectral Analysis of Signals", 2005, eq. B.3.3 (stochastic).
+    formula for circular Gaussian data as in Stoica and Moses, "Spectral Analysis of Signals", 2005,
+    appendix B (stochastic).
     """
     if (amplitude is None) == (source_power is None):
         raise ValueError(

@@ -35,7 +35,7 @@ def penalty(criterion: Criterion, n_rows: int, n_snapshots: int) -> float:
     - ``bic``: the logarithm of the number of real observations, 2 L M (Schwarz, 1978);
     - ``mdl``: the logarithm of the number of snapshots L, as array processing counts its sample
       (Wax and Kailath, "Detection of signals by information theoretic criteria", IEEE Trans.
-      Acoust., Speech, Signal Process. 33(2), 1985, eq. 15).
+      Acoust., Speech, Signal Process. 33(2), 1985).
 
     Raises:
         ValueError: an unknown criterion.
