@@ -6,11 +6,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import botocore.session
 import pytest
+import yaml
 from botocore.validate import ParamValidator
 from jsonschema import ValidationError
+from ray.autoscaler._private.aws.config import _upsert_security_group_rules
 
 from tests.cluster_files import (
     BROKEN_ALIKE,
@@ -113,6 +116,46 @@ def test_lines_to_edit_are_marked(aws: Cluster) -> None:
     assert len(re.findall(r"# EDIT\b", text)) == 3
     images = {n["node_config"]["ImageId"] for n in aws["available_node_types"].values()}
     assert images == {aws["metadata"]["image"]}
+
+
+# --- SSH --------------------------------------------------------------------------------
+
+
+class Group:
+    """A security group that notes which rules Ray adds to it."""
+
+    id = "sg-0"
+
+    def __init__(self, *rules: dict[str, Any]) -> None:
+        self.ip_permissions = list(rules)
+        self.added: list[dict[str, Any]] = []
+
+    def authorize_ingress(self, IpPermissions: list[dict[str, Any]]) -> None:
+        self.added += IpPermissions
+
+
+def ssh_from(cidr: str) -> dict[str, Any]:
+    return {"FromPort": 22, "ToPort": 22, "IpProtocol": "tcp", "IpRanges": [{"CidrIp": cidr}]}
+
+
+def test_a_group_with_rules_that_the_file_names_gets_none_of_rays() -> None:
+    text = (ROOT / "cluster.yaml").read_text(encoding="utf-8")
+    text, found = re.subn(r"(?m)^  # (security_group: .*)$", r"  \1", text)
+    assert found == 1
+    named: Cluster = yaml.safe_load(text)
+    assert named["provider"]["security_group"] == {"GroupName": "ristune"}
+    group = Group(ssh_from("203.0.113.0/24"))
+    _upsert_security_group_rules(check_aws(named), {"head": group})
+    assert group.added == []
+
+
+def test_rules_in_the_file_would_not_narrow_those_of_ray(aws: Cluster) -> None:
+    narrow = ssh_from("203.0.113.0/24")
+    aws["provider"]["security_group"] = {"GroupName": "ristune", "IpPermissions": [narrow]}
+    group = Group()
+    _upsert_security_group_rules(check_aws(aws), {"head": group})
+    assert ssh_from("0.0.0.0/0") in group.added
+    assert narrow in group.added
 
 
 # --- Each check catches what it is there for ---------------------------------------------
