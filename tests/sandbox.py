@@ -60,9 +60,9 @@ class Sandbox:
 
     def __init__(self, folder: Path, env: dict[str, str], places: dict[str, str]) -> None:
         self.tree = folder / "ristune"
-        self._home, self._mount = folder / "home", folder / "mnt"
-        self._env = env | {"HOME": str(self._home), "PYTHONPATH": str(self.tree)}
-        self._places = places | {"/mnt/": f"{self._mount}/", "~/": f"{self._home}/"}
+        # `~` is left to the shell and to what it is quoted from.
+        self._env = env | {"HOME": str(folder / "home"), "PYTHONPATH": str(self.tree)}
+        self._places = places | {"/mnt/": f"{folder / 'mnt'}/"}
         self._page = ""
         self._exported: dict[str, str] = {}
         self._job = ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Hashable
 from pathlib import Path
@@ -66,7 +67,12 @@ def parse_yaml(text: str, source: str) -> Any:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file; an empty file is an empty mapping."""
+    """The mapping in a YAML file; an empty file is an empty mapping.
+
+    A leading `~` is the home folder: where a launcher quotes it, no shell has said so.
+    """
+    # Path.expanduser raises where `~name` is no user's; here that is a file's name.
+    path = Path(os.path.expanduser(path))  # noqa: PTH111
     if path.is_dir():
         raise ConfigError(f"{path}: is a folder; a YAML file is expected")
     try:

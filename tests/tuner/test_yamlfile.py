@@ -73,6 +73,24 @@ def test_a_missing_file_a_folder_and_foreign_bytes_are_named(tmp_path: Path) -> 
         read_yaml(path)
 
 
+def test_a_tilde_that_no_shell_has_seen_is_the_home_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "study.yaml").write_text("search: {trials: 3}\n")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert read_yaml(Path("~/study.yaml")) == {"search": {"trials": 3}}
+    with pytest.raises(ConfigError, match=r"absent\.yaml: no such file"):
+        read_yaml(Path("~/absent.yaml"))
+
+
+def test_a_file_whose_name_begins_with_a_tilde_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "~nobody-of-this-name").write_text("")
+    monkeypatch.chdir(tmp_path)
+    assert read_yaml(Path("~nobody-of-this-name")) == {}
+
+
 def test_an_empty_file_is_all_defaults(tmp_path: Path) -> None:
     path = tmp_path / "empty.yaml"
     path.write_text("# nothing\n")
