@@ -3,7 +3,9 @@ the file promises in its comments. Each check is shown to fail on a broken file.
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -116,6 +118,45 @@ def test_lines_to_edit_are_marked(aws: Cluster) -> None:
     assert len(re.findall(r"# EDIT\b", text)) == 3
     images = {n["node_config"]["ImageId"] for n in aws["available_node_types"].values()}
     assert images == {aws["metadata"]["image"]}
+
+
+# --- A machine that has just booted -------------------------------------------------------
+
+
+def updates(cluster: Cluster, folder: Path, refused: int) -> tuple[int, int]:
+    """Run the update of apt's lists where another holds the lock: exit code, and calls of apt.
+
+    Args:
+        refused: calls that fail before one succeeds.
+    """
+    (command,) = [c for c in cluster["initialization_commands"] if "apt-get -qq update" in c]
+    calls = folder / "calls"
+    calls.touch()
+    (folder / "sudo").write_text(
+        f'#!/bin/sh\necho "$@" >> {calls}\n[ $(wc -l < {calls}) -gt {refused} ] || exit 100\n'
+    )
+    (folder / "sleep").write_text("#!/bin/sh\n")
+    for name in ("sudo", "sleep"):
+        (folder / name).chmod(0o755)
+    path = os.pathsep.join([str(folder), os.environ["PATH"]])
+    finished = subprocess.run(["bash", "-c", command], env={"PATH": path}, timeout=60, check=False)
+    made = calls.read_text().splitlines()
+    assert set(made) == {"apt-get -qq update"}
+    return finished.returncode, len(made)
+
+
+def test_the_update_of_apts_lists_waits_for_their_lock(aws: Cluster, tmp_path: Path) -> None:
+    assert updates(aws, tmp_path, refused=3) == (0, 4)
+
+
+def test_the_update_of_apts_lists_does_not_wait_for_ever(aws: Cluster, tmp_path: Path) -> None:
+    assert updates(aws, tmp_path, refused=10_000) == (1, 120)
+
+
+def test_nothing_asks_a_question_while_packages_are_installed(aws: Cluster) -> None:
+    (command,) = [c for c in aws["initialization_commands"] if "install -y" in c]
+    assert {"DEBIAN_FRONTEND=noninteractive", "NEEDRESTART_MODE=a"} <= set(command.split())
+    assert "DPkg::Lock::Timeout=" in command
 
 
 # --- SSH --------------------------------------------------------------------------------
