@@ -151,8 +151,8 @@ STRUCTURE = {
             "spec": record(
                 {
                     "clusterSelector": record({"ray.io/cluster": LABEL}),
+                    # No resources for it: Ray would run it on a worker, not on the head.
                     "entrypoint": TEXT,
-                    "entrypointNumCpus": {"type": "number", "exclusiveMinimum": 0},
                     "backoffLimit": {"const": 0},
                     "submissionMode": {"enum": ["K8sJobMode", "HTTPMode"]},
                     "submitterPodTemplate": POD,
@@ -436,6 +436,10 @@ def cluster_shut_down_by_the_job(f: Files) -> None:
     f["RayJob"]["spec"]["shutdownAfterJobFinishes"] = True
 
 
+def search_on_a_worker(f: Files) -> None:
+    f["RayJob"]["spec"]["entrypointNumCpus"] = 1
+
+
 def entrypoint(old: str, new: str) -> Callable[[Files], None]:
     def damage(f: Files) -> None:
         command = f["RayJob"]["spec"]["entrypoint"]
@@ -467,6 +471,7 @@ BROKEN: list[tuple[Callable[[Files], None], str]] = [
     (one_image_forgotten, "several images"),
     (cluster_of_another, "names no cluster"),
     (cluster_shut_down_by_the_job, "shutdownAfterJobFinishes"),
+    (search_on_a_worker, "entrypointNumCpus"),
     (entrypoint("tuner.run", "tuner.train"), "expected python -m tuner.run"),
     (entrypoint("--concurrent", "--concurent"), "--concurent"),
     (entrypoint("--concurrent 8", "--concurrent many"), "valid integer"),
