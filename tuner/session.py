@@ -49,7 +49,9 @@ logger = logging.getLogger(__name__)
 
 _BETWEEN_WRITES = 9  # times what writing the results took: the driver has more to do
 
-_CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+_CONFIGS = Path(__file__).resolve().parent / "studies"  # of an installed package
+if not _CONFIGS.is_dir():  # a clone
+    _CONFIGS = _CONFIGS.parent.parent / "configs"
 _WITHOUT_GPU, _WITH_GPU = _CONFIGS / "quickstart.yaml", _CONFIGS / "full.yaml"
 # What a study may still change when it goes on; the rest decides its trials' results.
 _RESUMABLE = {
