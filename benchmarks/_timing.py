@@ -108,12 +108,15 @@ def machine_name(device: torch.device) -> str:
     return f"{name}, {os.cpu_count()} cores"
 
 
-def save(figures: dict[str, Any], path: Path | None) -> None:
-    """Write the figures, with what they were measured on."""
+def save(figures: dict[str, Any], path: Path | None, device: torch.device | str) -> None:
+    """Write the figures, with what they were measured on.
+
+    Args:
+        device: where it was computed; a GPU beside a benchmark of the processor has no part in it.
+    """
     if path is not None:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         machine = {
-            "name": machine_name(device),
+            "name": machine_name(torch.device(device)),
             "python": platform.python_version(),
             "torch": torch.__version__,
             "threads": torch.get_num_threads(),

@@ -81,7 +81,7 @@ def main() -> None:
                 f"{row['compiled_ms']:.1f} ms: {row['ratio']:.2f} x",
                 flush=True,
             )
-    save(figures, args.json)
+    save(figures, args.json, device)
 
 
 if __name__ == "__main__":

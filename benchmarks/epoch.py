@@ -116,12 +116,13 @@ def main() -> None:
     arguments.add_argument("--config", type=Path, default=Path("configs/quickstart.yaml"))
     arguments.add_argument("--set", action="append", default=[], dest="overrides")
     args = arguments.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with TemporaryDirectory(prefix="ristune-") as cache:
-        figures = measured(args, Path(cache))
-    save(figures, args.json)
+        figures = measured(args, Path(cache), device)
+    save(figures, args.json, device)
 
 
-def measured(args: argparse.Namespace, cache: Path) -> dict[str, Any]:
+def measured(args: argparse.Namespace, cache: Path, device: torch.device) -> dict[str, Any]:
     """The figures; what is found in a first epoch is kept below ``cache``, and nothing is there."""
     overrides = [
         f"data.cache={cache}",
@@ -131,7 +132,6 @@ def measured(args: argparse.Namespace, cache: Path) -> dict[str, Any]:
         "training.patience=null",
     ]
     study = load_study(args.config, overrides)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     trainer = Trainer(study.trial_config({}, study.seed), device)
     stopwatch = Stopwatch(device)
     watch(trainer, stopwatch)

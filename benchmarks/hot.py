@@ -174,7 +174,7 @@ def main() -> None:
         "gflop_per_second_of_convolutions": machine.convolutions / 1e9,
         "gb_per_second_by_bytes": {size: rate / 1e9 for size, rate in rates.items()},
     }
-    save({"limits": limits, "batch": args.batch, "functions": rows}, args.json)
+    save({"limits": limits, "batch": args.batch, "functions": rows}, args.json, device)
 
 
 if __name__ == "__main__":

@@ -118,7 +118,7 @@ def main() -> None:
             f"F1 {row['f1']:.3f} [{low:.3f}, {high:.3f}], K right {row['count_accuracy']:.3f}, "
             f"|err|/CRB of gated sources from 5 dB on {row['median_error_over_crb']:.3f}"
         )
-    save(result, args.json)
+    save(result, args.json, device)
 
 
 if __name__ == "__main__":

@@ -328,7 +328,7 @@ def main() -> None:
         figures["trial"] = on_ray(args.trials, args.concurrent)
     if args.only != "ray":
         figures["growth"] = growth(args.sizes, args.rounds)
-    save(figures, args.json)
+    save(figures, args.json, "cpu")
 
 
 if __name__ == "__main__":

@@ -270,7 +270,7 @@ def main() -> None:
         parser.error("tuning needs --study RUN_DIR")
     if args.what in ("covariances", "calibration", "goals") and args.checkpoint is None:
         parser.error(f"{args.what} needs --checkpoint DIR")
-    save(every[args.what](args), args.json)
+    save(every[args.what](args), args.json, "cpu")
 
 
 if __name__ == "__main__":

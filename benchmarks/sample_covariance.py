@@ -192,7 +192,7 @@ def main() -> None:
             )
     figures["growth"] = growth(arguments.rounds)
     figures["large"] = large(arguments.rounds)
-    save(figures, arguments.json)
+    save(figures, arguments.json, "cpu")
 
 
 if __name__ == "__main__":

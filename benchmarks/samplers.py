@@ -112,7 +112,7 @@ def main() -> None:
                 values[other] - values[measure]
             )
             print(f"{other} - {measure}, {name}: {gap[0]:+.4f} [{gap[1]:+.4f}, {gap[2]:+.4f}]")
-    save(figures, args.json)
+    save(figures, args.json, "cpu")
 
 
 def _searched(wanted: tuple[int, str], epochs: int) -> dict[str, Any]:

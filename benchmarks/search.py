@@ -425,7 +425,7 @@ def main() -> None:
         print()
     if args.only != "quality":
         figures["driver"] = driver([1, 8, 64, 1024], [10, 100, 1000, _LARGE], args.ray)
-    save(figures, args.json)
+    save(figures, args.json, "cpu")
 
 
 if __name__ == "__main__":

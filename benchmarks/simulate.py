@@ -42,7 +42,7 @@ def main() -> None:
         rate = int(name.rpartition("=")[2]) / median
         figures[name] = {"median_ms": 1e3 * median, "scenes_per_second": rate}
         print(f"{name:<22}{1e3 * median:>9.1f} ms{rate:>12.0f}   {verdict(rate >= TARGET)}")
-    save(figures, arguments.json)
+    save(figures, arguments.json, "cpu")
 
 
 if __name__ == "__main__":

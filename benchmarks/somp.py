@@ -69,7 +69,7 @@ def main() -> None:
                 f"GOSPA {row['gospa_m']:.3f} m, K right {row['count_accuracy']:.3f}, "
                 f"{speed:.1f} scenes/CPU s, {row['peak_megabytes']:.0f} MB"
             )
-    save(result, args.json)
+    save(result, args.json, "cpu")
 
 
 if __name__ == "__main__":

@@ -161,7 +161,7 @@ def main() -> None:
                 f"{100 * share['grid']:.1f} %; of those of the latter that it finds, "
                 f"{100 * share['as_high']:.1f} % at least as high"
             )
-    save(figures, arguments.json)
+    save(figures, arguments.json, "cpu")
 
 
 if __name__ == "__main__":

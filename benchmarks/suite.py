@@ -39,6 +39,11 @@ def run(name: str, threads: int) -> dict[str, Any]:
         return found
 
 
+def beside(machine: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    """Figures without their machine, unless it is not the suite's: the processor beside a GPU."""
+    return {k: v for k, v in found.items() if k != "machine" or v != machine}
+
+
 def slug(text: str) -> str:
     """A file name of a machine's name."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
@@ -126,7 +131,7 @@ def main() -> int:
         print(f"== benchmarks.{name}", flush=True)
         found = run(name, args.threads)
         result.setdefault("machine", found["machine"])
-        result[name] = {key: value for key, value in found.items() if key != "machine"}
+        result[name] = beside(result["machine"], found)
     result["versions"] = {"Python": result["machine"]["python"]} | {
         name: importlib.metadata.version(name) for name in _PACKAGES
     }

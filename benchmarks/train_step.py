@@ -197,7 +197,7 @@ def main() -> None:
             f"dense {loss['dense_ms']:.0f} ms, values differ by {loss['relative_difference']:.0e}; "
             f"{loss['ratio']:.1f} x, target {SPEEDUP:.0f} x: {verdict(loss['ratio'] >= SPEEDUP)}"
         )
-    save(result, args.json)
+    save(result, args.json, device)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,18 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.suite import BEGIN, END, PAGE, RESULTS, ROOT, SUITE, slug, table, written_into
+from benchmarks.suite import (
+    BEGIN,
+    END,
+    PAGE,
+    RESULTS,
+    ROOT,
+    SUITE,
+    beside,
+    slug,
+    table,
+    written_into,
+)
 
 
 def test_every_benchmark_of_the_suite_exists() -> None:
@@ -31,6 +42,13 @@ def test_the_page_holds_the_table_of_a_result_that_is_kept() -> None:
 
 def test_names_of_machines_become_names_of_files() -> None:
     assert slug("AMD EPYC (TM), 2 cores") == "amd-epyc-tm-2-cores"
+
+
+def test_figures_of_the_processor_keep_its_name_beside_those_of_a_gpu() -> None:
+    gpu, processor = {"name": "a GPU"}, {"name": "a processor, 2 cores"}
+    assert beside(gpu, {"machine": gpu, "ms": 1.0}) == {"ms": 1.0}
+    kept = {"machine": processor, "ms": 2.0}
+    assert beside(gpu, kept) == kept
 
 
 @pytest.mark.slow
