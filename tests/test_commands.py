@@ -148,7 +148,7 @@ RUN = (
     Run(r"create(user|db) "),
     Run(r"python3 tools/ensure_venv\.py "),  # the copy has its environment: see furnish
     Run(r"ray get-auth-token "),
-    Run(r"export "),
+    Run(r"(export|mkdir -p) "),
     Run(r"ray job (submit|logs|stop) "),
     Run(r"ray exec \S+\.yaml (--tmux )?'"),  # what is in the quotes, here instead of on the head
 )

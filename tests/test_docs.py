@@ -94,6 +94,31 @@ def test_rays_commands_and_their_options_exist_in_this_ray(path: Path) -> None:
                 assert (ROOT / word).exists(), line
 
 
+@pytest.mark.parametrize("path", PAGES, ids=name_of)
+def test_a_page_that_launches_on_aws_says_first_what_that_needs(path: Path) -> None:
+    typed = [command for block in blocks(path) for command in block.commands()]
+    if "ray up cluster.yaml" in typed:
+        before = typed[: typed.index("ray up cluster.yaml")]
+        assert "python3 tools/ensure_venv.py --extra aws" in before
+        assert "ray get-auth-token --generate" in before
+
+
+@pytest.mark.parametrize("path", PAGES, ids=name_of)
+def test_a_study_that_is_started_from_afar_outlives_the_connection(path: Path) -> None:
+    for command in (command for block in blocks(path) for command in block.commands()):
+        if command.startswith("ray exec") and "tuner.run" in command:
+            assert " --tmux " in command, command
+
+
+def test_a_folder_is_there_before_something_is_copied_into_it() -> None:
+    for path in PAGES:
+        typed = [command for block in blocks(path) for command in block.commands()]
+        for at, command in enumerate(typed):
+            if command.startswith("ray rsync-down"):
+                parent = Path(shlex.split(command)[-1]).parent
+                assert f"mkdir -p {parent}" in typed[:at], command
+
+
 def test_the_operations_page_names_every_metric_and_no_other() -> None:
     text = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
     exported = {f"ray_{PREFIX}{name}" for name in GAUGES}
