@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -45,13 +47,15 @@ def _place_here(study: StudyConfig, notes: list[str]) -> Place:
     cpus = study.resources.cpus_per_trial
     wanted = 0 if study.resources.device == "cpu" else study.resources.gpus_per_trial
     device = local_device(wanted)
+    unusable = _unusable_gpu() if device == "cpu" and wanted != 0 else ""
     if wanted and device == "cpu":
         raise StudyError(
-            f"resources.gpus_per_trial: {wanted:g} GPU a trial asked, but this machine has "
-            "none; ask for 0 to run the trials on the CPU"
+            f"resources.gpus_per_trial: {wanted:g} GPU a trial asked, but "
+            f"{unusable or 'this machine has none'}; ask for 0 to run the trials on the CPU"
         )
     if device == "cpu":
         notes.append(f"no GPU is used: trials run on the CPU, threads each: {cpus}")
+        notes += [unusable] if unusable else []
     else:
         notes.append(f"trials run on {torch.cuda.get_device_name()}, one after another")
     return Place(None, float(device != "cpu"), 1, device)
@@ -71,6 +75,8 @@ def _place_on(cluster: Cluster, study: StudyConfig, notes: list[str]) -> Place:
         if resources.gpus_per_trial is None and not cluster.capacity.known:
             reason = "none is known of; if its autoscaler may add some: --gpus-per-trial 1"
         notes.append(f"no GPU is used ({reason}): trials run on the CPU")
+        if cluster.is_here and reason == "there is none" and (unusable := _unusable_gpu()):
+            notes.append(unusable)
     elif resources.device == "cpu":
         notes.append("GPUs are held and stay idle (resources.device): trials compute on the CPU")
     if cluster.has_several_nodes and not resources.storage:
@@ -83,6 +89,26 @@ def _place_on(cluster: Cluster, study: StudyConfig, notes: list[str]) -> Place:
         notes.append(f"Ray dashboard: {cluster.dashboard}{token}")
     device = "cuda" if gpus and resources.device == "auto" else "cpu"
     return Place(cluster, gpus, concurrent, device)
+
+
+def _unusable_gpu() -> str:
+    """Words on a GPU that the driver lists and PyTorch cannot use; none where there is no such."""
+    if torch.cuda.is_available() or "CUDA_VISIBLE_DEVICES" in os.environ:  # hidden on purpose
+        return ""
+    try:
+        listed = subprocess.run(
+            ["nvidia-smi", "-L"], capture_output=True, text=True, timeout=10, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    if listed.returncode or not listed.stdout.startswith("GPU "):
+        return ""
+    why = (
+        "this PyTorch is built without CUDA"
+        if torch.version.cuda is None
+        else "its driver has to be 580 or newer (nvidia-smi says which it is)"
+    )
+    return f"nvidia-smi lists a GPU that PyTorch cannot use: {why}"
 
 
 def check_place(study: StudyConfig, folder: RunFolder, place: Place) -> None:
