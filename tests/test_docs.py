@@ -169,3 +169,11 @@ def test_every_source_that_a_docstring_cites_is_listed_in_the_references() -> No
                 cited |= _citations(ast.get_docstring(node) or "")
     assert len(cited) > 20
     assert {citation for citation in cited if citation.lower() not in listed} == set()
+
+
+def test_who_installs_by_hand_reads_which_driver_a_gpu_needs() -> None:
+    image = (ROOT / "deploy" / "Dockerfile").read_text(encoding="utf-8")
+    (needed,) = re.findall(r"driver has to be (\d+) or newer", image)
+    for name in ("README.md", "docs/getting-started.md", "docs/how-to/on-prem.md"):
+        text = " ".join((ROOT / name).read_text(encoding="utf-8").split())
+        assert re.search(rf"NVIDIA driver \(?{needed} or newer", text), name
