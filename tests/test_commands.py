@@ -118,6 +118,15 @@ def manifest(command: str, _: Sandbox) -> None:
     words = shlex.split(command)
     if words[1] == "apply":
         assert (ROOT / words[words.index("-f") + 1]).is_file()
+    elif words[1] == "get":  # KubeRay's secret is called as the cluster
+        assert words[2] == "secret"
+        assert ("RayCluster", words[3]) in kinds, kinds
+        assert "mode: token" in text
+    elif words[1] == "exec":
+        assert ("RayCluster", words[2][len("service/") : -len("-head-svc")]) in kinds, kinds
+        assert f"name: {words[words.index('-c') + 1]}\n" in text
+        (out,) = re.findall(r"--out (\S+)", text)
+        assert words[words.index("cat") + 1] == f"{out}/report.html"
     elif words[1] == "delete":
         assert ("RayJob", words[3]) in kinds, kinds
     elif words[1] == "logs":
@@ -160,7 +169,7 @@ ELSEWHERE = (
     Elsewhere(r"tensorboard ", event_files),  # not installed; serves until it is stopped
     Elsewhere(r"optuna-dashboard ", optuna_study),  # the same
     Elsewhere(r"docker (build|push) ", image),
-    Elsewhere(r"kubectl (apply|delete|logs|port-forward) ", manifest),
+    Elsewhere(r"kubectl (apply|delete|exec|get|logs|port-forward) ", manifest),
 )
 
 # What a reader has when a page begins, for blocks of Python that use it.

@@ -49,7 +49,7 @@ def test_every_block_says_what_it_holds() -> None:
 
 
 # YAML of others: the first key of each.
-FOREIGN_YAML = {"scrape_configs"}
+FOREIGN_YAML = {"scrape_configs", "apiVersion"}
 
 
 @pytest.mark.parametrize("block", [b for b in blocks() if b.language == "yaml"], ids=str)
@@ -169,6 +169,24 @@ def test_every_source_that_a_docstring_cites_is_listed_in_the_references() -> No
                 cited |= _citations(ast.get_docstring(node) or "")
     assert len(cited) > 20
     assert {citation for citation in cited if citation.lower() not in listed} == set()
+
+
+def test_the_monitor_finds_every_pod_of_the_cluster_and_its_port() -> None:
+    text = (ROOT / "deploy" / "kuberay.yaml").read_text(encoding="utf-8")
+    (cluster,) = [m for m in yaml.safe_load_all(text) if m["kind"] == "RayCluster"]
+    shown = [
+        yaml.safe_load(b.text)
+        for b in blocks(ROOT / "docs" / "operations.md")
+        if b.language == "yaml"
+    ]
+    (monitor,) = [m for m in shown if m.get("kind") == "PodMonitor"]
+    # A label that KubeRay gives every pod of a cluster.
+    wanted = {"ray.io/cluster": cluster["metadata"]["name"]}
+    assert monitor["spec"]["selector"]["matchLabels"] == wanted
+    (port,) = [endpoint["port"] for endpoint in monitor["spec"]["podMetricsEndpoints"]]
+    for group in (cluster["spec"]["headGroupSpec"], *cluster["spec"]["workerGroupSpecs"]):
+        (container,) = group["template"]["spec"]["containers"]
+        assert port in {named["name"] for named in container["ports"]}, container["name"]
 
 
 def test_who_installs_by_hand_reads_which_driver_a_gpu_needs() -> None:

@@ -1,6 +1,6 @@
-"""deploy/kuberay.yaml and its image, checked without a Kubernetes: the structure that KubeRay's
-v1 definitions ask for, the rules of its operator, and what the file promises in its comments.
-Each check is shown to fail on a broken file."""
+"""deploy/kuberay.yaml and its image, checked without a Kubernetes: a list, written by hand, of the
+fields of Kubernetes and KubeRay (v1) that are used; the rules of KubeRay's operator; and what the
+file promises in its comments. Each check is shown to fail on a broken file."""
 
 from __future__ import annotations
 
