@@ -3,6 +3,7 @@ the file promises in its comments. Each check is shown to fail on a broken file.
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import subprocess
@@ -15,7 +16,7 @@ import pytest
 import yaml
 from botocore.validate import ParamValidator
 from jsonschema import ValidationError
-from ray.autoscaler._private.aws.config import _upsert_security_group_rules
+from ray.autoscaler._private.aws.config import _configure_iam_role, _upsert_security_group_rules
 
 from tests.cluster_files import (
     BROKEN_ALIKE,
@@ -197,6 +198,15 @@ def test_rules_in_the_file_would_not_narrow_those_of_ray(aws: Cluster) -> None:
     _upsert_security_group_rules(check_aws(aws), {"head": group})
     assert ssh_from("0.0.0.0/0") in group.added
     assert narrow in group.added
+
+
+# --- The head's role --------------------------------------------------------------------
+
+
+def test_rays_role_for_the_head_has_the_policies_that_the_comment_names() -> None:
+    attached = set(re.findall(r"policy/(\w+)", inspect.getsource(_configure_iam_role)))
+    text = (ROOT / "cluster.yaml").read_text(encoding="utf-8")
+    assert set(re.findall(r"\bAmazon\w+Access\b", text)) == attached
 
 
 # --- Each check catches what it is there for ---------------------------------------------
