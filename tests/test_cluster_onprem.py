@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from click import ClickException
 from jsonschema import ValidationError
+from ray.autoscaler._private.command_runner import SSHOptions
 
 from tests.cluster_files import (
     BROKEN_ALIKE,
@@ -86,6 +87,14 @@ def test_lines_to_edit_are_marked() -> None:
     for wanted in ("head_ip:", "worker_ips:", "ssh_user:", "mountpoint"):
         (at,) = [i for i, line in enumerate(lines) if re.match(rf" +(- )?{wanted}", line)]
         assert any(0 < at - i <= 3 for i in marked), wanted
+
+
+def test_the_head_reaches_workers_by_the_named_key_alone(on_premise: Cluster) -> None:
+    options = SSHOptions(on_premise["auth"]["ssh_private_key"]).to_ssh_options_list()
+    assert "IdentitiesOnly=yes" in options
+    assert not any("ForwardAgent" in option for option in options)
+    text = (ROOT / "cluster-onprem.yaml").read_text(encoding="utf-8")
+    assert "a key without a passphrase" in text
 
 
 def no_workers(c: Cluster) -> None:
