@@ -44,6 +44,19 @@ def test_commands_name_modules_and_files_that_exist(path: Path) -> None:
         assert (ROOT / config).exists(), config
 
 
+@pytest.mark.parametrize("path", PAGES, ids=name_of)
+def test_results_that_are_named_are_kept(path: Path) -> None:
+    for name in re.findall(r"benchmarks/results/[\w-]+\.json", path.read_text(encoding="utf-8")):
+        assert (ROOT / name).is_file(), name
+
+
+def test_the_command_that_records_curves_has_the_folder_that_it_needs() -> None:
+    text = (ROOT / "docs" / "search.md").read_text(encoding="utf-8")
+    recorded = re.findall(r"python -m benchmarks\._curves record([^`]*)`", text)
+    assert recorded
+    assert all(re.match(r" \w", arguments) for arguments in recorded)
+
+
 def test_every_block_says_what_it_holds() -> None:
     assert {str(block) for block in blocks() if block.language not in LANGUAGES} == set()
 
