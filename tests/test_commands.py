@@ -145,6 +145,7 @@ RUN = (
     Run(r"python -m tuner\.run --resume (?!.*--trials)"),
     Run(r"python -m tuner\.run --resume .*--trials", "--trials 3"),
     Run(r"python -m pdb "),
+    Run(r"python -m tuner\.run .*scheduler=pbt", "--trials 10"),  # a whole population
     Run(r"python -m tuner\.run (?!.*--resume)", "--trials 2"),
     Run(r"python -m tuner\.(status|config|report) "),
     Run(r"python -m tuner\.evaluate .*--data "),
