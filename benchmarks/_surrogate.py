@@ -180,6 +180,10 @@ class Surrogate:
         seconds[0] += self._building
         return Curve(last * (1.0 + above), seconds)
 
+    def expected(self, points: Sequence[Mapping[str, Value]]) -> Array:
+        """Last objectives (n,) that are expected of configurations."""
+        return np.exp(self._last.mean(unit_cube(self.recorded.space, points)))
+
     def leave_one_out(self) -> dict[str, float]:
         """How well the last values of recorded trials are predicted from the other trials'.
 
