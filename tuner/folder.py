@@ -196,8 +196,17 @@ class RunFolder:
                 folder._acquire()
             except OSError as error:
                 raise StudyError(f"{path}: cannot be written: {error.strerror}") from error
-            sweep(folder.path)
+            folder._sweep()
         return folder
+
+    def _sweep(self) -> None:
+        """Remove halves of files where a study's driver alone writes.
+
+        Other processes have folders of their own here: a final training, a user's project.
+        """
+        sweep(self.path, below=False)
+        for place in (self.trials, self.promotion().trials):
+            sweep(place)
 
     @classmethod
     def default_path(cls, name: str) -> Path:
