@@ -16,7 +16,7 @@ _KEEP_EVERY = 1.0  # seconds of the study's time that a killed driver may forget
 
 @dataclass(frozen=True)
 class Ended:
-    """Why no trial runs any more, and the option of a resume that lifts it, if one does."""
+    """Why no trial runs any more, and the option of a resume that lifts it, as it is typed."""
 
     reason: str
     remedy: str | None = None
@@ -84,5 +84,5 @@ def why_ended(ledger: Ledger, limits: Limits) -> Ended | None:
         search = ledger.config.search
         if search.scheduler != "pbt" and n_points(search.space) <= search.trials:
             return Ended("every point of search.space has run")
-        return Ended("all trials have run", "a larger --trials")
+        return Ended("all trials have run", f"--trials {2 * search.trials}")
     return limits.reached()

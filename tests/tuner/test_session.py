@@ -126,7 +126,8 @@ def test_a_study_with_nothing_left_connects_to_no_cluster(
     (out / "report.html").unlink()
     capsys.readouterr()
     assert run_here("--resume", out, *NOWHERE) == 0
-    assert "nothing is left to run" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "nothing is left to run: all trials have run (--trials 2 goes on)" in said
     assert (out / "report.html").exists()
     assert run_here("--resume", out, *NOWHERE, "--trials", 2) == 2, "work is left"
     assert load_study(out / "config.yaml").search.trials == 1

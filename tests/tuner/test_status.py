@@ -231,6 +231,7 @@ def test_a_study_without_a_finished_trial_ends_with_1(
     found = looked(capsys, folder.path, code=1)
     assert found["best"] is None
     assert len(found["failures"]) == 3
+    assert found["next"] == f"python -m tuner.run --resume {folder.path} --trials 6"
 
 
 def test_a_reached_target_is_the_end_and_says_what_lifts_it(

@@ -188,8 +188,7 @@ def _next(material: Material) -> list[tuple[str, str]]:
     if ended is None:
         steps.append(("Go on, if it was cut", on))
     elif ended.remedy is not None:
-        lifted = ended.remedy if ended.remedy.startswith("-") else f"--trials {2 * search.trials}"
-        steps.append(("Search on", f"{on} {lifted}"))
+        steps.append(("Search on", f"{on} {ended.remedy}"))
     if material.best is not None:
         promoted = material.promotion is not None and material.promotion.winner() is not None
         if not promoted and (search.full_epochs or epochs) > epochs:

@@ -94,10 +94,10 @@ def test_the_overview_says_how_one_goes_on(tmp_path: Path) -> None:
     place = "'my runs'/x"
     resume = f"python -m tuner.run --resume {place}"
     search = material(tmp_path).study.search
-    more = f"{resume} --trials {2 * search.trials}"
+    more = f"{resume} --trials 9"
     locate, train = f"--checkpoint {place}/best", f"tuner.train --from {place}"
     for best, ended, full_epochs, said, unsaid in (
-        (True, Ended("all trials have run", "a larger --trials"), 9, [more, train, locate], "cut"),
+        (True, Ended("all trials have run", "--trials 9"), 9, [more, train, locate], "cut"),
         (True, Ended("the time is up", "--time-budget none"), None,
          [f"{resume} --time-budget none", locate], "tuner.train"),
         (True, Ended("every point has run"), 9, [train, locate], "--resume"),
