@@ -126,7 +126,8 @@ def run_session(request: Request) -> int:
             remedy = f" ({ended.remedy} goes on)" if ended.remedy else ""
             notes.append(f"nothing is left to run: {ended.reason}{remedy}")
         if request.dry_run:
-            show_plan(study, notes, request.out, place, ledger)
+            left = promotion if ended is not None and promotion is not None else ledger
+            show_plan(study, notes, request.out, place, left)
             return DONE
         if folder is None:
             folder = RunFolder.fresh(request.out or RunFolder.default_path(study.name))

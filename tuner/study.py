@@ -82,7 +82,7 @@ class Ledger:
         *,
         reading: bool = False,
     ) -> None:
-        self._config = study
+        self._config, self._reading = study, reading
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -115,6 +115,11 @@ class Ledger:
     def config(self) -> StudyConfig:
         """The study's configuration."""
         return self._config
+
+    @property
+    def reading(self) -> bool:
+        """Whether it is only looked at."""
+        return self._reading
 
     @property
     def optuna_study(self) -> optuna.Study:

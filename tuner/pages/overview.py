@@ -185,12 +185,13 @@ def _next(material: Material) -> list[tuple[str, str]]:
     search, epochs = material.study.search, material.study.training.epochs
     on, ended = f"python -m tuner.run --resume {material.place}", material.ended
     steps = []
-    if ended is None:
+    promotion = material.promotion
+    if ended is None or (promotion is not None and promotion.has_work):
         steps.append(("Go on, if it was cut", on))
-    elif ended.remedy is not None:
+    if ended is not None and ended.remedy is not None:
         steps.append(("Search on", f"{on} {ended.remedy}"))
     if material.best is not None:
-        promoted = material.promotion is not None and material.promotion.winner() is not None
+        promoted = promotion is not None and promotion.winner() is not None
         if not promoted and (search.full_epochs or epochs) > epochs:
             train = f"python -m tuner.train --from {material.place}"
             steps.append(("Train the winner at full budget", train))
