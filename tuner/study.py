@@ -43,6 +43,7 @@ from tuner.records import (
     End,
     PriorTrial,
     TrialRecord,
+    config_of,
     finite,
     is_foreign,
     is_repetition,
@@ -301,10 +302,7 @@ class Ledger:
         Raises:
             ConfigError: its parameters cannot be built.
         """
-        params = dict(trial.params)
-        if trial.accumulation is not None:
-            params["training.accumulation"] = trial.accumulation
-        return self._config.trial_config(params, trial.seed)
+        return config_of(self._config, trial)
 
     # Reporting
 
