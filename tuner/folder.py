@@ -44,6 +44,12 @@ def checkpoint_epoch(location: str) -> int | None:
     return int(found[1]) if found else None
 
 
+def is_before(location: str, epoch: int) -> bool:
+    """Whether a checkpoint, by its name, is of an epoch before this one."""
+    found = checkpoint_epoch(location)
+    return found is not None and found < epoch
+
+
 class RunFolder:
     """Paths of one study's files, and the lock that keeps a second driver out."""
 

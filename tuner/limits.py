@@ -54,7 +54,7 @@ class Limits:
 
     def look(self) -> None:
         """Take note that trials have ended: the winner may be another."""
-        self._best = self._ledger.best()
+        self._best = self._ledger.best() if self._target is not None else None
 
     def reached(self) -> Ended | None:
         """What has ended the study, if anything; asked often, it also keeps the time."""

@@ -33,7 +33,7 @@ from tuner.config import StudyConfig
 from tuner.draft import Draft
 from tuner.errors import LedgerLost
 from tuner.extrapolation import Finished
-from tuner.folder import checkpoint_epoch
+from tuner.folder import is_before
 from tuner.owned import OwnedStorage
 from tuner.pruners import make_pruner
 from tuner.records import (
@@ -83,7 +83,7 @@ class Ledger:
         *,
         reading: bool = False,
     ) -> None:
-        self._config, self._reading = study, reading
+        self._config, self.reading = study, reading
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -116,11 +116,6 @@ class Ledger:
     def config(self) -> StudyConfig:
         """The study's configuration."""
         return self._config
-
-    @property
-    def reading(self) -> bool:
-        """Whether it is only looked at."""
-        return self._reading
 
     @property
     def optuna_study(self) -> optuna.Study:
@@ -360,8 +355,9 @@ class Ledger:
         return self._finished.why_hopeless(epoch, objective, wanted, search.least_chance)
 
     def _ranks(self, trial: FrozenTrial) -> bool:
-        budget = self._config.training.epochs
-        return trial.state == TrialState.COMPLETE and trial.user_attrs.get("budget") == budget
+        if trial.state != TrialState.COMPLETE or finite(trial.values[0]) is None:
+            return False
+        return trial.user_attrs.get("budget") == self._config.training.epochs
 
     def should_prune(self, number: int) -> bool:
         """Whether Optuna's pruner stops the trial now, for the local loop."""
@@ -433,7 +429,7 @@ class Ledger:
         return [
             location
             for number, location in checkpoints
-            if number not in reached or _is_before(location, reached[number])
+            if number not in reached or is_before(location, reached[number])
         ]
 
     def _reached(self) -> dict[int, int]:
@@ -471,7 +467,10 @@ class Ledger:
 
     def best(self) -> TrialRecord | None:
         """The winner, if any trial finished."""
-        return next(iter(self.ranking()), None)
+        # As ranking() has it, without a record of every trial: asked at each trial's end.
+        own = (trial for trial in self._started(self._frozen()) if self._ranks(trial))
+        first = min(own, key=lambda trial: (*trial.values, trial.number), default=None)
+        return None if first is None else record_of(first)
 
     def close(self) -> None:
         """Let go of the database."""
@@ -495,8 +494,3 @@ class Ledger:
                 self._study._study_id, number
             )
         return self._ids[number]
-
-
-def _is_before(location: str, epoch: int) -> bool:
-    found = checkpoint_epoch(location)
-    return found is not None and found < epoch
