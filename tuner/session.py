@@ -111,9 +111,10 @@ def run_session(request: Request) -> int:
             notes.append("data: " + check_data(study))
         if study.network.front_end is not None:
             notes.append("the candidates of all scenes are found first, once for all trials")
-        notes += ledger_note(study)
+        begun = folder is not None and folder.has_ledger
+        notes += ledger_note(study, reading=request.dry_run or begun)
         promotion: Promotion | None = None
-        if folder is not None and (not request.dry_run or folder.has_ledger):
+        if folder is not None and (begun or not request.dry_run):
             ledger, promotion = _ledgers(stack, folder, study, prior, reading=request.dry_run)
         place: Place | None = None
         ended = why_ended(ledger, Limits(ledger)) if ledger is not None else None

@@ -15,8 +15,8 @@ import os
 import sqlite3
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -42,6 +42,7 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0  # seconds between two attempts: doubled
 _SILENCE = 1.0  # seconds of an outage that nobody needs to be told of
 _SIGNATURE = "ristune:driver"
 _OPENINGS = 3  # of a database whose tables another study may be making at the same time
+_LAST_TABLE = "alembic_version"  # that Optuna makes
 
 _DRIVERS = {"postgresql": "postgresql+psycopg", "postgres": "postgresql+psycopg"}
 _DIALECTS = ("postgresql", "sqlite")
@@ -140,34 +141,61 @@ def open_storage(url: URL) -> PatientStorage:
         StudyError: in one line, after some ten seconds at most for a server that does not answer.
     """
     from sqlalchemy import event
-    from sqlalchemy.exc import IntegrityError, ProgrammingError, SQLAlchemyError
+    from sqlalchemy.exc import IntegrityError, ProgrammingError
 
     place = shown(url)
-    attempt = 1
-    while True:
-        try:
-            if url.get_backend_name() == "sqlite":
-                _make_sqlite(Path(str(url.database)))
-            rdb = _opened(url)
-            break
-        except ImportError as error:
-            raise StudyError(
-                f"the ledger at {place}: its driver is not installed ({_first_line(error)}); "
-                "pip install 'ristune[postgresql]'"
-            ) from error
-        except (SQLAlchemyError, optuna.exceptions.OptunaError, RuntimeError) as error:
-            # Two studies that begin at the same time in an empty database make the same tables.
-            met = isinstance(error, IntegrityError | ProgrammingError) and attempt < _OPENINGS
-            if not met:
-                raise StudyError(
-                    f"the ledger at {place} cannot be opened: {_first_line(error)}"
-                ) from error
-            attempt += 1
-            time.sleep(_FIRST_PAUSE)
+    for left in range(_OPENINGS - 1, -1, -1):
+        with _refused(place):
+            try:
+                if url.get_backend_name() == "sqlite":
+                    _make_sqlite(Path(str(url.database)))
+                rdb = _opened(url)
+                break
+            except (IntegrityError, ProgrammingError):
+                # Two studies that begin at the same time in an empty database make the same tables.
+                if not left:
+                    raise
+                time.sleep(_FIRST_PAUSE)
     event.listen(rdb.engine, "handle_error", as_outage)
     cached = optuna.storages.get_storage(rdb)
     # The rest of its methods is put in below the class, where mypy does not look.
     return PatientStorage(cached, place, rdb.engine.dispose)  # type: ignore[abstract]
+
+
+def has_tables(url: URL) -> bool:
+    """Whether a database can hold studies as it is; it is asked, and left so.
+
+    Raises:
+        StudyError: in one line; nobody answers, or a SQLite file has no folder to lie in.
+    """
+    from sqlalchemy import create_engine, inspect
+    from sqlalchemy.pool import NullPool
+
+    place = shown(url)
+    if url.get_backend_name() == "sqlite" and not (file := Path(str(url.database))).exists():
+        if not file.parent.is_dir():
+            raise StudyError(f"the ledger at {place} cannot be opened: no folder {file.parent}")
+        return False
+    with _refused(place):
+        engine = create_engine(url, poolclass=NullPool, connect_args=connect_args(url))
+        with engine.connect() as connection:
+            return bool(inspect(connection).has_table(_LAST_TABLE))
+
+
+@contextmanager
+def _refused(place: str) -> Iterator[None]:
+    """Say in one line why a database cannot be opened."""
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        yield
+    except ImportError as error:
+        raise StudyError(
+            f"the ledger at {place}: its driver is not installed ({_first_line(error)}); "
+            "pip install 'ristune[postgresql]'"
+        ) from error
+    except (SQLAlchemyError, optuna.exceptions.OptunaError, RuntimeError) as error:
+        raise StudyError(f"the ledger at {place} cannot be opened: {_first_line(error)}") from error
 
 
 def _opened(url: URL) -> BatchedStorage:
