@@ -19,7 +19,7 @@ from model.network import check_plugins
 from model.plugin import plugins_of
 from model.precision import AmpPolicy
 from model.wording import counted
-from tuner.command import DONE, Interruption
+from tuner.command import DONE, INTERRUPTED, Interruption
 from tuner.conclusion import conclude
 from tuner.config import StudyConfig, flag_of, load_study
 from tuner.disk import full_disk_said
@@ -152,6 +152,7 @@ def run_session(request: Request) -> int:
         watchers = Watchers(progress, TensorBoardLog(ledger, folder.tensorboard))
         for note in [f"run folder: {folder.path}", *notes]:
             progress.note(note)
+        on = f"go on with: python -m tuner.run --resume {shlex.quote(str(folder.path))}"
         try:
             if ended is None and place is not None:
                 with progress.shown():
@@ -162,12 +163,16 @@ def run_session(request: Request) -> int:
             interruption.wished = True
         except Exception:
             logger.exception("the run was cut short")
-            where = shlex.quote(str(folder.path))
-            progress.say(f"cut short by an error; go on with: python -m tuner.run --resume {where}")
+            progress.say(f"cut short by an error; {on}")
             raise
         interruption.settle()
         early = limits.reached() if place is not None and ledger.has_work else None
-        return conclude(folder, ledger, promotion, progress, early, interrupted=interruption.wished)
+        wished = interruption.wished
+        try:
+            return conclude(folder, ledger, promotion, progress, early, interrupted=wished)
+        except KeyboardInterrupt:
+            progress.say(f"interrupted while the results were written; {on}")
+            return INTERRUPTED
 
 
 def _refuse_early(request: Request) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -204,6 +206,26 @@ def test_writing_the_results_takes_a_tenth_of_the_drivers_time_and_the_last_ones
     assert len((out / "trials.csv").read_text(encoding="utf-8").splitlines()) == 9
     kept = [path.parent.name for path in (out / "trials").glob("*/checkpoint*")]
     assert len(kept) == 1
+
+
+def test_a_second_ctrl_c_while_results_are_written_says_how_to_go_on(
+    tmp_path: Path,
+    fake_trials: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def interrupted(*_: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    config, out = write_study(tmp_path), tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(FakeRun, "step", interrupted)
+        patch.setattr(conclusion, "write_report", interrupted)
+        assert run_here("--config", config, "--local", "--out", out) == 130
+    on = f"go on with: python -m tuner.run --resume {out}"
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == f"interrupted while the results were written; {on}"
+    assert run_here("--resume", out, "--local") == 0
 
 
 def test_a_study_is_not_cut_below_what_has_begun(
