@@ -17,11 +17,11 @@ from model.data import check_data
 from model.files import write_text
 from model.network import check_plugins
 from model.plugin import plugins_of
-from model.precision import AmpPolicy
 from model.wording import counted
 from tuner.command import DONE, INTERRUPTED, Interruption
 from tuner.conclusion import conclude
 from tuner.config import StudyConfig, flag_of, load_study
+from tuner.device import check_precision
 from tuner.disk import full_disk_said
 from tuner.errors import ConfigError, StudyError
 from tuner.folder import RunFolder
@@ -366,7 +366,4 @@ def _check_precision(study: StudyConfig, local: bool) -> None:
     resources = study.resources
     asked = resources.gpus_per_trial == 0 or resources.device == "cpu"
     if asked or (local and not torch.cuda.is_available()):
-        try:
-            AmpPolicy(study.precision, torch.device("cpu"))
-        except ValueError as error:
-            raise ConfigError(f"precision.amp: got {study.precision.amp!r}; {error}") from error
+        check_precision(study.precision, "cpu")
