@@ -39,7 +39,7 @@ def full_disk(error: BaseException) -> str | None:
             where = f": {seen.filename}" if seen.filename else ""
             return f"{seen.strerror}{where}"
         if speaks_of_full_disk(str(seen)):
-            return str(seen).splitlines()[0]
+            return next(line for line in str(seen).splitlines() if speaks_of_full_disk(line))
         seen = seen.__cause__ or seen.__context__
     return None
 

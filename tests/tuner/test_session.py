@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from model.training import Trainer
 from tests.tuner.support import Clock, FakeRun, run_here, write_study
 from tuner import conclusion, evaluation, session
 from tuner.config import load_study
@@ -226,6 +228,21 @@ def test_a_second_ctrl_c_while_results_are_written_says_how_to_go_on(
     last = capsys.readouterr().out.splitlines()[-1]
     assert last == f"interrupted while the results were written; {on}"
     assert run_here("--resume", out, "--local") == 0
+
+
+def test_a_disk_that_fills_amid_an_epoch_ends_the_session_and_no_trial(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(trainer: Trainer) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device", "/tmp/cache")
+
+    config, out = write_study(tmp_path), tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "run_epoch", full)
+        assert run_here("--config", config, "--local", "--out", out) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "(No space left on device: /tmp/cache)" in line
+    assert [trial.state for trial in trials_of(out)] == ["running"]
 
 
 def test_a_study_is_not_cut_below_what_has_begun(
