@@ -38,7 +38,7 @@ def show_plan(
     Args:
         study: resolved.
         notes: on where it comes from, its data and its resources.
-        out: the run folder that was asked for.
+        out: the run folder, or what was asked for one.
         place: where trials would run; None where none is left to run.
         ledger: of a study that would go on, or of its promotion where the search has ended.
     """
@@ -162,7 +162,11 @@ def _disk(study: StudyConfig, place: Place, found: Appraisal | str, folder: Path
         yield f"{_bytes(found.cache_bytes)} of candidates, kept for all studies of these scenes"
     if place.device == "cpu" and (images := images_bytes(study.trial_config({}, study.seed))):
         yield f"{_bytes(images)} of images, kept for all studies of these scenes"
-    above = next(path for path in (folder, *folder.parents) if path.exists())
+    storage = study.resources.storage
+    if storage is not None and "://" in storage:
+        return  # nobody tells what is free there
+    checkpoints = Path(storage) if storage is not None else folder
+    above = next(path for path in (checkpoints, *checkpoints.parents) if path.exists())
     yield f"{_bytes(shutil.disk_usage(above).free)} free at {above}"
 
 

@@ -128,7 +128,8 @@ def run_session(request: Request) -> int:
             notes.append(f"nothing is left to run: {ended.reason}{remedy}")
         if request.dry_run:
             left = promotion if ended is not None and promotion is not None else ledger
-            show_plan(study, notes, request.out, place, left)
+            out = request.out if folder is None else folder.path
+            show_plan(study, notes, out, place, left)
             return DONE
         if folder is None:
             folder = RunFolder.fresh(request.out or RunFolder.default_path(study.name))

@@ -89,6 +89,21 @@ def test_a_dry_run_of_a_study_that_goes_on_says_what_is_left_and_leaves_it_as_it
     assert contents(folder.path) == before
 
 
+def test_a_dry_run_says_what_is_free_where_checkpoints_go(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "storage"
+    other.mkdir()
+    begun(tmp_path / "a")
+    begun(tmp_path / "b", resources={"storage": str(other)})
+    begun(tmp_path / "c", resources={"storage": "s3://bucket/folder"})
+    for name, free in (("a", tmp_path / "a" / "run"), ("b", other), ("c", None)):
+        asked = ("--local", "--dry-run", "--trials", 7)
+        assert run_here("--resume", tmp_path / name / "run", *asked) == 0
+        found = [text.partition(" free at ")[2] for text in said(capsys) if " free at " in text]
+        assert found == ([str(free)] if free else [])
+
+
 def test_a_dry_run_of_a_promotion_says_what_is_left_and_makes_no_study(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
