@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 PATIENCE = 300.0  # seconds that an outage may last
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0  # seconds between two attempts: doubled each time
+_RENEW_EVERY = 60.0  # seconds: a claim that is not used can go without a word
 _SILENCE = 1.0  # seconds of an outage that nobody needs to be told of
 _SIGNATURE = "ristune:driver"
 _OPENINGS = 3  # of a database whose tables another study may be making at the same time
@@ -272,6 +273,7 @@ class PatientStorage(BaseStorage):
         self._backend = backend
         self._release = release
         self._claim: Claim | None = None
+        self._renewed = 0.0  # monotonic: when the claim was last seen to be held
         self._signature: tuple[int, str] | None = None
         self._is_sure = True  # that nobody else has driven the study since it was signed
         self._way_on = ""
@@ -279,7 +281,7 @@ class PatientStorage(BaseStorage):
     def hold(self, claim: Claim, way_on: str) -> None:
         """Keep other drivers out until the end; `way_on` is said where the database is lost."""
         claim.take()
-        self._claim = claim
+        self._claim, self._renewed = claim, time.monotonic()
         self._way_on = f"; {way_on}"
 
     def sign(self, study_id: int) -> None:
@@ -289,14 +291,15 @@ class PatientStorage(BaseStorage):
         self._signature = study_id, signature  # now that it can be read
 
     def _make_sure(self) -> None:
-        """After an outage: that no other driver has had the study meanwhile.
+        """After an outage, and now and then: that no other driver has had the study meanwhile.
 
         Raises:
             Outage: the database does not answer, or another driver has the study now.
             LedgerLost: another one has had it: what this one knows of its trials may be old.
         """
-        if self._claim is not None and self._claim.renew():
-            self._is_sure = False
+        if self._claim is not None:
+            self._is_sure = not self._claim.renew() and self._is_sure
+            self._renewed = time.monotonic()
         if self._is_sure or self._signature is None:
             return
         study_id, signature = self._signature
@@ -367,6 +370,8 @@ class PatientStorage(BaseStorage):
     def _patiently(self, work: Callable[[], _T], again: Callable[[], _T] | None = None) -> _T:
         """What `work` returns; after an outage what `again` does, or `work` once more.
 
+        A driver comes here every second while trials run, as it keeps their time.
+
         Raises:
             LedgerLost: the database has been out for PATIENCE, its disk is full, or the user
                 interrupted the waiting; from then on at once.
@@ -378,6 +383,8 @@ class PatientStorage(BaseStorage):
         while True:
             try:
                 if begun is None:
+                    if self._claim and time.monotonic() - self._renewed >= _RENEW_EVERY:
+                        self._make_sure()
                     return work()
                 self._make_sure()
                 found = (again or work)()
