@@ -84,10 +84,10 @@ def train(
             raise ended_by_disk(said, again()) from error
         if is_out_of_memory(error):
             line = " ".join(str(error).split())[:300]
-            parts = 2 * config.training.accumulation
+            parts = min(2 * config.training.accumulation, config.training.batch_size)
             raise StudyError(
-                f"out of memory on {chosen} ({line}); try{again()} with "
-                f"--set training.accumulation={parts}, which takes each batch in {parts} parts"
+                f"out of memory on {chosen} ({line}); with --set training.accumulation={parts} "
+                f"batches are taken in {parts} parts: try{again()}, or another --device"
             ) from error
         raise
 

@@ -182,7 +182,7 @@ def test_memory_that_is_not_enough_is_said_in_one_line(
     assert train("--from", searched, "--out", tmp_path / "out", "--device", "cpu") == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "out of memory on cpu (CUDA out of memory. Tried to allocate 20.00 MiB)" in line
-    assert "try the same command with --set training.accumulation=2" in line
+    assert "with --set training.accumulation=2 batches are taken in 2 parts: try the same" in line
 
 
 def test_a_training_that_has_ended_keeps_its_result(searched: Path, tmp_path: Path) -> None:
