@@ -59,7 +59,7 @@ class MemoryExhausted(RuntimeError):
     """Memory was not enough; it may be for the same batches in smaller parts."""
 
 
-class DiskFull(RuntimeError):
+class DiskExhausted(RuntimeError):
     """A disk is full; the trial is sound, and goes on once there is room."""
 
 
@@ -108,7 +108,7 @@ class TrialRun:
         Raises:
             DeviceLost: the device itself has failed.
             MemoryExhausted: there was not enough; nothing of the trial is kept in memory.
-            DiskFull: something could not be written: a compiler's cache, files of a plug-in's.
+            DiskExhausted: something could not be written: a compiler's cache, files of a plug-in's.
         """
         try:
             trainer = self._build()
@@ -132,7 +132,7 @@ class TrialRun:
             if not _device_answers(self._device):
                 raise DeviceLost(f"{self._device} no longer answers: {error}") from error
             if (said := full_disk(error)) is not None:
-                raise DiskFull(said) from error
+                raise DiskExhausted(said) from error
             return self._failure(f"{type(error).__name__}: {error}", error)
         objective = metrics.get("objective")
         if not isinstance(objective, int | float) or not math.isfinite(objective):

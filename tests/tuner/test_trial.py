@@ -15,7 +15,7 @@ from model.config import TrialConfig
 from model.training import Trainer
 from tests.tuner.support import tiny_study
 from tuner.disk import speaks_of_full_disk
-from tuner.trial import DiskFull, TrialRun
+from tuner.trial import DiskExhausted, TrialRun
 
 
 def config(folder: Path, **changes: Any) -> TrialConfig:
@@ -86,7 +86,7 @@ def test_a_full_disk_is_no_trials_fault(tmp_path: Path, monkeypatch: pytest.Monk
             raise RuntimeError("the backend failed") from error
 
     monkeypatch.setattr(Trainer, "run_epoch", full)
-    with pytest.raises(DiskFull) as caught:
+    with pytest.raises(DiskExhausted) as caught:
         TrialRun(config(tmp_path)).step()
     assert speaks_of_full_disk(str(caught.value)), "by its words Ray's driver knows it"
 
