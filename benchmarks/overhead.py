@@ -9,7 +9,7 @@ that the driver can see are timed where they happen, and the rest is Ray's: the 
 messages. Building a trial, scoring its untrained network and writing its checkpoints are the
 trial's own, but no epoch's, and are counted. The second part fills ledgers with ended trials
 (minutes for 10,000) and times what the driver does for the next one; the disk's share is wall less
-CPU.
+CPU. The third times a report under Ray's median rule, which looks at all epochs of all trials.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from unittest.mock import patch
 import numpy as np
 import optuna
 import ray
+from optuna.storages import InMemoryStorage
 from optuna.trial import TrialState, create_trial
 
 from benchmarks._timing import parser, save, verdict
@@ -40,6 +41,7 @@ from tuner.distributed import run_distributed
 from tuner.folder import RunFolder
 from tuner.limits import Limits
 from tuner.results import drop_losers, write_best, write_trials
+from tuner.schedulers import LedgerMedian
 from tuner.search import LedgerSearch
 from tuner.space import suggest
 from tuner.study import Ledger
@@ -313,6 +315,27 @@ def growth(sizes: list[int], rounds: int) -> dict[str, Any]:
     return result
 
 
+def judged(sizes: list[int], rounds: int) -> dict[str, float]:
+    """The third part: seconds that a report takes under the median rule, by trials, median."""
+    study = load_study(FULL, search__scheduler="median")
+    epochs = range(1, study.training.epochs + 1)
+    result: dict[str, float] = {}
+    for n in sizes:
+        rule = LedgerMedian(Ledger(InMemoryStorage(), study))
+        for number in range(n):
+            rule._results[f"{number}"] = [{"epoch": e, "objective": number / n} for e in epochs]
+        trial: Any = object()  # known by nothing but itself
+        seconds = []
+        for _ in range(rounds):
+            begun = time.perf_counter()
+            rule.on_trial_result(None, trial, {"epoch": 9, "objective": 0.0})
+            seconds.append(time.perf_counter() - begun)
+        result[str(n)] = statistics.median(seconds)
+        told = f"{1e3 * result[str(n)]:.1f} ms a report under the median rule"
+        print(f"{n} trials of {len(epochs)} epochs: {told}", flush=True)
+    return result
+
+
 def main() -> None:
     """Run the benchmark and print it."""
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
@@ -321,13 +344,15 @@ def main() -> None:
     arguments.add_argument("--trials", type=int, default=24, help="of a study (%(default)s)")
     arguments.add_argument("--concurrent", type=int, nargs="+", default=[1, 2])
     arguments.add_argument("--sizes", type=int, nargs="+", default=[10, 100, 1000])
-    arguments.add_argument("--only", choices=["ray", "growth"])
+    arguments.add_argument("--only", choices=["ray", "growth", "median"])
     args = arguments.parse_args()
     figures: dict[str, Any] = {}
-    if args.only != "growth":
+    if args.only in (None, "ray"):
         figures["trial"] = on_ray(args.trials, args.concurrent)
-    if args.only != "ray":
+    if args.only in (None, "growth"):
         figures["growth"] = growth(args.sizes, args.rounds)
+    if args.only in (None, "median"):
+        figures["median"] = judged(args.sizes, args.rounds)
     save(figures, args.json, "cpu")
 
 

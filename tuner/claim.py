@@ -30,7 +30,7 @@ class Claim(Protocol):
         """Get it, or raise StudyError where another driver has it."""
 
     def renew(self) -> bool:
-        """Make sure of it after the database was out, or raise Outage where another has it.
+        """Make sure that it is still held, or raise Outage where another has it.
 
         Returns:
             Whether it was gone, so that another driver may have had it meanwhile.
@@ -124,6 +124,11 @@ class ServerClaim:
             # A peer that is gone is noticed in a minute; the system's own limit is hours.
             for setting in ("idle = 30", "interval = 10", "count = 3"):
                 self._connection.exec_driver_sql(f"SET tcp_keepalives_{setting}")
+            # It has nothing to say for most of the time. Servers before 14 do not mind.
+            self._connection.exec_driver_sql(
+                "SELECT set_config(name, '0', false) FROM pg_settings "
+                "WHERE name = 'idle_session_timeout'"
+            )
         query = text("SELECT pg_try_advisory_lock(:key)")
         return bool(self._connection.execute(query, {"key": self._key}).scalar())
 

@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -33,23 +33,35 @@ def execute(app: typer.Typer, arguments: list[str] | None = None) -> int:
     """Run a command and turn what goes wrong into one line and an exit code."""
     from tuner.errors import StudyError
 
+    command: Any = typer.main.get_command(app)
+    command.callback = _said(command.callback)
     try:
-        code = app(args=arguments, standalone_mode=False)
+        code = command(args=arguments, standalone_mode=False)
         return code if isinstance(code, int) else DONE
     except typer.Exit as leaving:
         return leaving.exit_code
     except StudyError as error:
         complain(str(error))
         return error.code
-    except (KeyboardInterrupt, typer.Abort):
-        complain("interrupted before the work began")
-        return INTERRUPTED
     except Exception as error:
         line = usage_problem(error) or data_problem(error)
         if line is None:
             raise
         complain(line)
         return BAD_INPUT
+
+
+def _said(work: Callable[..., Any]) -> Callable[..., Any]:
+    """The work of a command, whose interruption is never silent: typer makes an exit code of it."""
+
+    def said(*arguments: Any, **named: Any) -> Any:
+        try:
+            return work(*arguments, **named)
+        except KeyboardInterrupt:
+            complain("interrupted")
+            return INTERRUPTED
+
+    return said
 
 
 def usage_problem(error: Exception) -> str | None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
+import random
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import islice, product
+from itertools import cycle, islice, product
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
@@ -362,11 +363,21 @@ def check_space(study: StudyConfig) -> None:
 
 
 def _joint_points(space: SearchSpace, paths: list[str]) -> Iterator[dict[str, Value]]:
-    """Every joint choice in one section (rules that join two fields hold inside a section)."""
+    """Every joint choice in one section (rules that join two fields hold inside a section).
+
+    Of too many it is a part, in which each parameter has all its values, and equally often.
+    """
     probes = [space[path].probes() for path in paths]
-    every = math.prod(len(values) for values in probes)
-    stride = max(1, every // _MAX_JOINT)
-    for values in islice(product(*probes), 0, None, stride):
+    if math.prod(len(values) for values in probes) <= _MAX_JOINT:
+        for values in product(*probes):
+            yield dict(zip(paths, values, strict=True))
+        return
+    shuffled = random.Random(0)
+    n_points = max(_MAX_JOINT, *map(len, probes))
+    columns = [list(islice(cycle(values), n_points)) for values in probes]
+    for column in columns:
+        shuffled.shuffle(column)
+    for values in zip(*columns, strict=True):
         yield dict(zip(paths, values, strict=True))
 
 

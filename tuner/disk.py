@@ -39,7 +39,7 @@ def full_disk(error: BaseException) -> str | None:
             where = f": {seen.filename}" if seen.filename else ""
             return f"{seen.strerror}{where}"
         if speaks_of_full_disk(str(seen)):
-            return str(seen).splitlines()[0]
+            return next(line for line in str(seen).splitlines() if speaks_of_full_disk(line))
         seen = seen.__cause__ or seen.__context__
     return None
 
@@ -62,7 +62,12 @@ def full_disk_said(folder: Path) -> Iterator[None]:
 
 def disk_error(folder: Path, said: str) -> StudyError:
     """The line that ends a session on a full disk."""
+    return ended_by_disk(said, f": python -m tuner.run --resume {shlex.quote(str(folder))}")
+
+
+def ended_by_disk(said: str, command: str) -> StudyError:
+    """The line that ends a command on a full disk, with what goes on."""
     return StudyError(
         f"the disk cannot be written ({said}); nothing that was finished is lost: make room and "
-        f"go on with: python -m tuner.run --resume {shlex.quote(str(folder))}"
+        f"go on with{command}"
     )

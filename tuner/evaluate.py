@@ -79,21 +79,15 @@ def evaluate(
     MUSIC and MVDR are told the number of sources; the others are not. Exit codes: 0 done; 2 bad
     arguments, data or checkpoint; 130 interrupted.
     """
-    import torch
     from rich.console import Console
 
+    from tuner.device import chosen_device
     from tuner.errors import StudyError
     from tuner.evaluation import evaluate_suite, evaluation_of, write_evaluation
     from tuner.scoretable import print_tables
     from tuner.waiting import counting
 
-    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.device(chosen)
-    except RuntimeError:
-        raise StudyError(f"--device: no device {chosen!r}; expected cpu or cuda") from None
-    if chosen.startswith("cuda") and not torch.cuda.is_available():
-        raise StudyError(f"--device: {chosen} asked, but this machine has no GPU")
+    chosen = chosen_device(device)
     console = Console(highlight=False)
     names = _suite_names(suite or ["nominal"])
     localizer, conventions = _conventions(checkpoint, config, set_ or [], data, seed, chosen)

@@ -17,9 +17,15 @@ from model.files import PART
 _TRIES, _PAUSE = 5, 0.02  # of taking a lock, which who looks at it holds for an instant [s]
 
 
-def sweep(folder: Path) -> None:
-    """Remove what writers left that were killed; only who alone writes there may ask for it."""
-    for left in sorted(folder.rglob(f".*{PART}"), reverse=True):
+def sweep(folder: Path, *, below: bool = True) -> None:
+    """Remove what writers left that were killed; only who alone writes there may ask for it.
+
+    Args:
+        folder: whose files are looked at.
+        below: whether those of the folders in it are, too.
+    """
+    found = folder.rglob(f".*{PART}") if below else folder.glob(f".*{PART}")
+    for left in sorted(found, reverse=True):
         if left.is_dir():
             shutil.rmtree(left, ignore_errors=True)
         else:

@@ -44,6 +44,12 @@ def checkpoint_epoch(location: str) -> int | None:
     return int(found[1]) if found else None
 
 
+def is_before(location: str, epoch: int) -> bool:
+    """Whether a checkpoint, by its name, is of an epoch before this one."""
+    found = checkpoint_epoch(location)
+    return found is not None and found < epoch
+
+
 class RunFolder:
     """Paths of one study's files, and the lock that keeps a second driver out."""
 
@@ -206,8 +212,17 @@ class RunFolder:
                 folder._acquire()
             except OSError as error:
                 raise StudyError(f"{path}: cannot be written: {error.strerror}") from error
-            sweep(folder.path)
+            folder._sweep()
         return folder
+
+    def _sweep(self) -> None:
+        """Remove halves of files where a study's driver alone writes.
+
+        Other processes have folders of their own here: a final training, a user's project.
+        """
+        sweep(self.path, below=False)
+        for place in (self.trials, self.promotion().trials):
+            sweep(place)
 
     @classmethod
     def default_path(cls, name: str) -> Path:

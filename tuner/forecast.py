@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from tuner.duration import format_duration
 from tuner.records import State, TrialRecord
+
+if TYPE_CHECKING:
+    from tuner.study import Ledger
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,19 @@ class Pace:
         """What the ledger knows of a trial's pace."""
         spent = (metrics.get("epoch_seconds") for metrics in trial.epochs.values())
         return cls(trial.state, trial.epoch, tuple(float(s) for s in spent if s is not None))
+
+
+def seconds_left(ledger: Ledger) -> float | None:
+    """About how many seconds the trials of a ledger still run; None while nothing tells it."""
+    search, epochs = ledger.config.search, ledger.config.training.epochs
+    return time_left(
+        [Pace.of(trial) for trial in ledger.trials()],
+        epochs=epochs,
+        n_new=ledger.n_new,
+        elapsed=ledger.seconds,
+        budget=search.time_budget,
+        in_all=search.epochs_in_all(epochs),
+    )
 
 
 def time_left(

@@ -8,6 +8,7 @@ import re
 import shlex
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from pydantic import ValidationError
@@ -20,7 +21,7 @@ from tuner.errors import StudyError
 from tuner.folder import RunFolder
 from tuner.members import PopulationLedger
 from tuner.records import PriorTrial
-from tuner.storage import PatientStorage, open_storage, parse_url, shown, sqlite_url
+from tuner.storage import PatientStorage, has_tables, open_storage, parse_url, shown, sqlite_url
 from tuner.study import Ledger
 
 # What may change from session to session: how far a study goes, and where its trials run and files
@@ -41,8 +42,12 @@ _FREE = (
 _SHOWN = 3  # differences that one line names
 
 
-def ledger_note(study: StudyConfig) -> list[str]:
+def ledger_note(study: StudyConfig, *, reading: bool = False) -> list[str]:
     """One line on the database that a study names, which is tried; none where it names none.
+
+    Args:
+        study: the configuration.
+        reading: whether the database is to stay as it is.
 
     Raises:
         StudyError: the database cannot be opened.
@@ -50,7 +55,10 @@ def ledger_note(study: StudyConfig) -> list[str]:
     if study.search.storage is None:
         return []
     url = parse_url(study.search.storage)
-    open_storage(url).remove_session()
+    if not reading:
+        open_storage(url).remove_session()
+    elif not has_tables(url):
+        return [f"ledger: {shown(url)}, where its tables would be made"]
     return [f"ledger: {shown(url)}"]
 
 
@@ -94,12 +102,12 @@ def read_ledger(folder: RunFolder, study: StudyConfig) -> Ledger:
         _refuse_elsewhere(folder)
         if not folder.database.exists():
             raise StudyError(f"{folder.path}: no study.db there; the study has not begun")
-        try:
-            return _kind(study)(folder.database, study, reading=True)
-        except KeyError:
-            raise StudyError(
-                f"{folder.database}: the ledger holds no study {study.name}; it has not begun"
-            ) from None
+        with suppress(KeyError):
+            if has_tables(sqlite_url(folder.database)):
+                return _kind(study)(folder.database, study, reading=True)
+        raise StudyError(
+            f"{folder.database}: the ledger holds no study {study.name}; it has not begun"
+        )
     name = _kept_name(folder)
     if name is None:
         raise StudyError(f"{folder.path}: no study.name there; the study has not begun")
@@ -211,16 +219,18 @@ def _shared(
 
 def _holding(url: str, name: str) -> PatientStorage:
     """The database, in which a study of that name must be."""
-    storage = open_storage(parse_url(url))
-    try:
-        storage.get_study_id_from_name(name)
-    except KeyError:
-        storage.remove_session()
-        raise StudyError(
-            f"search.storage: the database at {storage.place} holds no study {name}; name the one "
-            "in which the study was begun"
-        ) from None
-    return storage
+    where = parse_url(url)
+    if has_tables(where):
+        storage = open_storage(where)
+        try:
+            storage.get_study_id_from_name(name)
+            return storage
+        except KeyError:
+            storage.remove_session()
+    raise StudyError(
+        f"search.storage: the database at {shown(where)} holds no study {name}; name the one in "
+        "which the study was begun"
+    )
 
 
 def _kept_name(folder: RunFolder) -> str | None:

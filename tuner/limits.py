@@ -16,7 +16,7 @@ _KEEP_EVERY = 1.0  # seconds of the study's time that a killed driver may forget
 
 @dataclass(frozen=True)
 class Ended:
-    """Why no trial runs any more, and the option of a resume that lifts it, if one does."""
+    """Why no trial runs any more, and the option of a resume that lifts it, as it is typed."""
 
     reason: str
     remedy: str | None = None
@@ -54,7 +54,7 @@ class Limits:
 
     def look(self) -> None:
         """Take note that trials have ended: the winner may be another."""
-        self._best = self._ledger.best()
+        self._best = self._ledger.best() if self._target is not None else None
 
     def reached(self) -> Ended | None:
         """What has ended the study, if anything; asked often, it also keeps the time."""
@@ -84,5 +84,5 @@ def why_ended(ledger: Ledger, limits: Limits) -> Ended | None:
         search = ledger.config.search
         if search.scheduler != "pbt" and n_points(search.space) <= search.trials:
             return Ended("every point of search.space has run")
-        return Ended("all trials have run", "a larger --trials")
+        return Ended("all trials have run", f"--trials {2 * search.trials}")
     return limits.reached()

@@ -18,7 +18,7 @@ from tuner.appraisal import Appraisal, appraise, checkpoint_bytes, epochs_expect
 from tuner.config import StudyConfig, held_value, plain_of
 from tuner.duration import format_duration
 from tuner.folder import RunFolder
-from tuner.forecast import Pace, about, time_left
+from tuner.forecast import about, seconds_left
 from tuner.place import Place
 from tuner.space import n_points
 from tuner.study import Ledger
@@ -38,9 +38,9 @@ def show_plan(
     Args:
         study: resolved.
         notes: on where it comes from, its data and its resources.
-        out: the run folder that was asked for.
+        out: the run folder, or what was asked for one.
         place: where trials would run; None where none is left to run.
-        ledger: of a study that would go on.
+        ledger: of a study that would go on, or of its promotion where the search has ended.
     """
     console = Console(highlight=False, soft_wrap=True)
     if not console.is_terminal:
@@ -60,7 +60,7 @@ def show_plan(
     folder = (out or RunFolder.default_path(study.name)).expanduser().resolve()
     if place is not None:
         found = appraise(study, place.device) if place.is_here else "trials run on other machines"
-        say(f"time: {_time(study, place, ledger, found)}")
+        say(f"time: {_time(ledger.config if ledger else study, place, ledger, found)}")
         for line in _disk(study, place, found, folder):
             say(f"disk: {line}")
     say(
@@ -122,14 +122,7 @@ def _space_table(study: StudyConfig) -> Table:
 
 def _time(study: StudyConfig, place: Place, ledger: Ledger | None, found: Appraisal | str) -> str:
     if ledger is not None:
-        left = time_left(
-            [Pace.of(trial) for trial in ledger.trials()],
-            epochs=study.training.epochs,
-            n_new=ledger.n_new,
-            elapsed=ledger.seconds,
-            budget=study.search.time_budget,
-            in_all=study.search.epochs_in_all(study.training.epochs),
-        )
+        left = seconds_left(ledger)
         if left is not None:
             return f"{about(left)} left, as the trials so far took"
     if isinstance(found, str):
@@ -169,7 +162,11 @@ def _disk(study: StudyConfig, place: Place, found: Appraisal | str, folder: Path
         yield f"{_bytes(found.cache_bytes)} of candidates, kept for all studies of these scenes"
     if place.device == "cpu" and (images := images_bytes(study.trial_config({}, study.seed))):
         yield f"{_bytes(images)} of images, kept for all studies of these scenes"
-    above = next(path for path in (folder, *folder.parents) if path.exists())
+    storage = study.resources.storage
+    if storage is not None and "://" in storage:
+        return  # nobody tells what is free there
+    checkpoints = Path(storage) if storage is not None else folder
+    above = next(path for path in (checkpoints, *checkpoints.parents) if path.exists())
     yield f"{_bytes(shutil.disk_usage(above).free)} free at {above}"
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import optuna
+from optuna.storages import InMemoryStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from model.wording import counted
@@ -132,13 +133,20 @@ class Promotion(Ledger):
 
     Args:
         search: its ledger, in whose database the runs lie; who is promoted follows from its
-            ranking and its configuration.
+            ranking and its configuration. Of a search that is only looked at so is the promotion;
+            one that has not begun is empty, and the database stays as it is.
     """
 
     def __init__(self, search: Ledger) -> None:
         name = f"{search.optuna_study.study_name}-promoted"
-        study = promotion_study(search.config)
-        super().__init__(search._database, study, name=name, home=search._home)
+        study, reading = promotion_study(search.config), search.reading
+        home = search._home
+        try:
+            super().__init__(search._database, study, name=name, home=home, reading=reading)
+        except KeyError:
+            if not reading:
+                raise
+            super().__init__(InMemoryStorage(), study, name=name, home=home)
         self._search = search
 
     @property
@@ -153,11 +161,11 @@ class Promotion(Ledger):
         parent, repeat = next(self._left(), (None, 0))
         if parent is None:
             return None
-        study = self._search.config
+        study, tried = self._search.config, self._search.optuna_study.get_trials(deepcopy=False)
         frozen = optuna.trial.create_trial(
             state=TrialState.RUNNING,
             params=parent.params,
-            distributions=self._search.optuna_study.trials[parent.number].distributions,
+            distributions=tried[parent.number].distributions,
             user_attrs={
                 _PARENT: parent.number,
                 _REPEAT: repeat,
@@ -172,6 +180,11 @@ class Promotion(Ledger):
     def has_work(self) -> bool:
         """Whether a run is to go on, or another one to begin."""
         return any(run.state == "running" for run in self.trials()) or any(self._left())
+
+    @property
+    def n_new(self) -> int:
+        """Runs that have not begun."""
+        return sum(1 for _ in self._left())
 
     def configurations(self) -> list[Promoted]:
         """Those that were promoted, best first: by mean, and below all others who failed once."""

@@ -6,13 +6,17 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from optuna.trial import FrozenTrial, TrialState
 
 from tuner import retries
 from tuner.space import Value
+
+if TYPE_CHECKING:
+    from model.config import TrialConfig
+    from tuner.config import StudyConfig
 
 End = Literal["done", "pruned", "failed"]
 State = Literal["running"] | End
@@ -153,6 +157,18 @@ def trial_seed(study_seed: int, number: int) -> int:
     """The seed of a trial: independent between trials, the same on every machine."""
     sequence = np.random.SeedSequence(study_seed, spawn_key=(0, number))
     return int(sequence.generate_state(1)[0])
+
+
+def config_of(study: StudyConfig, trial: Assignment | TrialRecord) -> TrialConfig:
+    """The configuration that a trial of a study runs with.
+
+    Raises:
+        ConfigError: its parameters cannot be built.
+    """
+    params = dict(trial.params)
+    if trial.accumulation is not None:
+        params["training.accumulation"] = trial.accumulation
+    return study.trial_config(params, trial.seed)
 
 
 def ranked(

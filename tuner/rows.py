@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any, Self
 
@@ -54,8 +54,15 @@ class TrialRow:
 
     def end(self, state: State, reason: str | None) -> None:
         """The trial is over."""
-        self.state, self.note = state, note_of(state, reason) or self.survived
+        self.note = note_of(state, reason) or self.survived
         self.ended, self.waiting_since = time.time(), None
+        self.state = state  # at last: from now on it is still
+
+    def still(self) -> Self:
+        """The trial as it is now, for a thread that draws it while another one changes it."""
+        if self.state != "running":
+            return self
+        return replace(self, curve=dict(self.curve), seconds=dict(self.seconds))
 
     @property
     def skipped(self) -> int:

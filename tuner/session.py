@@ -17,11 +17,11 @@ from model.data import check_data
 from model.files import write_text
 from model.network import check_plugins
 from model.plugin import plugins_of
-from model.precision import AmpPolicy
 from model.wording import counted
-from tuner.command import DONE, Interruption
+from tuner.command import DONE, INTERRUPTED, Interruption
 from tuner.conclusion import conclude
 from tuner.config import StudyConfig, flag_of, load_study
+from tuner.device import check_precision
 from tuner.disk import full_disk_said
 from tuner.errors import ConfigError, StudyError
 from tuner.folder import RunFolder
@@ -114,9 +114,10 @@ def run_session(request: Request) -> int:
             notes.append("data: " + check_data(study))
         if study.network.front_end is not None:
             notes.append("the candidates of all scenes are found first, once for all trials")
-        notes += ledger_note(study)
+        begun = folder is not None and folder.has_ledger
+        notes += ledger_note(study, reading=request.dry_run or begun)
         promotion: Promotion | None = None
-        if folder is not None and (not request.dry_run or folder.has_ledger):
+        if folder is not None and (begun or not request.dry_run):
             ledger, promotion = _ledgers(stack, folder, study, prior, reading=request.dry_run)
         place: Place | None = None
         ended = why_ended(ledger, Limits(ledger)) if ledger is not None else None
@@ -129,7 +130,9 @@ def run_session(request: Request) -> int:
             remedy = f" ({ended.remedy} goes on)" if ended.remedy else ""
             notes.append(f"nothing is left to run: {ended.reason}{remedy}")
         if request.dry_run:
-            show_plan(study, notes, request.out, place, ledger)
+            left = promotion if ended is not None and promotion is not None else ledger
+            out = request.out if folder is None else folder.path
+            show_plan(study, notes, out, place, left)
             return DONE
         if folder is None:
             folder = RunFolder.fresh(request.out or RunFolder.default_path(study.name))
@@ -153,6 +156,7 @@ def run_session(request: Request) -> int:
         watchers = Watchers(progress, TensorBoardLog(ledger, folder.tensorboard))
         for note in [f"run folder: {folder.path}", *notes]:
             progress.note(note)
+        on = f"go on with: python -m tuner.run --resume {shlex.quote(str(folder.path))}"
         try:
             if ended is None and place is not None:
                 with progress.shown():
@@ -163,12 +167,16 @@ def run_session(request: Request) -> int:
             interruption.wished = True
         except Exception:
             logger.exception("the run was cut short")
-            where = shlex.quote(str(folder.path))
-            progress.say(f"cut short by an error; go on with: python -m tuner.run --resume {where}")
+            progress.say(f"cut short by an error; {on}")
             raise
         interruption.settle()
         early = limits.reached() if place is not None and ledger.has_work else None
-        return conclude(folder, ledger, promotion, progress, early, interrupted=interruption.wished)
+        wished = interruption.wished
+        try:
+            return conclude(folder, ledger, promotion, progress, early, interrupted=wished)
+        except KeyboardInterrupt:
+            progress.say(f"interrupted while the results were written; {on}")
+            return INTERRUPTED
 
 
 def _refuse_early(request: Request) -> None:
@@ -362,7 +370,4 @@ def _check_precision(study: StudyConfig, local: bool) -> None:
     resources = study.resources
     asked = resources.gpus_per_trial == 0 or resources.device == "cpu"
     if asked or (local and not torch.cuda.is_available()):
-        try:
-            AmpPolicy(study.precision, torch.device("cpu"))
-        except ValueError as error:
-            raise ConfigError(f"precision.amp: got {study.precision.amp!r}; {error}") from error
+        check_precision(study.precision, "cpu")

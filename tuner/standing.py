@@ -16,9 +16,10 @@ from sqlalchemy.exc import SQLAlchemyError
 from tuner.config import StudyConfig, load_study
 from tuner.errors import StudyError
 from tuner.folder import Driver, RunFolder
-from tuner.forecast import Pace, time_left
+from tuner.forecast import seconds_left
 from tuner.ledger import read_ledger
 from tuner.limits import Ended, Limits, why_ended
+from tuner.promotion import open_promotion
 from tuner.records import TrialRecord
 from tuner.study import Ledger
 
@@ -39,7 +40,8 @@ class Standing:
     n_new: int  # trials that have not started
     seconds: float  # that trials have run, over all sessions
     seconds_left: float | None  # about; None while nothing tells it
-    ended: Ended | None
+    ended: Ended | None  # why the search has nothing to run, if that is so
+    promoting: bool  # whether the search has ended and promoted runs are left
     now: float  # unix time
 
     @property
@@ -115,27 +117,25 @@ def standing(path: Path) -> Standing:
         if ledger is None:
             state: StudyState = "running" if alive else "never started"
             new = study.search.planned_trials(study.training.epochs)
-            return Standing(folder, study, state, driver, (), None, new, 0.0, None, None, now)
+            return Standing(
+                folder, study, state, driver, (), None, new, 0.0, None, None, False, now
+            )
         trials, n_new = tuple(ledger.trials()), ledger.n_new
         ended = why_ended(ledger, Limits(ledger))
+        promotion = open_promotion(ledger) if ended is not None else None
+        promoting = promotion is not None and promotion.has_work
         return Standing(
             folder=folder,
             study=study,
-            state=_state(trials, alive=alive, ended=ended is not None),
+            state=_state(trials, alive=alive, ended=ended is not None and not promoting),
             driver=driver,
             trials=trials,
             best=ledger.best(),
             n_new=n_new,
             seconds=ledger.seconds,
-            seconds_left=time_left(
-                [Pace.of(trial) for trial in trials],
-                epochs=study.training.epochs,
-                n_new=n_new,
-                elapsed=ledger.seconds,
-                budget=study.search.time_budget,
-                in_all=study.search.epochs_in_all(study.training.epochs),
-            ),
+            seconds_left=seconds_left(promotion if promotion and promoting else ledger),
             ended=ended,
+            promoting=promoting,
             now=now,
         )
 

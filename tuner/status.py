@@ -101,7 +101,7 @@ def _show(look: Standing, console: Console) -> None:
     if look.report_age is not None and look.state == "running":
         say(f"last report: {format_duration(round(look.report_age))} ago")
     if look.concluding and look.ended is not None:
-        after = "promotion, " if look.study.search.promote else ""
+        after = "promotion, " if look.promoting else ""
         why = look.ended.reason
         say(f"the search has ended: {why}; {after}its winner's scores and report follow")
     elif look.seconds_left is not None and look.state != "finished" and not drawn:
@@ -124,7 +124,8 @@ def _state(look: Standing) -> str:
         return f"finished: {reason}"
     if look.state == "interrupted":
         cut = f"; process {driver.pid} was cut off" if driver and driver.pid else ""
-        return f"interrupted: trials are left to run{cut}"
+        left = "promoted runs" if look.promoting else "trials"
+        return f"interrupted: {left} are left to run{cut}"
     return "never started"
 
 

@@ -15,8 +15,8 @@ import os
 import sqlite3
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -39,9 +39,11 @@ logger = logging.getLogger(__name__)
 
 PATIENCE = 300.0  # seconds that an outage may last
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0  # seconds between two attempts: doubled each time
+_RENEW_EVERY = 60.0  # seconds: a claim that is not used can go without a word
 _SILENCE = 1.0  # seconds of an outage that nobody needs to be told of
 _SIGNATURE = "ristune:driver"
 _OPENINGS = 3  # of a database whose tables another study may be making at the same time
+_LAST_TABLE = "alembic_version"  # that Optuna makes
 
 _DRIVERS = {"postgresql": "postgresql+psycopg", "postgres": "postgresql+psycopg"}
 _DIALECTS = ("postgresql", "sqlite")
@@ -140,34 +142,61 @@ def open_storage(url: URL) -> PatientStorage:
         StudyError: in one line, after some ten seconds at most for a server that does not answer.
     """
     from sqlalchemy import event
-    from sqlalchemy.exc import IntegrityError, ProgrammingError, SQLAlchemyError
+    from sqlalchemy.exc import IntegrityError, ProgrammingError
 
     place = shown(url)
-    attempt = 1
-    while True:
-        try:
-            if url.get_backend_name() == "sqlite":
-                _make_sqlite(Path(str(url.database)))
-            rdb = _opened(url)
-            break
-        except ImportError as error:
-            raise StudyError(
-                f"the ledger at {place}: its driver is not installed ({_first_line(error)}); "
-                "pip install 'ristune[postgresql]'"
-            ) from error
-        except (SQLAlchemyError, optuna.exceptions.OptunaError, RuntimeError) as error:
-            # Two studies that begin at the same time in an empty database make the same tables.
-            met = isinstance(error, IntegrityError | ProgrammingError) and attempt < _OPENINGS
-            if not met:
-                raise StudyError(
-                    f"the ledger at {place} cannot be opened: {_first_line(error)}"
-                ) from error
-            attempt += 1
-            time.sleep(_FIRST_PAUSE)
+    for left in range(_OPENINGS - 1, -1, -1):
+        with _refused(place):
+            try:
+                if url.get_backend_name() == "sqlite":
+                    _make_sqlite(Path(str(url.database)))
+                rdb = _opened(url)
+                break
+            except (IntegrityError, ProgrammingError):
+                # Two studies that begin at the same time in an empty database make the same tables.
+                if not left:
+                    raise
+                time.sleep(_FIRST_PAUSE)
     event.listen(rdb.engine, "handle_error", as_outage)
     cached = optuna.storages.get_storage(rdb)
     # The rest of its methods is put in below the class, where mypy does not look.
     return PatientStorage(cached, place, rdb.engine.dispose)  # type: ignore[abstract]
+
+
+def has_tables(url: URL) -> bool:
+    """Whether a database can hold studies as it is; it is asked, and left so.
+
+    Raises:
+        StudyError: in one line; nobody answers, or a SQLite file has no folder to lie in.
+    """
+    from sqlalchemy import create_engine, inspect
+    from sqlalchemy.pool import NullPool
+
+    place = shown(url)
+    if url.get_backend_name() == "sqlite" and not (file := Path(str(url.database))).exists():
+        if not file.parent.is_dir():
+            raise StudyError(f"the ledger at {place} cannot be opened: no folder {file.parent}")
+        return False
+    with _refused(place):
+        engine = create_engine(url, poolclass=NullPool, connect_args=connect_args(url))
+        with engine.connect() as connection:
+            return bool(inspect(connection).has_table(_LAST_TABLE))
+
+
+@contextmanager
+def _refused(place: str) -> Iterator[None]:
+    """Say in one line why a database cannot be opened."""
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        yield
+    except ImportError as error:
+        raise StudyError(
+            f"the ledger at {place}: its driver is not installed ({_first_line(error)}); "
+            "pip install 'ristune[postgresql]'"
+        ) from error
+    except (SQLAlchemyError, optuna.exceptions.OptunaError, RuntimeError) as error:
+        raise StudyError(f"the ledger at {place} cannot be opened: {_first_line(error)}") from error
 
 
 def _opened(url: URL) -> BatchedStorage:
@@ -244,6 +273,7 @@ class PatientStorage(BaseStorage):
         self._backend = backend
         self._release = release
         self._claim: Claim | None = None
+        self._renewed = 0.0  # monotonic: when the claim was last seen to be held
         self._signature: tuple[int, str] | None = None
         self._is_sure = True  # that nobody else has driven the study since it was signed
         self._way_on = ""
@@ -251,7 +281,7 @@ class PatientStorage(BaseStorage):
     def hold(self, claim: Claim, way_on: str) -> None:
         """Keep other drivers out until the end; `way_on` is said where the database is lost."""
         claim.take()
-        self._claim = claim
+        self._claim, self._renewed = claim, time.monotonic()
         self._way_on = f"; {way_on}"
 
     def sign(self, study_id: int) -> None:
@@ -261,14 +291,15 @@ class PatientStorage(BaseStorage):
         self._signature = study_id, signature  # now that it can be read
 
     def _make_sure(self) -> None:
-        """After an outage: that no other driver has had the study meanwhile.
+        """After an outage, and now and then: that no other driver has had the study meanwhile.
 
         Raises:
             Outage: the database does not answer, or another driver has the study now.
             LedgerLost: another one has had it: what this one knows of its trials may be old.
         """
-        if self._claim is not None and self._claim.renew():
-            self._is_sure = False
+        if self._claim is not None:
+            self._is_sure = not self._claim.renew() and self._is_sure
+            self._renewed = time.monotonic()
         if self._is_sure or self._signature is None:
             return
         study_id, signature = self._signature
@@ -339,6 +370,8 @@ class PatientStorage(BaseStorage):
     def _patiently(self, work: Callable[[], _T], again: Callable[[], _T] | None = None) -> _T:
         """What `work` returns; after an outage what `again` does, or `work` once more.
 
+        A driver comes here every second while trials run, as it keeps their time.
+
         Raises:
             LedgerLost: the database has been out for PATIENCE, its disk is full, or the user
                 interrupted the waiting; from then on at once.
@@ -350,6 +383,8 @@ class PatientStorage(BaseStorage):
         while True:
             try:
                 if begun is None:
+                    if self._claim and time.monotonic() - self._renewed >= _RENEW_EVERY:
+                        self._make_sure()
                     return work()
                 self._make_sure()
                 found = (again or work)()

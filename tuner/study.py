@@ -33,7 +33,7 @@ from tuner.config import StudyConfig
 from tuner.draft import Draft
 from tuner.errors import LedgerLost
 from tuner.extrapolation import Finished
-from tuner.folder import checkpoint_epoch
+from tuner.folder import is_before
 from tuner.owned import OwnedStorage
 from tuner.pruners import make_pruner
 from tuner.records import (
@@ -43,6 +43,7 @@ from tuner.records import (
     End,
     PriorTrial,
     TrialRecord,
+    config_of,
     finite,
     is_foreign,
     is_repetition,
@@ -84,7 +85,7 @@ class Ledger:
         home: Path | None = None,
         reading: bool = False,
     ) -> None:
-        self._config = study
+        self._config, self.reading = study, reading
         self._home = storage.parent if home is None and isinstance(storage, Path) else home
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
@@ -289,10 +290,7 @@ class Ledger:
         Raises:
             ConfigError: its parameters cannot be built.
         """
-        params = dict(trial.params)
-        if trial.accumulation is not None:
-            params["training.accumulation"] = trial.accumulation
-        return self._config.trial_config(params, trial.seed)
+        return config_of(self._config, trial)
 
     # Reporting
 
@@ -359,8 +357,9 @@ class Ledger:
         return self._finished.why_hopeless(epoch, objective, wanted, search.least_chance)
 
     def _ranks(self, trial: FrozenTrial) -> bool:
-        budget = self._config.training.epochs
-        return trial.state == TrialState.COMPLETE and trial.user_attrs.get("budget") == budget
+        if trial.state != TrialState.COMPLETE or finite(trial.values[0]) is None:
+            return False
+        return trial.user_attrs.get("budget") == self._config.training.epochs
 
     def should_prune(self, number: int) -> bool:
         """Whether Optuna's pruner stops the trial now, for the local loop."""
@@ -436,16 +435,14 @@ class Ledger:
         return [
             location
             for number, location in checkpoints
-            if number not in reached
-            or ((epoch := checkpoint_epoch(location)) is not None and epoch < reached[number])
+            if number not in reached or is_before(location, reached[number])
         ]
 
     def _reached(self) -> dict[int, int]:
         """The epochs from which running trials would go on."""
-        own = self._started(self._frozen())
         return {
             t.number: (t.user_attrs.get("checkpoint") or {"epoch": 0})["epoch"]
-            for t in own
+            for t in self._started(self._frozen())
             if t.state == TrialState.RUNNING
         }
 
@@ -456,8 +453,7 @@ class Ledger:
         parameters.
         """
         study = optuna.create_study(direction="minimize")
-        own = self._started(self._frozen())
-        for trial in own:
+        for trial in self._started(self._frozen()):
             if trial.state == TrialState.COMPLETE and HEIR not in trial.user_attrs:
                 alone = copy.copy(trial)  # without its cost
                 alone.values = trial.values[:1]
@@ -475,7 +471,10 @@ class Ledger:
 
     def best(self) -> TrialRecord | None:
         """The winner, if any trial finished."""
-        return next(iter(self.ranking()), None)
+        # As ranking() has it, without a record of every trial: asked at each trial's end.
+        own = (trial for trial in self._started(self._frozen()) if self._ranks(trial))
+        first = min(own, key=lambda trial: (*trial.values, trial.number), default=None)
+        return None if first is None else self._record(first)
 
     def close(self) -> None:
         """Let go of the database."""

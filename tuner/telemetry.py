@@ -239,4 +239,6 @@ class Progress(Watcher):
             self._console.file.flush()
 
     def _draw(self) -> StudyView:
-        return StudyView(self._study, list(self._rows.values()), self._clock())
+        # Called by the thread that draws; events come in another one.
+        rows = [row.still() for row in list(self._rows.values())]
+        return StudyView(self._study, rows, self._clock())

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -50,9 +52,10 @@ def train(
     Exit codes: 0 done; 1 the training diverged; 2 bad configuration or data; 130 interrupted,
     go on with --resume.
     """
-    import torch
-
+    from tuner.device import check_precision, chosen_device
+    from tuner.disk import ended_by_disk, full_disk
     from tuner.errors import StudyError
+    from tuner.trial import is_out_of_memory
 
     winner, path = _read_winner(source)
     config = _configure(winner, winner["config"], epochs, seed, data, set_ or [])
@@ -62,49 +65,58 @@ def train(
         for one in winner.get("lineage", ())
     ]
     folder = (out or path.parent / "final").expanduser().resolve()
-    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if chosen.startswith("cuda") and not torch.cuda.is_available():
-        raise StudyError(f"--device: {chosen} asked, but this machine has no GPU")
+    chosen = chosen_device(device)
+    stages = _stages(winner, ancestors, config, folder / "checkpoint")
+    for stage in stages:
+        check_precision(stage.config.precision, chosen)
+
+    def again() -> str:
+        return " the same command" + (" and --resume" if _begun(stages) and not resume else "")
+
     try:
         with Interruption().watched():
-            return _train(winner, ancestors, config, folder, chosen, resume)
+            return _train(winner, stages, folder, chosen, resume)
     except KeyboardInterrupt:
-        typer.echo("interrupted; go on with the same command and --resume")
+        typer.echo(f"interrupted; go on with{again()}")
         return INTERRUPTED
+    except Exception as error:
+        if (said := full_disk(error)) is not None:
+            raise ended_by_disk(said, again()) from error
+        if is_out_of_memory(error):
+            line = " ".join(str(error).split())[:300]
+            parts = min(2 * config.training.accumulation, config.training.batch_size)
+            raise StudyError(
+                f"out of memory on {chosen} ({line}); with --set training.accumulation={parts} "
+                f"batches are taken in {parts} parts: try{again()}, or another --device"
+            ) from error
+        raise
 
 
 def _train(
     winner: dict[str, Any],
-    ancestors: list[tuple[TrialConfig, dict[str, Any]]],
-    config: TrialConfig,
+    stages: list[_Stage],
     folder: Path,
     device: str,
     resume: bool,
 ) -> int:
-    from model.checkpoint import export_best, has_checkpoint
     from model.data import check_data
-    from model.files import write_text
     from model.network import check_plugins
-    from model.training import TrialDiverged, train
-    from model.wording import counted
-    from tuner.errors import StudyError
 
+    config = stages[-1].config
     check_plugins(config)
     typer.echo(f"data: {check_data(config)}")
-    checkpoint = folder / "checkpoint"
-    stages = _stages(winner, ancestors, config, checkpoint)
-    begun = any(has_checkpoint(stage.checkpoint) for stage in stages)
-    if begun and not resume:
-        raise StudyError(
-            f"--out: {folder} already holds a training; add --resume or choose another"
-        )
-    if resume and not begun:
-        raise StudyError(f"--resume: no checkpoint in {checkpoint}")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "config.json", config.model_dump_json(indent=2) + "\n")
-    except OSError as error:
-        raise StudyError(f"--out: cannot write to {folder}: {error.strerror}") from error
+    with _alone(folder, stages, resume):
+        return _train_alone(winner, stages, folder, device)
+
+
+def _train_alone(winner: dict[str, Any], stages: list[_Stage], folder: Path, device: str) -> int:
+    from model.checkpoint import export_best, has_checkpoint
+    from model.files import write_text
+    from model.training import TrialDiverged, train
+    from model.wording import counted
+
+    config, checkpoint = stages[-1].config, stages[-1].checkpoint
+    write_text(folder / "config.json", config.model_dump_json(indent=2) + "\n")
     total = config.training.epochs
     budget = counted(total, "epoch")
     typer.echo(f"trial {winner['trial']:04d} of {winner['study']}: {budget} on {device}")
@@ -118,7 +130,7 @@ def _train(
         with (folder / "metrics.jsonl").open("a", encoding="utf-8") as stream:
             stream.write(line)
 
-    if not begun:
+    if not _begun(stages):
         (folder / "metrics.jsonl").unlink(missing_ok=True)
     try:
         metrics = {}
@@ -152,7 +164,10 @@ def _train(
         "device": device,
         "metrics": metrics,
     }
-    write_text(folder / "result.json", json.dumps(result, indent=2) + "\n")
+    # Of a training that had ended before nothing is known but its score.
+    trained = "epoch_seconds" in metrics
+    if trained or not _holds(folder / "result.json", {"objective": score, "epochs": total}):
+        write_text(folder / "result.json", json.dumps(result, indent=2) + "\n")
     if score == searched:
         verdict = "the same, bit for bit"
     else:
@@ -164,6 +179,60 @@ def _train(
     typer.echo(f"objective {score!r}; {then} {searched!r}: {verdict}")
     typer.echo(f"network: {folder / 'best'}")
     return DONE
+
+
+def _holds(path: Path, values: dict[str, Any]) -> bool:
+    """Whether a JSON file has these values among others."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return values.items() <= dict(content).items()
+    except (OSError, ValueError, TypeError):  # absent, damaged or of another form
+        return False
+
+
+@contextmanager
+def _alone(folder: Path, stages: list[_Stage], resume: bool) -> Iterator[None]:
+    """The folder, made where there is none, while no other training is at work in it.
+
+    Raises:
+        StudyError: another one is, or it holds what was not asked for, or cannot be written.
+    """
+    from tuner.errors import StudyError
+    from tuner.files import FileLock, Locked
+
+    def refuse() -> None:
+        begun = _begun(stages)
+        if begun and not resume:
+            raise StudyError(
+                f"--out: {folder} already holds a training; add --resume or choose another"
+            )
+        if resume and not begun:
+            raise StudyError(f"--resume: no checkpoint in {stages[-1].checkpoint}")
+
+    refuse()
+    lock = FileLock(folder / ".lock")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Locked as error:
+        raise StudyError(
+            f"--out: another training{error} is at work in {folder}; wait for its end, or choose "
+            "another"
+        ) from None
+    except OSError as error:
+        raise StudyError(f"--out: cannot write to {folder}: {error.strerror}") from error
+    try:
+        refuse()  # it may have begun, and ended, since
+        yield
+    finally:
+        lock.release()
+
+
+def _begun(stages: list[_Stage]) -> bool:
+    """Whether there is a checkpoint to go on from."""
+    from model.checkpoint import has_checkpoint
+
+    return any(has_checkpoint(stage.checkpoint) for stage in stages)
 
 
 def _read_winner(source: Path) -> tuple[dict[str, Any], Path]:

@@ -1,9 +1,10 @@
 """One trial, whoever runs it: build, go on from a checkpoint, step, and fail in words.
 
 An exception of the user's own code, a divergence or bad data ends the trial as failed,
-with its reason; it is never a score and never a reason to try again. Two things are raised,
-since the trial itself is sound: a device that no longer answers, which is a lost machine, and
-memory that was not enough, which may be for batches in smaller parts.
+with its reason; it is never a score and never a reason to try again. Three things are raised,
+since the trial itself is sound: a device that no longer answers, which is a lost machine,
+memory that was not enough, which may be for batches in smaller parts, and a full disk, whoever
+wrote there, on which the session ends.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from model.checkpoint import CheckpointError
 from model.config import TrialConfig
 from model.data import DataError
 from model.training import Trainer, TrialDiverged
+from tuner.disk import full_disk
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +59,10 @@ class DeviceLost(RuntimeError):
 
 class MemoryExhausted(RuntimeError):
     """Memory was not enough; it may be for the same batches in smaller parts."""
+
+
+class DiskExhausted(RuntimeError):
+    """A disk is full; the trial is sound, and goes on once there is room."""
 
 
 class TrialRun:
@@ -104,6 +110,7 @@ class TrialRun:
         Raises:
             DeviceLost: the device itself has failed.
             MemoryExhausted: there was not enough; nothing of the trial is kept in memory.
+            DiskExhausted: something could not be written: a compiler's cache, files of a plug-in's.
         """
         try:
             trainer = self._build()
@@ -127,6 +134,8 @@ class TrialRun:
             if not _device_answers(self._device):
                 where = f"{self._device} of {platform.node()}"
                 raise DeviceLost(f"{where} no longer answers: {error}") from error
+            if (said := full_disk(error)) is not None:
+                raise DiskExhausted(said) from error
             return self._failure(f"{type(error).__name__}: {error}", error)
         objective = metrics.get("objective")
         if not isinstance(objective, int | float) or not math.isfinite(objective):

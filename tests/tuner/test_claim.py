@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import optuna
@@ -85,6 +87,59 @@ def test_a_driver_whose_study_another_has_driven_meanwhile_writes_no_more(
     third = open_ledger(RunFolder(tmp_path / "copy"), load_study(tmp_path / "copy/config.yaml"))
     assert [(t.state, t.epoch) for t in third.trials()] == [("failed", 0)]
     third.close()
+
+
+def test_a_claim_whose_connection_alone_was_ended_is_missed_within_a_minute(
+    tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = time.monotonic()
+    monkeypatch.setattr(
+        storage_module, "time", SimpleNamespace(monotonic=lambda: now, sleep=time.sleep)
+    )
+    ledger = driver(tmp_path / "run", server.fresh())
+    first = ledger.ask()
+    assert first is not None
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+
+    def cut() -> None:
+        """As an administrator may, or a firewall that forgets what is silent."""
+        with server.connect("postgres") as connection:
+            ended = connection.execute(
+                "SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory'"
+            )
+            assert ended.fetchall() == [(True,)]
+
+    cut()
+    now += 61.0
+    ledger.keep_seconds(1.0)  # takes it again, before anybody else has
+    with pytest.raises(StudyError, match="another run is at work"):
+        open_ledger(RunFolder(tmp_path / "copy"), load_study(tmp_path / "copy/config.yaml"))
+    cut()
+    second = open_ledger(RunFolder(tmp_path / "copy"), load_study(tmp_path / "copy/config.yaml"))
+    second.finish(first.number, "failed", reason="taken over")
+    second.close()
+    now += 61.0
+    with pytest.raises(LedgerLost, match="another run has driven the study"):
+        ledger.keep_seconds(2.0)
+    ledger.close()
+
+
+def test_a_server_that_ends_idle_sessions_leaves_the_claim(
+    tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tuner.claim._GRACE", 0.5)
+    url = server.fresh()
+    with server.connect("postgres") as connection:
+        connection.execute(
+            f"ALTER DATABASE {url.rpartition('/')[2]} SET idle_session_timeout = 200"
+        )
+    ledger = driver(tmp_path / "run", url)
+    time.sleep(1.0)
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    with pytest.raises(StudyError, match="another run is at work"):
+        open_ledger(RunFolder(tmp_path / "copy"), load_study(tmp_path / "copy" / "config.yaml"))
+    assert ledger.ask() is not None
+    ledger.close()
 
 
 class Flapping:

@@ -7,9 +7,10 @@ import sys
 import time
 
 import pytest
+import typer
 
 from tests.tuner.support import ROOT
-from tuner.command import Interruption
+from tuner.command import Interruption, execute
 
 
 class Interrupted:
@@ -71,6 +72,21 @@ def test_inside_gracefully_only_the_second_signal_interrupts() -> None:
         assert interruption.wished
         with pytest.raises(KeyboardInterrupt):
             interrupted_twice()
+
+
+def test_a_command_that_is_interrupted_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    app = typer.Typer()
+
+    @app.command()
+    def work(how: str) -> int:
+        if how == "well":
+            return 7
+        raise KeyboardInterrupt
+
+    assert execute(app, ["well"]) == 7
+    assert capsys.readouterr().err == ""
+    assert execute(app, ["badly"]) == 130
+    assert capsys.readouterr().err == "error: interrupted\n"
 
 
 @pytest.mark.parametrize(

@@ -106,6 +106,11 @@ def test_a_full_disk_is_found_behind_other_errors() -> None:
     assert full_disk(ValueError("no space")) is None
 
 
+def test_of_many_lines_the_one_is_told_that_speaks_of_the_disk() -> None:
+    error = RuntimeError("the backend failed:\nOSError: [Errno 28] No space left on device\nhint")
+    assert full_disk(error) == "OSError: [Errno 28] No space left on device"
+
+
 def test_a_database_server_without_room_is_an_outage_of_the_server(tmp_path: Path) -> None:
     said = "the ledger at db was out for 5m: could not extend file: No space left on device"
     lost = LedgerLost(said)

@@ -44,6 +44,20 @@ def test_a_folder_without_a_study_cannot_go_on(tmp_path: Path) -> None:
         RunFolder.existing(tmp_path)
 
 
+def test_halves_of_files_go_where_the_driver_alone_writes_and_stay_where_others_do(
+    tmp_path: Path,
+) -> None:
+    folder = RunFolder(tmp_path)
+    own = [tmp_path, folder.trial(1) / "checkpoint-00001", folder.promotion().trial(0)]
+    others = [tmp_path / "final" / "checkpoint", tmp_path / "src"]
+    for place in (*own, *others):
+        place.mkdir(parents=True, exist_ok=True)
+        (place / ".file.abc.part").write_text("half")
+    folder.config.write_text(tiny_study(tmp_path).to_yaml())
+    RunFolder.existing(tmp_path).release()
+    assert sorted(tmp_path.rglob(".*.part")) == [place / ".file.abc.part" for place in others]
+
+
 def test_default_folders_do_not_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     first = RunFolder.default_path("name")

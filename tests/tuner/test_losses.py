@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import signal
 import threading
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from ray.tune.search import Searcher
 
+from model.training import Trainer
 from tests.tuner.clusters import Head, actors, started_head
 from tests.tuner.support import read_until, run, start, tiny_study, wait_for, write_study
 from tuner.config import load_study
 from tuner.folder import RunFolder
 from tuner.records import TrialRecord
-from tuner.search import LedgerSearch
+from tuner.search import LedgerCallback, LedgerSearch
 from tuner.study import Ledger
 from tuner.telemetry import Progress
 from tuner.trainable import CONFIG, GIVE_UP, NUMBER, RESUME
+from tuner.trial import DiskExhausted, TrialRun
 
 pytestmark = pytest.mark.long
 
@@ -62,6 +67,32 @@ def test_losses_are_counted_in_a_row_and_a_finished_epoch_ends_the_row(tmp_path:
     assert reason.startswith("lost: its process ended 3 times in a row before it had finished an ")
     assert "(gone)" in reason
     assert ledger.trial(0).note == "machine lost 9 times (last: gone)"
+
+
+def test_a_full_disk_in_an_actor_ends_the_session_and_not_the_trial(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(trainer: Trainer) -> None:
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device", "/tmp/cache")
+        except OSError as error:
+            raise RuntimeError("the backend failed") from error
+
+    monkeypatch.setattr(Trainer, "run_epoch", full)
+    ledger, search = search_in(tmp_path)
+    search.suggest("a")
+    with pytest.raises(DiskExhausted) as caught:
+        TrialRun(ledger.config.trial_config({}, 0)).step()
+    # As Ray writes it.
+    text = "".join(traceback.format_exception(caught.value))
+    (tmp_path / "error.txt").write_text(f"Failure # 1 (occurred at 2026-01-01)\n{text}")
+    trial: Any = SimpleNamespace(
+        trial_id="a", error_file=str(tmp_path / "error.txt"), num_failures=1, config={}
+    )
+    LedgerCallback(search).on_trial_recover(0, [], trial)
+    assert "DiskExhausted: No space left on device: /tmp/cache); nothing" in str(search.cut_short)
+    assert ledger.running() == {0}
+    assert ledger.trial(0).note == "", "it has lost no machine"
 
 
 def test_memory_is_halved_once_and_counts_as_no_loss(tmp_path: Path) -> None:

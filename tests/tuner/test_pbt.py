@@ -102,7 +102,7 @@ def test_a_winner_retrains_to_its_score_bit_for_bit_with_its_ancestors(
     again = (tmp_path / "final" / "best" / "model.safetensors").read_bytes()
     assert again == (searched / "best" / "model.safetensors").read_bytes()
     kept = sorted(path.name for path in (tmp_path / "final").iterdir())
-    assert kept == ["best", "checkpoint", "config.json", "metrics.jsonl", "result.json"]
+    assert kept == [".lock", "best", "checkpoint", "config.json", "metrics.jsonl", "result.json"]
 
 
 def test_a_successor_trains_on_from_its_donors_weights(searched: Path, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from tuner import appraisal
 from tuner.appraisal import Appraisal, appraise, checkpoint_bytes, epochs_expected
 from tuner.config import StudyConfig
 from tuner.plan import differences
+from tuner.study import Ledger
 from tuner.trial import TrialRun
 
 
@@ -86,6 +87,37 @@ def test_a_dry_run_of_a_study_that_goes_on_says_what_is_left_and_leaves_it_as_it
     assert run_here("--resume", folder.path, "--local", "--dry-run", "--trials", 2) == 2
     assert "3 trials of" in capsys.readouterr().err, "it would be refused in earnest"
     assert contents(folder.path) == before
+
+
+def test_a_dry_run_says_what_is_free_where_checkpoints_go(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "storage"
+    other.mkdir()
+    begun(tmp_path / "a")
+    begun(tmp_path / "b", resources={"storage": str(other)})
+    begun(tmp_path / "c", resources={"storage": "s3://bucket/folder"})
+    for name, free in (("a", tmp_path / "a" / "run"), ("b", other), ("c", None)):
+        asked = ("--local", "--dry-run", "--trials", 7)
+        assert run_here("--resume", tmp_path / name / "run", *asked) == 0
+        found = [text.partition(" free at ")[2] for text in said(capsys) if " free at " in text]
+        assert found == ([str(free)] if free else [])
+
+
+def test_a_dry_run_of_a_promotion_says_what_is_left_and_makes_no_study(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = begun(tmp_path, search={"trials": 3})
+    ledger = Ledger(folder.database, tiny_study(tmp_path, search={"trials": 3}))
+    ledger.finish(2, "pruned", reason="stopped")
+    ledger.close()
+    before = contents(folder.path)
+    assert run_here("--resume", folder.path, "--local", "--dry-run", "--promote", 1) == 0
+    assert contents(folder.path) == before
+    lines = said(capsys)
+    assert "an epoch" in line(lines, "time: "), "a run of the promotion is left, and none is known"
+    assert run_here("--resume", folder.path, "--local", "--dry-run") == 0
+    assert any(text.startswith("nothing is left to run: all trials") for text in said(capsys))
 
 
 def test_bad_input_is_refused_as_without_it(

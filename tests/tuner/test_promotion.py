@@ -25,6 +25,7 @@ from tests.tuner.support import (
 from tuner.command import execute
 from tuner.config import load_study
 from tuner.folder import RunFolder
+from tuner.owned import OwnedStorage
 from tuner.pages.material import Material
 from tuner.promotion import Promoted, Promotion, open_promotion, promoted_seed
 from tuner.records import Assignment, TrialRecord, trial_seed
@@ -90,6 +91,19 @@ def test_the_best_are_trained_with_seeds_that_the_search_never_used(tmp_path: Pa
     seeds = [found.seed for found in runs]
     assert seeds == [promoted_seed(3, number, index) for number in (1, 2) for index in range(3)]
     assert len({*seeds, *(trial.seed for trial in promotion.search.trials())}) == 9
+
+
+def test_a_run_is_asked_for_without_a_copy_of_the_searchs_trials(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    promotion, read = promotion_of(tmp_path, 2.0, 1.0), OwnedStorage.get_all_trials
+
+    def seen(storage: OwnedStorage, study: int, deepcopy: bool = True, **named: Any) -> Any:
+        assert not deepcopy, "of 10,000 trials it takes most of a second"
+        return read(storage, study, deepcopy, **named)
+
+    monkeypatch.setattr(OwnedStorage, "get_all_trials", seen)
+    assert promotion.ask() is not None
 
 
 def test_no_seed_of_a_promotion_is_one_of_a_search() -> None:

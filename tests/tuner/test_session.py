@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from model.training import Trainer
 from tests.tuner.support import Clock, FakeRun, run_here, write_study
 from tuner import conclusion, evaluation, session
 from tuner.config import load_study
@@ -126,7 +130,8 @@ def test_a_study_with_nothing_left_connects_to_no_cluster(
     (out / "report.html").unlink()
     capsys.readouterr()
     assert run_here("--resume", out, *NOWHERE) == 0
-    assert "nothing is left to run" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "nothing is left to run: all trials have run (--trials 2 goes on)" in said
     assert (out / "report.html").exists()
     assert run_here("--resume", out, *NOWHERE, "--trials", 2) == 2, "work is left"
     assert load_study(out / "config.yaml").search.trials == 1
@@ -203,6 +208,41 @@ def test_writing_the_results_takes_a_tenth_of_the_drivers_time_and_the_last_ones
     assert len((out / "trials.csv").read_text(encoding="utf-8").splitlines()) == 9
     kept = [path.parent.name for path in (out / "trials").glob("*/checkpoint*")]
     assert len(kept) == 1
+
+
+def test_a_second_ctrl_c_while_results_are_written_says_how_to_go_on(
+    tmp_path: Path,
+    fake_trials: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def interrupted(*_: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    config, out = write_study(tmp_path), tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(FakeRun, "step", interrupted)
+        patch.setattr(conclusion, "write_report", interrupted)
+        assert run_here("--config", config, "--local", "--out", out) == 130
+    on = f"go on with: python -m tuner.run --resume {out}"
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == f"interrupted while the results were written; {on}"
+    assert run_here("--resume", out, "--local") == 0
+
+
+def test_a_disk_that_fills_amid_an_epoch_ends_the_session_and_no_trial(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(trainer: Trainer) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device", "/tmp/cache")
+
+    config, out = write_study(tmp_path), tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "run_epoch", full)
+        assert run_here("--config", config, "--local", "--out", out) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "(No space left on device: /tmp/cache)" in line
+    assert [trial.state for trial in trials_of(out)] == ["running"]
 
 
 def test_a_study_is_not_cut_below_what_has_begun(

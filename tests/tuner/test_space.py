@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 
 from model.config import TrialConfig
 from tests.tuner.support import tiny_study
+from tuner.config import _joint_points
 from tuner.errors import ConfigError
 from tuner.explain import field_paths
 from tuner.space import (
@@ -62,6 +64,21 @@ def test_joint_choices_that_cannot_be_built_are_refused(tmp_path: Path) -> None:
     heads = {"type": "categorical", "choices": [2, 8]}
     with pytest.raises(ConfigError, match=r"network.width=12, network.heads=8 cannot be built"):
         with_space(tmp_path, network__width=widths, network__heads=heads)
+
+
+@pytest.mark.parametrize("sizes", [(64, 64, 4), (2, 3, 5), (64, 64), (48,) * 5, (2,) * 40])
+def test_of_many_joint_choices_a_part_is_tried_with_all_values_equally_often(
+    sizes: tuple[int, ...],
+) -> None:
+    space: SearchSpace = {f"a.p{i}": IntSpace(low=1, high=high) for i, high in enumerate(sizes)}
+    points = list(_joint_points(space, list(space)))
+    assert len(points) == min(4096, math.prod(sizes))
+    for path, high in zip(space, sizes, strict=True):
+        counts = Counter(point[path] for point in points)
+        assert len(counts) == high
+        assert max(counts.values()) - min(counts.values()) <= 1
+    # 4096 draws of 16384 points meet 3624 of them.
+    assert len({tuple(point.values()) for point in points}) > 0.85 * len(points)
 
 
 def test_choices_that_only_fit_each_other_are_allowed(tmp_path: Path) -> None:

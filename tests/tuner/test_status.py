@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import html
 import json
 import os
 import platform
@@ -31,6 +32,9 @@ from tests.tuner.support import (
 )
 from tuner.command import execute
 from tuner.folder import RunFolder
+from tuner.pages.material import Material
+from tuner.promotion import Promotion
+from tuner.report import page
 from tuner.status import app
 from tuner.study import Ledger
 
@@ -189,6 +193,41 @@ def test_a_driver_that_scores_the_winner_is_not_said_to_have_trials_left(
         assert "time left" not in out
 
 
+def test_a_search_whose_promotion_is_left_has_not_finished(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes: dict[str, Any] = {"search": {"trials": 3, "promote": 1, "promote_seeds": 2}}
+    folder = begun(tmp_path, **changes)
+    search = Ledger(folder.database, tiny_study(tmp_path, **changes))
+    search.finish(2, "pruned", reason="stopped")
+    before, on = contents(folder.path), f"python -m tuner.run --resume {folder.path}"
+    found = looked(capsys, folder.path)
+    assert (found["state"], found["next"], found["ended"]) == (
+        "interrupted",
+        on,
+        "all trials have run",
+    )
+    assert contents(folder.path) == before, "a look made the promotion's study"
+    promotion = Promotion(search)
+    for repeat in (0, 1):
+        run = promotion.ask()
+        assert run is not None
+        found = looked(capsys, folder.path)
+        assert (found["state"], found["next"]) == ("interrupted", on)
+        promotion.report(repeat, {"epoch": 2, "objective": 1.0, "epoch_seconds": 30.0})
+        promotion.finish(repeat, "done", objective=1.0)
+        promotion.keep_seconds(60.0 * (repeat + 1))
+        if repeat == 0:
+            assert execute(app, [str(folder.path)]) == 0
+            said = capsys.readouterr().out
+            assert "tiny: interrupted: promoted runs are left to run\n" in said
+            assert "time left: about 1m, once it goes on\n" in said
+            overview = html.unescape(page(Material.read(folder, search)))
+            assert f"<dt>Go on, if it was cut<dd><code>{on}</code>" in overview
+    search.close()
+    assert looked(capsys, folder.path)["state"] == "finished"
+
+
 def test_a_driver_elsewhere_whose_lock_does_not_show_here_is_known_by_what_it_writes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -231,6 +270,7 @@ def test_a_study_without_a_finished_trial_ends_with_1(
     found = looked(capsys, folder.path, code=1)
     assert found["best"] is None
     assert len(found["failures"]) == 3
+    assert found["next"] == f"python -m tuner.run --resume {folder.path} --trials 6"
 
 
 def test_a_reached_target_is_the_end_and_says_what_lifts_it(

@@ -182,6 +182,7 @@ def test_a_study_goes_on_only_in_the_database_in_which_it_began(
     config = write_study(tmp_path)
     assert run_here("--config", config, "--local", "--out", out, "--storage", url) == 0
     assert "holds no study run-" in refused(capsys, "--resume", out, "--storage", other)
+    assert tables_of(server, other) == 0, "who looked for a study made tables"
     assert load_study(out / "config.yaml").search.storage == parse_url(url).render_as_string()
     lite = tmp_path / "lite"
     assert run_here("--config", config, "--local", "--out", lite) == 0
@@ -190,6 +191,33 @@ def test_a_study_goes_on_only_in_the_database_in_which_it_began(
     (out / "config.yaml").write_text(text.replace(parse_url(url).render_as_string(), "null"))
     assert "lies in a database, which must be named" in refused(capsys, "--resume", out)
     assert execute(report_page.app, [str(out)]) == 2
+
+
+def tables_of(server: Server, url: str) -> int:
+    with server.connect(url.rpartition("/")[2]) as connection:
+        counted = connection.execute("SELECT count(*) FROM pg_tables WHERE schemaname = 'public'")
+        return int(counted.fetchall()[0][0])
+
+
+def test_a_dry_run_asks_the_database_and_leaves_it_as_it_is(
+    tmp_path: Path, server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, url = write_study(tmp_path), server.fresh()
+    lite = f"sqlite:///{tmp_path}/team.db"
+    dry = ("--config", config, "--local", "--dry-run", "--storage")
+    for where in (url, lite):
+        assert run_here(*dry, where) == 0
+        assert ", where its tables would be made\n" in capsys.readouterr().out
+    assert tables_of(server, url) == 0
+    assert not (tmp_path / "team.db").exists()
+    for where in (url, lite):
+        driver(tmp_path / where.partition(":")[0], where).close()
+        assert run_here(*dry, where) == 0
+        assert "would be made" not in capsys.readouterr().out
+    absent = f"sqlite:///{tmp_path}/absent/team.db"
+    assert f"cannot be opened: no folder {tmp_path}/absent" in refused(
+        capsys, *dry[:-1], "--storage", absent
+    )
 
 
 @pytest.mark.parametrize("name", ["a {b} %20 ?c#d", "semi;colon & quote'", "über"])

@@ -151,3 +151,15 @@ def drawn(progress: Progress) -> str:
     console = Console(file=io.StringIO(), width=160)
     console.print(progress._draw())
     return console.file.getvalue()  # type: ignore[attr-defined,no-any-return]
+
+
+def test_what_is_drawn_is_the_study_at_one_moment(tmp_path: Path) -> None:
+    """Trials report in one thread while another one draws: over a dict that grows it would end."""
+    progress = Progress(tiny_study(tmp_path), [], io.StringIO())
+    progress.started(Assignment(0, {}, seed=0))
+    view = progress._draw()
+    progress.reported(0, {"epoch": 1, "objective": 2.5})
+    terminal = Terminal()
+    Console(file=terminal, width=160).print(view)
+    assert "first epoch" in terminal.getvalue()
+    assert "2.50000" not in terminal.getvalue()

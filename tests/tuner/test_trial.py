@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import gc
 import math
 import shutil
@@ -13,7 +14,8 @@ import pytest
 from model.config import TrialConfig
 from model.training import Trainer
 from tests.tuner.support import tiny_study
-from tuner.trial import TrialRun
+from tuner.disk import speaks_of_full_disk
+from tuner.trial import DiskExhausted, TrialRun
 
 
 def config(folder: Path, **changes: Any) -> TrialConfig:
@@ -72,6 +74,21 @@ def test_an_exception_of_the_users_own_fails_the_trial_with_its_traceback(
     assert result["failed"]
     assert result["reason"] == "ZeroDivisionError: division by zero in two lines"
     assert "Traceback" in result["traceback"]
+
+
+def test_a_full_disk_is_no_trials_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TorchInductor's cache, say, or what a plug-in writes."""
+
+    def full(self: Trainer) -> dict[str, Any]:
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device", "/tmp/cache")
+        except OSError as error:
+            raise RuntimeError("the backend failed") from error
+
+    monkeypatch.setattr(Trainer, "run_epoch", full)
+    with pytest.raises(DiskExhausted) as caught:
+        TrialRun(config(tmp_path)).step()
+    assert speaks_of_full_disk(str(caught.value)), "by its words Ray's driver knows it"
 
 
 def test_a_trial_goes_on_from_its_checkpoint_bit_for_bit(tmp_path: Path) -> None:

@@ -87,12 +87,14 @@ class Material:
 
     def is_of_winner(self, config: dict[str, Any]) -> bool:
         """Whether a saved configuration is the winner's."""
+        from tuner.records import config_of
+
         promoted = self.promotion.winner() if self.promotion is not None else None
         best = promoted.best if promoted is not None else self.best
         if best is None:
             return False
         study = self.promotion.config if self.promotion and promoted else self.study
-        return config == study.trial_config(best.params, best.seed).model_dump(mode="json")
+        return config == config_of(study, best).model_dump(mode="json")
 
 
 def _json(path: Any) -> dict[str, Any] | None:

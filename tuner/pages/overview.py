@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from model.config import OBJECTIVES, TrialConfig
@@ -10,7 +11,7 @@ from tuner.config import SearchConfig, plain_of
 from tuner.duration import format_duration
 from tuner.gain import change_in_words, gain_of
 from tuner.pages.markup import Markup, escape, listed, note, pairs, short, table
-from tuner.records import STATE_WORDS
+from tuner.records import STATE_WORDS, config_of
 from tuner.scoretable import signed
 
 if TYPE_CHECKING:
@@ -185,13 +186,13 @@ def _next(material: Material) -> list[tuple[str, str]]:
     search, epochs = material.study.search, material.study.training.epochs
     on, ended = f"python -m tuner.run --resume {material.place}", material.ended
     steps = []
-    if ended is None:
+    promotion = material.promotion
+    if ended is None or (promotion is not None and promotion.has_work):
         steps.append(("Go on, if it was cut", on))
-    elif ended.remedy is not None:
-        lifted = ended.remedy if ended.remedy.startswith("-") else f"--trials {2 * search.trials}"
-        steps.append(("Search on", f"{on} {lifted}"))
+    if ended is not None and ended.remedy is not None:
+        steps.append(("Search on", f"{on} {ended.remedy}"))
     if material.best is not None:
-        promoted = material.promotion is not None and material.promotion.winner() is not None
+        promoted = promotion is not None and promotion.winner() is not None
         if not promoted and (search.full_epochs or epochs) > epochs:
             train = f"python -m tuner.train --from {material.place}"
             steps.append(("Train the winner at full budget", train))
@@ -217,7 +218,7 @@ def winner(material: Material) -> Markup:
     best, study = material.best, material.study
     if best is None:
         return note("No trial has finished, so that there is no winner.")
-    config = study.trial_config(best.params, best.seed)
+    config = config_of(study, best)
     held, usual = flattened(config), flattened(defaults_of(config))
     own = flattened(study.trial_config({}, best.seed))
     rows: list[tuple[object, ...]] = []
@@ -225,15 +226,19 @@ def winner(material: Material) -> Markup:
         if path == "seed" or value == usual.get(path):
             continue
         change = f"<del>{escape(short(usual.get(path)))}</del> → <ins>{escape(short(value))}</ins>"
-        rows.append((path, Markup(change), "study" if value == own[path] else "search"))
+        halved = best.accumulation is not None and path == "training.accumulation"
+        who = "memory" if halved else "search"
+        rows.append((path, Markup(change), "study" if value == own[path] else who))
     rows.sort(key=lambda row: (row[2] != "search", row[0]))
     same = [path for path in best.params if held.get(path) == usual.get(path)]
     kept = f" Searched, and at their defaults: {listed(same)}." if same else ""
-    n_chosen = sum(row[2] == "search" for row in rows)
+    by = Counter(row[2] for row in rows)
     text = (
         f"The fields of trial {best.number:04d} that differ from the defaults: the search set "
-        f"{n_chosen}, the study's own configuration {len(rows) - n_chosen}.{kept}"
+        f"{by['search']}, the study's own configuration {by['study']}.{kept}"
     )
+    if best.accumulation is not None:
+        text += f" Memory was not enough for whole batches: they are in {best.accumulation} parts."
     if best.heir is not None:
         text += (
             f" Its weights come {best.heir.words}; what they were trained with until then is under "

@@ -94,14 +94,27 @@ def test_the_overview_puts_the_winner_beside_nomp_with_intervals(tmp_path: Path)
     assert f"{difference}." in overview(material(tmp_path, record(0), evaluation=evaluation))
 
 
+def test_scores_of_a_winner_that_ran_out_of_memory_once_are_its_own(tmp_path: Path) -> None:
+    best = record(0, level=0.1, accumulation=2)
+    found = material(tmp_path, best)
+    halved = found.study.trial_config(best.params | {"training.accumulation": 2}, best.seed)
+    assert found.is_of_winner(halved.model_dump(mode="json"))
+    text = winner(found)
+    assert "they are in 2 parts" in text
+    assert (
+        "training.accumulation<td class='text'><del>1</del> → <ins>2</ins><td class='text'>memory"
+        in text
+    )
+
+
 def test_the_overview_says_how_one_goes_on(tmp_path: Path) -> None:
     place = "'my runs'/x"
     resume = f"python -m tuner.run --resume {place}"
     search = material(tmp_path).study.search
-    more = f"{resume} --trials {2 * search.trials}"
+    more = f"{resume} --trials 9"
     locate, train = f"--checkpoint {place}/best", f"tuner.train --from {place}"
     for best, ended, full_epochs, said, unsaid in (
-        (True, Ended("all trials have run", "a larger --trials"), 9, [more, train, locate], "cut"),
+        (True, Ended("all trials have run", "--trials 9"), 9, [more, train, locate], "cut"),
         (True, Ended("the time is up", "--time-budget none"), None,
          [f"{resume} --time-budget none", locate], "tuner.train"),
         (True, Ended("every point has run"), 9, [train, locate], "--resume"),
