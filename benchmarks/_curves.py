@@ -1,6 +1,7 @@
 """Record learning curves of random trials, for benchmarks.search to replay.
 
-    python -m benchmarks._curves record RUN_DIR [--trials 100] [--seed 1] [--like OTHER_RUN_DIR]
+    python -m benchmarks._curves record RUN_DIR [--trials 100] [--seed 1] [--objective nll]
+        [--like OTHER_RUN_DIR]
     python -m benchmarks._curves keep RUN_DIR... [--repeats RUN_DIR...] --out FILE.json.gz
 
 ``record`` trains the quickstart's network on half of its scenes, random configurations of its space
@@ -20,6 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from model.config import OBJECTIVES, Objective
 from tuner.config import StudyConfig, load_study
 from tuner.folder import RunFolder
 from tuner.local import run_local
@@ -33,11 +35,15 @@ EPOCHS, TRAIN_SCENES = 27, 1024
 
 
 def recorded_study(
-    trials: int, seed: int, enqueue: tuple[dict[str, Value], ...] = ()
+    trials: int,
+    seed: int,
+    enqueue: tuple[dict[str, Value], ...] = (),
+    objective: Objective | None = None,
 ) -> StudyConfig:
-    """The study whose trials are recorded."""
+    """The study whose trials are recorded; its objective is the quickstart's if none is named."""
     return load_study(
         CONFIG,
+        objective=objective,
         search__trials=trials,
         search__sampler="random",
         search__scheduler="none",
@@ -109,6 +115,7 @@ def main() -> None:
     recording.add_argument("folder", type=Path)
     recording.add_argument("--trials", type=int, default=100)
     recording.add_argument("--seed", type=int, default=1)
+    recording.add_argument("--objective", choices=list(OBJECTIVES), help="not the quickstart's")
     recording.add_argument("--like", type=Path, metavar="RUN_DIR")
     keeping = commands.add_parser("keep", help="write the finished trials into one file")
     keeping.add_argument("folders", type=Path, nargs="+")
@@ -116,13 +123,13 @@ def main() -> None:
     keeping.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     if args.command == "record":
-        study = recorded_study(args.trials, args.seed)
-        if args.like is not None:
-            study = recorded_study(1, args.seed, (kept(args.like)[0]["params"],))
+        again = () if args.like is None else (kept(args.like)[0]["params"],)
+        trials = args.trials if args.like is None else 1
+        study = recorded_study(trials, args.seed, again, args.objective)
         record(args.folder, study)
         return
     trials = [trial for folder in args.folders for trial in kept(folder)]
-    study = recorded_study(len(trials), 0)
+    study = load_study(args.folders[0] / "config.yaml")
     content = {
         "study": {"epochs": EPOCHS, "train_scenes": TRAIN_SCENES, "objective": study.objective},
         "space": study.model_dump(mode="json")["search"]["space"],
