@@ -94,8 +94,10 @@ class Localizer:
             raise CheckpointError(f"{folder}: a run directory; load its winner, {folder / 'best'}")
         config = read_config(folder)
         network = build_network(config.network, config.scene, config.array.build())
+        weights = load_weights(folder)
+        known = dict(network.named_parameters())  # one that has two names is kept under the first
         try:
-            network.load_state_dict(load_weights(folder))
+            network.load_state_dict(weights, strict=weights.keys() != known.keys())
         except RuntimeError as error:
             first = str(error).splitlines()[-1].strip()
             raise CheckpointError(

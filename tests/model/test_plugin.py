@@ -9,7 +9,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from model import Trainer, TrialConfig
+from model import Trainer, TrialConfig, export_best
 from model.data import check_data, simulate_split
 from model.localizer import Localizer
 from model.network import check_plugins
@@ -69,8 +69,6 @@ def config(**changes: Any) -> TrialConfig:
 
 
 def test_a_network_of_ones_own_trains_is_saved_and_locates(tmp_path: Path) -> None:
-    from model import export_best
-
     trainer = Trainer(config())
     first = trainer.run_epoch()
     assert first["loss"] > 0
@@ -159,7 +157,7 @@ def test_what_a_plug_in_gives_is_looked_at(theirs: str) -> None:
         check_data(config(data__simulator=f"{theirs}:nothing"))
 
 
-def test_a_network_with_what_no_checkpoint_holds_is_refused(
+def test_a_network_with_what_no_checkpoint_holds_is_refused_and_one_that_shares_layers_is_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "their_networks.py").write_text(
@@ -173,12 +171,24 @@ def test_a_network_with_what_no_checkpoint_holds_is_refused(
         "    def __init__(self, *arguments):\n"
         "        super().__init__(*arguments)\n"
         "        self.register_buffer('scale', torch.ones(3), persistent=False)\n"
+        "class Shared(SpectrumNetwork):\n"
+        "    def __init__(self, *arguments):\n"
+        "        super().__init__(*arguments)\n"
+        "        self.twin = self.pointer\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     try:
         with pytest.raises(PluginError, match=r"norm\.running_mean.*GroupNorm.*persistent=False"):
             check_plugins(config(network__builder="their_networks:Normed"))
         check_plugins(config(network__builder="their_networks:Constant"))
+        trainer = Trainer(config(network__builder="their_networks:Shared"))
+        trainer.run_epoch()
+        trainer.save(tmp_path / "checkpoint")
+        export_best(tmp_path / "checkpoint", tmp_path / "best")
+        loaded = Localizer.load(tmp_path / "best").network
+        assert loaded.twin is loaded.pointer
+        trainer._set_weights(trainer.average.weights)
+        assert torch.equal(loaded.twin.weight, trainer.network.twin.weight)
     finally:
         sys.modules.pop("their_networks", None)
 
