@@ -1,8 +1,10 @@
 """Learning curves of any configuration, from those that were recorded.
 
-A recorded curve is its last value, and how far above it each epoch was. The logarithm of the one
-and the first principal components of the logarithms of the others are Gaussian processes over the
-unit cube of parameters (squared-exponential kernel, a length for every parameter, marginal
+A recorded curve is its last value, and how far above it each epoch was, as a share of it. (Where
+objectives may be below zero, as a likelihood is, the value itself takes the place of its logarithm
+below, and the standard deviation of the values that of the value in the share.) The logarithm of
+the one and the first principal components of the logarithms of the others are Gaussian processes
+over the unit cube of parameters (squared-exponential kernel, a length for every parameter, marginal
 likelihood maximised). A replayed trial has the posterior mean and noise: its last value that which
 one configuration was found to vary by from seed to seed, its shape the fitted nuggets. Curves are
 the best epoch so far, as trials report them. Seconds an epoch are the same construction on one
@@ -143,10 +145,12 @@ class Surrogate:
         self.recorded = recorded
         x = unit_cube(recorded.space, recorded.params)
         last = recorded.objective[:, -1]
-        self._last = Process(x, np.log(last))
+        self._is_positive = bool((recorded.objective > 0).all())
+        self._spread = float(last.std())
+        self._last = Process(x, self._modelled(last))
         # What seeds alone change was measured; a few points tell the processes little of it.
-        self._noise = float(np.log(recorded.repeats[:, -1]).std(ddof=1))
-        above = recorded.objective[:, :-1] / last[:, None] - 1.0  # (n, epochs - 1)
+        self._noise = float(self._modelled(recorded.repeats[:, -1]).std(ddof=1))
+        above = (recorded.objective[:, :-1] - last[:, None]) / self._unit(last)[:, None]
         shapes = np.log(above + _RESOLVED)
         self._centre = shapes.mean(0)
         _, strengths, directions = np.linalg.svd(shapes - self._centre, full_matrices=False)
@@ -158,6 +162,15 @@ class Surrogate:
         steady = np.median(recorded.seconds[:, 1:], axis=1)
         self._speed = Process(x, np.log(steady))
         self._building = float(np.median(recorded.seconds[:, 0] - steady))
+
+    def _modelled(self, value: Array) -> Array:
+        return np.log(value) if self._is_positive else value
+
+    def _value(self, modelled: Array) -> Array:
+        return np.exp(modelled) if self._is_positive else modelled
+
+    def _unit(self, last: Array) -> Array:
+        return last if self._is_positive else np.full_like(last, self._spread)
 
     @property
     def epochs(self) -> int:
@@ -172,17 +185,17 @@ class Surrogate:
             expected = float(process.mean(x)[0])
             return expected if noise is None else expected + deviation * float(noise.normal())
 
-        last = np.exp(drawn(self._last, self._noise))
+        last = self._value(np.array(drawn(self._last, self._noise)))
         scores = np.array([drawn(process, process.noise) for process in self._shape])
         above = np.exp(self._centre + scores @ self._directions) - _RESOLVED
         above = np.maximum.accumulate(np.append(above, 0.0)[::-1])[::-1]  # never rises again
         seconds = np.full(self.epochs, np.exp(self._speed.mean(x)[0]))
         seconds[0] += self._building
-        return Curve(last * (1.0 + above), seconds)
+        return Curve(last + self._unit(last) * above, seconds)
 
     def expected(self, points: Sequence[Mapping[str, Value]]) -> Array:
         """Last objectives (n,) that are expected of configurations."""
-        return np.exp(self._last.mean(unit_cube(self.recorded.space, points)))
+        return self._value(self._last.mean(unit_cube(self.recorded.space, points)))
 
     def leave_one_out(self) -> dict[str, float]:
         """How well the last values of recorded trials are predicted from the other trials'.
@@ -191,7 +204,7 @@ class Surrogate:
         the mean. What the seed alone decides can be predicted by nobody.
         """
         truth = self.recorded.objective[:, -1]
-        predicted = np.exp(self._last.leave_one_out())
+        predicted = self._value(self._last.leave_one_out())
         error = predicted - truth
         return {
             "trials": len(truth),
@@ -200,6 +213,6 @@ class Surrogate:
             "standard_deviation": float(truth.std()),
             "explained": float(1.0 - error.var() / truth.var()),
             "rank_correlation": float(spearmanr(predicted, truth).statistic),
-            "noise": float(self._noise * truth.mean()),
+            "noise": float(self._noise * (truth.mean() if self._is_positive else 1.0)),
             "first_to_last_rank": float(spearmanr(self.recorded.objective[:, 0], truth).statistic),
         }

@@ -1,6 +1,7 @@
 """What searches find at equal compute, and how many GPUs one driver keeps busy, in virtual time.
 
     python -m benchmarks.search [--json FILE] [--seeds 24] [--trials 100] [--gpus 1 8 64] [--jobs 2]
+        [--curves benchmarks/data/curves.json.gz]
     python -m benchmarks.search --only driver
 
 Learning curves come from really trained trials by way of a surrogate (benchmarks/_surrogate.py);
@@ -40,7 +41,7 @@ from benchmarks._simulator import (
     Stopped,
     simulate,
 )
-from benchmarks._surrogate import Curve, Recorded, Surrogate
+from benchmarks._surrogate import RECORDED, Curve, Recorded, Surrogate
 from benchmarks._timing import parser, save, verdict
 from tuner.config import StudyConfig
 from tuner.records import Assignment
@@ -87,50 +88,53 @@ def study_of(scheduler: str, sampler: str, trials: int, seed: int, **search: Any
 
 
 @cache
-def surrogate() -> Surrogate:
+def surrogate(curves: Path = RECORDED) -> Surrogate:
     """Fitted once a process."""
-    return Surrogate(Recorded.load())
+    return Surrogate(Recorded.load(curves))
 
 
-def replayed(seed: int, assignment: Assignment) -> Curve:
+def replayed(curves: Path, seed: int, assignment: Assignment) -> Curve:
     """A trial's curve, its noise by seed and number."""
-    return surrogate().curve(assignment.params, np.random.default_rng([seed, assignment.number]))
+    noise = np.random.default_rng([seed, assignment.number])
+    return surrogate(curves).curve(assignment.params, noise)
 
 
 # Quality at equal compute
 
 
-def sequential(trials: int, seed: int) -> Run:
+def sequential(curves: Path, trials: int, seed: int) -> Run:
     """The measure: TPE and the median pruner on one GPU."""
     ledger = MemoryLedger(study_of("median", "tpe", trials, seed))
-    return simulate(ledger, Pruner(ledger), partial(replayed, seed), gpus=1)
+    return simulate(ledger, Pruner(ledger), partial(replayed, curves, seed), gpus=1)
 
 
 @cache
-def best_points() -> list[dict[str, Any]]:
+def best_points(curves: Path) -> list[dict[str, Any]]:
     """Points whose last objective is the lowest in expectation, of many random ones."""
     space = study_of("none", "random", 1, 0).search.space
     random = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     points = [suggest(space, random.ask()) for _ in range(_DRAWN)]
-    return [points[i] for i in np.argsort(surrogate().expected(points))[:_BEST]]
+    return [points[i] for i in np.argsort(surrogate(curves).expected(points))[:_BEST]]
 
 
-def searched(arm: str, gpus: int, seed: int, gpu_seconds: float) -> tuple[Run, tuple[int, int]]:
+def searched(
+    curves: Path, arm: str, gpus: int, seed: int, gpu_seconds: float
+) -> tuple[Run, tuple[int, int]]:
     """One search of another kind, and what was :func:`missed` by it."""
     if arm == ORACLE:
         order = np.random.default_rng(seed).permutation(_BEST)
-        known = [best_points()[i] for i in order]
+        known = [best_points(curves)[i] for i in order]
         ledger_type, scheduler, sampler = MemoryLedger, "asha", "random"
         search: dict[str, Any] = {"include_base": False, "enqueue": known}
     else:
         ledger_type, scheduler, sampler, search = ARMS[arm]
     ledger = ledger_type(study_of(scheduler, sampler, _ENDLESS, seed, **search))
-    curve = partial(replayed, seed)
+    curve = partial(replayed, curves, seed)
     run = simulate(ledger, Scheduler(ledger), curve, gpus=gpus, gpu_seconds=gpu_seconds)
-    return run, missed(run, ledger, seed)
+    return run, missed(run, ledger, curve)
 
 
-def missed(run: Run, ledger: Ledger, seed: int) -> tuple[int, int]:
+def missed(run: Run, ledger: Ledger, curve: Callable[[Assignment], Curve]) -> tuple[int, int]:
     """Stopped trials whose end would have been the best by then, and all since there was a best."""
     params = {trial.number: trial.params for trial in ledger.trials()}
     best, of, would = math.inf, 0, 0
@@ -138,16 +142,16 @@ def missed(run: Run, ledger: Ledger, seed: int) -> tuple[int, int]:
         if span.state == "done":
             best = min(best, span.objective)
         elif math.isfinite(best):
-            end = replayed(seed, Assignment(span.number, params[span.number], 0)).objective[-1]
+            end = curve(Assignment(span.number, params[span.number], 0)).objective[-1]
             of, would = of + 1, would + int(end < best)
     return would, of
 
 
 def compared(
-    seed: int, trials: int, counts: list[int], beyond: float, arms: list[str]
+    seed: int, curves: Path, trials: int, counts: list[int], beyond: float, arms: list[str]
 ) -> dict[str, Any]:
     """The measure and all other searches with one seed."""
-    measure = sequential(trials, seed)
+    measure = sequential(curves, trials, seed)
     compute, target = measure.gpu_seconds, measure.best()
     found: dict[str, Any] = {
         "gpu_seconds": compute,
@@ -157,7 +161,7 @@ def compared(
     }
     for arm in arms:
         for gpus in counts:
-            run, (would, of) = searched(arm, gpus, seed, beyond * compute)
+            run, (would, of) = searched(curves, arm, gpus, seed, beyond * compute)
             equal = [s for s in run.spans if s.end * gpus <= compute]
             done = [s.objective for s in equal if s.state == "done"]
             found["arms"].setdefault(arm, {})[str(gpus)] = {
@@ -414,6 +418,7 @@ def main() -> None:
     arguments = parser(__doc__ or "")
     arguments.add_argument("--seeds", type=int, default=24, help="of searches (%(default)s)")
     arguments.add_argument("--trials", type=int, default=100, help="of the measure (%(default)s)")
+    arguments.add_argument("--curves", type=Path, default=RECORDED, help="to replay (%(default)s)")
     arguments.add_argument("--gpus", type=int, nargs="+", default=[1, 8, 64])
     arguments.add_argument("--beyond", type=float, default=2.0, help="times its GPU-hours")
     arguments.add_argument("--arms", nargs="+", choices=[*ARMS, ORACLE], default=[*ARMS, ORACLE])
@@ -425,7 +430,7 @@ def main() -> None:
     args = arguments.parse_args()
     figures: dict[str, Any] = {}
     if args.only != "driver":
-        figures["surrogate"] = found = surrogate().leave_one_out()
+        figures["surrogate"] = found = surrogate(args.curves).leave_one_out()
         print(
             f"surrogate: Gaussian processes over {found['trials']} recorded trials, "
             f"{found['components']} components of their shapes; left out, a trial's last "
@@ -435,7 +440,12 @@ def main() -> None:
             f"first and last epoch rank alike by {found['first_to_last_rank']:.2f}\n"
         )
         compare = partial(
-            compared, trials=args.trials, counts=args.gpus, beyond=args.beyond, arms=args.arms
+            compared,
+            curves=args.curves,
+            trials=args.trials,
+            counts=args.gpus,
+            beyond=args.beyond,
+            arms=args.arms,
         )
         with ProcessPoolExecutor(args.jobs) as pool:
             rows = list(pool.map(compare, range(args.seeds)))

@@ -29,8 +29,8 @@ def points(n: int) -> tuple[dict[str, float], ...]:
     )
 
 
-def recorded(n: int) -> Recorded:
-    """Curves that follow from the parameters."""
+def recorded(n: int, below: float = 0.0) -> Recorded:
+    """Curves that follow from the parameters, lowered so far."""
     params = points(n)
     x = unit_cube(SPACE, params)
     last = 1.0 + (x[:, 0] - 0.4) ** 2 + 0.2 * x[:, 1]
@@ -40,7 +40,7 @@ def recorded(n: int) -> Recorded:
     seconds = np.repeat(2.0 + x[:, 2:3], 9, axis=1)
     seconds[:, 0] += 0.7
     repeats = objective[0] * np.array([0.99, 1.0, 1.01])[:, None]
-    return Recorded(SPACE, params, objective, seconds, repeats)
+    return Recorded(SPACE, params, objective - below, seconds, repeats - below)
 
 
 def test_parameters_fill_the_unit_cube() -> None:
@@ -85,6 +85,23 @@ def test_replayed_curves_are_near_the_truth_and_never_rise() -> None:
         noisy = seen.curve(truth.params[index], np.random.default_rng(index))
         assert np.all(np.diff(noisy.objective) <= 0)
         assert noisy.objective[-1] != curve.objective[-1]
+
+
+def test_an_objective_below_zero_is_replayed_as_one_above_is() -> None:
+    seen, truth = Surrogate(recorded(40, below=20.0)), recorded(60, below=20.0)
+    spread = truth.objective[:, -1].std()
+    for index in range(40, 60):
+        curve = seen.curve(truth.params[index], None)
+        assert curve.objective[-1] == pytest.approx(truth.objective[index, -1], abs=0.2 * spread)
+        # The curves fall by four times the spread.
+        assert curve.objective == pytest.approx(truth.objective[index], abs=spread)
+        noisy = seen.curve(truth.params[index], np.random.default_rng(index))
+        assert np.all(np.diff(noisy.objective) <= 0)
+    params = points(1)[0]
+    last = [seen.curve(params, np.random.default_rng(k)).objective[-1] for k in range(400)]
+    measured = truth.repeats[:, -1].std(ddof=1)
+    assert np.std(last) == pytest.approx(measured, rel=0.15)
+    assert seen.leave_one_out()["noise"] == pytest.approx(measured)
 
 
 def test_a_trial_varies_as_seeds_were_found_to() -> None:
