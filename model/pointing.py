@@ -113,7 +113,8 @@ class OwnCells:
         form, determinant = _adjugate_form(self.prediction.angle_covariance.double(), off)
         normal = -0.5 * (form / determinant + torch.log(determinant)) - math.log(2.0 * math.pi)
         angles = math.prod(max(width, _GATE) for width in extent[:2])
-        n_cells = (extent[2] / self._step().squeeze(-1)).clamp_min(1.0)
+        width = self._step().squeeze(-1) * (1.0 - 1.0 / self.cells.shape[2])  # of as many in a row
+        n_cells = (extent[2] / width).clamp_min(1.0)
         return normal + math.log(angles) + torch.log(n_cells) - self.cross_entropy(source)
 
     def loss(self, source: Tensor) -> Tensor:

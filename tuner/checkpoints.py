@@ -136,8 +136,12 @@ def open_location(location: str) -> tuple[Any, str]:
 
 
 @contextmanager
-def fetched(location: str) -> Iterator[Path]:
+def fetched(location: str, patience: float | None = None) -> Iterator[Path]:
     """A checkpoint's folder on this machine: itself, or a copy for as long as the block lasts.
+
+    Args:
+        location: of the checkpoint.
+        patience: seconds that the storage may be silent, PATIENCE if left out.
 
     Raises:
         FileNotFoundError: it is not there.
@@ -150,16 +154,16 @@ def fetched(location: str) -> Iterator[Path]:
             raise FileNotFoundError(f"{location}: no such checkpoint")
         return filesystem, path
 
-    filesystem, path = _patiently(location, look)
+    filesystem, path = _patiently(location, look, patience)
     if filesystem.type_name == "local":
         yield Path(path)
         return
     with TemporaryDirectory(prefix="ristune-checkpoint-") as copy:
-        _patiently(location, lambda: copy_files(path, copy, source_filesystem=filesystem))
+        _patiently(location, lambda: copy_files(path, copy, source_filesystem=filesystem), patience)
         yield Path(copy)
 
 
-def _patiently(location: str, work: Callable[[], _T]) -> _T:
+def _patiently(location: str, work: Callable[[], _T], patience: float | None = None) -> _T:
     """What `work` returns, tried again as long as the storage does not answer.
 
     Raises:
@@ -176,7 +180,7 @@ def _patiently(location: str, work: Callable[[], _T]) -> _T:
         except OSError as error:
             if full_disk(error) is not None:
                 raise
-            left = PATIENCE - (time.monotonic() - begun)
+            left = (PATIENCE if patience is None else patience) - (time.monotonic() - begun)
             # The cause is pyarrow's of schemes and options that it does not know.
             refused = isinstance(error, PermissionError) or isinstance(error.__cause__, ValueError)
             if refused or left <= 0:
@@ -246,8 +250,12 @@ class TrialCheckpoints:
         self._opened: tuple[Any, str] | None = None
 
     def follow(self, previous: str | None) -> None:
-        """Take over the checkpoint that the trial went on from: it goes after a newer one."""
-        self._kept = [previous] if previous else []
+        """Take over the checkpoint that the trial went on from: it goes after a newer one.
+
+        One that lies elsewhere stays: the run folder is a copy, and it is the original's.
+        """
+        home = self._home.partition("?")[0].rstrip("/")
+        self._kept = [previous] if previous and previous.startswith(f"{home}/") else []
 
     def spare(self) -> None:
         """Leave those that there are, also where they are written anew: others may begin there.

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from typing import Any
 
+import ray
 from ray import tune
 from ray.tune import CheckpointConfig, FailureConfig, RunConfig, TuneConfig
 from ray.tune.experiment import Trial
@@ -87,7 +88,10 @@ def run_distributed(
     resources = study.resources
     scratch = folder.path / _SCRATCH
     shutil.rmtree(scratch, ignore_errors=True)  # of a driver that was killed
-    search = LedgerSearch(ledger, progress, folder, device=device, stop=stop, after=after)
+    several = sum(bool(node["Alive"]) for node in ray.nodes()) > 1
+    search = LedgerSearch(
+        ledger, progress, folder, device=device, several_nodes=several, stop=stop, after=after
+    )
     try:
         search.storage.make()
     except StorageOut as error:

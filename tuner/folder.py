@@ -148,11 +148,22 @@ class RunFolder:
 
     @property
     def identity(self) -> str:
-        """What tells this run from others of its name, made at the first question."""
-        path = self.path / ".identity"
-        if not path.exists():
-            write_text(path, uuid.uuid4().hex[:8])
-        return path.read_text(encoding="utf-8")
+        """What tells this run from others of its name, made at the first question.
+
+        A copy of the folder gets one of its own, beside the folder that it was copied from; one
+        that was moved keeps it.
+        """
+        path, here = self.path / ".identity", f"{platform.node()}:{self.path}"
+        known, _, place = (
+            path.read_text(encoding="utf-8").partition("\n") if path.exists() else ("",) * 3
+        )
+        if place == here:
+            return known
+        elsewhere = Path(place.partition(":")[2]) / ".identity" if place else None
+        if not known or (elsewhere is not None and elsewhere.exists()):
+            known = uuid.uuid4().hex[:8]
+        write_text(path, f"{known}\n{here}")
+        return known
 
     def trial(self, number: int) -> Path:
         """The folder of one trial."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from model.config import Objective
 from tuner.config import StudyConfig
 from tuner.records import STATE_WORDS, TrialRecord
 
@@ -18,22 +19,22 @@ def gain_of(study: StudyConfig, trials: Iterable[TrialRecord], best: TrialRecord
         return "It ran the study's own values: none that the search proposed did better."
     if own.state != "done" or own.objective is None or best.objective is None:
         return f"Trial {own.number:04d} ran the study's own values: {STATE_WORDS[own.state]}."
-    words = change_in_words(study, own.objective, best.objective, ".1%")
+    words = change_in_words(study.objective, own.objective, best.objective, ".1%")
     return f"That is {words} the study's own values (trial {own.number:04d}), {own.objective:.5g}."
 
 
-def change_in_words(study: StudyConfig, before: float, now: float, share: str = ".0%") -> str:
+def change_in_words(objective: Objective, before: float, now: float, share: str = ".0%") -> str:
     """How far an objective lies below or above another one, a share of it if that makes sense.
 
     Args:
-        study: whose objective it is. Of a likelihood, which may be below zero, there is no share.
+        objective: what it is. Of a likelihood, which may be below zero, there is no share.
         before: what it is compared with.
         now: the objective.
         share: how a share is written.
     """
     change = now - before
-    if study.objective == "nll" or before <= 0:
-        words = f"{abs(change):.3g}" + " nat" * (study.objective == "nll")
+    if objective == "nll" or before <= 0:
+        words = f"{abs(change):.3g}" + " nat" * (objective == "nll")
     else:
         words = format(abs(change) / before, share)
     return f"{words} {'below' if change < 0 else 'above'}"

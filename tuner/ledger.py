@@ -9,6 +9,7 @@ import shlex
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -30,7 +31,7 @@ _FREE = (
     "data.cache",
     "data.keep_images",
     "resources.",
-    "search.full_epochs",
+    "search.full_epochs",  # of a promotion, which looks itself
     "search.promote",  # and promote_seeds
     "search.storage",
     "search.target",
@@ -40,6 +41,8 @@ _FREE = (
     "training.threads",
 )
 _SHOWN = 3  # differences that one line names
+# Raised where what an objective measures changes; 2: nll of positions, NMSE of occupied scenes.
+_SCORES, _SCORES_VERSION = "scores", 2
 
 
 def ledger_note(study: StudyConfig, *, reading: bool = False) -> list[str]:
@@ -85,6 +88,7 @@ def open_ledger(
     attrs = {
         "config": study.model_dump(mode="json"),
         "folder": f"{platform.node()}:{folder.path}",
+        _SCORES: _SCORES_VERSION,
     }
     for key, value in attrs.items():
         if held.get(key) != value:
@@ -140,8 +144,15 @@ def refuse_other(folder: RunFolder, study: StudyConfig, ledger: Ledger) -> None:
             f"{folder.path} have begun; a study can be extended, not cut: leave --trials out, or "
             f"name {n_begun} or more"
         )
+    held = ledger.optuna_study.user_attrs
+    if older_scores(study, held):
+        raise StudyError(
+            f"{folder.path}: an earlier version has scored {counted(n_begun, 'trial')} of this "
+            f"study, in which {study.objective} was another measure; they cannot be ranked with "
+            "new ones: begin another study"
+        )
     try:
-        was = StudyConfig.model_validate(ledger.optuna_study.user_attrs.get("config"))
+        was = StudyConfig.model_validate(held.get("config"))
     except ValidationError:  # of another version, whose fields cannot be compared with these
         return
     before, now = (_flat(config.model_dump(mode="json")) for config in (was, study))
@@ -160,6 +171,19 @@ def refuse_other(folder: RunFolder, study: StudyConfig, ledger: Ledger) -> None:
         "each other: put it back, or begin another study that learns from this one (--warm-start "
         f"{shlex.quote(str(folder.path))})"
     )
+
+
+def older_scores(study: StudyConfig, held: Mapping[str, Any]) -> bool:
+    """Whether a study's trials were scored by a measure that its objective no longer is.
+
+    Args:
+        study: its configuration.
+        held: the attributes of its ledger.
+    """
+    changed = study.objective == "nll" or (
+        study.objective == "nmse" and study.scene.min_sources == 0
+    )
+    return changed and held.get(_SCORES, 1) != _SCORES_VERSION
 
 
 def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -208,6 +232,7 @@ def _shared(
         way_on = f"go on with: python -m tuner.run --resume {shlex.quote(str(folder.path))}"
         storage.hold(claim_of(url, name), way_on)
         ledger = _kind(study)(storage, study, prior, name, home=folder.path)
+        _refuse_copy(folder, name, ledger)
         storage.sign(ledger.optuna_study._study_id)
         if kept is None:  # only now: a name in the folder is that of a study in the database
             write_text(folder.study_name, name + "\n")
@@ -215,6 +240,18 @@ def _shared(
         storage.remove_session()
         raise
     return ledger
+
+
+def _refuse_copy(folder: RunFolder, name: str, ledger: Ledger) -> None:
+    """Refuse to drive a study of a database from a copy of its run folder: it is one study."""
+    host, _, place = str(ledger.optuna_study.user_attrs.get("folder", "")).partition(":")
+    other = RunFolder(Path(place)) if place and host == platform.node() else folder
+    if other.path != folder.path and other.study_name.exists() and _kept_name(other) == name:
+        raise StudyError(
+            f"search.storage: {folder.path} is a copy of {other.path}, and both would drive the "
+            f"one study {name} in the database; go on in {other.path}, or begin another study "
+            f"that learns from it (--warm-start {shlex.quote(str(other.path))})"
+        )
 
 
 def _holding(url: str, name: str) -> PatientStorage:

@@ -20,7 +20,7 @@ from tuner.folder import RunFolder
 from tuner.records import Assignment, End
 from tuner.retries import exhausted_reason
 from tuner.study import Ledger
-from tuner.trial import MemoryExhausted, TrialRun, place_of
+from tuner.trial import DeviceLost, MemoryExhausted, TrialRun, place_of
 from tuner.watchers import Watcher
 
 
@@ -98,7 +98,7 @@ def _run_trial(
             return None
         progress.halved(number, parts, str(error))
         return replace(ledger.going_on(number), until=trial.until)
-    except StorageOut as error:
+    except (StorageOut, DeviceLost) as error:
         raise storage_error(folder.path, str(error)) from error
     return None
 

@@ -24,6 +24,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from model.wording import counted
 from tuner.config import StudyConfig
+from tuner.errors import StudyError
 from tuner.records import Assignment, TrialRecord
 from tuner.study import Ledger
 
@@ -148,6 +149,13 @@ class Promotion(Ledger):
                 raise
             super().__init__(InMemoryStorage(), study, name=name, home=home)
         self._search = search
+        begun = {trial.user_attrs["budget"] for trial in self._frozen()}
+        if not reading and begun - {study.training.epochs}:
+            raise StudyError(
+                f"search.full_epochs: promoted runs of {max(begun)} epochs have begun, and "
+                f"{study.training.epochs} are asked for now; put it back: runs of two budgets "
+                "cannot be ranked with each other"
+            )
 
     @property
     def search(self) -> Ledger:

@@ -11,6 +11,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from model.config import TrialConfig
 from model.files import write_text
 from tuner.checkpoints import Storage, drop, fetched
 from tuner.config import ResourcesConfig
@@ -90,7 +91,10 @@ def write_promoted(folder: RunFolder, promotion: Promotion) -> None:
 
 
 def write_best(
-    folder: RunFolder, ledger: Ledger, promotion: Promotion | None = None
+    folder: RunFolder,
+    ledger: Ledger,
+    promotion: Promotion | None = None,
+    patience: float | None = None,
 ) -> TrialRecord | None:
     """best/, the winner's network, and best.json, with all that is needed to train it again.
 
@@ -103,6 +107,7 @@ def write_best(
         ledger: the search's.
         promotion: of the search. Once it has ended with a winner, best.json describes that
             one's best run, with mean and spread over all its seeds.
+        patience: seconds for which a storage that does not answer is asked for a network.
 
     Returns:
         The trial or run whose network is the study's result.
@@ -112,7 +117,7 @@ def write_best(
     if best is None:
         return None
     study = ledger.config
-    front = _write_front(folder, ledger)
+    front = _write_front(folder, ledger, patience)
     source = ledger if promotion is None or winner is None else promotion
     trained, config = source.config, source.trial_config(best)
     device = best.metrics.get("device", "cpu")
@@ -138,38 +143,42 @@ def write_best(
         content["promoted"] = _promoted(winner)
     if front is not None:
         content["pareto"] = front
-    text = json.dumps(content, indent=2) + "\n"
-    if _is_written(folder, text):
-        return best
-    if not export_network(best, folder.best) and folder.best.exists():
-        shutil.rmtree(folder.earlier_best, ignore_errors=True)
-        folder.best.rename(folder.earlier_best)
-    write_text(folder.best_json, text)
+    if not _is_of(folder.best, config):
+        if export_network(best, folder.best, patience):
+            shutil.rmtree(folder.earlier_best, ignore_errors=True)
+        elif folder.best.exists():
+            shutil.rmtree(folder.earlier_best, ignore_errors=True)
+            folder.best.rename(folder.earlier_best)
+    write_text(folder.best_json, json.dumps(content, indent=2) + "\n")
+    for beaten in folder.pareto.glob("*"):
+        if beaten.name not in {_name(entry["trial"]) for entry in front or ()}:
+            shutil.rmtree(beaten, ignore_errors=True)
     return best
 
 
-def _is_written(folder: RunFolder, text: str) -> bool:
-    """Whether best.json says just this, and best/ is there."""
+def _is_of(network: Path, config: TrialConfig) -> bool:
+    """Whether an exported network is that of a trial: no two have one seed."""
     try:
-        return folder.best.exists() and folder.best_json.read_text(encoding="utf-8") == text
-    except (OSError, UnicodeDecodeError):
+        held = json.loads((network / "config.json").read_text(encoding="utf-8"))
+        return bool(held["seed"] == config.seed)
+    except (OSError, ValueError, KeyError, TypeError):  # absent, damaged or of another form
         return False
 
 
-def _write_front(folder: RunFolder, ledger: Ledger) -> list[dict[str, Any]] | None:
+def _name(number: int) -> str:
+    return f"{number:04d}"
+
+
+def _write_front(
+    folder: RunFolder, ledger: Ledger, patience: float | None
+) -> list[dict[str, Any]] | None:
     """pareto/: a network for each trial of the front; what best.json says of them, or None."""
     if (cost := ledger.config.search.cost) is None:
         return None
-    front = pareto_front(ledger)
-    names = {trial.number: f"{trial.number:04d}" for trial in front}
-    if folder.pareto.exists():
-        for beaten in folder.pareto.iterdir():
-            if beaten.name not in names.values():
-                shutil.rmtree(beaten, ignore_errors=True)
     found = []
-    for trial in front:
-        network = folder.pareto / names[trial.number]
-        there = network.exists() or export_network(trial, network)
+    for trial in pareto_front(ledger):
+        network = folder.pareto / _name(trial.number)
+        there = network.exists() or export_network(trial, network, patience)
         found.append(
             {
                 "trial": trial.number,
@@ -215,7 +224,7 @@ def _promoted(winner: Promoted) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def export_network(trial: TrialRecord, place: Path) -> bool:
+def export_network(trial: TrialRecord, place: Path, patience: float | None = None) -> bool:
     """The weights of a trial that were scored, as a folder; False where they are out of reach."""
     from model.checkpoint import CheckpointError, export_best
 
@@ -223,7 +232,7 @@ def export_network(trial: TrialRecord, place: Path) -> bool:
         logger.warning("trial %04d has no checkpoint: %s is not written", trial.number, place.name)
         return False
     try:
-        with fetched(trial.checkpoint) as source:
+        with fetched(trial.checkpoint, patience) as source:
             replace_folder(place, lambda out: export_best(source, out))
     except (CheckpointError, OSError) as error:
         if full_disk(error) is not None:

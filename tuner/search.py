@@ -61,6 +61,7 @@ class LedgerSearch(OptunaSearch):
         folder: RunFolder,
         *,
         device: str,
+        several_nodes: bool = False,
         stop: Callable[[], bool] = lambda: False,
         after: Callable[[], None] = lambda: None,
     ) -> None:
@@ -70,6 +71,7 @@ class LedgerSearch(OptunaSearch):
         self._folder = folder
         self.storage = Storage.of(folder, ledger.config.resources)
         self._device = device
+        self._several_nodes = several_nodes
         self._stop = stop
         self._after = after
         self._orphans = deque(ledger.orphans())
@@ -77,7 +79,8 @@ class LedgerSearch(OptunaSearch):
         self._ended: set[str] = set()
         self._in_a_row: dict[int, int] = {}  # losses without a finished epoch between them
         self._counted: set[str] = set()  # whose last loss is dealt with, with no epoch after it
-        self._failed_on: dict[str, int] = {}  # trials in a row, by node, before a first epoch
+        self._failed_on: dict[str, list[str]] = {}  # why trials in a row, by node
+        self._alive: set[str] = set()  # that have finished an epoch in this session
         self._given_up: dict[str, str] = {}
         self._hopeless: dict[str, str] = {}
         self.closed = False
@@ -171,20 +174,27 @@ class LedgerSearch(OptunaSearch):
         self._ledger.hand_back(self._numbers[trial_id])
 
     def _suspect(self, trial_id: str, result: dict[str, Any]) -> None:
-        """End the session where one node fails trial after trial before a first epoch.
+        """End the session where one node fails trial after trial for one reason, at once.
 
-        Such a node (without the data, the compiler, a driver) takes the next trial at once, and
-        the whole study with it. What diverges does so anywhere.
+        Such a node (without the data, the compiler, a driver) takes the next trial, and the whole
+        study with it. What diverges does so anywhere. On the only node there is, as many failures
+        more are waited for as trials are at work: these may show that it works.
         """
         reason, node = str(result.get("reason")), str(result.get("node_id"))
-        if result["epoch"] > 1 or trial_id in self._given_up or reason.startswith(DIVERGED):
+        own = trial_id in self._alive or trial_id in self._given_up or reason.startswith(DIVERGED)
+        if own:
             return
-        self._failed_on[node] = times = self._failed_on.get(node, 0) + 1
-        if times > self._ledger.config.resources.max_failures:
+        reasons = self._failed_on.setdefault(node, [])
+        if reasons and reasons[-1] != reason:
+            reasons.clear()
+        reasons.append(reason)
+        at_work = len(self._numbers.keys() - self._ended) - 1
+        most = self._ledger.config.resources.max_failures + at_work * (not self._several_nodes)
+        if len(reasons) > most:
             self.cut_short = storage_error(
                 self._folder.path,
-                f"{times} trials in a row have failed on {result.get('node')} before they had "
-                f"finished an epoch, the last one with: {reason}; mend that machine or the study",
+                f"{len(reasons)} trials in a row have failed on {result.get('node')} before they "
+                f"had finished an epoch, each with: {reason}; mend that machine or the study",
             )
 
     def lost(self, trial_id: str, reason: str) -> dict[str, Any]:
@@ -234,6 +244,7 @@ class LedgerSearch(OptunaSearch):
         if not result.get("failed") and not result.get("repeated"):
             self._in_a_row.pop(number, None)
             self._failed_on.pop(str(result.get("node_id")), None)
+            self._alive.add(trial_id)
             self._counted.discard(trial_id)
             metrics = own_metrics(result)
             self._ledger.report(number, metrics, result.get(CHECKPOINT))

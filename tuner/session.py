@@ -297,7 +297,7 @@ def _run_trials(
         begun = monotonic()
         if begun >= due:
             write_trials(folder, ledger)
-            write_best(folder, ledger)
+            write_best(folder, ledger, patience=0.0)  # the driver has trials to serve
             drop_losers(folder, ledger, *winners(ledger))
             due = monotonic() + _BETWEEN_WRITES * (monotonic() - begun)
 

@@ -99,6 +99,7 @@ class Standing:
             "seconds": self.seconds,
             "seconds_left": self.seconds_left,
             "ended": self.ended and self.ended.reason,
+            "promoting": self.promoting,
             "next": self.next_command,
         }  # fmt: skip
 

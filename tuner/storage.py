@@ -43,7 +43,7 @@ _RENEW_EVERY = 60.0  # seconds: a claim that is not used can go without a word
 _SILENCE = 1.0  # seconds of an outage that nobody needs to be told of
 _SIGNATURE = "ristune:driver"
 _OPENINGS = 3  # of a database whose tables another study may be making at the same time
-_LAST_TABLE = "alembic_version"  # that Optuna makes
+_TABLES = {"studies", "trials", "version_info", "alembic_version"}  # Optuna's first ones and last
 
 _DRIVERS = {"postgresql": "postgresql+psycopg", "postgres": "postgresql+psycopg"}
 _DIALECTS = ("postgresql", "sqlite")
@@ -180,7 +180,7 @@ def has_tables(url: URL) -> bool:
     with _refused(place):
         engine = create_engine(url, poolclass=NullPool, connect_args=connect_args(url))
         with engine.connect() as connection:
-            return bool(inspect(connection).has_table(_LAST_TABLE))
+            return set(inspect(connection).get_table_names()) >= _TABLES
 
 
 @contextmanager

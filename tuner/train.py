@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tuner.command import DONE, INTERRUPTED, NOTHING_FINISHED, Interruption, complain, execute
+from tuner.gain import change_in_words
 
 if TYPE_CHECKING:
     from model.config import TrialConfig
@@ -84,11 +85,15 @@ def train(
             raise ended_by_disk(said, again()) from error
         if is_out_of_memory(error):
             line = " ".join(str(error).split())[:300]
-            parts = min(2 * config.training.accumulation, config.training.batch_size)
-            raise StudyError(
-                f"out of memory on {chosen} ({line}); with --set training.accumulation={parts} "
-                f"batches are taken in {parts} parts: try{again()}, or another --device"
-            ) from error
+            held = config.training.accumulation
+            parts = min(2 * held, config.training.batch_size)
+            remedy = (
+                f"with --set training.accumulation={parts} batches are taken in {parts} parts: "
+                f"try{again()}, or another --device"
+                if parts > held
+                else f"batches are taken scene by scene already: try{again()} with another --device"
+            )
+            raise StudyError(f"out of memory on {chosen} ({line}); {remedy}") from error
         raise
 
 
@@ -172,7 +177,7 @@ def _train_alone(winner: dict[str, Any], stages: list[_Stage], folder: Path, dev
         verdict = "the same, bit for bit"
     else:
         side = "better" if score < searched else "worse"
-        verdict = f"{abs(searched - score) / abs(searched):.2%} {side}" if searched else side
+        verdict = f"{change_in_words(config.objective, searched, score, '.2%')}, which is {side}"
         if total != winner["epochs"]:
             verdict += f" ({total} epochs, not {winner['epochs']})"
     then = "when promoted" if "promoted" in winner else "in the search"

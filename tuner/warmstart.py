@@ -9,7 +9,7 @@ from pathlib import Path
 from tuner.config import StudyConfig, held_value, load_study
 from tuner.errors import StudyError
 from tuner.folder import RunFolder
-from tuner.ledger import read_ledger
+from tuner.ledger import older_scores, read_ledger
 from tuner.records import PriorTrial, TrialRecord
 from tuner.space import Value
 
@@ -71,6 +71,12 @@ def _read(path: Path) -> tuple[StudyConfig, list[TrialRecord]]:
         ledger = read_ledger(folder, earlier)
     except StudyError as error:
         raise StudyError(f"search.warm_start: {error}") from error
+    if older_scores(earlier, ledger.optuna_study.user_attrs):
+        ledger.close()
+        raise StudyError(
+            f"search.warm_start: {path} was scored by an earlier version, in which "
+            f"{earlier.objective} was another measure"
+        )
     try:
         return earlier, ledger.trials()
     finally:

@@ -90,13 +90,12 @@ def test_replayed_curves_are_near_the_truth_and_never_rise() -> None:
 def test_an_objective_below_zero_is_replayed_as_one_above_is() -> None:
     seen, truth = Surrogate(recorded(40, below=20.0)), recorded(60, below=20.0)
     spread = truth.objective[:, -1].std()
-    for index in range(40, 60):
-        curve = seen.curve(truth.params[index], None)
-        assert curve.objective[-1] == pytest.approx(truth.objective[index, -1], abs=0.2 * spread)
-        # The curves fall by four times the spread.
-        assert curve.objective == pytest.approx(truth.objective[index], abs=spread)
-        noisy = seen.curve(truth.params[index], np.random.default_rng(index))
-        assert np.all(np.diff(noisy.objective) <= 0)
+    curves = [seen.curve(truth.params[index], None).objective for index in range(40, 60)]
+    off = np.abs(np.array(curves) - truth.objective[40:])
+    assert off[:, -1].max() < 0.2 * spread
+    assert off.mean() < 0.3 * spread, "the curves fall by five times the spread"
+    noisy = seen.curve(truth.params[40], np.random.default_rng(0))
+    assert np.all(np.diff(noisy.objective) <= 0)
     params = points(1)[0]
     last = [seen.curve(params, np.random.default_rng(k)).objective[-1] for k in range(400)]
     measured = truth.repeats[:, -1].std(ddof=1)

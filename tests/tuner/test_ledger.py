@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import text
 
-from tests.tuner.support import driver, ran, run_here, write_study
+from tests.tuner.postgres import Server
+from tests.tuner.support import driver, ran, run_here, tiny_study, write_study
 from tuner.config import load_study
 from tuner.errors import StudyError
 from tuner.folder import RunFolder
 from tuner.ledger import open_ledger
+from tuner.warmstart import read_prior
 
 
-def begun(folder: Path) -> RunFolder:
+def begun(folder: Path, **changes: Any) -> RunFolder:
     """A study of one trial, whose driver has gone."""
-    ledger = driver(folder, None)
+    ledger = driver(folder, None, **changes)
     trial = ledger.ask()
     assert trial is not None
     ran(ledger, trial)
@@ -116,3 +120,54 @@ def test_the_command_says_it_in_one_line(
         said = capsys.readouterr().err
         assert "training.epochs was 2 and is 4" in said
         assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("changes", "refused"),
+    [
+        ({"objective": "nll"}, True),
+        ({"scene": {"min_sources": 0}}, True),
+        ({"objective": "gospa", "scene": {"min_sources": 0}}, False),
+        ({}, False),
+    ],
+)
+def test_trials_of_an_earlier_measure_are_not_ranked_with_new_ones(
+    tmp_path: Path, changes: dict[str, Any], refused: bool
+) -> None:
+    folder = begun(tmp_path, **changes)
+    study = load_study(folder.config)
+    ledger = open_ledger(folder, study)
+    assert ledger.optuna_study.user_attrs["scores"] == 2
+    with ledger.optuna_study._storage._backend._backend._backend.engine.begin() as database:  # type: ignore[attr-defined]
+        database.execute(text("DELETE FROM study_user_attributes WHERE key = 'scores'"))
+    ledger.close()
+    other = tiny_study(tmp_path / "new", **changes)
+    if not refused:
+        assert read_prior(tmp_path, other).trials
+        open_ledger(folder, study).close()
+        return
+    with pytest.raises(StudyError, match="was another measure"):
+        open_ledger(folder, study)
+    with pytest.raises(StudyError, match=r"search\.warm_start: .* was another measure"):
+        read_prior(tmp_path, other)
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("password")
+def test_a_copy_of_the_folder_does_not_drive_a_databases_study(
+    tmp_path: Path, server: Server
+) -> None:
+    ledger = driver(tmp_path / "run", server.fresh())
+    trial = ledger.ask()
+    assert trial is not None
+    ran(ledger, trial)
+    ledger.close()
+    study = load_study(RunFolder(tmp_path / "run").config)
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    with pytest.raises(StudyError, match=r"is a copy of .*/run, and both would drive"):
+        open_ledger(RunFolder(tmp_path / "copy"), study)
+    open_ledger(RunFolder(tmp_path / "run"), study).close()
+    shutil.move(tmp_path / "run", tmp_path / "moved")
+    ledger = open_ledger(RunFolder(tmp_path / "moved"), study)
+    assert len(ledger.trials()) == 1
+    ledger.close()

@@ -25,6 +25,7 @@ from tests.tuner.support import (
 )
 from tuner.config import load_study
 from tuner.study import Ledger
+from tuner.trial import DeviceLost
 
 FILES = ["best", "best.json", "config.yaml", "evaluation.csv", "evaluation.html",
          "evaluation.json", "report.html", "scenes.json", "study.db", "tensorboard", "trials",
@@ -207,3 +208,22 @@ def test_only_the_winners_checkpoint_is_kept(tmp_path: Path) -> None:
     kept = list((tmp_path / "run" / "trials").glob("*/checkpoint*"))
     best = json.loads((tmp_path / "run" / "best.json").read_text())["trial"]
     assert [path.parent.name for path in kept] == [f"{best:04d}"]
+
+
+def test_a_gpu_that_no_longer_answers_ends_the_session_and_fails_no_trial(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Broken(FakeRun):
+        def step(self) -> dict[str, object]:
+            if self.epoch == 1:
+                raise DeviceLost("cuda of this-host no longer answers: CUDA error: ECC")
+            return super().step()
+
+    monkeypatch.setattr("tuner.local.TrialRun", Broken)
+    out = tmp_path / "run"
+    assert run_here("--config", write_study(tmp_path), "--local", "--out", out) == 2
+    said = capsys.readouterr().err
+    assert "cuda of this-host no longer answers" in said
+    assert f"python -m tuner.run --resume {out}" in said
+    assert "Traceback" not in said
+    assert [trial.state for trial in ledger_of(out).trials()] == ["running"]

@@ -23,7 +23,9 @@ from tests.tuner.support import (
     trials_of,
     write_study,
 )
+from tuner.checkpoints import Storage, TrialCheckpoints
 from tuner.config import load_study
+from tuner.folder import RunFolder
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -151,3 +153,40 @@ def test_recorded_scenes_may_move_too(tmp_path: Path, capsys: pytest.CaptureFixt
     capsys.readouterr()
     assert run_here("--resume", tmp_path / "sim", "--data", tmp_path / "archive", "--local") == 2
     assert "data.shards was null and is " in capsys.readouterr().err
+
+
+def test_a_copy_has_a_place_of_its_own_in_a_shared_storage(tmp_path: Path) -> None:
+    config = write_study(
+        tmp_path,
+        training={"epochs": 40},
+        search={"scheduler": "none", "trials": 2},
+        resources={"storage": str(tmp_path / "store")},
+    )
+    study = load_study(config)
+    original = RunFolder.fresh(tmp_path / "a" / "run")
+    first = Storage.of(original, study.resources)
+    assert Storage.of(original, study.resources) == first
+    for place in ("b/run", "a/other"):
+        shutil.copytree(original.path, tmp_path / place)
+        assert Storage.of(RunFolder(tmp_path / place), study.resources).name != first.name
+    assert Storage.of(original, study.resources) == first
+    shutil.move(original.path, tmp_path / "moved" / "run")
+    assert Storage.of(RunFolder(tmp_path / "moved" / "run"), study.resources) == first
+
+
+def test_a_checkpoint_of_the_folder_that_was_copied_is_not_deleted(tmp_path: Path) -> None:
+    theirs = tmp_path / "store" / "run-1-trials" / "0000" / "checkpoint-00001"
+    theirs.mkdir(parents=True)
+    (tmp_path / "store" / "run-2-trials").mkdir()
+
+    def save(folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+
+    kept = TrialCheckpoints(str(tmp_path / "store" / "run-2-trials" / "0000"))
+    kept.follow(str(theirs))
+    for epoch in (2, 3):
+        kept.write(epoch, save)
+        kept.forget()
+    assert theirs.is_dir()
+    own = sorted(path.name for path in (tmp_path / "store" / "run-2-trials" / "0000").iterdir())
+    assert own == ["checkpoint-00003"]

@@ -147,7 +147,7 @@ def test_a_search_of_two_objectives_ends_with_its_front(
 ) -> None:
     monkeypatch.setattr("tuner.local.TrialRun", CostlyRun)
     monkeypatch.setattr("tuner.conclusion._score_winner", lambda folder, progress: None)
-    monkeypatch.setattr("tuner.results.export_network", lambda trial, place: True)
+    monkeypatch.setattr("tuner.results.export_network", lambda trial, place, patience=None: True)
     monkeypatch.setattr("tuner.conclusion.write_report", lambda folder, ledger: None)
     step = 0.2 if sampler == "grid" else None
     space = {
@@ -207,7 +207,7 @@ def test_who_is_beaten_leaves_the_front_with_its_network(
 ) -> None:
     monkeypatch.setattr(
         "tuner.results.export_network",
-        lambda trial, place: place.mkdir(parents=True, exist_ok=True) or True,
+        lambda trial, place, patience: place.mkdir(parents=True, exist_ok=True) or True,
     )
     ledger = finished(tmp_path, [(1.0, 10.0), (0.5, 20.0)])
     folder = RunFolder(tmp_path)

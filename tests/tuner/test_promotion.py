@@ -24,6 +24,7 @@ from tests.tuner.support import (
 )
 from tuner.command import execute
 from tuner.config import load_study
+from tuner.errors import StudyError
 from tuner.folder import RunFolder
 from tuner.owned import OwnedStorage
 from tuner.pages.material import Material
@@ -123,6 +124,19 @@ def test_runs_have_the_full_budget_and_nobody_stops_them(tmp_path: Path) -> None
     assert promotion.trial(good.number).budget == 5
 
 
+def test_runs_of_two_budgets_are_not_ranked_with_each_other(tmp_path: Path) -> None:
+    promotion = promotion_of(tmp_path, 1.0)
+    assert promotion.ask() is not None
+    search = promotion.search
+    study = search.config.replaced({"search.full_epochs": 7})
+    other = Ledger(tmp_path / "study.db", study)
+    with pytest.raises(
+        StudyError, match=r"search\.full_epochs: promoted runs of 5 epochs .* 7 are"
+    ):
+        Promotion(other)
+    Promotion(Ledger(tmp_path / "study.db", search.config))
+
+
 def test_without_full_epochs_runs_have_the_searchs_budget(tmp_path: Path) -> None:
     promotion = promotion_of(tmp_path, 1.0, full_epochs=None)
     assert promotion.config.training.epochs == promotion.search.config.training.epochs == 2
@@ -184,7 +198,8 @@ def test_a_larger_promotion_keeps_what_has_run(tmp_path: Path) -> None:
         end(promotion, found.number, 1.0)
     assert not promotion.has_work
     promotion.close()
-    wider = tiny_study(tmp_path, search={"trials": 3, "promote": 2, "promote_seeds": 2})
+    changes = {"trials": 3, "promote": 2, "promote_seeds": 2, "full_epochs": 5}
+    wider = tiny_study(tmp_path, search=changes)
     more = Promotion(Ledger(tmp_path / "study.db", wider))
     assert more.has_work
     assert [found.origin for found in asked(more)] == [
@@ -283,7 +298,7 @@ class Fickle(FakeRun):
 def fickle(monkeypatch: pytest.MonkeyPatch) -> type[Fickle]:
     monkeypatch.setattr("tuner.local.TrialRun", Fickle)
     monkeypatch.setattr("tuner.conclusion._score_winner", lambda folder, progress: None)
-    monkeypatch.setattr("tuner.results.export_network", lambda trial, place: True)
+    monkeypatch.setattr("tuner.results.export_network", lambda trial, place, patience=None: True)
     monkeypatch.setattr("tuner.conclusion.write_report", lambda folder, ledger: None)
     monkeypatch.setattr(Fickle, "doomed", frozenset())
     monkeypatch.setattr(Fickle, "cut", None)

@@ -108,6 +108,14 @@ def test_what_best_json_describes_is_what_best_holds_at_any_time(
     written = folder.best.stat().st_ino
     write_best(folder, ledger)
     assert folder.best.stat().st_ino == written, "nothing has changed, and it is written again"
+    # Of an earlier version, which wrote best/ at the end of a session alone:
+    json_text = folder.best_json.read_text()
+    for path in folder.best.iterdir():
+        path.unlink()
+    (folder.best / "config.json").write_text(json.dumps({"seed": -1}))
+    write_best(folder, ledger)
+    assert weights(folder.best) == second
+    assert folder.best_json.read_text() == json_text
     ledger.close()
 
 
@@ -125,5 +133,11 @@ def test_a_winner_whose_network_is_out_of_reach_has_no_other_ones(tmp_path: Path
     assert weights(folder.earlier_best) == first
     (tmp_path / "away").rename(place)
     write_best(folder, ledger)
-    assert folder.best.exists()
+    second = weights(folder.best)
+    assert not folder.earlier_best.exists()
+    place.rename(tmp_path / "away")  # out of reach again, and what best.json says has changed
+    folder.best_json.write_text("{}")
+    write_best(folder, ledger)
+    assert weights(folder.best) == second, "it is the winner's"
+    assert json.loads(folder.best_json.read_text())["trial"] == 1
     ledger.close()

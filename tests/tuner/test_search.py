@@ -194,7 +194,7 @@ def test_a_node_that_fails_trial_after_trial_ends_the_session_and_not_the_study(
     tmp_path: Path,
 ) -> None:
     ledger = ledger_in(tmp_path, search={"trials": 30}, resources={"max_failures": 2})
-    search = search_over(ledger, tmp_path)
+    search = search_over(ledger, tmp_path, several_nodes=True)
     search.suggest("works")
     for number in range(4):  # elsewhere trials finish epochs, and there now and then
         name = f"now and then {number}"
@@ -224,8 +224,37 @@ def test_what_diverges_and_what_fails_later_says_nothing_of_its_node(tmp_path: P
         search.suggest(name)
         diverged = failed_at_once("diverged: 5 non-finite steps in a row", "any")
         later = failed_at_once("ValueError: late", "any") | {"epoch": 2}
+        search.reported(name, epoch(1, 0.5, node_id="other"))
         search.on_trial_complete(name, diverged if number % 2 else later)
     assert search.cut_short is None
+
+
+def test_failures_of_several_kinds_or_beside_trials_at_work_are_no_nodes(tmp_path: Path) -> None:
+    ledger = ledger_in(tmp_path, search={"trials": 40}, resources={"max_failures": 2})
+    search = search_over(ledger, tmp_path)
+    for name in ("one", "two", "three"):
+        search.suggest(name)  # in a long first epoch, on the only node
+    for number in range(12):
+        search.suggest(str(number))
+        search.on_trial_complete(str(number), failed_at_once(f"ValueError: width {number}", "n"))
+    assert search.cut_short is None, "each for another reason"
+    for number in range(12, 17):
+        search.suggest(str(number))
+        search.on_trial_complete(str(number), failed_at_once("ValueError: heads", "n"))
+    assert search.cut_short is None, "three are at work there, and may show that it works"
+    search.suggest("17")
+    search.on_trial_complete("17", failed_at_once("ValueError: heads", "n"))
+    assert "6 trials in a row" in str(search.cut_short)
+
+
+def test_a_member_that_fails_at_once_where_it_goes_on_says_something_of_the_node(
+    tmp_path: Path,
+) -> None:
+    ledger = ledger_in(tmp_path, search={"trials": 40}, resources={"max_failures": 0})
+    search = search_over(ledger, tmp_path)
+    search.suggest("a")  # from a checkpoint of an earlier session
+    search.on_trial_complete("a", failed_at_once("data: gone", "n") | {"epoch": 7})
+    assert search.cut_short is not None
 
 
 def test_a_gpu_that_no_longer_answers_fails_no_trial(tmp_path: Path) -> None:

@@ -110,7 +110,7 @@ def _found(material: Material) -> str:
     text = f"{so_far} The best is trial {best.number:04d} with {short(best.objective, 5)}{unit}"
     untrained = best.metrics.get("untrained_objective")
     if isinstance(untrained, float) and best.objective is not None:
-        change = change_in_words(material.study, untrained, best.objective)
+        change = change_in_words(material.study.objective, untrained, best.objective)
         text += f", {change} the untrained network"
     gain = gain_of(material.study, material.trials, best)
     text += f". {gain}" if gain else "."
