@@ -34,6 +34,7 @@ def conclude(
     promotion: Promotion | None,
     progress: Progress,
     early: Ended | None,
+    resume: str,
     *,
     interrupted: bool,
 ) -> int:
@@ -45,6 +46,7 @@ def conclude(
         promotion: of its best, where one was asked for.
         progress: who tells the user.
         early: what ended it before its trials had run, if anything.
+        resume: the command that goes on.
         interrupted: whether the user did.
 
     Returns:
@@ -75,8 +77,11 @@ def conclude(
             what = OBJECTIVES[ledger.config.objective]
             progress.say(f"{gain} (objective: {what}; less is better)")
     if study_cost := ledger.config.search.cost:
-        front = ", ".join(f"{t.number:04d}" for t in pareto_front(ledger))
-        progress.say(f"Pareto front, cheapest in {study_cost} first: {front or 'no trial'}")
+        front = ", ".join(
+            f"{t.number:04d} ({t.metrics[study_cost]:,.0f} {study_cost}, {t.objective:.5f})"
+            for t in pareto_front(ledger)
+        )
+        progress.say(f"Pareto front, cheapest first: {front or 'no trial'}; networks: pareto/")
     for line in promotion.summary() if promotion is not None else []:
         progress.say(line)
     if best is not None and not folder.best.exists():
@@ -86,11 +91,10 @@ def conclude(
             logging.WARNING,
         )
     if interrupted:
-        progress.say(f"interrupted; go on with: python -m tuner.run --resume {where}")
+        progress.say(f"interrupted; go on with: {resume}")
         return INTERRUPTED
     if early is not None:
-        more = f"python -m tuner.run --resume {where} {early.remedy}"
-        progress.say(f"ended early: {early.reason}; go on with: {more}")
+        progress.say(f"ended early: {early.reason}; go on with: {resume} {early.remedy}")
     if best is None:
         reasons = {t.reason for t in ledger.trials() if t.state == "failed" and t.reason}
         why = f"; for example: {sorted(reasons)[0]}" if reasons else ""
@@ -101,10 +105,7 @@ def conclude(
         with progress.waiting("finding sources in scenes for the report"):
             _attempt(lambda: ensure_scenes(folder), progress, "scenes.json")
     except KeyboardInterrupt:
-        progress.say(
-            "the winner's scoring was interrupted; it is made up for with: "
-            f"python -m tuner.run --resume {where}"
-        )
+        progress.say(f"the winner's scoring was interrupted; it is made up for with: {resume}")
     _draw_report(folder, ledger, progress)
     progress.say(f"report: {folder.report}")
     if promotion is None or promotion.winner() is None:

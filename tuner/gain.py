@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 from model.config import Objective
 from tuner.config import StudyConfig
 from tuner.records import STATE_WORDS, TrialRecord
 
 
-def gain_of(study: StudyConfig, trials: Iterable[TrialRecord], best: TrialRecord) -> str:
+def gain_of(study: StudyConfig, trials: Sequence[TrialRecord], best: TrialRecord) -> str:
     """A sentence about the winner beside the study's own values; empty where no trial ran them."""
     start = study.base_point()
     own = next((trial for trial in trials if trial.params == start), None)
     if own is None or not start:
+        return ""
+    if own.number == best.number and len(trials) == 1:
         return ""
     if own.number == best.number:
         return "It ran the study's own values: none that the search proposed did better."

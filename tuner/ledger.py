@@ -80,7 +80,7 @@ def open_ledger(
     """
     ledger = _shared(folder, study, prior) or _own(folder, study, prior)
     try:
-        refuse_other(folder, study, ledger)
+        refuse_older(folder, study, _begun(folder, study, ledger))
     except StudyError:
         ledger.close()
         raise
@@ -108,7 +108,7 @@ def read_ledger(folder: RunFolder, study: StudyConfig) -> Ledger:
             raise StudyError(f"{folder.path}: no study.db there; the study has not begun")
         with suppress(KeyError):
             if has_tables(sqlite_url(folder.database)):
-                return _kind(study)(folder.database, study, reading=True)
+                return _begun(folder, study, _kind(study)(folder.database, study, reading=True))
         raise StudyError(
             f"{folder.database}: the ledger holds no study {study.name}; it has not begun"
         )
@@ -116,7 +116,18 @@ def read_ledger(folder: RunFolder, study: StudyConfig) -> Ledger:
     if name is None:
         raise StudyError(f"{folder.path}: no study.name there; the study has not begun")
     storage = _holding(study.search.storage, name)
-    return _kind(study)(storage, study, name=name, home=folder.path, reading=True)
+    ledger = _kind(study)(storage, study, name=name, home=folder.path, reading=True)
+    return _begun(folder, study, ledger)
+
+
+def _begun(folder: RunFolder, study: StudyConfig, ledger: Ledger) -> Ledger:
+    """The ledger, if the study is the one that its trials have begun with; else it is closed."""
+    try:
+        _refuse_other(folder, study, ledger)
+    except StudyError:
+        ledger.close()
+        raise
+    return ledger
 
 
 def _kind(study: StudyConfig) -> type[Ledger]:
@@ -124,7 +135,7 @@ def _kind(study: StudyConfig) -> type[Ledger]:
     return PopulationLedger if study.search.scheduler == "pbt" else Ledger
 
 
-def refuse_other(folder: RunFolder, study: StudyConfig, ledger: Ledger) -> None:
+def _refuse_other(folder: RunFolder, study: StudyConfig, ledger: Ledger) -> None:
     """Refuse to go on with a study that is not the one of the trials that have begun.
 
     Args:
@@ -144,15 +155,8 @@ def refuse_other(folder: RunFolder, study: StudyConfig, ledger: Ledger) -> None:
             f"{folder.path} have begun; a study can be extended, not cut: leave --trials out, or "
             f"name {n_begun} or more"
         )
-    held = ledger.optuna_study.user_attrs
-    if older_scores(study, held):
-        raise StudyError(
-            f"{folder.path}: an earlier version has scored {counted(n_begun, 'trial')} of this "
-            f"study, in which {study.objective} was another measure; they cannot be ranked with "
-            "new ones: begin another study"
-        )
     try:
-        was = StudyConfig.model_validate(held.get("config"))
+        was = StudyConfig.model_validate(ledger.optuna_study.user_attrs.get("config"))
     except ValidationError:  # of another version, whose fields cannot be compared with these
         return
     before, now = (_flat(config.model_dump(mode="json")) for config in (was, study))
@@ -168,9 +172,24 @@ def refuse_other(folder: RunFolder, study: StudyConfig, ledger: Ledger) -> None:
     raise StudyError(
         f"{folder.config} is not what {counted(n_begun, 'trial')} of this study began with: "
         f"{'; '.join(differing[:_SHOWN])}{more}. Results of two settings cannot be ranked with "
-        "each other: put it back, or begin another study that learns from this one (--warm-start "
-        f"{shlex.quote(str(folder.path))})"
+        "each other. Put it back; a study with the other setting can then learn from this one "
+        f"(--warm-start {shlex.quote(str(folder.path))})"
     )
+
+
+def refuse_older(folder: RunFolder, study: StudyConfig, ledger: Ledger) -> None:
+    """Refuse to go on with a study whose trials were scored by another measure.
+
+    Raises:
+        StudyError: an earlier version has scored them, and its objective was another one.
+    """
+    n_begun = len(ledger.trials())
+    if n_begun and older_scores(study, ledger.optuna_study.user_attrs):
+        raise StudyError(
+            f"{folder.path}: an earlier version has scored {counted(n_begun, 'trial')} of this "
+            f"study, in which {study.objective} was another measure; they cannot be ranked with "
+            "new ones: begin another study"
+        )
 
 
 def older_scores(study: StudyConfig, held: Mapping[str, Any]) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from time import monotonic
 
@@ -48,9 +48,15 @@ class Limits:
         self._begun = monotonic()
         try:
             yield
-        finally:
-            self._before, self._begun = self.seconds, None
-            self._keep()
+        except BaseException:  # what is under way is said, not that the time cannot be kept either
+            with suppress(Exception):
+                self._stop()
+            raise
+        self._stop()
+
+    def _stop(self) -> None:
+        self._before, self._begun = self.seconds, None
+        self._keep()
 
     def look(self) -> None:
         """Take note that trials have ended: the winner may be another."""

@@ -25,7 +25,7 @@ from tuner.device import check_precision
 from tuner.disk import full_disk_said
 from tuner.errors import ConfigError, StudyError
 from tuner.folder import RunFolder
-from tuner.ledger import ledger_note, open_ledger, read_ledger, refuse_other
+from tuner.ledger import ledger_note, open_ledger, read_ledger, refuse_older
 from tuner.limits import Limits, why_ended
 from tuner.local import run_local
 from tuner.place import Place, check_place, choose_place
@@ -156,7 +156,9 @@ def run_session(request: Request) -> int:
         watchers = Watchers(progress, TensorBoardLog(ledger, folder.tensorboard))
         for note in [f"run folder: {folder.path}", *notes]:
             progress.note(note)
-        on = f"go on with: python -m tuner.run --resume {shlex.quote(str(folder.path))}"
+        local = " --local" if request.local else ""  # whose pruner is another than Ray's
+        resume = f"python -m tuner.run --resume {shlex.quote(str(folder.path))}{local}"
+        on = f"go on with: {resume}"
         try:
             if ended is None and place is not None:
                 with progress.shown():
@@ -173,7 +175,7 @@ def run_session(request: Request) -> int:
         early = limits.reached() if place is not None and ledger.has_work else None
         wished = interruption.wished
         try:
-            return conclude(folder, ledger, promotion, progress, early, interrupted=wished)
+            return conclude(folder, ledger, promotion, progress, early, resume, interrupted=wished)
         except KeyboardInterrupt:
             progress.say(f"interrupted while the results were written; {on}")
             return INTERRUPTED
@@ -239,7 +241,7 @@ def _ledgers(
     ledger = read_ledger(folder, study) if reading else open_ledger(folder, study, prior)
     stack.callback(ledger.close)
     if reading:
-        refuse_other(folder, study, ledger)
+        refuse_older(folder, study, ledger)
     return ledger, open_promotion(ledger)
 
 

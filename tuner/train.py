@@ -116,6 +116,7 @@ def _train(
 
 def _train_alone(winner: dict[str, Any], stages: list[_Stage], folder: Path, device: str) -> int:
     from model.checkpoint import export_best, has_checkpoint
+    from model.config import score as score_of
     from model.files import write_text
     from model.training import TrialDiverged, train
     from model.wording import counted
@@ -128,8 +129,9 @@ def _train_alone(winner: dict[str, Any], stages: list[_Stage], folder: Path, dev
 
     def report(epoch: int, metrics: dict[str, Any]) -> None:
         typer.echo(
-            f"epoch {epoch}/{total}: objective {metrics['objective']:.5f}, "
-            f"{metrics['epoch_seconds']:.1f} s, {metrics['skipped_steps']} steps skipped"
+            f"epoch {epoch}/{total}: {score_of(config.objective, metrics):.5f}, best so far "
+            f"{metrics['objective']:.5f}, {metrics['epoch_seconds']:.1f} s, "
+            f"{metrics['skipped_steps']} steps skipped"
         )
         line = json.dumps(metrics) + "\n"
         with (folder / "metrics.jsonl").open("a", encoding="utf-8") as stream:
@@ -179,10 +181,10 @@ def _train_alone(winner: dict[str, Any], stages: list[_Stage], folder: Path, dev
         side = "better" if score < searched else "worse"
         verdict = f"{change_in_words(config.objective, searched, score, '.2%')}, which is {side}"
         if total != winner["epochs"]:
-            verdict += f" ({total} epochs, not {winner['epochs']})"
+            verdict += f" ({counted(total, 'epoch')}, not {winner['epochs']})"
     then = "when promoted" if "promoted" in winner else "in the search"
-    typer.echo(f"objective {score!r}; {then} {searched!r}: {verdict}")
-    typer.echo(f"network: {folder / 'best'}")
+    typer.echo(f"objective {score:.5f}; {then} {searched:.5f}: {verdict}")
+    typer.echo(f"network, of the best epoch: {folder / 'best'}")
     return DONE
 
 

@@ -12,10 +12,13 @@ from sqlalchemy import text
 
 from tests.tuner.postgres import Server
 from tests.tuner.support import driver, ran, run_here, tiny_study, write_study
+from tuner.command import execute
 from tuner.config import load_study
 from tuner.errors import StudyError
 from tuner.folder import RunFolder
-from tuner.ledger import open_ledger
+from tuner.ledger import open_ledger, read_ledger
+from tuner.report import app as report_app
+from tuner.status import app as status_app
 from tuner.warmstart import read_prior
 
 
@@ -49,6 +52,8 @@ def test_a_study_whose_configuration_was_edited_is_refused(
     with pytest.raises(StudyError, match=said) as caught:
         open_ledger(folder, study.replaced(changes))
     assert f"--warm-start {folder.path}" in str(caught.value)
+    with pytest.raises(StudyError, match=said):
+        read_ledger(folder, study.replaced(changes))
     open_ledger(folder, study).close()  # nothing of it was noted
 
 
@@ -115,8 +120,15 @@ def test_the_command_says_it_in_one_line(
     path = out / "config.yaml"
     path.write_text(path.read_text().replace("epochs: 2", "epochs: 4"))
     capsys.readouterr()
-    for more in ([], ["--dry-run"]):
-        assert run_here("--resume", out, "--local", "--trials", 5, *more) == 2
+    resume = ("--resume", out, "--local", "--trials", 5)
+    for command in (
+        lambda: run_here(*resume),
+        lambda: run_here(*resume, "--dry-run"),
+        lambda: execute(status_app, [str(out)]),
+        lambda: execute(report_app, [str(out)]),
+        lambda: run_here("--config", config, "--local", "--dry-run", "--warm-start", out),
+    ):
+        assert command() == 2
         said = capsys.readouterr().err
         assert "training.epochs was 2 and is 4" in said
         assert "Traceback" not in said

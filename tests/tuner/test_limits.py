@@ -8,6 +8,7 @@ from optuna.trial import FrozenTrial
 
 from tests.tuner.support import tiny_study
 from tuner.duration import format_duration, parse_duration
+from tuner.errors import StudyError
 from tuner.limits import Limits
 from tuner.records import TrialRecord, record_of
 from tuner.study import Ledger
@@ -94,3 +95,19 @@ def test_a_running_trial_meets_no_target(tmp_path: Path) -> None:
     ended = limits.reached()
     assert ended is not None
     assert "target 1 is reached (trial 0000 has 0.50000)" in ended.reason
+
+
+def test_what_ends_the_trials_is_said_and_not_that_the_time_cannot_be_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger = ledger_in(tmp_path)
+    limits = Limits(ledger)
+
+    def gone(seconds: float) -> None:
+        raise OSError("attempt to write a readonly database")
+
+    monkeypatch.setattr(ledger, "keep_seconds", gone)
+    with pytest.raises(StudyError, match="the folder has gone"), limits.counted():
+        raise StudyError("the folder has gone")
+    with pytest.raises(OSError, match="readonly"), limits.counted():
+        pass

@@ -167,8 +167,11 @@ def test_a_search_of_two_objectives_ends_with_its_front(
     assert best["trial"] == min(points, key=lambda number: (*points[number], number))
     for entry in best["pareto"]:
         assert (entry["objective"], entry["flops"]) == points[entry["trial"]]
-    shown = ", ".join(f"{entry['trial']:04d}" for entry in best["pareto"])
-    assert f"Pareto front, cheapest in flops first: {shown}" in capsys.readouterr().out
+    shown = ", ".join(
+        f"{entry['trial']:04d} ({entry['flops']:,.0f} flops, {entry['objective']:.5f})"
+        for entry in best["pareto"]
+    )
+    assert f"Pareto front, cheapest first: {shown}; networks: pareto/" in capsys.readouterr().out
     with (out / "trials.csv").open() as stream:
         assert [float(row["flops"]) for row in csv.DictReader(stream)] == [
             flops for _, flops in points.values()

@@ -59,7 +59,7 @@ def test_a_time_budget_ends_a_study_in_good_order_and_a_larger_one_goes_on(
     said = capsys.readouterr().out
     assert "trials: 1 to go on, 1 done" in said
     assert "ended early: the time budget of 4m is used up (4m over all sessions)" in said
-    assert f"--resume {out} --time-budget none" in said
+    assert f"--resume {out} --local --time-budget none" in said
     assert (out / "best.json").exists()
     assert [(t.state, t.epoch) for t in trials_of(out)] == [("done", 3), ("running", 1)]
     first = outcomes(out)[0]
@@ -126,7 +126,7 @@ def test_a_study_with_nothing_left_connects_to_no_cluster(
     out = tmp_path / "run"
     assert run_here("--config", config, "--local", "--trials", 1, "--out", out) == 0
     said = capsys.readouterr().out
-    assert "It ran the study's own values: none that the search proposed did better. (objec" in said
+    assert "own values" not in said, "there was nothing beside them"
     (out / "report.html").unlink()
     capsys.readouterr()
     assert run_here("--resume", out, *NOWHERE) == 0
@@ -224,7 +224,7 @@ def test_a_second_ctrl_c_while_results_are_written_says_how_to_go_on(
         patch.setattr(FakeRun, "step", interrupted)
         patch.setattr(conclusion, "write_report", interrupted)
         assert run_here("--config", config, "--local", "--out", out) == 130
-    on = f"go on with: python -m tuner.run --resume {out}"
+    on = f"go on with: python -m tuner.run --resume {out} --local"
     last = capsys.readouterr().out.splitlines()[-1]
     assert last == f"interrupted while the results were written; {on}"
     assert run_here("--resume", out, "--local") == 0
