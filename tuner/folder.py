@@ -154,14 +154,12 @@ class RunFolder:
         that was moved keeps it.
         """
         path, here = self.path / ".identity", f"{platform.node()}:{self.path}"
-        known, _, place = (
-            path.read_text(encoding="utf-8").partition("\n") if path.exists() else ("",) * 3
-        )
-        if place == here:
+        known, place = _identity_in(path)
+        if known and place == here:
             return known
-        elsewhere = Path(place.partition(":")[2]) / ".identity" if place else None
-        if not known or (elsewhere is not None and elsewhere.exists()):
-            known = uuid.uuid4().hex[:8]
+        other = Path(place.partition(":")[2], path.name)  # where it was last called so
+        copied = other != path and known and _identity_in(other)[0] == known
+        known = uuid.uuid4().hex[:8] if copied or not known else known
         write_text(path, f"{known}\n{here}")
         return known
 
@@ -278,3 +276,12 @@ class RunFolder:
     def release(self) -> None:
         """Let another driver in, and leave word that this one was not cut off."""
         self._lock.release()
+
+
+def _identity_in(path: Path) -> tuple[str, str]:
+    """A run's identity and its place, as they are kept; empty where there is none."""
+    try:
+        known, _, place = path.read_text(encoding="utf-8").partition("\n")
+    except OSError:
+        return "", ""
+    return known, place

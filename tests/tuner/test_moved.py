@@ -170,6 +170,10 @@ def test_a_copy_has_a_place_of_its_own_in_a_shared_storage(tmp_path: Path) -> No
         shutil.copytree(original.path, tmp_path / place)
         assert Storage.of(RunFolder(tmp_path / place), study.resources).name != first.name
     assert Storage.of(original, study.resources) == first
+    with pytest.MonkeyPatch.context() as patch:  # another machine, or pod, that has the same mount
+        patch.setattr("platform.node", lambda: "elsewhere")
+        assert Storage.of(original, study.resources) == first
+    assert Storage.of(original, study.resources) == first
     shutil.move(original.path, tmp_path / "moved" / "run")
     assert Storage.of(RunFolder(tmp_path / "moved" / "run"), study.resources) == first
 
