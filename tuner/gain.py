@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from model.config import Objective
-from tuner.config import StudyConfig
 from tuner.records import STATE_WORDS, TrialRecord
+
+if TYPE_CHECKING:
+    from model.config import Objective
+    from tuner.config import StudyConfig
 
 
 def gain_of(study: StudyConfig, trials: Sequence[TrialRecord], best: TrialRecord) -> str:

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tuner.command import DONE, INTERRUPTED, NOTHING_FINISHED, Interruption, complain, execute
-from tuner.gain import change_in_words
 
 if TYPE_CHECKING:
     from model.config import TrialConfig
@@ -120,6 +119,7 @@ def _train_alone(winner: dict[str, Any], stages: list[_Stage], folder: Path, dev
     from model.files import write_text
     from model.training import TrialDiverged, train
     from model.wording import counted
+    from tuner.gain import change_in_words
 
     config, checkpoint = stages[-1].config, stages[-1].checkpoint
     write_text(folder / "config.json", config.model_dump_json(indent=2) + "\n")

@@ -21,8 +21,16 @@ from tuner.errors import LedgerLost, StudyError
 from tuner.folder import RunFolder
 from tuner.ledger import open_ledger, read_ledger
 from tuner.storage import Outage, PatientStorage, parse_url
+from tuner.study import Ledger
 
 pytestmark = [pytest.mark.long, pytest.mark.usefixtures("password")]
+
+
+def elsewhere(folder: Path) -> Ledger:
+    """The ledger of a driver on another machine, which does not see the folder that was copied."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("platform.node", lambda: "another-machine")
+        return open_ledger(RunFolder(folder), load_study(folder / "config.yaml"))
 
 
 def test_a_copy_of_a_run_folder_cannot_drive_the_study_at_the_same_time(
@@ -33,10 +41,10 @@ def test_a_copy_of_a_run_folder_cannot_drive_the_study_at_the_same_time(
     copy = RunFolder(tmp_path / "copy")
     study = load_study(copy.config)
     with pytest.raises(StudyError, match=r"another run is at work on the study run-\w+ in post"):
-        open_ledger(copy, study)
+        elsewhere(copy.path)
     read_ledger(copy, study).close()  # who reads is let in
     ledger.close()
-    open_ledger(copy, study).close()
+    elsewhere(copy.path).close()
 
 
 def test_the_claim_outlives_the_server(tmp_path: Path, server: Server) -> None:
@@ -46,7 +54,7 @@ def test_the_claim_outlives_the_server(tmp_path: Path, server: Server) -> None:
     assert ledger.ask() is not None  # finds the server anew, and takes the claim again
     shutil.copytree(tmp_path / "run", tmp_path / "copy")
     with pytest.raises(StudyError, match="another run is at work"):
-        open_ledger(RunFolder(tmp_path / "copy"), load_study(tmp_path / "copy" / "config.yaml"))
+        elsewhere(tmp_path / "copy")
     ledger.close()
 
 
@@ -57,7 +65,7 @@ def test_a_claim_that_went_to_another_in_the_outage_ends_the_first_driver(
     shutil.copytree(tmp_path / "run", tmp_path / "copy")
     server.kill()
     server.start()
-    second = open_ledger(RunFolder(tmp_path / "copy"), load_study(tmp_path / "copy/config.yaml"))
+    second = elsewhere(tmp_path / "copy")
     monkeypatch.setattr(storage_module, "PATIENCE", 0.5)
     with pytest.raises(LedgerLost, match="claimed by another connection"):
         ledger.ask()
@@ -76,7 +84,7 @@ def test_a_driver_whose_study_another_has_driven_meanwhile_writes_no_more(
     server.kill()
     server.start()
     # As of a machine that slept: its connections are gone, and another took its study over.
-    second = open_ledger(RunFolder(tmp_path / "copy"), load_study(tmp_path / "copy/config.yaml"))
+    second = elsewhere(tmp_path / "copy")
     second.finish(first.number, "failed", reason="taken over")
     second.close()
     with pytest.raises(LedgerLost, match="another run has driven the study"):
@@ -84,7 +92,7 @@ def test_a_driver_whose_study_another_has_driven_meanwhile_writes_no_more(
     with pytest.raises(LedgerLost, match="--resume"):
         ledger.ask()
     ledger.close()
-    third = open_ledger(RunFolder(tmp_path / "copy"), load_study(tmp_path / "copy/config.yaml"))
+    third = elsewhere(tmp_path / "copy")
     assert [(t.state, t.epoch) for t in third.trials()] == [("failed", 0)]
     third.close()
 
@@ -113,9 +121,9 @@ def test_a_claim_whose_connection_alone_was_ended_is_missed_within_a_minute(
     now += 61.0
     ledger.keep_seconds(1.0)  # takes it again, before anybody else has
     with pytest.raises(StudyError, match="another run is at work"):
-        open_ledger(RunFolder(tmp_path / "copy"), load_study(tmp_path / "copy/config.yaml"))
+        elsewhere(tmp_path / "copy")
     cut()
-    second = open_ledger(RunFolder(tmp_path / "copy"), load_study(tmp_path / "copy/config.yaml"))
+    second = elsewhere(tmp_path / "copy")
     second.finish(first.number, "failed", reason="taken over")
     second.close()
     now += 61.0
@@ -137,7 +145,7 @@ def test_a_server_that_ends_idle_sessions_leaves_the_claim(
     time.sleep(1.0)
     shutil.copytree(tmp_path / "run", tmp_path / "copy")
     with pytest.raises(StudyError, match="another run is at work"):
-        open_ledger(RunFolder(tmp_path / "copy"), load_study(tmp_path / "copy" / "config.yaml"))
+        elsewhere(tmp_path / "copy")
     assert ledger.ask() is not None
     ledger.close()
 
@@ -222,6 +230,6 @@ def test_a_claim_in_sqlite_is_a_locked_file(tmp_path: Path) -> None:
     with pytest.raises(
         StudyError, match=rf"another run \(process {os.getpid()} on .+\) is at work"
     ):
-        open_ledger(copy, load_study(copy.config))
+        elsewhere(copy.path)
     ledger.close()
-    open_ledger(copy, load_study(copy.config)).close()
+    elsewhere(copy.path).close()
