@@ -119,8 +119,14 @@ class Storage:
 
 def _below(location: str, inside: str) -> str:
     """A path or URI below another, which keeps its options."""
+    base, options = _split(location)
+    return f"{base}/{inside}{options}"
+
+
+def _split(location: str) -> tuple[str, str]:
+    """A location without its last slash, and a URI's options."""
     base, mark, options = location.partition("?") if "://" in location else (location, "", "")
-    return f"{base.rstrip('/')}/{inside}{mark}{options}"
+    return base.rstrip("/"), mark + options
 
 
 def open_location(location: str) -> tuple[Any, str]:
@@ -254,8 +260,8 @@ class TrialCheckpoints:
 
         One that lies elsewhere stays: the run folder is a copy, and it is the original's.
         """
-        home = self._home.partition("?")[0].rstrip("/")
-        self._kept = [previous] if previous and previous.startswith(f"{home}/") else []
+        inside = previous is not None and previous.startswith(f"{_split(self._home)[0]}/")
+        self._kept = [previous] if previous and inside else []
 
     def spare(self) -> None:
         """Leave those that there are, also where they are written anew: others may begin there.
