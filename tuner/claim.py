@@ -82,12 +82,14 @@ class ServerClaim:
                 if self._got():
                     return
             except Outage as error:
-                raise StudyError(f"{self._what}: cannot be claimed: {error}") from error
-            if time.monotonic() > deadline:
-                raise StudyError(
-                    f"another run is at work on the study {self._what}; wait for its end (a "
-                    "machine that was lost is forgotten within two minutes)"
-                )
+                if time.monotonic() > deadline:
+                    raise StudyError(f"{self._what}: cannot be claimed: {error}") from error
+            else:
+                if time.monotonic() > deadline:
+                    raise StudyError(
+                        f"another run is at work on the study {self._what}; wait for its end (a "
+                        "machine that was lost is forgotten within two minutes)"
+                    )
             time.sleep(_PAUSE)
 
     def renew(self) -> bool:

@@ -42,7 +42,7 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0  # seconds between two attempts: doubled
 _RENEW_EVERY = 60.0  # seconds: a claim that is not used can go without a word
 _SILENCE = 1.0  # seconds of an outage that nobody needs to be told of
 _SIGNATURE = "ristune:driver"
-_OPENINGS = 3  # of a database whose tables another study may be making at the same time
+_OPENINGS = 3  # of a database: others may be making its tables, or its server be restarting
 _TABLES = {"studies", "trials", "version_info", "alembic_version"}  # Optuna's first ones and last
 
 _DRIVERS = {"postgresql": "postgresql+psycopg", "postgres": "postgresql+psycopg"}
@@ -142,21 +142,15 @@ def open_storage(url: URL) -> PatientStorage:
         StudyError: in one line, after some ten seconds at most for a server that does not answer.
     """
     from sqlalchemy import event
-    from sqlalchemy.exc import IntegrityError, ProgrammingError
 
     place = shown(url)
-    for left in range(_OPENINGS - 1, -1, -1):
-        with _refused(place):
-            try:
-                if url.get_backend_name() == "sqlite":
-                    _make_sqlite(Path(str(url.database)))
-                rdb = _opened(url)
-                break
-            except (IntegrityError, ProgrammingError):
-                # Two studies that begin at the same time in an empty database make the same tables.
-                if not left:
-                    raise
-                time.sleep(_FIRST_PAUSE)
+
+    def opened() -> BatchedStorage:
+        if url.get_backend_name() == "sqlite":
+            _make_sqlite(Path(str(url.database)))
+        return _opened(url)
+
+    rdb = _tried(place, opened)
     event.listen(rdb.engine, "handle_error", as_outage)
     cached = optuna.storages.get_storage(rdb)
     # The rest of its methods is put in below the class, where mypy does not look.
@@ -177,10 +171,49 @@ def has_tables(url: URL) -> bool:
         if not file.parent.is_dir():
             raise StudyError(f"the ledger at {place} cannot be opened: no folder {file.parent}")
         return False
-    with _refused(place):
+
+    def looked() -> bool:
         engine = create_engine(url, poolclass=NullPool, connect_args=connect_args(url))
         with engine.connect() as connection:
             return set(inspect(connection).get_table_names()) >= _TABLES
+
+    return _tried(place, looked)
+
+
+def _tried(place: str, work: Callable[[], _T]) -> _T:
+    """What `work` returns, begun anew where its beginning was disturbed.
+
+    Two studies that begin at the same time in an empty database make the same tables; and a server
+    that has answered may end the connection before all has been asked over it.
+
+    Raises:
+        StudyError: in one line; it was disturbed each time, or cannot be done.
+    """
+    from sqlalchemy.exc import DBAPIError
+
+    begun = time.monotonic()
+    with _refused(place):
+        for _ in range(_OPENINGS - 1):
+            try:
+                return work()
+            except (DBAPIError, optuna.exceptions.StorageInternalError) as error:
+                late = time.monotonic() - begun > _LONGEST_PAUSE  # what has waited is not disturbed
+                if late or not _was_asked(error):
+                    raise
+                time.sleep(_FIRST_PAUSE)
+        return work()
+
+
+def _was_asked(error: BaseException | None) -> bool:
+    """Whether a database had been reached when this happened.
+
+    What a lost connection raises last is that nothing can be rolled back over it.
+    """
+    while error is not None:
+        if getattr(error, "statement", None):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from typing import Any
 
 import optuna
 import pytest
+from sqlalchemy import Engine, event
 
 from tests.tuner.postgres import Server
 from tests.tuner.support import driver
@@ -139,15 +140,45 @@ def test_a_server_that_ends_idle_sessions_leaves_the_claim(
     url = server.fresh()
     with server.connect("postgres") as connection:
         connection.execute(
-            f"ALTER DATABASE {url.rpartition('/')[2]} SET idle_session_timeout = 200"
+            f"ALTER DATABASE {url.rpartition('/')[2]} SET idle_session_timeout = 400"
         )
     ledger = driver(tmp_path / "run", url)
-    time.sleep(1.0)
+    time.sleep(1.5)
     shutil.copytree(tmp_path / "run", tmp_path / "copy")
     with pytest.raises(StudyError, match="another run is at work"):
         elsewhere(tmp_path / "copy")
     assert ledger.ask() is not None
     ledger.close()
+
+
+def test_a_claim_whose_connection_is_ended_amid_its_taking_is_taken_over_another(
+    server: Server,
+) -> None:
+    url = parse_url(server.fresh())
+    asked = 0
+    end_at: int | None = None
+
+    def end_it(*_: object) -> None:
+        nonlocal asked
+        if asked == end_at:
+            server.hang_up()
+        asked += 1
+
+    event.listen(Engine, "before_cursor_execute", end_it)
+    try:
+        for statement in range(20):
+            asked, end_at = 0, statement
+            first, second = ServerClaim(url, "shared"), ServerClaim(url, "shared")
+            first.take()
+            needed, end_at = asked, None
+            assert not second._got()
+            first.release()
+            second.release()
+            if statement >= needed:
+                break
+    finally:
+        event.remove(Engine, "before_cursor_execute", end_it)
+    assert 5 <= statement < 20
 
 
 class Flapping:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import optuna
 import pytest
+from sqlalchemy import Connection, Engine, event
 
 from tests.tuner import postgres
 from tests.tuner.postgres import Server
@@ -22,7 +23,7 @@ from tuner import storage as storage_module
 from tuner.command import execute
 from tuner.config import load_study
 from tuner.errors import StudyError
-from tuner.storage import open_storage, parse_url, sqlite_url
+from tuner.storage import has_tables, open_storage, parse_url, sqlite_url
 from tuner.study import Ledger
 from tuner.warmstart import read_prior
 
@@ -276,3 +277,30 @@ def test_studies_that_begin_together_in_an_empty_database_both_begin(
     assert len(ledgers) == 4
     for ledger in ledgers:
         ledger.close()
+
+
+def test_a_connection_that_is_ended_amid_the_opening_is_made_anew(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage_module, "_FIRST_PAUSE", 0.01)
+    said: list[str] = []
+    end_at = -1
+
+    def end_it(connection: Connection, cursor: object, statement: str, *_: object) -> None:
+        if len(said) == end_at:
+            server.hang_up()
+        said.append(statement)
+
+    event.listen(Engine, "before_cursor_execute", end_it)
+    try:
+        open_storage(parse_url(server.fresh())).remove_session()
+        asked = len(said)
+        assert asked > 20
+        for end_at in range(asked):
+            said.clear()
+            url = parse_url(server.fresh())
+            open_storage(url).remove_session()
+            assert len(said) > asked - end_at, "it was not begun anew"
+            assert has_tables(url)
+    finally:
+        event.remove(Engine, "before_cursor_execute", end_it)
