@@ -69,7 +69,12 @@ def usage_problem(error: Exception) -> str | None:
     describe = getattr(error, "format_message", None)
     if describe is None or getattr(error, "exit_code", None) is None:
         return None
-    return f"{describe()} (see --help)"
+    line = str(describe())
+    context = getattr(error, "ctx", None)
+    changes = context is not None and any("--set" in p.opts for p in context.command.params)
+    if changes and "extra argument" in line:  # what stands apart was meant to be a value
+        line += "; a field is changed with --set a.b=VALUE, in one word"
+    return f"{line} (see --help)"
 
 
 def data_problem(error: Exception) -> str | None:

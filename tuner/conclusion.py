@@ -76,6 +76,12 @@ def conclude(
         if gain := gain_of(ledger.config, ledger.trials(), first):
             what = OBJECTIVES[ledger.config.objective]
             progress.say(f"{gain} (objective: {what}; less is better)")
+        if untrained is not None and first.objective is not None and first.objective >= untrained:
+            progress.say(
+                "training did not help: the winner is no better than before its first step; try "
+                "more epochs (--epochs), more scenes or other learning rates in search.space",
+                logging.WARNING,
+            )
     if study_cost := ledger.config.search.cost:
         front = ", ".join(
             f"{t.number:04d} ({t.metrics[study_cost]:,.0f} {study_cost}, {t.objective:.5f})"

@@ -163,6 +163,23 @@ class RunFolder:
         write_text(path, f"{known}\n{here}")
         return known
 
+    @property
+    def _results(self) -> tuple[Path, ...]:
+        """What a study leaves beside its configuration, its ledger and its log."""
+        return (
+            self.trials,
+            self.trials_csv,
+            self.best_json,
+            self.best,
+            self.earlier_best,
+            self.pareto,
+            self.promotion().trials,
+            self.promoted_csv,
+            self.report,
+            self.evaluation,
+            self.scenes,
+        )
+
     def trial(self, number: int) -> Path:
         """The folder of one trial."""
         return self.trials / f"{number:04d}"
@@ -194,15 +211,21 @@ class RunFolder:
         return folder
 
     def refuse_study(self) -> None:
-        """Raise StudyError where a study was started here, or nobody can tell."""
+        """Raise StudyError where a study was started here, or would write over others' files."""
         try:
             held = self.holds_study
+            others = [path.name for path in self._results if path.exists()]
         except OSError as error:
             raise self._unwritable(error) from error
         if held:
             raise StudyError(
                 f"--out: {self.path} already holds a study; go on with --resume "
                 f"{self.path}, or choose another folder"
+            )
+        if others:
+            raise StudyError(
+                f"--out: {self.path} holds no study, but {', '.join(others)}, which a study here "
+                "would write over; choose another folder"
             )
 
     def _unwritable(self, error: OSError) -> StudyError:

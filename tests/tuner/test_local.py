@@ -81,6 +81,18 @@ def test_a_search_reports_what_was_located_and_ends_with_its_winner_beside_nomp(
         assert {"f1", "gospa", "count_accuracy", "nmse_blend"} <= metrics.keys()
 
 
+def test_a_search_says_when_training_did_not_help(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write_study(tmp_path, search={"trials": 1})
+    space = "search.space={training.learning_rate: {type: categorical, choices: [1e-30, 1e-29]}}"
+    searched = ("--config", config, "--local")
+    assert run_here(*searched, "--out", tmp_path / "still", "--set", space) == 0
+    assert "training did not help: the winner is no better than before" in capsys.readouterr().out
+    assert run_here(*searched, "--out", tmp_path / "run") == 0
+    assert "training did not help" not in capsys.readouterr().out
+
+
 def test_optuna_prunes_in_the_local_mode(tmp_path: Path) -> None:
     config = write_study(
         tmp_path,

@@ -146,7 +146,17 @@ def test_mistakes_are_told_before_a_cluster_is_asked_for(
     out = RunFolder.fresh(tmp_path / "run")
     out.config.write_text("")
     out.release()
+    foreign = tmp_path / "foreign"
+    (foreign / "best").mkdir(parents=True)
+    (foreign / "report.html").write_text("mine")
+    over = "--out: .*/foreign holds no study, but best, report.html, which .* would write over"
     for arguments, complaint in (
+        (("--config", config, "--out", foreign), over),
+        (("--config", config, "--out", foreign, "--dry-run"), over),
+        (
+            ("--set", "training.epochs", 3),
+            ".* extra argument.*; a field is changed with --set a.b=VALUE, in",
+        ),
         (("--config", config, "--out", out.path), "--out: .* already holds a study"),
         (("--config", config, "--out", out.path, "--dry-run"), "--out: .* already holds a study"),
         (("--config", config, "--out", "x" * 300), "--out: cannot write to .*: File name too long"),
