@@ -9,7 +9,7 @@ import platform
 import statistics
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
-def alternate(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+def alternate(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
     """Seconds of each call, one after the other in every round.
 
     Alternating shares slow spells of the machine among the calls, so that the ratio of medians

@@ -24,7 +24,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -288,8 +288,8 @@ def grown(n: int, rounds: int) -> dict[str, tuple[float, float]]:
             number = clock("proposal", ledger.ask).number
             metrics = {f"metric_{index}": 0.1 for index in range(20)}
             metrics |= {"epoch": 1, "objective": 0.5}
-            clock("epoch", lambda n=number, m=metrics: ledger.report(n, m, "/x"))
-            clock("end", lambda n=number: ledger.finish(n, "pruned"))
+            clock("epoch", partial(ledger.report, number, metrics, "/x"))
+            clock("end", partial(ledger.finish, number, "pruned"))
             clock("limits", limits.look)
             clock("trials.csv", lambda: write_trials(folder, ledger))
             clock("best.json", lambda: write_best(folder, ledger))

@@ -169,7 +169,7 @@ def tuning(args: argparse.Namespace) -> dict[str, Any]:
     score("nomp", "", by_nomp(winner, batch.scenes))
     with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
         running = [
-            (name, config, pool.submit(trained, _at_full_budget(config, epochs), args.scenes))
+            (name, config, pool.submit(trained, at_full_budget(config, epochs), args.scenes))
             for name, configs in contenders.items()
             for config in configs
         ]
@@ -193,7 +193,8 @@ def tuning(args: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def _at_full_budget(config: TrialConfig, epochs: int) -> TrialConfig:
+def at_full_budget(config: TrialConfig, epochs: int) -> TrialConfig:
+    """The configuration with as many epochs."""
     training = config.training.model_copy(update={"epochs": epochs})
     return config.model_copy(update={"training": training})
 

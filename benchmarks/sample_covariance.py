@@ -77,7 +77,8 @@ def unavoidable(y: Tensor, H: Tensor, codes: Tensor) -> Tensor:
 
 def largest_error(scenes: tuple[Tensor, Tensor, Tensor], solver: Solver) -> float:
     """Largest over the scenes of ||a - a*|| / ||a*||, a* by SVD in complex128."""
-    exact, _ = tikhonov_solve(*(t.to(torch.complex128) for t in scenes), solver="svd")
+    y, H, codes = (t.to(torch.complex128) for t in scenes)
+    exact, _ = tikhonov_solve(y, H, codes, solver="svd")
     a, _ = tikhonov_solve(*scenes, solver=solver)
     error = (a - exact).flatten(1).norm(dim=1) / exact.flatten(1).norm(dim=1)
     return float(error.max())
@@ -152,7 +153,9 @@ def large(rounds: int) -> dict[str, Any]:
     del scenes
     scenes = measurement("unit-modulus", one)
     others: tuple[Solver, ...] = ("gram", "lstsq")
-    calls = {s: partial(sample_covariance, *scenes, solver=s) for s in others}
+    calls: dict[str, Callable[[], object]] = {
+        s: partial(sample_covariance, *scenes, solver=s) for s in others
+    }
     for solver, seconds in alternate(calls, 2).items():
         figures[solver] = {"scene_ms": _ms(seconds), "ratio": _ms(seconds) / a_scene}
         print(f"{one}: {solver} {_ms(seconds):.0f} ms, {_ms(seconds) / a_scene:,.0f} times as long")

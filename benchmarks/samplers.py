@@ -1,13 +1,20 @@
-"""Samplers beside each other at equal compute, with trials that are really trained.
+"""Searches beside each other at equal compute, with trials that are really trained.
 
-    python -m benchmarks.samplers [--json FILE] [--seeds 6] [--epochs 240] [--kinds tpe gp]
+    python -m benchmarks.samplers [--json FILE] [--seeds 6] [--epochs 240] [--kinds tpe gp nll:tpe]
+        [--scenes 4000] [--finals 2]
 
-benchmarks.search replays curves from a Gaussian process, which may flatter a sampler that is one.
-Here the same study (the quickstart's network on half of its scenes, 27 epochs, ASHA with the rungs
-of configs/full.yaml, one slot) trains every trial, until its epochs are used up. Two things are
-compared seed by seed: the best finished trial's objective, half of which is the luck of one seed,
-and the mean first-epoch objective of all that the sampler proposed after its random start, what it
-tries for knowledge's sake included. Some 7 minutes of CPU a seed and sampler.
+A kind is a sampler, with ``+chance`` also stopped by ``search.least_chance``, and with an objective
+before it searched by that. benchmarks.search replays curves from a Gaussian process, which may
+flatter a sampler that is one. Here the same study (the quickstart's network on half of its scenes,
+27 epochs, ASHA with the rungs of configs/full.yaml, one slot) trains every trial, until its epochs
+are used up. Two things are compared seed by seed: the best finished trial's objective, half of
+which is the luck of one seed, and the mean first-epoch objective of all that the sampler proposed
+after its random start, what it tries for knowledge's sake included. Some 7 minutes of CPU a seed
+and sampler.
+
+With ``--scenes`` each winner is trained again as `tuner.train` would, on the quickstart's scenes,
+at its full budget and with ``--finals`` seeds of its own, and scored on held-out scenes. That
+compares objectives too.
 """
 
 from __future__ import annotations
@@ -22,11 +29,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from benchmarks._checkpoints import drawn
+from benchmarks._curves import CONFIG
 from benchmarks._simulator import MemoryLedger, Scheduler, simulate
 from benchmarks._timing import parser, save
+from benchmarks.quality import at_full_budget, trained
 from benchmarks.search import CHANCE, bootstrap, study_of
-from tuner.config import StudyConfig
+from physics.metrics import gospa, match
+from tuner.config import StudyConfig, load_study
 from tuner.records import Assignment
+from tuner.space import Value
 from tuner.trial import TrialRun
 
 _ENDLESS = 10**6
@@ -55,11 +67,15 @@ class Trained:
         return self._values[epoch]
 
 
-def searched(seed: int, kind: str, epochs: int) -> dict[str, Any]:
-    """One search with one sampler, with `+chance` also stopped by it."""
+def searched(seed: int, kind: str, epochs: int) -> tuple[dict[str, Any], StudyConfig]:
+    """One search of one kind, and the quickstart's study by the same objective."""
     torch.set_num_threads(1)
-    sampler, _, chance = kind.partition("+")
+    objective, _, how = kind.rpartition(":")
+    sampler, _, chance = how.partition("+")
     study = study_of("asha", sampler, _ENDLESS, seed, **(CHANCE if chance else {}))
+    final = load_study(CONFIG)
+    if objective:
+        study, final = (s.replaced({"objective": objective}) for s in (study, final))
     ledger = MemoryLedger(study)
     simulate(
         ledger,
@@ -70,16 +86,28 @@ def searched(seed: int, kind: str, epochs: int) -> dict[str, Any]:
     )
     trials = ledger.trials()
     first = [trial.curve[0][1] for trial in trials if trial.curve]
-    done = [trial.objective for trial in trials if trial.state == "done"]
-    return {
+    best = ledger.best()
+    row = {
         "seed": seed,
         "kind": kind,
-        "best": min((value for value in done if value is not None), default=math.inf),
+        "best": math.inf if best is None or best.objective is None else best.objective,
+        "winner": None if best is None else best.params,
         "proposed": float(np.mean(first[study.search.startup_trials :])),
         "start": float(np.mean(first[: study.search.startup_trials])),
         "trials": len(first),
-        "done": len(done),
+        "done": sum(trial.state == "done" for trial in trials),
     }
+    return row, final
+
+
+def found_by(study: StudyConfig, params: dict[str, Value], seed: int, scenes: int) -> list[float]:
+    """F1 and GOSPA [m] of a configuration at the study's full budget, on held-out scenes."""
+    epochs = study.search.full_epochs or study.training.epochs
+    config = at_full_budget(study.trial_config(params, seed), epochs)
+    truth = drawn(config, "test", scenes).scenes
+    found = trained(config, scenes)
+    cost = gospa(found, truth.position, truth.present).total
+    return [match(found, truth.position, truth.present).f1, float(cost.double().mean())]
 
 
 def main() -> None:
@@ -89,22 +117,26 @@ def main() -> None:
     arguments.add_argument("--epochs", type=int, default=240, help="of a search (%(default)s)")
     arguments.add_argument("--kinds", nargs="+", default=["tpe", "gp", "gp+chance"])
     arguments.add_argument("--jobs", type=int, default=1, help="processes (%(default)s)")
+    arguments.add_argument("--scenes", type=int, default=0, help="held out (%(default)s)")
+    arguments.add_argument("--finals", type=int, default=2, help="seeds a winner (%(default)s)")
     args = arguments.parse_args()
     wanted = list(product(range(args.seeds), args.kinds))
+    work = partial(_searched, epochs=args.epochs, scenes=args.scenes, finals=args.finals)
     rows = []
     with ProcessPoolExecutor(args.jobs) as pool:
-        for row in pool.map(partial(_searched, epochs=args.epochs), wanted):
+        for row in pool.map(work, wanted):
             rows.append(row)
             print(
                 f"seed {row['seed']}, {row['kind']}: best {row['best']:.4f}; first epochs: "
                 f"random {row['start']:.4f}, proposed {row['proposed']:.4f}; {row['trials']} "
-                f"trials, {row['done']} done",
+                f"trials, {row['done']} done"
+                + (f"; F1 {row['f1']:.4f}, GOSPA {row['gospa']:.4f} m" if args.scenes else ""),
                 flush=True,
             )
     measure, *others = args.kinds
     figures: dict[str, Any] = {"rows": rows}
     for other in others:
-        for name in ("best", "proposed"):
+        for name in _compared(measure, other, args.scenes > 0):
             values = {
                 s: np.array([r[name] for r in rows if r["kind"] == s]) for s in (measure, other)
             }
@@ -115,8 +147,18 @@ def main() -> None:
     save(figures, args.json, "cpu")
 
 
-def _searched(wanted: tuple[int, str], epochs: int) -> dict[str, Any]:
-    return searched(*wanted, epochs)
+def _compared(one: str, two: str, scored: bool) -> list[str]:
+    """What two kinds can be compared by: their objectives only where they are the same."""
+    same = one.rpartition(":")[0] == two.rpartition(":")[0]
+    return ["best", "proposed"] * same + ["f1", "gospa"] * scored
+
+
+def _searched(wanted: tuple[int, str], epochs: int, scenes: int, finals: int) -> dict[str, Any]:
+    row, study = searched(*wanted, epochs)
+    if scenes:
+        scores = [found_by(study, row["winner"], 10**6 + i, scenes) for i in range(finals)]
+        row["f1"], row["gospa"] = np.mean(scores, axis=0).tolist()
+    return row
 
 
 if __name__ == "__main__":

@@ -186,7 +186,8 @@ def bootstrap(values: np.ndarray, draws: int = 4000) -> tuple[float, float, floa
     """Mean and its 95 % interval, seeds drawn with replacement."""
     rng = np.random.default_rng(0)
     means = values[rng.integers(len(values), size=(draws, len(values)))].mean(1)
-    return float(values.mean()), *(float(q) for q in np.quantile(means, (0.025, 0.975)))
+    low, high = np.quantile(means, (0.025, 0.975))
+    return float(values.mean()), float(low), float(high)
 
 
 def quantiles(values: Iterable[float]) -> list[float]:
@@ -244,14 +245,14 @@ def summary(rows: list[dict[str, Any]], counts: list[int], beyond: float) -> dic
         print(f"{arm}, {counts[0]} GPU: median {one:.2f}, target 0.33: {verdict(one <= TARGET)}")
     result["told"] = {}
     for gpus in counts if {ASHA, PLAIN} <= result["arms"].keys() else []:
-        pairs = [(row["arms"][ASHA][str(gpus)], row["arms"][PLAIN][str(gpus)]) for row in rows]
-        gaps = np.array([ours["best"] - plain["best"] for ours, plain in pairs])
+        both = [(row["arms"][ASHA][str(gpus)], row["arms"][PLAIN][str(gpus)]) for row in rows]
+        gaps = np.array([ours["best"] - plain["best"] for ours, plain in both])
         gaps = gaps[np.isfinite(gaps)]
         if not len(gaps):
             continue
         gap = result["told"][str(gpus)] = bootstrap(gaps)
-        sooner = sum(ours["ratio"] < plain["ratio"] for ours, plain in pairs)
-        later = sum(ours["ratio"] > plain["ratio"] for ours, plain in pairs)
+        sooner = sum(ours["ratio"] < plain["ratio"] for ours, plain in both)
+        later = sum(ours["ratio"] > plain["ratio"] for ours, plain in both)
         print(
             f"told PRUNED - told COMPLETE, {gpus} GPUs: best {gap[0]:+.4f} [{gap[1]:+.4f}, "
             f"{gap[2]:+.4f}]; sooner at the measure's best {sooner} times, later {later}"

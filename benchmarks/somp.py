@@ -49,7 +49,7 @@ def main() -> None:
                 return call(some.y, some.H, some.codes, array=array, scene=config, snr_db=level)
 
             run(slice(0, BATCH))
-            memory = peak_bytes(lambda run=run: run(slice(0, BATCH)))
+            memory = peak_bytes(partial(run, slice(0, BATCH)))
             start = time.process_time()
             found = run(slice(0, args.scenes)).detections
             speed = args.scenes / (time.process_time() - start)

@@ -10,6 +10,7 @@ per second with their targets; a missed target changes no exit status.
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -121,7 +122,7 @@ def main() -> None:
     few = R.normalized().dense()[:B_DENSE]
     counts = scenes.n_sources
     a = GRID.steering(ARRAY)
-    calls = {
+    calls: dict[str, Callable[[], object]] = {
         "MUSIC": partial(music_spectrum, R, GRID, counts, ARRAY),
         "MVDR": partial(mvdr_spectrum, R, GRID, ARRAY, loading=LOADING),
         "dense MUSIC": partial(dense_music, few, a, counts[:B_DENSE]),

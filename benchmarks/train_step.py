@@ -105,6 +105,7 @@ def losses(trainer: Trainer, batch: Batch, rounds: int) -> dict[str, float]:
         p = Prediction(factor, prediction.existence, prediction.log_pointer, prediction.position)
         decoys = loss.draw_decoys("main", torch.Generator().manual_seed(0))
         if dense:
+            assert decoys is not None
             total = dense_loss(trainer, factor, features.ridge, scenes, decoys)
         else:
             blended = blended_covariance(p, features, config.blend)

@@ -389,7 +389,8 @@ class Trainer:
         if saved != wanted:
             raise CheckpointError(
                 f"{folder}: the checkpoint is of another configuration: "
-                f"{first_difference(saved, wanted)}"
+                f"{first_difference(saved, wanted)}; go on with the configuration that it began "
+                "with, or train in another folder"
             )
         self._take_over(checkpoint)
         state = checkpoint.state

@@ -111,7 +111,8 @@ def _started_head(
 @contextmanager
 def started_head(**extra: str) -> Iterator[Head]:
     """A cluster of one node with two CPUs, which measures every second."""
-    with ray_head("--num-cpus=2", RAY_metrics_report_interval_ms="1000", **extra) as head:
+    extra["RAY_metrics_report_interval_ms"] = "1000"
+    with ray_head("--num-cpus=2", port=None, **extra) as head:
         yield head
 
 
