@@ -67,7 +67,7 @@ def _by_trial(material: Material, scored: list[TrialRecord]) -> Markup:
         line = {"color": "var(--ink)", "shape": "hv", "width": 1.5}
         figure.add_scatter(x=xs, y=ys, mode="lines", name="best so far", line=line)
     reached = [t.objective for t in scored if t.objective is not None]
-    figure.update_layout(xaxis_title="trial", yaxis=axis_for(reached, "objective"))
+    figure.update_layout(xaxis_title="trial", yaxis=axis_for(reached, material.measure))
     found = (
         f"the best, {short(lowest)}, came with trial {xs[-2]}" if xs else "none has finished yet"
     )
@@ -174,7 +174,7 @@ def _drawn_rungs(
             "showgrid": False,
             "zeroline": False,
         },
-        yaxis=axis_for([p[1] for points in fates.values() for p in points], "objective"),
+        yaxis=axis_for([p[1] for points in fates.values() for p in points], material.measure),
     )
     factor = material.study.search.reduction_factor
     if material.study.search.scheduler == "asha":
@@ -232,7 +232,7 @@ def learning_curves(material: Material) -> Markup:
             hovertemplate="winner, epoch %{x}: %{y:.5g}<extra></extra>",
         )
     reached = [value for t in shown for _, value in t.curve]
-    figure.update_layout(xaxis_title="epoch", yaxis=axis_for(reached, "objective"))
+    figure.update_layout(xaxis_title="epoch", yaxis=axis_for(reached, material.measure))
     remark = "A curve ends with × where its trial was stopped, with + where it failed."
     remark += _left_out(trials, shown)
     counts = {state: sum(t.state == state for t in trials) for state in STATE_WORDS}

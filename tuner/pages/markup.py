@@ -39,6 +39,7 @@ def table(
     *,
     marked: int | None = None,
     most: int = _MOST_ROWS,
+    whole: bool = False,
 ) -> Markup:
     """A table in a box of its own; numbers stand to the right, words to the left.
 
@@ -47,9 +48,10 @@ def table(
         rows: cells, escaped here; a float is shown with five digits.
         marked: index of a row to stand out.
         most: rows that are shown; how many were left out is said.
+        whole: whether all of them are in sight, however many there are.
     """
     every = list(rows)
-    lines = ["<div class='scroll'><table><thead><tr>"]
+    lines = [f"<div class='scroll{' whole' * whole}'><table><thead><tr>"]
     words = [_is_text(value) for value in every[0]] if every else []
     lines += [
         f"<th class='text'>{escape(head)}"

@@ -10,6 +10,7 @@ from datetime import datetime
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from model.config import OBJECTIVES
 from tuner.pages.timing import Segment, segments_of, slots_of
 
 if TYPE_CHECKING:
@@ -66,6 +67,11 @@ class Material:
     def best(self) -> TrialRecord | None:
         """The winner, if any trial finished."""
         return self.ranking[0] if self.ranking else None
+
+    @property
+    def measure(self) -> str:
+        """What the axes of objectives are called."""
+        return OBJECTIVES[self.study.objective]
 
     @cached_property
     def counts(self) -> dict[State, int]:

@@ -228,14 +228,15 @@ def winner(material: Material) -> Markup:
         change = f"<del>{escape(short(usual.get(path)))}</del> → <ins>{escape(short(value))}</ins>"
         halved = best.accumulation is not None and path == "training.accumulation"
         who = "memory" if halved else "search"
-        rows.append((path, Markup(change), "study" if value == own[path] else who))
+        kept = "study, searched" if path in best.params else "study"
+        rows.append((path, Markup(change), kept if value == own[path] else who))
     rows.sort(key=lambda row: (row[2] != "search", row[0]))
     same = [path for path in best.params if held.get(path) == usual.get(path)]
-    kept = f" Searched, and at their defaults: {listed(same)}." if same else ""
-    by = Counter(row[2] for row in rows)
+    usual_too = f" Searched, and at their defaults: {listed(same)}." if same else ""
+    by = Counter(str(row[2]).partition(",")[0] for row in rows)
     text = (
         f"The fields of trial {best.number:04d} that differ from the defaults: the search set "
-        f"{by['search']}, the study's own configuration {by['study']}.{kept}"
+        f"{by['search']}, the study's own configuration {by['study']}.{usual_too}"
     )
     if best.accumulation is not None:
         text += f" Memory was not enough for whole batches: they are in {best.accumulation} parts."
@@ -244,7 +245,9 @@ def winner(material: Material) -> Markup:
             f" Its weights come {best.heir.words}; what they were trained with until then is under "
             "lineage in best.json."
         )
-    return Markup(note(text) + table(["field", "default → winner", "set by"], rows, most=200))
+    return Markup(
+        note(text) + table(["field", "default → winner", "set by"], rows, most=200, whole=True)
+    )
 
 
 def defaults_of(config: TrialConfig) -> TrialConfig:

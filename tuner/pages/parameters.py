@@ -48,11 +48,11 @@ def importances(material: Material) -> Markup:
             "the parameter. Few trials make it a guess."
         ),
     )
-    slices = [_slice(study, name) for name in list(weights)[:_MOST_SLICES]]
+    slices = [_slice(study, name, material.measure) for name in list(weights)[:_MOST_SLICES]]
     return Markup(bars + "<h3>Objective along the most important</h3>" + grid(slices, 300))
 
 
-def _slice(study: optuna.Study, name: str) -> Markup:
+def _slice(study: optuna.Study, name: str, measure: str) -> Markup:
     from optuna import visualization
 
     figure = visualization.plot_slice(study, params=[name])
@@ -60,7 +60,7 @@ def _slice(study: optuna.Study, name: str) -> Markup:
         marker={"color": "var(--accent)", "size": 7, "showscale": False, "line_width": 0},
         showlegend=False,
     )
-    figure.update_layout(width=None, yaxis_title="objective", xaxis_title=None, showlegend=False)
+    figure.update_layout(width=None, yaxis_title=measure, xaxis_title=None, showlegend=False)
     trials = study.get_trials(deepcopy=False)
     if figure.layout.xaxis.type == "log":
         figure.update_xaxes(axis_for([float(t.params[name]) for t in trials], log=True))

@@ -36,7 +36,7 @@ def pareto(material: Material) -> Markup:
             hovertemplate="trial %{customdata}: %{y:.5g} at %{x:.4g}<extra></extra>",
         )
     figure.update_layout(
-        xaxis={"title": {"text": f"{cost} a scene"}, "type": "log"}, yaxis_title="objective"
+        xaxis={"title": {"text": f"{cost} a scene"}, "type": "log"}, yaxis_title=material.measure
     )
     cheapest, best = front[0], front[-1]
     return chart(

@@ -142,14 +142,16 @@ def test_the_winners_configuration_is_a_difference_from_the_defaults(tmp_path: P
     params = {"network.heads": 2, "training.learning_rate": 0.005, "blend.beta": 0.3}
     text = winner(material(tmp_path, record(0, level=0.1, params=params), record(1)))
     rows = re.findall(
-        r"<tr><td class='text'>([\w.]+)<td class='text'>(.*?)<td class='text'>(\w+)", text
+        r"<tr><td class='text'>([\w.]+)<td class='text'>(.*?)<td class='text'>([\w, ]+)", text
     )
+    assert [name for name, _, who in rows if who == "study, searched"] == ["network.heads"]
     assert [name for name, _, who in rows if who == "search"] == ["training.learning_rate"]
     assert "Searched, and at their defaults: blend.beta" in text
     study = {name: change for name, change, who in rows if who == "study"}
     assert study["network.width"] == "<del>64</del> → <ins>8</ins>"
     assert "training.gradient_clip" not in text, "it is the default"
     assert "seed" not in study
+    assert "class='scroll whole'" in text, "a box that shows a part looks like the whole"
 
 
 def test_another_family_is_compared_with_its_own_sizes(tmp_path: Path) -> None:
@@ -173,6 +175,7 @@ def test_the_history_marks_states_and_follows_the_best(tmp_path: Path) -> None:
     assert traces["stopped early"]["x"] == [1]
     assert traces["failed"]["x"] == [4]
     assert traces["best so far"]["x"] == [0, 2, 4]
+    assert figure["layout"]["yaxis"]["title"]["text"] == "validation NMSE of R_pred"
     values = [record(0, level=2.0).objective, record(2, level=1.0).objective]
     assert traces["best so far"]["y"] == pytest.approx([*values, values[-1]])
 
