@@ -20,7 +20,8 @@ from ray.tune.schedulers.trial_scheduler import TrialScheduler
 
 from benchmarks._surrogate import Curve
 from tuner.config import StudyConfig
-from tuner.records import Assignment, End
+from tuner.pausing import PausingLedger
+from tuner.records import Assignment, End, TrialRecord
 from tuner.schedulers import make_scheduler
 from tuner.study import Ledger
 from tuner.trainable import NUMBER
@@ -30,6 +31,13 @@ CurveOf = Callable[[Assignment], Curve]
 
 class MemoryLedger(Ledger):
     """The ledger without a disk."""
+
+    def __init__(self, study: StudyConfig) -> None:
+        super().__init__(InMemoryStorage(), study)
+
+
+class WaitingLedger(PausingLedger):
+    """The ledger of trials that wait at rungs, without a disk."""
 
     def __init__(self, study: StudyConfig) -> None:
         super().__init__(InMemoryStorage(), study)
@@ -54,8 +62,14 @@ class Proposer(Protocol):
     def ask(self) -> Assignment | None:
         """A new trial, or None when there are no more."""
 
-    def report(self, number: int, metrics: Mapping[str, Any]) -> None:
+    def report(self, number: int, metrics: Mapping[str, Any], checkpoint: str) -> None:
         """An epoch has ended."""
+
+    def settle(self) -> list[TrialRecord]:
+        """Trials that end without having run on."""
+
+    def hand_back(self, number: int) -> None:
+        """A trial has come as far as it was to."""
 
     def finish(self, number: int, state: End, *, objective: float | None = None) -> End:
         """A trial has ended."""
@@ -137,7 +151,14 @@ class Stopped:
         self._next += 1
         return Assignment(self._next - 1, {}, 0)
 
-    def report(self, number: int, metrics: Mapping[str, Any]) -> None:
+    def report(self, number: int, metrics: Mapping[str, Any], checkpoint: str) -> None:
+        """Nothing."""
+
+    def settle(self) -> list[TrialRecord]:
+        """None."""
+        return []
+
+    def hand_back(self, number: int) -> None:
         """Nothing."""
 
     def finish(self, number: int, state: End, *, objective: float | None = None) -> End:
@@ -190,6 +211,7 @@ class Run:
         seconds: virtual time from the first proposal to the last end, or to the budget's.
         driver: seconds in which the driver was at work.
         busy: seconds in which GPUs computed, summed over them, trials that were cut included.
+        waiting: since when trials wait that have not ended, by number.
     """
 
     gpus: int
@@ -197,6 +219,7 @@ class Run:
     seconds: float = 0.0
     driver: float = 0.0
     busy: float = 0.0
+    waiting: dict[int, float] = field(default_factory=dict)
 
     @property
     def gpu_seconds(self) -> float:
@@ -228,6 +251,7 @@ class _Trial:
     curve: Curve
     start: float
     epoch: int = 0
+    until: int | None = None
 
     @property
     def next_seconds(self) -> float:
@@ -257,28 +281,43 @@ def simulate(
     """
     run = Run(gpus)
     until = gpu_seconds / gpus
-    running: dict[int, _Trial] = {}
+    known: dict[int, _Trial] = {}
+    running: dict[int, _Trial] = {}  # by GPU
+    idle = list(range(gpus))
     ends: list[tuple[float, int]] = []  # of epochs: time, GPU
-    free, n_asked = 0.0, 0  # the driver's time, and its proposals
+    free = 0.0  # the driver's time
 
     def work(since: float, seconds: float) -> None:
         nonlocal free
         free = max(free, since) + seconds
         run.driver += seconds
 
-    def begin(gpu: int, now: float) -> None:
-        nonlocal n_asked
-        found = ledger.ask()
-        if found is None:
-            return
-        work(now, cost.ask(n_asked))
-        n_asked += 1
-        judge.started(found.number)
-        running[gpu] = trial = _Trial(found, curve_of(found), free)
-        heapq.heappush(ends, (free + trial.next_seconds, gpu))
+    def ended(trial: _Trial, gpu: int, now: float, state: End) -> None:
+        number, objective = trial.assignment.number, float(trial.curve.objective[trial.epoch - 1])
+        busy = float(trial.curve.seconds[: trial.epoch].sum())
+        run.spans.append(Span(number, gpu, trial.start, now, trial.epoch, busy, state, objective))
+        run.waiting.pop(number, None)
 
-    for gpu in range(gpus):
-        begin(gpu, 0.0)
+    def begin(now: float) -> None:
+        """Give idle GPUs trials, as long as there are some to be had."""
+        while idle:
+            for record in ledger.settle():
+                ended(known[record.number], idle[0], now, "pruned")
+            found = ledger.ask()
+            if found is None:
+                return
+            gpu = idle.pop(0)
+            trial = known.get(found.number)
+            if trial is None:
+                work(now, cost.ask(len(known)))
+                judge.started(found.number)
+                trial = known[found.number] = _Trial(found, curve_of(found), free)
+            trial.until = found.until
+            run.waiting.pop(found.number, None)
+            running[gpu] = trial
+            heapq.heappush(ends, (max(free, now) + trial.next_seconds, gpu))
+
+    begin(0.0)
     while ends and ends[0][0] <= until:
         now, gpu = heapq.heappop(ends)
         trial = running[gpu]
@@ -286,19 +325,25 @@ def simulate(
         run.busy += trial.next_seconds
         trial.epoch += 1
         work(now, cost.report)
-        ledger.report(number, {"epoch": trial.epoch, "objective": objective})
+        metrics = {"epoch": trial.epoch, "objective": objective}
+        ledger.report(number, metrics, f"checkpoint-{trial.epoch:05d}")
         last = trial.epoch == len(trial.curve.objective)
-        if judge.goes_on(number, trial.epoch, objective, last=last):
+        goes_on = judge.goes_on(number, trial.epoch, objective, last=last)
+        if goes_on and trial.epoch != trial.until:
             heapq.heappush(ends, (free + trial.next_seconds, gpu))
             continue
-        state: End = "done" if last else "pruned"
-        ledger.finish(number, state, objective=objective if last else None)
-        busy = float(trial.curve.seconds[: trial.epoch].sum())
-        run.spans.append(Span(number, gpu, trial.start, now, trial.epoch, busy, state, objective))
+        if goes_on:
+            ledger.hand_back(number)
+            run.waiting[number] = now
+        else:
+            state: End = "done" if last else "pruned"
+            ledger.finish(number, state, objective=objective if last else None)
+            ended(trial, gpu, now, state)
+            work(now, cost.end(len(known)))
         run.seconds = now
         del running[gpu]
-        work(now, cost.end(n_asked))
-        begin(gpu, free)
+        idle.append(gpu)
+        begin(free)
     if ends:  # cut: the time is used up, and epochs under way were computed in vain
         run.seconds = until
         for end, gpu in ends:

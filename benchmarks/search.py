@@ -39,6 +39,7 @@ from benchmarks._simulator import (
     Scheduler,
     Span,
     Stopped,
+    WaitingLedger,
     simulate,
 )
 from benchmarks._surrogate import RECORDED, Curve, Recorded, Surrogate
@@ -54,13 +55,17 @@ _ENDLESS = 10**6
 # Ledger, scheduler and sampler of each kind of search, and what else it is told.
 ASHA = "ASHA + TPE"
 PLAIN = "ASHA + TPE, stopped told COMPLETE"
+PAUSING = "ASHA with pauses + TPE"
 CHANCE = {"least_chance": 0.05}
-ARMS: dict[str, tuple[type[MemoryLedger], str, str, dict[str, Any]]] = {
+ARMS: dict[str, tuple[type[MemoryLedger | WaitingLedger], str, str, dict[str, Any]]] = {
     ASHA: (MemoryLedger, "asha", "tpe", {}),
+    PAUSING: (WaitingLedger, "asha-pausing", "tpe", {}),
     PLAIN: (PlainLedger, "asha", "tpe", {}),
+    "ASHA with pauses + TPE, chance": (WaitingLedger, "asha-pausing", "tpe", CHANCE),
     "ASHA + TPE, chance": (MemoryLedger, "asha", "tpe", CHANCE),
     "ASHA + Gaussian process": (MemoryLedger, "asha", "gp", {}),
     "ASHA + Gaussian process, chance": (MemoryLedger, "asha", "gp", CHANCE),
+    "ASHA with pauses + Gaussian process, chance": (WaitingLedger, "asha-pausing", "gp", CHANCE),
     "ASHA + random": (MemoryLedger, "asha", "random", {}),
     "TPE, nobody stopped": (MemoryLedger, "none", "tpe", {}),
 }
@@ -124,7 +129,8 @@ def searched(
     if arm == ORACLE:
         order = np.random.default_rng(seed).permutation(_BEST)
         known = [best_points(curves)[i] for i in order]
-        ledger_type, scheduler, sampler = MemoryLedger, "asha", "random"
+        ledger_type: type[MemoryLedger | WaitingLedger] = MemoryLedger
+        scheduler, sampler = "asha", "random"
         search: dict[str, Any] = {"include_base": False, "enqueue": known}
     else:
         ledger_type, scheduler, sampler, search = ARMS[arm]
@@ -167,7 +173,7 @@ def compared(
             found["arms"].setdefault(arm, {})[str(gpus)] = {
                 "ratio": run.gpu_seconds_to(target) / compute,
                 "best": min(done, default=math.inf),
-                "trials": len(equal),
+                "trials": len(equal) + sum(t * gpus <= compute for t in run.waiting.values()),
                 "done": len(done),
                 "would_have_won": would,
                 "stopped": of,

@@ -149,7 +149,7 @@ def epochs_expected(search: SearchConfig, epochs: int) -> tuple[float, float]:
     if search.scheduler == "pbt":  # a successor trains what is left of a budget
         each = search.population * epochs / search.population_trials(epochs)
         return each, each
-    rungs = rungs_of(search, epochs) if search.scheduler == "asha" else []
+    rungs = rungs_of(search, epochs) if search.scheduler in ("asha", "asha-pausing") else []
     fewest, share, last = 0.0, 1.0, 0
     for rung in [*rungs, epochs]:
         fewest += share * (rung - last)

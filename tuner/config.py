@@ -57,9 +57,10 @@ class SearchConfig(FrozenModel):
         None, description="run folder of an earlier study that the sampler learns from"
     )
     startup_trials: int = Field(8, ge=0, description="random trials before the sampler learns")
-    scheduler: Literal["asha", "hyperband", "median", "pbt", "none"] = Field(
+    scheduler: Literal["asha", "asha-pausing", "hyperband", "median", "pbt", "none"] = Field(
         "asha",
-        description="hyperband: asha in brackets that stop ever later; median: stops what is "
+        description="asha-pausing: trials wait at a rung, and go on once they are among its best; "
+        "hyperband: asha in brackets that stop ever later; median: stops what is "
         "worse than the median of the others; pbt: the worst of a population give way to "
         "successors of the best",
     )

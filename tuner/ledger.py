@@ -21,6 +21,7 @@ from tuner.config import StudyConfig
 from tuner.errors import StudyError
 from tuner.folder import RunFolder
 from tuner.members import PopulationLedger
+from tuner.pausing import PausingLedger
 from tuner.records import PriorTrial
 from tuner.storage import PatientStorage, has_tables, open_storage, parse_url, shown, sqlite_url
 from tuner.study import Ledger
@@ -131,8 +132,9 @@ def _begun(folder: RunFolder, study: StudyConfig, ledger: Ledger) -> Ledger:
 
 
 def _kind(study: StudyConfig) -> type[Ledger]:
-    """Whose trials are proposed one by one, or live in populations."""
-    return PopulationLedger if study.search.scheduler == "pbt" else Ledger
+    """Whose trials run one after the other, wait at rungs, or live in populations."""
+    kinds: dict[str, type[Ledger]] = {"asha-pausing": PausingLedger, "pbt": PopulationLedger}
+    return kinds.get(study.search.scheduler, Ledger)
 
 
 def _refuse_other(folder: RunFolder, study: StudyConfig, ledger: Ledger) -> None:

@@ -60,7 +60,8 @@ class StudyView:
         self._rows = sorted(rows, key=lambda row: row.number)
         self._ranked = ranked(self._rows)
         search, epochs = study.search, study.training.epochs
-        self._rungs = rungs_of(search, epochs) if search.scheduler == "asha" else []
+        halving = search.scheduler in ("asha", "asha-pausing")
+        self._rungs = rungs_of(search, epochs) if halving else []
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         bars = not options.ascii_only

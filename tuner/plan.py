@@ -151,11 +151,12 @@ def _time(study: StudyConfig, place: Place, ledger: Ledger | None, found: Apprai
 
 def _disk(study: StudyConfig, place: Place, found: Appraisal | str, folder: Path) -> Iterator[str]:
     base, largest = checkpoint_bytes(study)
-    # Each running trial's, while a new one takes its place, and the winner's. Of a population all
-    # members live; what each had at its last milestone may be a successor's, and the one before a
-    # milestone stays until somebody gives way.
+    # Each running trial's while a new one takes its place, and the winner's. All may wait at rungs.
+    # Of a population all members live; what each had at its last milestone may be a successor's,
+    # and the one before a milestone stays until somebody gives way.
     population = study.search.population if study.search.scheduler == "pbt" else 0
-    kept = max(2 * place.concurrent, 4 * population) + 1
+    waiting = study.search.trials if study.search.scheduler == "asha-pausing" else 0
+    kept = max(2 * place.concurrent, 4 * population, waiting + place.concurrent) + 1
     size = f"{_bytes(base)} each, {_bytes(largest)} of the largest network"
     yield f"at most {_bytes(kept * largest)} of checkpoints at a time ({size})"
     if not isinstance(found, str) and found.cache_bytes:

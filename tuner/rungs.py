@@ -14,7 +14,7 @@ def rungs_of(search: SearchConfig, epochs: int) -> list[int]:
     """The epochs after which ASHA, Hyperband or PBT may stop a trial; none for other schedulers."""
     if search.scheduler == "pbt":
         return search.milestones(epochs)
-    if search.scheduler not in ("asha", "hyperband"):
+    if search.scheduler not in ("asha", "asha-pausing", "hyperband"):
         return []
     grace, factor = min(search.grace_epochs, epochs), search.reduction_factor
     count = math.ceil(math.log(epochs / grace, factor) - 1e-9)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Collection, Container, Sequence
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -23,6 +24,7 @@ from tuner.config import SearchConfig, StudyConfig
 from tuner.extrapolation import with_expected_ends
 from tuner.records import HEIR
 from tuner.refusals import MAX_GRID
+from tuner.rungs import rungs_of
 from tuner.space import SearchSpace, Value, n_points, suggest
 
 _PATIENCE = 3  # proposals in a row that were tried before: then chance proposes
@@ -46,7 +48,12 @@ def proposal_sampler(
         sampler = make_stranger(study.search, seed)
     else:
         sampler = make_sampler(study.search, seed, prior)
-    return Viewing(sampler, without_heirs) if study.search.scheduler == "pbt" else sampler
+    if study.search.scheduler == "pbt":
+        return Viewing(sampler, without_heirs)
+    if study.search.scheduler == "asha-pausing":
+        rungs = rungs_of(study.search, study.training.epochs)
+        return Viewing(sampler, partial(waiting_as_stopped, rungs=rungs))
+    return sampler
 
 
 def make_sampler(search: SearchConfig, seed: int, prior: Sequence[FrozenTrial]) -> BaseSampler:
@@ -189,6 +196,27 @@ class Viewing(BaseSampler):
 def without_heirs(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
     """Trials with weights of their own alone: of others the objective is not that of parameters."""
     return [trial for trial in trials if HEIR not in trial.user_attrs]
+
+
+def waiting_as_stopped(trials: Sequence[FrozenTrial], rungs: Collection[int]) -> list[FrozenTrial]:
+    """The trials, with those that wait at a rung as stopped there.
+
+    A sampler takes what runs for something that nothing is known of.
+
+    Args:
+        trials: whatever their states.
+        rungs: epochs after which trials wait.
+
+    Returns:
+        The same trials in the same order; of those that wait, copies that are PRUNED.
+    """
+    found = []
+    for trial in trials:
+        if trial.state == TrialState.RUNNING and trial.last_step in rungs:
+            trial = copy.copy(trial)
+            trial.state = TrialState.PRUNED
+        found.append(trial)
+    return found
 
 
 class SpaceGPSampler(GPSampler):

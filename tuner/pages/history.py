@@ -107,6 +107,7 @@ def _rungs(material: Material) -> Markup:
     fates: dict[str, list[tuple[str, float, int]]] = {
         "went on": [],
         "stopped here": [],
+        "waits here": [],
         "failed": [],
     }
     rows = []
@@ -119,8 +120,10 @@ def _rungs(material: Material) -> Markup:
             if trial.number not in kept:
                 continue
             ended = trial.epoch == rung
+            waits = search.scheduler == "asha-pausing" and trial.state == "running"
             fate = (
                 "stopped here" if ended and trial.state == "pruned"
+                else "waits here" if ended and waits
                 else "failed" if ended and trial.state == "failed"
                 else "went on"
             )  # fmt: skip
@@ -142,7 +145,9 @@ def _drawn_rungs(
 ) -> Markup:
     import plotly.graph_objects as go
 
-    looks = {"went on": "done", "stopped here": "pruned", "failed": "failed"}
+    looks = {
+        "went on": "done", "stopped here": "pruned", "waits here": "running", "failed": "failed",
+    }  # fmt: skip
     names = [str(row[0]) for row in rows]
     figure = go.Figure()
     for fate, points in fates.items():
@@ -185,6 +190,10 @@ def _drawn_rungs(
         )
         if material.study.search.least_chance:
             remark += " Others stopped below it, for want of a chance to win."
+    elif material.study.search.scheduler == "asha-pausing":
+        remark = (
+            f"Whoever is among the best at a rung, one in {factor}, goes on, as soon as that is so."
+        )
     elif material.study.search.scheduler == "pbt":
         remark = (
             "Whoever stopped here gave way to a successor of one of the best of its population, "

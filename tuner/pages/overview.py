@@ -26,8 +26,8 @@ _SAMPLERS = {
     "grid": "a grid",
 }
 _SCHEDULERS = {
-    "asha": "ASHA", "hyperband": "Hyperband", "median": "the median rule",
-    "pbt": "population-based training", "none": "nobody",
+    "asha": "ASHA", "asha-pausing": "ASHA with pauses", "hyperband": "Hyperband",
+    "median": "the median rule", "pbt": "population-based training", "none": "nobody",
 }  # fmt: skip
 
 

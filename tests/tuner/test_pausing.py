@@ -1,0 +1,454 @@
+"""ASHA with pauses: who goes on, beside the published algorithm; durable, and for real."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from optuna.samplers import RandomSampler
+from optuna.storages import InMemoryStorage
+from optuna.trial import TrialState
+
+from tests.tuner.clusters import actors, started_head
+from tests.tuner.mortal import Death, Mortal
+from tests.tuner.support import (
+    FakeRun,
+    kill,
+    read_until,
+    run,
+    run_here,
+    start,
+    tiny_study,
+    trials_of,
+    wait_for,
+    write_study,
+)
+from tuner.appraisal import epochs_expected
+from tuner.config import StudyConfig
+from tuner.folder import RunFolder
+from tuner.ledger import open_ledger
+from tuner.local import run_local
+from tuner.pages.material import Material
+from tuner.pausing import PausingLedger
+from tuner.records import Assignment, TrialRecord
+from tuner.report import page
+from tuner.results import drop_losers
+from tuner.samplers import Viewing, proposal_sampler, waiting_as_stopped
+from tuner.study import Ledger
+from tuner.trial import MemoryExhausted
+from tuner.watchers import Watcher
+
+EPOCHS, FACTOR, RUNGS = 9, 2, (1, 2, 4, 8)
+Stretch = tuple[int, int, int | None]  # a trial, from where, and the rung at which it waits again
+
+
+def study_in(folder: Path, epochs: int = EPOCHS, **search: Any) -> StudyConfig:
+    changes = {
+        "scheduler": "asha-pausing", "trials": 24, "sampler": "random", "grace_epochs": 1,
+        "reduction_factor": FACTOR,
+    } | search  # fmt: skip
+    return tiny_study(folder, search=changes, training={"epochs": epochs})
+
+
+class Recorder(Watcher):
+    """Who went on, in order."""
+
+    def __init__(self) -> None:
+        self.stretches: list[Stretch] = []
+
+    def started(self, assignment: Assignment) -> None:
+        self.stretches.append((assignment.number, assignment.epoch, assignment.until))
+
+
+@pytest.fixture
+def instant(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trials of no time."""
+    monkeypatch.setattr("tuner.local.TrialRun", FakeRun)
+
+
+def go(
+    storage: InMemoryStorage,
+    study: StudyConfig,
+    folder: Path,
+    watcher: Watcher | None = None,
+) -> Ledger:
+    """A session of the local mode."""
+    ledger = PausingLedger(storage, study)
+    home = RunFolder(folder)
+    run_local(
+        ledger, home, watcher or Watcher(), device="cpu", stop=lambda: False,
+        after=lambda: drop_losers(home, ledger, ledger.best()),
+    )  # fmt: skip
+    return ledger
+
+
+def story(trials: list[TrialRecord]) -> list[Any]:
+    """All that a ledger says, but times and places."""
+    return [(t.number, t.state, t.params, t.seed, t.curve, t.reason) for t in trials]
+
+
+def published(
+    curves: Mapping[int, Mapping[int, float]], factor: int, rungs: tuple[int, ...], wanted: int = 1
+) -> list[Stretch]:
+    """What the published algorithm trains on one worker, by looking at all, always."""
+    values: dict[int, dict[int, float]] = {rung: {} for rung in rungs}
+    promoted: dict[int, set[int]] = {rung: set() for rung in rungs}
+    order: list[Stretch] = []
+    done: set[int] = set()
+    n_new = 0
+
+    def train(number: int, since: int) -> None:
+        until = min((rung for rung in rungs if rung > since), default=None)
+        order.append((number, since, until))
+        if until is None:
+            done.add(number)
+        else:
+            values[until][number] = curves[number][until]
+
+    def able(rung: int, most: int) -> list[int]:
+        best = sorted(values[rung], key=lambda number: values[rung][number])
+        return [n for n in best[:most] if n not in promoted[rung]]
+
+    while True:
+        for rung in reversed(rungs):
+            found = able(rung, len(values[rung]) // factor)
+            if found:
+                break
+        else:
+            if n_new < len(curves):
+                train(n_new, 0)
+                n_new += 1
+                continue
+            if len(done) >= wanted:
+                return order
+            waiting = [(r, able(r, len(curves))) for r in reversed(rungs) if able(r, len(curves))]
+            if not waiting:
+                return order
+            rung, found = waiting[0]
+        promoted[rung].add(found[0])
+        train(found[0], rung)
+
+
+def curves_of(study: StudyConfig, folder: Path) -> dict[int, dict[int, float]]:
+    """Whole curves of the trials that chance proposes."""
+    whole = Ledger(InMemoryStorage(), study.replaced({"search.scheduler": "none"}))
+    run_local(
+        whole, RunFolder(folder), Watcher(), device="cpu", stop=lambda: False, after=lambda: None
+    )
+    return {trial.number: dict(trial.curve) for trial in whole.trials()}
+
+
+@pytest.mark.usefixtures("instant")
+@pytest.mark.parametrize(
+    ("trials", "factor", "promote"), [(24, 2, 0), (40, 3, 0), (5, 3, 0), (7, 4, 3), (1, 2, 0)]
+)
+def test_one_slot_trains_what_the_published_algorithm_does(
+    tmp_path: Path, trials: int, factor: int, promote: int
+) -> None:
+    study = study_in(tmp_path, trials=trials, reduction_factor=factor, promote=promote)
+    rungs = tuple(factor**k for k in range(4) if factor**k < EPOCHS)
+    wanted = published(curves_of(study, tmp_path / "whole"), factor, rungs, max(1, promote))
+    recorder = Recorder()
+    ledger = go(InMemoryStorage(), study, tmp_path / "run", recorder)
+    assert recorder.stretches == wanted
+    ended = {number: (since, until) for number, since, until in wanted}
+    for trial in ledger.trials():
+        _, until = ended[trial.number]
+        assert trial.state == ("done" if until is None else "pruned")
+        assert trial.reason == (None if until is None else f"stopped after epoch {until}")
+        assert [epoch for epoch, _ in trial.curve] == list(range(1, (until or EPOCHS) + 1))
+    assert not ledger.has_work
+    assert sum(t.state == "done" for t in ledger.trials()) >= max(1, promote)
+    best = ledger.best()
+    assert best is not None
+    left = sorted(p.parent.name for p in (tmp_path / "run").glob("trials/*/checkpoint*"))
+    assert left == [f"{best.number:04d}"], "checkpoints of nobody are left"
+
+
+@pytest.mark.usefixtures("instant")
+@pytest.mark.parametrize("sampler", ["random", "tpe"])
+@pytest.mark.parametrize("stride", [37, pytest.param(3, marks=pytest.mark.slow)])
+def test_a_driver_that_dies_anywhere_changes_nothing(
+    tmp_path: Path, sampler: str, stride: int
+) -> None:
+    study = study_in(tmp_path, sampler=sampler, startup_trials=3, trials=12)
+    counting = Mortal()
+    counting.left = 10**6
+    whole = story(go(counting, study, tmp_path / "whole").trials())
+    for at in range(0, 10**6 - counting.left, stride):
+        storage = Mortal()
+        storage.left = at
+        with pytest.raises(Death):
+            go(storage, study, tmp_path / f"cut-{at}")
+        assert story(go(storage, study, tmp_path / f"cut-{at}").trials()) == whole, at
+
+
+@pytest.mark.usefixtures("instant")
+@pytest.mark.parametrize("epochs", [1, 6, 15, 30])
+def test_a_stopped_session_goes_on_to_the_same_end(tmp_path: Path, epochs: int) -> None:
+    study = study_in(tmp_path)
+    wanted = story(go(InMemoryStorage(), study, tmp_path / "whole").trials())
+    storage = InMemoryStorage()
+    cut = PausingLedger(storage, study)
+
+    def stop() -> bool:
+        return sum(len(trial.curve) for trial in cut.trials()) >= epochs
+
+    home = RunFolder(tmp_path / "cut")
+    run_local(cut, home, Watcher(), device="cpu", stop=stop, after=lambda: None)
+    assert sum(len(trial.curve) for trial in cut.trials()) == epochs
+    assert cut.has_work
+    assert story(go(storage, study, tmp_path / "cut").trials()) == wanted
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_many_slots_let_nobody_on_who_is_not_among_the_best(tmp_path: Path, seed: int) -> None:
+    study = study_in(tmp_path)
+    ledger = PausingLedger(InMemoryStorage(), study)
+    random = np.random.default_rng(seed)
+    busy: dict[int, tuple[FakeRun, int | None]] = {}
+    rule = 0
+    while True:
+        ledger.settle()
+        while len(busy) < 3:
+            before = {t.number: dict(t.curve) for t in ledger.trials()}
+            if (found := ledger.ask()) is None:
+                break
+            assert found.number not in busy
+            given = Path(found.checkpoint) if found.checkpoint else None
+            fake = FakeRun(ledger.trial_config(found), "cpu", given)
+            assert fake.epoch == found.epoch
+            busy[found.number] = fake, found.until
+            if found.epoch in RUNGS and (busy.keys() - {found.number} or len(before) < 24):
+                there = sorted(c[found.epoch] for c in before.values() if found.epoch in c)
+                assert before[found.number][found.epoch] in there[: len(there) // FACTOR]
+                rule += 1
+        if not busy:
+            break
+        number = int(random.choice(list(busy)))
+        fake, until = busy[number]
+        result = fake.step()
+        place = tmp_path / "many" / f"{number}-{fake.epoch}"
+        fake.save(place)
+        ledger.report(number, result, str(place))
+        if result["finished"]:
+            ledger.finish(number, "done", objective=result["objective"])
+        elif fake.epoch == until:
+            ledger.hand_back(number)
+        else:
+            continue
+        del busy[number]
+    assert rule > 10
+    assert not ledger.has_work
+    assert {trial.state for trial in ledger.trials()} == {"done", "pruned"}
+    assert all(t.epoch in (*RUNGS, EPOCHS) for t in ledger.trials())
+
+
+@pytest.mark.usefixtures("instant")
+def test_a_trial_that_fails_is_no_more_among_those_who_may_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Failing(FakeRun):
+        """The best one ends in its third epoch."""
+
+        def step(self) -> dict[str, Any]:
+            result = super().step()
+            if self.config.seed == seeds[best] and self.epoch == 3:
+                result |= {"failed": True, "reason": "broken", "traceback": "?"}
+            return result
+
+    study = study_in(tmp_path)
+    whole = go(InMemoryStorage(), study, tmp_path / "whole")
+    seeds = [trial.seed for trial in whole.trials()]
+    best = whole.ranking()[0].number
+    monkeypatch.setattr("tuner.local.TrialRun", Failing)
+    ledger = go(InMemoryStorage(), study, tmp_path / "run")
+    assert (ledger.trial(best).state, ledger.trial(best).epoch) == ("failed", 2)
+    assert ledger.best() is not None
+    assert not ledger.has_work
+
+
+@pytest.mark.usefixtures("instant")
+def test_a_trial_that_ran_out_of_memory_still_waits_at_its_rung(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Full(FakeRun):
+        """Has no memory for the third epoch in one part."""
+
+        def step(self) -> dict[str, Any]:
+            if self.epoch == 2 and self.config.training.accumulation == 1:
+                raise MemoryExhausted("epoch 3: no room")
+            return super().step()
+
+    study = study_in(tmp_path)
+    wanted = story(go(InMemoryStorage(), study, tmp_path / "whole").trials())
+    monkeypatch.setattr("tuner.local.TrialRun", Full)
+    ledger = go(InMemoryStorage(), study, tmp_path / "full")
+    assert story(ledger.trials()) == wanted
+    assert any("out of memory in epoch 3" in t.note for t in ledger.trials())
+
+
+@pytest.mark.usefixtures("instant")
+def test_who_has_no_chance_any_more_is_not_taken_from_where_he_waits(tmp_path: Path) -> None:
+    study = study_in(tmp_path, trials=40)
+    patient, recorder = Recorder(), Recorder()
+    go(InMemoryStorage(), study, tmp_path / "run", patient)
+    changed = study.replaced({"search.least_chance": 0.2})
+    ledger = go(InMemoryStorage(), changed, tmp_path / "hopeless", recorder)
+    assert len(recorder.stretches) < len(patient.stretches)
+    reasons = {t.reason for t in ledger.trials() if t.state == "pruned"}
+    assert any("chance" in str(reason) for reason in reasons)
+    assert any(str(reason).startswith("stopped after epoch") for reason in reasons)
+    assert not ledger.has_work
+
+
+@pytest.mark.usefixtures("instant")
+def test_an_extended_study_compares_new_trials_with_those_that_were_stopped(tmp_path: Path) -> None:
+    storage, study = InMemoryStorage(), study_in(tmp_path)
+    go(storage, study, tmp_path / "run")
+    more = study.replaced({"search.trials": 30})
+    recorder = Recorder()
+    ledger = go(storage, more, tmp_path / "run", recorder)
+    assert len(ledger.trials()) == 30
+    assert {number for number, _, _ in recorder.stretches} == set(range(24, 30))
+    first = sorted(dict(t.curve)[1] for t in ledger.trials())
+    on = [n for n, since, _ in recorder.stretches if since == 1]
+    assert all(dict(ledger.trial(n).curve)[1] in first[: 30 // FACTOR] for n in on)
+    assert len(on) < 6
+
+
+@pytest.mark.usefixtures("instant")
+def test_a_small_space_ends_when_its_points_have_run(tmp_path: Path) -> None:
+    space = {"network.heads": {"type": "categorical", "choices": [2, 4]}}
+    ledger = go(InMemoryStorage(), study_in(tmp_path, space=space), tmp_path / "run")
+    assert sorted(t.state for t in ledger.trials()) == ["done", "pruned"]
+    assert not ledger.has_work
+
+
+def test_a_sampler_sees_who_waits_as_stopped(tmp_path: Path) -> None:
+    study = study_in(tmp_path)
+    ledger = PausingLedger(InMemoryStorage(), study)
+    for epochs in (1, 3):
+        found = ledger.ask()
+        assert found is not None
+        for epoch in range(1, epochs + 1):
+            ledger.report(found.number, {"epoch": epoch, "objective": 1 / epochs}, f"at-{epoch}")
+        if epochs == 1:
+            ledger.hand_back(found.number)
+    ledger.ask()
+    trials = ledger.optuna_study.get_trials(deepcopy=False)
+    seen = waiting_as_stopped(trials, RUNGS)
+    assert [t.state for t in trials] == [TrialState.RUNNING] * 3
+    assert [t.state for t in seen] == [TrialState.PRUNED, TrialState.RUNNING, TrialState.RUNNING]
+    assert isinstance(proposal_sampler(study, 0), Viewing)
+    other = study.replaced({"search.scheduler": "asha"})
+    assert isinstance(proposal_sampler(other, 0), RandomSampler)
+
+
+def test_a_report_and_a_forecast_know_of_those_who_wait(tmp_path: Path) -> None:
+    study = study_in(tmp_path)
+    folder = RunFolder.fresh(tmp_path / "run")
+    folder.config.write_text(study.to_yaml())
+    ledger = open_ledger(folder, study)
+    assert isinstance(ledger, PausingLedger)
+    for objective in (1.0, 2.0, 3.0):
+        found = ledger.ask()
+        assert found is not None
+        ledger.report(found.number, {"epoch": found.epoch + 1, "objective": objective}, "at")
+        ledger.hand_back(found.number)
+    text = page(Material.read(folder, ledger))
+    assert "ASHA with pauses" in text
+    assert "waits here" in text
+    assert "could not be drawn" not in text
+    ledger.close()
+    folder.release()
+    assert epochs_expected(study.search, EPOCHS) == (1 + 1 / 2 + 2 / 4 + 4 / 8 + 1 / 16, EPOCHS)
+
+
+# For real
+
+REAL: dict[str, Any] = {
+    "training": {"epochs": 8},
+    "data": {"train_scenes": 64},
+    "search": {
+        "scheduler": "asha-pausing",
+        "trials": 8,
+        "sampler": "random",
+        "grace_epochs": 1,
+        "reduction_factor": 2,
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A study that was run without a break."""
+    folder = tmp_path_factory.mktemp("pausing")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tuner.conclusion._score_winner", lambda folder, progress: None)
+        patch.setattr("tuner.conclusion.ensure_scenes", lambda folder: None)
+        asked = ("--config", write_study(folder, **REAL), "--local", "--out", folder / "run")
+        assert run_here(*asked) == 0
+    return folder / "run"
+
+
+def test_a_trial_that_waited_is_trained_as_one_that_did_not(
+    searched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tuner.conclusion._score_winner", lambda folder, progress: None)
+    monkeypatch.setattr("tuner.conclusion.ensure_scenes", lambda folder: None)
+    found = trials_of(searched)
+    assert sorted(t.epoch for t in found) == [1, 1, 1, 1, 2, 2, 4, 8]
+    config = write_study(tmp_path, **REAL | {"search": REAL["search"] | {"scheduler": "none"}})
+    assert run_here("--config", config, "--local", "--out", tmp_path / "run") == 0
+    for trial, whole in zip(found, trials_of(tmp_path / "run"), strict=True):
+        assert trial.params == whole.params
+        assert trial.curve == whole.curve[: trial.epoch], "not bit for bit"
+
+
+@pytest.mark.slow
+def test_a_killed_study_goes_on_to_the_same_end(searched: Path, tmp_path: Path) -> None:
+    config = write_study(tmp_path, **REAL)
+    for word in ("trial 0001 epoch 1/8", "epoch 3/8", "epoch 6/8"):
+        out = tmp_path / word.replace(" ", "-").replace("/", "-")
+        process = start("--config", config, "--local", "--out", out)
+        read_until(process, word, timeout=300)
+        kill(process)
+        resumed = run("--resume", out, "--local", timeout=300)
+        assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+        assert story(trials_of(out)) == story(trials_of(searched))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_trials_wait_and_go_on_on_a_cluster_whoever_is_killed(tmp_path: Path) -> None:
+    config, out = write_study(tmp_path, **REAL), tmp_path / "run"
+    with started_head() as head:
+        process = start("--config", config, "--address", head.address, "--out", out)
+        read_until(process, "goes on after epoch", timeout=300)
+        kill(process)
+        wait_for(lambda: not actors(head))
+        process = start("--resume", out, "--address", head.address)
+        read_until(process, "epoch 3/8", timeout=300)
+        for victim in actors(head):
+            os.kill(victim, signal.SIGKILL)
+        output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert "Traceback" not in output
+    found = trials_of(out)
+    assert {trial.state for trial in found} == {"done", "pruned"}
+    assert len(found) == 8
+    for rung in (1, 2, 4):
+        values = sorted(dict(t.curve)[rung] for t in found if t.epoch >= rung)
+        on = [dict(t.curve)[rung] for t in found if t.epoch > rung]
+        assert len(on) >= max(1, len(values) // 2)
+    best = min(t.objective or math.inf for t in found if t.state == "done")
+    assert best == min(dict(t.curve)[8] for t in found if t.epoch == 8)
+    for trial in found:
+        assert [epoch for epoch, _ in trial.curve] == list(range(1, trial.epoch + 1))

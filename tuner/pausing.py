@@ -1,0 +1,151 @@
+"""The ledger of ASHA as it was published: who waits at a rung goes on once among its best.
+
+`asha` ends a trial at the first rung where too many are better, and lets the first ones pass, who
+have nobody to be compared with. Here a trial waits at each rung with its checkpoint. A free slot
+takes the best of those that wait among the best of a rung, one in `reduction_factor`, from the
+highest rung down; where nobody is, a new trial begins. Nobody is stopped for good while he may
+come to be among the best, and nobody goes on for having come first.
+
+To whoever runs it, a trial that waits is one that was cut and goes on from its checkpoint. What is
+decided follows from the ledger alone. When all trials have begun and none goes on by this rule, the
+foremost do until one has finished (as many as are to be promoted), and all that wait then end as
+stopped at their rung.
+
+Source: Li, Jamieson, Rostamizadeh et al., "A system for massively parallel hyperparameter tuning",
+MLSys 2020, algorithm 2.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from optuna.trial import FrozenTrial, TrialState
+
+from tuner.records import Assignment, End, TrialRecord
+from tuner.rungs import rungs_of
+from tuner.study import Ledger
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """A trial, as far as it is compared."""
+
+    number: int
+    state: TrialState
+    reached: int  # the last epoch that it need not train again
+    objectives: dict[int, float]  # by epoch
+
+
+class PausingLedger(Ledger):
+    """A ledger whose trials wait at the rungs of ASHA."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._handed_out: set[int] = set()
+        self._exhausted = False  # the space holds no more that has not been tried
+        super().__init__(*args, **kwargs)
+        search = self.config.search
+        self._rungs = rungs_of(search, self.config.training.epochs)
+        self._wanted = max(1, search.promote)
+
+    def ask(self) -> Assignment | None:
+        """Who goes on, or a new trial; None while others have to come first, or none is left."""
+        number = self._next()
+        if number is None and not self._exhausted:
+            found = super().ask()
+            if found is not None:
+                self._handed_out.add(found.number)
+                return replace(found, until=self._until(0))
+            self._exhausted = True
+        if number is None and not self._handed_out:
+            number = self._foremost()
+        if number is None:
+            return None
+        self._handed_out.add(number)
+        found = self.going_on(number)
+        return replace(found, until=self._until(found.epoch))
+
+    def hand_back(self, number: int) -> None:
+        """Take back a trial that has come to its rung, or was cut."""
+        self._handed_out.discard(number)
+
+    def finish(self, number: int, state: End, **details: Any) -> End:
+        """End a trial."""
+        self._handed_out.discard(number)
+        return super().finish(number, state, **details)
+
+    def orphans(self) -> list[Assignment]:
+        """None that would have to run first; a proposal that was cut is made whole."""
+        super().orphans()
+        return []
+
+    def settle(self) -> list[TrialRecord]:
+        """End those that wait, where nobody goes on any more.
+
+        Returns:
+            The trials that waited until now.
+        """
+        if self._handed_out or (self.n_new and not self._exhausted):
+            return []
+        if self._next() is not None or self._foremost() is not None:
+            return []
+        waiting = [trial for trial in self._own() if trial.state == TrialState.RUNNING]
+        for trial in waiting:
+            self.finish(trial.number, "pruned", reason=f"stopped after epoch {trial.reached}")
+        return [self.trial(trial.number) for trial in waiting]
+
+    def _until(self, epoch: int) -> int | None:
+        """The rung after an epoch; None after the last."""
+        return next((rung for rung in self._rungs if rung > epoch), None)
+
+    def _own(self) -> list[_Trial]:
+        return [_trial(frozen) for frozen in self._started(self._frozen())]
+
+    def _next(self) -> int | None:
+        """Who was cut between two rungs, or is the best of those that the rungs let go on."""
+        own = self._own()
+        free = {t.number for t in own if t.state == TrialState.RUNNING} - self._handed_out
+        for trial in own:
+            if trial.number in free and trial.reached not in self._rungs:
+                return trial.number
+        for rung in reversed(self._rungs):
+            for trial in self._best_at(rung, own):
+                if trial.number in free and trial.reached == rung and not self._is_lost(trial):
+                    return trial.number
+        return None
+
+    def _best_at(self, rung: int, own: Sequence[_Trial]) -> Iterator[_Trial]:
+        """The best, in order, of all that have come to a rung: one in `reduction_factor`."""
+        there = [t for t in own if rung in t.objectives and (t.reached >= rung or _ended(t))]
+        there.sort(key=lambda trial: (trial.objectives[rung], trial.number))
+        yield from there[: len(there) // self.config.search.reduction_factor]
+
+    def _foremost(self) -> int | None:
+        """The best at the highest rung where one waits, as long as too few have finished."""
+        own = self._own()
+        if sum(trial.state == TrialState.COMPLETE for trial in own) >= self._wanted:
+            return None
+        waiting = [t for t in own if t.state == TrialState.RUNNING and not self._is_lost(t)]
+        first = min(waiting, key=lambda t: (-t.reached, _last(t), t.number), default=None)
+        return None if first is None else first.number
+
+    def _is_lost(self, trial: _Trial) -> bool:
+        """Whether a trial that waits has no chance to win any more, where that is asked."""
+        last = trial.objectives.get(trial.reached)
+        return last is not None and self.hopeless(trial.reached, last) is not None
+
+
+def _trial(frozen: FrozenTrial) -> _Trial:
+    kept = frozen.user_attrs.get("checkpoint")
+    reached = kept["epoch"] if kept else 0
+    return _Trial(frozen.number, frozen.state, reached, frozen.intermediate_values)
+
+
+def _ended(trial: _Trial) -> bool:
+    return trial.state != TrialState.RUNNING
+
+
+def _last(trial: _Trial) -> float:
+    return trial.objectives.get(trial.reached, math.inf)
