@@ -138,12 +138,6 @@ class SearchConfig(FrozenModel):
         whole = self.population_trials(epochs)
         return self.trials // whole * whole
 
-    def epochs_in_all(self, epochs: int) -> int | None:
-        """Epochs that all trials will train, where that is known: with PBT."""
-        if self.scheduler != "pbt":
-            return None
-        return self.trials // self.population_trials(epochs) * self.population * epochs
-
     # Of validators before the type's own, pydantic runs the last one first.
     @field_validator("time_budget", "target", mode="before")
     @classmethod

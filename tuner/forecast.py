@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Self
 
 from tuner.duration import format_duration
 from tuner.records import State, TrialRecord
+from tuner.rungs import epochs_in_all
 
 if TYPE_CHECKING:
     from tuner.study import Ledger
@@ -38,7 +39,7 @@ def seconds_left(ledger: Ledger) -> float | None:
         n_new=ledger.n_new,
         elapsed=ledger.seconds,
         budget=search.time_budget,
-        in_all=search.epochs_in_all(epochs),
+        in_all=epochs_in_all(search, epochs),
     )
 
 

@@ -19,7 +19,7 @@ from tuner.finding import candidates_found
 from tuner.forecast import about, time_left
 from tuner.records import State
 from tuner.rows import TrialRow
-from tuner.rungs import rungs_of
+from tuner.rungs import epochs_in_all, rungs_of
 from tuner.space import n_points
 
 _COLOURS: dict[State, str] = {
@@ -228,7 +228,7 @@ class StudyView:
             n_new=max(0, n_new),
             elapsed=self._seconds,
             budget=search.time_budget,
-            in_all=search.epochs_in_all(self._study.training.epochs),
+            in_all=epochs_in_all(search, self._study.training.epochs),
         )
 
 

@@ -21,6 +21,25 @@ def rungs_of(search: SearchConfig, epochs: int) -> list[int]:
     return [grace * factor**index for index in range(count)]
 
 
+def epochs_in_all(search: SearchConfig, epochs: int) -> int | None:
+    """Epochs that all trials will train, where that is about known: with PBT, and with pauses.
+
+    With pauses as many go on at a rung as are among its best at the end; those who were among
+    them for a time alone come on top.
+    """
+    if search.scheduler == "pbt":
+        whole = search.population_trials(epochs)
+        return search.trials // whole * search.population * epochs
+    if search.scheduler != "asha-pausing":
+        return None
+    there, last, found = search.trials, 0, 0
+    for rung in [*rungs_of(search, epochs), epochs]:
+        found += there * (rung - last)
+        least = min(there, max(1, search.promote))
+        there, last = max(there // search.reduction_factor, least), rung
+    return found
+
+
 def cut_off(objectives: Sequence[float], factor: int) -> float | None:
     """The objective that ASHA asks for at a rung where these were reached; None where none was."""
     return float(np.percentile(objectives, 100 / factor)) if objectives else None

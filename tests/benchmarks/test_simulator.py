@@ -21,6 +21,7 @@ from benchmarks._simulator import (
     Run,
     Scheduler,
     Span,
+    WaitingLedger,
     simulate,
 )
 from benchmarks._surrogate import Curve
@@ -130,6 +131,30 @@ def test_a_gpu_never_runs_two_trials_at_once_and_every_trial_runs_once(tmp_path:
         assert all(start >= end for (_, end), (start, _) in pairwise(spans))
     assert run.busy == sum(span.busy for span in run.spans) <= run.gpu_seconds
     assert {span.epochs for span in run.spans} == {1, 3, 9}
+
+
+@pytest.mark.parametrize("gpus", [1, 3])
+def test_trials_that_wait_hold_no_gpu_and_pay_for_no_epoch_twice(tmp_path: Path, gpus: int) -> None:
+    study = ledger_of(tmp_path, scheduler="asha-pausing", trials=27).config
+    ledger = WaitingLedger(study)
+    run = simulate(ledger, Scheduler(ledger), curve_of, gpus=gpus)
+    assert sorted(span.number for span in run.spans) == list(range(27))
+    assert not run.waiting
+    trained = {span.number: curve_of(Assignment(span.number, {}, 0)) for span in run.spans}
+    assert run.busy == sum(trained[s.number].seconds[: s.epochs].sum() for s in run.spans)
+    assert [s.state for s in run.spans if s.epochs < EPOCHS] == ["pruned"] * (
+        27 - len(list(run.done()))
+    )
+    last = {t.number: (t.state, t.epoch, t.curve[-1][1]) for t in ledger.trials()}
+    assert last == {s.number: (s.state, s.epochs, s.objective) for s in run.spans}
+    if gpus == 1:  # one in three at least goes on, and hardly more
+        assert run.gpu_seconds == run.busy
+        assert sum(s.epochs > 1 for s in run.spans) in range(9, 13)
+    cut = WaitingLedger(study)
+    half = simulate(cut, Scheduler(cut), curve_of, gpus=gpus, gpu_seconds=run.gpu_seconds / 2)
+    ended = {span.number for span in half.spans}
+    assert half.waiting.keys() & ended == set()
+    assert len(half.waiting) > 3
 
 
 def test_a_seed_decides_everything(tmp_path: Path) -> None:

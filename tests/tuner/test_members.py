@@ -23,6 +23,7 @@ from tuner.local import run_local
 from tuner.members import PopulationLedger
 from tuner.records import HEIR, TrialRecord, trial_seed
 from tuner.results import drop_losers
+from tuner.rungs import epochs_in_all
 from tuner.samplers import Viewing, without_heirs
 from tuner.study import Ledger
 from tuner.trial import MemoryExhausted
@@ -321,7 +322,7 @@ def test_all_epochs_are_known_beforehand(tmp_path: Path) -> None:
     search, epochs = study.search, study.training.epochs
     assert len(ledger.trials()) == search.planned_trials(epochs) == 12
     trained = sum(len(trial.curve) for trial in ledger.trials())
-    assert trained == search.epochs_in_all(epochs) == 48
+    assert trained == epochs_in_all(search, epochs) == 48
     assert epochs_expected(search, epochs) == (4.0, 4.0)
     half = [Pace("running", 3, (2.0,) * 3) for _ in range(8)]
     left = time_left(half, epochs=6, n_new=4, elapsed=12.0, in_all=48)

@@ -39,6 +39,7 @@ from tuner.pausing import PausingLedger
 from tuner.records import Assignment, TrialRecord
 from tuner.report import page
 from tuner.results import drop_losers
+from tuner.rungs import epochs_in_all
 from tuner.samplers import Viewing, proposal_sampler, waiting_as_stopped
 from tuner.study import Ledger
 from tuner.trial import MemoryExhausted
@@ -164,7 +165,11 @@ def test_one_slot_trains_what_the_published_algorithm_does(
         assert trial.reason == (None if until is None else f"stopped after epoch {until}")
         assert [epoch for epoch, _ in trial.curve] == list(range(1, (until or EPOCHS) + 1))
     assert not ledger.has_work
-    assert sum(t.state == "done" for t in ledger.trials()) >= max(1, promote)
+    assert sum(t.state == "done" for t in ledger.trials()) >= min(trials, max(1, promote))
+    trained = sum(t.epoch for t in ledger.trials())
+    known = epochs_in_all(study.search, EPOCHS)
+    assert known is not None
+    assert known <= trained <= 1.5 * known
     best = ledger.best()
     assert best is not None
     left = sorted(p.parent.name for p in (tmp_path / "run").glob("trials/*/checkpoint*"))
