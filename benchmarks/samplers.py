@@ -155,7 +155,9 @@ def _compared(one: str, two: str, scored: bool) -> list[str]:
 
 def _searched(wanted: tuple[int, str], epochs: int, scenes: int, finals: int) -> dict[str, Any]:
     row, study = searched(*wanted, epochs)
-    if scenes:
+    if scenes and row["winner"] is None:
+        row["f1"] = row["gospa"] = math.nan
+    elif scenes:
         scores = [found_by(study, row["winner"], 10**6 + i, scenes) for i in range(finals)]
         row["f1"], row["gospa"] = np.mean(scores, axis=0).tolist()
     return row

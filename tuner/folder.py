@@ -177,7 +177,10 @@ class RunFolder:
             self.promoted_csv,
             self.report,
             self.evaluation,
+            self.evaluation.with_suffix(".html"),
+            self.evaluation.with_suffix(".csv"),
             self.scenes,
+            self.tensorboard,
         )
 
     def trial(self, number: int) -> Path:

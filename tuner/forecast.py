@@ -89,7 +89,8 @@ def _trials_left(
     typical = sum(len(pace.seconds) * median(pace.seconds) for pace in timed) / n_timed
     side_by_side = max(1.0, sum(sum(pace.seconds) for pace in timed) / elapsed)
     if in_all is not None:
-        return typical * max(0, in_all - n_timed) / side_by_side
+        due = n_new or 1  # at least, where more go on than are among the best at the end
+        return typical * max(due, in_all - n_timed) / side_by_side
     more = [_more(epoch, ended, epochs) for epoch in running]
     more += [sum(ended) / len(ended)] * n_new
     lanes = min(side_by_side, len(more))

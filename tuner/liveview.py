@@ -85,13 +85,16 @@ class StudyView:
         yield Group(table, *more, *self._foot(options, bars=bars))
 
     def _chosen(self, height: int) -> list[TrialRow]:
-        """Running ones first, then the best, then who ended last."""
-        running = [row for row in self._rows if row.state == "running"]
+        """Who trains first, then the best, then who waits, then who ended last."""
+        running = [row for row in self._rows if row.state == "running" and not row.waits]
+        waiting = [row for row in self._rows if row.state == "running" and row.waits]
+        waiting.sort(key=lambda row: (-row.epoch, row.objective or 0.0))
         rest = [row for row in self._rows if row.state in ("pruned", "failed")]
         rest.sort(key=lambda row: -(row.ended or 0.0))
         # Many that run side by side leave room to the best.
         n_best = min(len(self._ranked), max(height // 3, height - len(running)))
-        return [*running[: height - n_best], *self._ranked[:n_best], *rest][:height]
+        first = [*running[: height - n_best], *self._ranked[:n_best]]
+        return [*first, *waiting, *rest][:height]
 
     def _columns(self, rows: Sequence[TrialRow], width: int, *, bars: bool) -> list[_Column]:
         """As many as there is room for, in the order in which they stand."""
@@ -177,7 +180,11 @@ class StudyView:
         search = self._study.search
         counts = count_states(self._rows)
         n_ended = sum(count for state, count in counts.items() if state != "running")
-        words = ", ".join(f"{count} {state}" for state, count in counts.items())
+        n_waiting = sum(row.state == "running" and row.waits for row in self._rows)
+        told = {state: f"{count} {state}" for state, count in counts.items()}
+        if n_waiting:
+            told["running"] += f" ({n_waiting} of them waiting)"
+        words = ", ".join(told.values())
         head = Table.grid(padding=(0, 1))
         name = Text(self._study.name, style="bold")
         planned = search.planned_trials(self._study.training.epochs)

@@ -54,12 +54,17 @@ def run_local(
         StudyError: the storage of a checkpoint from which a trial goes on does not answer.
     """
     orphans = deque(ledger.orphans())
-    while not stop():
+
+    def settle() -> None:
         for ended in ledger.settle():
             progress.finished(ended.number, ended.state, ended.reason)
             after()
+
+    while not stop():
+        settle()
         trial = orphans.popleft() if orphans else ledger.ask()
         if trial is None:
+            settle()  # that nothing new is left is known now
             return
         again = _run_trial(ledger, folder, progress, device, trial, stop)
         if again is not None:
@@ -97,7 +102,8 @@ def _run_trial(
             _end(ledger, progress, number, "failed", reason=exhausted_reason(str(error)))
             return None
         progress.halved(number, parts, str(error))
-        return replace(ledger.going_on(number), until=trial.until)
+        going_on = ledger.going_on(number)
+        return replace(going_on, until=trial.until, bequeaths=trial.bequeaths)
     except (StorageOut, DeviceLost) as error:
         raise storage_error(folder.path, str(error)) from error
     return None
@@ -116,7 +122,7 @@ def _run_epochs(
     number = trial.number
     kept = TrialCheckpoints(str(home))
     run.build()
-    if trial.until is not None:  # heirs may begin where a stretch of it did
+    if trial.bequeaths:
         kept.spare()
     elif run.epoch:
         kept.follow(trial.checkpoint)

@@ -56,7 +56,7 @@ class PopulationLedger(Ledger):
             return None
         turn = min(free, key=lambda turn: (turn.reached, turn.number))
         self._handed_out.add(turn.number)
-        return replace(self.going_on(turn.number), until=turn.until)
+        return replace(self.going_on(turn.number), until=turn.until, bequeaths=True)
 
     def hand_back(self, number: int) -> None:
         """Take back a trial that has come to its milestone."""

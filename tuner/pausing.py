@@ -8,8 +8,8 @@ come to be among the best, and nobody goes on for having come first.
 
 To whoever runs it, a trial that waits is one that was cut and goes on from its checkpoint. What is
 decided follows from the ledger alone. When all trials have begun and none goes on by this rule, the
-foremost do until one has finished (as many as are to be promoted), and all that wait then end as
-stopped at their rung.
+foremost do until one has finished (as many as are to be promoted) and nobody who waits stands
+better already. All that wait then end as stopped at their rung.
 
 Source: Li, Jamieson, Rostamizadeh et al., "A system for massively parallel hyperparameter tuning",
 MLSys 2020, algorithm 2.
@@ -24,6 +24,7 @@ from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
 
+from tuner.config import StudyConfig
 from tuner.records import Assignment, End, TrialRecord
 from tuner.rungs import rungs_of
 from tuner.study import Ledger
@@ -36,6 +37,8 @@ class _Trial:
     number: int
     state: TrialState
     reached: int  # the last epoch that it need not train again
+    is_over: bool  # whether its training has ended by itself with that epoch
+    standing: float  # its objective so far
     objectives: dict[int, float]  # by epoch
 
 
@@ -59,7 +62,7 @@ class PausingLedger(Ledger):
                 self._handed_out.add(found.number)
                 return replace(found, until=self._until(0))
             self._exhausted = True
-        if number is None and not self._handed_out:
+        if number is None:
             number = self._foremost()
         if number is None:
             return None
@@ -108,7 +111,7 @@ class PausingLedger(Ledger):
         own = self._own()
         free = {t.number for t in own if t.state == TrialState.RUNNING} - self._handed_out
         for trial in own:
-            if trial.number in free and trial.reached not in self._rungs:
+            if trial.number in free and (trial.is_over or trial.reached not in self._rungs):
                 return trial.number
         for rung in reversed(self._rungs):
             for trial in self._best_at(rung, own):
@@ -123,29 +126,55 @@ class PausingLedger(Ledger):
         yield from there[: len(there) // self.config.search.reduction_factor]
 
     def _foremost(self) -> int | None:
-        """The best at the highest rung where one waits, as long as too few have finished."""
+        """Who goes on at the end: the best at the highest rung where somebody waits, or None.
+
+        As long as too few have finished, and are not on their way there; then, of those who stand
+        better than they.
+        """
         own = self._own()
-        if sum(trial.state == TrialState.COMPLETE for trial in own) >= self._wanted:
+        done = sorted(t.standing for t in own if t.state == TrialState.COMPLETE)
+        bar = math.inf
+        if len(done) >= self._wanted:
+            bar = done[self._wanted - 1]
+        elif len(done) + len(self._handed_out) >= self._wanted:
             return None
-        waiting = [t for t in own if t.state == TrialState.RUNNING and not self._is_lost(t)]
-        first = min(waiting, key=lambda t: (-t.reached, _last(t), t.number), default=None)
+        free = [
+            t for t in own if t.state == TrialState.RUNNING and t.number not in self._handed_out
+        ]
+        able = [t for t in free if t.standing < bar and not self._is_lost(t)]
+        first = min(able, key=lambda t: (-t.reached, t.standing, t.number), default=None)
         return None if first is None else first.number
 
     def _is_lost(self, trial: _Trial) -> bool:
         """Whether a trial that waits has no chance to win any more, where that is asked."""
-        last = trial.objectives.get(trial.reached)
-        return last is not None and self.hopeless(trial.reached, last) is not None
+        known = math.isfinite(trial.standing)
+        return known and self.hopeless(trial.reached, trial.standing) is not None
+
+
+def pausing_note(study: StudyConfig) -> str | None:
+    """What a user should know who bounds the time of a study whose trials wait, in one line."""
+    search = study.search
+    if search.scheduler != "asha-pausing" or search.time_budget is None:
+        return None
+    needed = search.reduction_factor ** len(rungs_of(search, study.training.epochs))
+    if search.trials <= needed:
+        return None
+    return (
+        f"asha-pausing: the first trial finishes when some {needed} have begun; a time budget that "
+        "ends earlier leaves no winner until the study has gone on"
+    )
 
 
 def _trial(frozen: FrozenTrial) -> _Trial:
     kept = frozen.user_attrs.get("checkpoint")
     reached = kept["epoch"] if kept else 0
-    return _Trial(frozen.number, frozen.state, reached, frozen.intermediate_values)
+    told = frozen.user_attrs.get(f"epoch/{reached:05d}") or {}
+    objectives = frozen.intermediate_values
+    done = frozen.state == TrialState.COMPLETE
+    standing = float(frozen.values[0]) if done else objectives.get(reached, math.inf)
+    over = bool(told.get("early_stopped"))
+    return _Trial(frozen.number, frozen.state, reached, over, standing, objectives)
 
 
 def _ended(trial: _Trial) -> bool:
     return trial.state != TrialState.RUNNING
-
-
-def _last(trial: _Trial) -> float:
-    return trial.objectives.get(trial.reached, math.inf)

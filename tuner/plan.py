@@ -155,7 +155,8 @@ def _disk(study: StudyConfig, place: Place, found: Appraisal | str, folder: Path
     # Of a population all members live; what each had at its last milestone may be a successor's,
     # and the one before a milestone stays until somebody gives way.
     population = study.search.population if study.search.scheduler == "pbt" else 0
-    waiting = study.search.trials if study.search.scheduler == "asha-pausing" else 0
+    pausing = study.search.scheduler == "asha-pausing"
+    waiting = int(min(study.search.trials, n_points(study.search.space))) if pausing else 0
     kept = max(2 * place.concurrent, 4 * population, waiting + place.concurrent) + 1
     size = f"{_bytes(base)} each, {_bytes(largest)} of the largest network"
     yield f"at most {_bytes(kept * largest)} of checkpoints at a time ({size})"

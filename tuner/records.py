@@ -67,6 +67,7 @@ class Assignment:
     Args:
         donor: checkpoint of another trial that this one begins with, in the place of new weights.
         until: epoch after which the trial is handed back, if it has not ended by then.
+        bequeaths: whether others may begin with what it has where it is handed out and back.
     """
 
     number: int
@@ -78,6 +79,7 @@ class Assignment:
     origin: str | None = None  # whose parameters and which seed, where they were not proposed
     donor: str | None = None
     until: int | None = None
+    bequeaths: bool = False
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,13 @@ class TrialRow:
             self.seconds[self.epoch] = float(metrics["epoch_seconds"])
         self.metrics, self.note, self.waiting_since = dict(metrics), self.survived, None
 
+    def wait(self) -> None:
+        """The trial has made room, and is to be run on later."""
+        self.waits, self.note = (
+            True,
+            "; ".join(["waits", *([self.survived] if self.survived else [])]),
+        )
+
     def end(self, state: State, reason: str | None) -> None:
         """The trial is over."""
         self.note = note_of(state, reason) or self.survived

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from tuner.config import SearchConfig
+from tuner.space import n_points
 
 
 def rungs_of(search: SearchConfig, epochs: int) -> list[int]:
@@ -32,7 +33,7 @@ def epochs_in_all(search: SearchConfig, epochs: int) -> int | None:
         return search.trials // whole * search.population * epochs
     if search.scheduler != "asha-pausing":
         return None
-    there, last, found = search.trials, 0, 0
+    there, last, found = int(min(search.trials, n_points(search.space))), 0, 0
     for rung in [*rungs_of(search, epochs), epochs]:
         found += there * (rung - last)
         least = min(there, max(1, search.promote))

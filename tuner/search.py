@@ -28,6 +28,7 @@ from tuner.records import End
 from tuner.retries import exhausted_reason
 from tuner.study import Ledger
 from tuner.trainable import (
+    BEQUEATHS,
     CHECKPOINT,
     CONFIG,
     DEVICE,
@@ -96,11 +97,10 @@ class LedgerSearch(OptunaSearch):
         if self.closed or self.cut_short or self._stop():
             return Searcher.FINISHED
         while True:
-            for ended in self._ledger.settle():
-                self._watcher.finished(ended.number, ended.state, ended.reason)
-                self._after()
+            self._settle()
             found = self._orphans.popleft() if self._orphans else self._ledger.ask()
             if found is None:
+                self._settle()  # that nothing new is left is known now
                 # A trial that runs may be handed back yet.
                 return None if self._numbers.keys() - self._ended else Searcher.FINISHED
             self._numbers[trial_id] = found.number
@@ -121,7 +121,13 @@ class LedgerSearch(OptunaSearch):
                 RESUME: found.checkpoint,
                 DONOR: found.donor,
                 UNTIL: found.until,
+                BEQUEATHS: found.bequeaths,
             }
+
+    def _settle(self) -> None:
+        for ended in self._ledger.settle():
+            self._watcher.finished(ended.number, ended.state, ended.reason)
+            self._after()
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Nothing: :class:`LedgerCallback` records every epoch, the last one too."""
@@ -139,7 +145,7 @@ class LedgerSearch(OptunaSearch):
             self._end(
                 trial_id, "failed", reason=result.get("reason"), traceback=result.get("traceback")
             )
-        elif result.get("paused"):
+        elif result.get("paused") and trial_id not in self._hopeless:
             self._ended.add(trial_id)
             self._ledger.hand_back(self._numbers[trial_id])
             self._watcher.handed_back(self._numbers[trial_id])

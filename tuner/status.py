@@ -70,6 +70,7 @@ def _show(look: Standing, console: Console) -> None:
     from tuner.forecast import about
     from tuner.liveview import StudyView
     from tuner.rows import TrialRow
+    from tuner.rungs import rungs_of
 
     def say(text: str) -> None:
         console.print(text, markup=False)
@@ -78,6 +79,12 @@ def _show(look: Standing, console: Console) -> None:
     drawn = bool(look.trials) and console.is_terminal
     if drawn:
         rows = [TrialRow.of(trial) for trial in look.trials]
+        search = look.study.search
+        rungs = rungs_of(search, look.study.training.epochs)
+        for row in rows:
+            at_rung = search.scheduler == "asha-pausing" and row.epoch in rungs
+            if row.state == "running" and (at_rung or look.state != "running"):
+                row.wait()
         console.print(StudyView(look.study, rows, look.seconds))
     else:
         counts = look.counts()

@@ -94,6 +94,9 @@ class Progress(Watcher):
         self._study, self._clock, self._verbosity = study, clock, verbosity
         self._console = Console(file=stream or sys.stdout, highlight=False, soft_wrap=True)
         self._rows = {t.number: TrialRow.of(t) for t in history}
+        for row in self._rows.values():
+            if row.state == "running":  # nobody is at work yet
+                row.wait()
 
     def beside(
         self, study: StudyConfig, history: list[TrialRecord], clock: Callable[[], float]
@@ -194,8 +197,7 @@ class Progress(Watcher):
 
     def handed_back(self, number: int) -> None:
         """A trial waits to be run on."""
-        row = self._rows[number]
-        row.waits, row.note = True, "; ".join(["waits", *([row.survived] if row.survived else [])])
+        self._rows[number].wait()
 
     def lost(self, number: int, reason: str) -> None:
         """A machine died under a trial, which will be run on."""

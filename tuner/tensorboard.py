@@ -47,6 +47,10 @@ class TensorBoardLog(Watcher):
         self._write(number, epoch, metrics)
         self._files[number].flush()
 
+    def handed_back(self, number: int) -> None:
+        """Close the file of a trial that waits: thousands may."""
+        self._close(number)
+
     def finished(self, number: int, state: State, reason: str | None) -> None:
         """Close the trial's file; one that never reported has none."""
         self._close(number)

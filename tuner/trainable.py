@@ -20,6 +20,7 @@ HOME = "home"  # where its checkpoints go
 RESUME = "resume"  # a checkpoint to go on from
 DONOR = "donor"  # checkpoint of another trial, to begin with where there is none of its own
 UNTIL = "until"  # epoch after which the trial makes room, to go on later
+BEQUEATHS = "bequeaths"  # whether others may begin with what it has there
 GIVE_UP = "give_up"  # why the trial is to end as failed, if it is
 CHECKPOINT = "checkpoint"  # of a result: what was kept of the epoch, before anybody hears of it
 
@@ -52,6 +53,7 @@ class TrialActor(tune.Trainable):
         self._gpus = float(given.required_resources.get("GPU", 0.0)) if given else 0.0
         trial = TrialConfig.model_validate(config[CONFIG])
         self._until: int | None = config.get(UNTIL)
+        self._bequeaths = bool(config.get(BEQUEATHS))
         self._give_up: str | None = config.get(GIVE_UP)
         self._kept = TrialCheckpoints(config[HOME])
         self._run = TrialRun(trial, self._device)
@@ -70,7 +72,7 @@ class TrialActor(tune.Trainable):
         self._run = TrialRun(trial, self._device, own, given)
         if own or given:
             self._run.build()
-        if self._until is not None:  # heirs may begin where a stretch of it did
+        if self._bequeaths:
             self._kept.spare()
         elif self._run.epoch:
             self._kept.follow(previous)

@@ -18,7 +18,16 @@ from model.training import Trainer
 from tests.tuner.support import ROOT, environment, order
 from tuner import checkpoints
 from tuner.checkpoints import StorageOut
-from tuner.trainable import CHECKPOINT, DONOR, HOME, RESUME, UNTIL, TrialActor, allocated_gpus
+from tuner.trainable import (
+    BEQUEATHS,
+    CHECKPOINT,
+    DONOR,
+    HOME,
+    RESUME,
+    UNTIL,
+    TrialActor,
+    allocated_gpus,
+)
 
 pytestmark = pytest.mark.long
 
@@ -98,13 +107,13 @@ def test_an_actor_begins_with_its_donors_weights_and_makes_room_at_its_milestone
     tmp_path: Path,
 ) -> None:
     long = {"training": {"epochs": 4}}
-    donor = TrialActor(order(tmp_path, 1, **long) | {UNTIL: 2})
+    donor = TrialActor(order(tmp_path, 1, **long) | {UNTIL: 2, BEQUEATHS: True})
     results = [donor.train() for _ in range(2)]
     assert [result["paused"] for result in results] == [False, True]
-    heir = order(tmp_path, 2, **long) | {DONOR: results[-1][CHECKPOINT], UNTIL: 3}
+    heir = order(tmp_path, 2, **long) | {DONOR: results[-1][CHECKPOINT], UNTIL: 3, BEQUEATHS: True}
     result = TrialActor(heir).train()
     assert (result["epoch"], result["paused"], result["done"]) == (3, True, True)
-    restarted = TrialActor(heir | {RESUME: result[CHECKPOINT], UNTIL: 4})
+    restarted = TrialActor(heir | {RESUME: result[CHECKPOINT], UNTIL: 4, BEQUEATHS: True})
     last = restarted.train()
     assert (last["epoch"], last["paused"], last["finished"]) == (4, False, True)
     assert Path(result[CHECKPOINT]).exists(), "heirs may begin where a stretch does"
@@ -112,7 +121,7 @@ def test_an_actor_begins_with_its_donors_weights_and_makes_room_at_its_milestone
 
 def test_a_member_that_begins_anew_leaves_what_heirs_may_begin_with(tmp_path: Path) -> None:
     member = order(tmp_path, 1, training={"epochs": 6})
-    actor = TrialActor(member | {UNTIL: 3})
+    actor = TrialActor(member | {UNTIL: 3, BEQUEATHS: True})
     kept = [Path(actor.train()[CHECKPOINT]) for _ in range(3)]
     before = {path.name for path in kept[-1].parent.iterdir()}
     assert kept[-1].name in before
