@@ -127,7 +127,7 @@ def test_a_member_that_begins_anew_leaves_what_heirs_may_begin_with(tmp_path: Pa
     assert kept[-1].name in before
     for path in kept[-1].iterdir():
         path.write_bytes(b"cut off")
-    again = TrialActor(member | {RESUME: str(kept[-1]), UNTIL: 6})
+    again = TrialActor(member | {RESUME: str(kept[-1]), UNTIL: 6, BEQUEATHS: True})
     results = [again.train() for _ in range(6)]
     assert [result["epoch"] for result in results] == [1, 2, 3, 4, 5, 6]
     there = {path.name for path in kept[-1].parent.iterdir()}
