@@ -3,7 +3,7 @@
 `asha` ends a trial at the first rung where too many are better, and lets the first ones pass, who
 have nobody to be compared with. Here a trial waits at each rung with its checkpoint. A free slot
 takes the best of those that wait among the best of a rung, one in `reduction_factor`, from the
-highest rung down; where nobody is, a new trial begins. Nobody is stopped for good while he may
+highest rung down; where nobody is, a new trial begins. Nobody is stopped for good while it may
 come to be among the best, and nobody goes on for having come first.
 
 To whoever runs it, a trial that waits is one that was cut and goes on from its checkpoint. What is
