@@ -26,22 +26,20 @@ from optuna.trial import FrozenTrial, TrialState
 from model.config import Objective, score
 from tuner.perturbation import perturbed
 from tuner.population import Exploit, Member, Verdict, judge, perturbed_paths
-from tuner.records import HEIR, Assignment, End, Heir, TrialRecord, heir_of, record_of, trial_seed
+from tuner.records import HEIR, Assignment, Heir, TrialRecord, heir_of, record_of, trial_seed
 from tuner.space import n_points
-from tuner.study import Ledger
+from tuner.turns import TurnsLedger
 
 _MILESTONE = "milestone/{:05d}"  # attribute: where the checkpoint of that epoch lies
 
 
-class PopulationLedger(Ledger):
+class PopulationLedger(TurnsLedger):
     """A ledger of populations, one after the other, as many as `search.trials` holds whole ones.
 
     The sampler proposes what a population begins with, and learns from such trials alone.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._handed_out: set[int] = set()
-        self._exhausted = False  # the space holds no more that has not been tried
         super().__init__(*args, **kwargs)
         study = self.config
         self._milestones = study.search.milestones(study.training.epochs)
@@ -57,20 +55,6 @@ class PopulationLedger(Ledger):
         turn = min(free, key=lambda turn: (turn.reached, turn.number))
         self._handed_out.add(turn.number)
         return replace(self.going_on(turn.number), until=turn.until, bequeaths=True)
-
-    def hand_back(self, number: int) -> None:
-        """Take back a trial that has come to its milestone."""
-        self._handed_out.discard(number)
-
-    def finish(self, number: int, state: End, **details: Any) -> End:
-        """End a trial."""
-        self._handed_out.discard(number)
-        return super().finish(number, state, **details)
-
-    def orphans(self) -> list[Assignment]:
-        """None that would have to run first; a proposal that was cut is made whole."""
-        super().orphans()
-        return []
 
     def going_on(self, number: int) -> Assignment:
         """A trial, to be run on from its last checkpoint, or from its donor's."""

@@ -25,9 +25,9 @@ from typing import Any
 from optuna.trial import FrozenTrial, TrialState
 
 from tuner.config import StudyConfig
-from tuner.records import Assignment, End, TrialRecord
+from tuner.records import Assignment, TrialRecord
 from tuner.rungs import rungs_of
-from tuner.study import Ledger
+from tuner.turns import TurnsLedger
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,10 @@ class _Trial:
     objectives: dict[int, float]  # by epoch
 
 
-class PausingLedger(Ledger):
+class PausingLedger(TurnsLedger):
     """A ledger whose trials wait at the rungs of ASHA."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._handed_out: set[int] = set()
-        self._exhausted = False  # the space holds no more that has not been tried
         super().__init__(*args, **kwargs)
         search = self.config.search
         self._rungs = rungs_of(search, self.config.training.epochs)
@@ -69,20 +67,6 @@ class PausingLedger(Ledger):
         self._handed_out.add(number)
         found = self.going_on(number)
         return replace(found, until=self._until(found.epoch))
-
-    def hand_back(self, number: int) -> None:
-        """Take back a trial that has come to its rung, or was cut."""
-        self._handed_out.discard(number)
-
-    def finish(self, number: int, state: End, **details: Any) -> End:
-        """End a trial."""
-        self._handed_out.discard(number)
-        return super().finish(number, state, **details)
-
-    def orphans(self) -> list[Assignment]:
-        """None that would have to run first; a proposal that was cut is made whole."""
-        super().orphans()
-        return []
 
     def settle(self) -> list[TrialRecord]:
         """End those that wait, where nobody goes on any more.

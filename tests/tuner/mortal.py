@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import pytest
 from optuna.storages import InMemoryStorage
 
 WRITES = (
@@ -42,3 +44,25 @@ def _counted(name: str) -> Any:
 
 for _name in WRITES:
     setattr(Mortal, _name, _counted(_name))
+
+
+def dying_changes_nothing(session: Callable[[Mortal, str], list[Any]], stride: int) -> list[Any]:
+    """Let a study's driver die before every so-manieth write, and go on: it ends as without.
+
+    Args:
+        session: runs a study in a database, under a name, to its end; all that its ledger says.
+        stride: writes from one death to the next.
+
+    Returns:
+        What the ledger says of a driver that lives.
+    """
+    counting = Mortal()
+    counting.left = 10**6
+    whole = session(counting, "whole")
+    for at in range(0, 10**6 - counting.left, stride):
+        storage = Mortal()
+        storage.left = at
+        with pytest.raises(Death):
+            session(storage, f"cut-{at}")
+        assert session(storage, f"cut-{at}") == whole, at
+    return whole
