@@ -294,6 +294,37 @@ def test_a_trial_that_ran_out_of_memory_still_waits_at_its_rung(
     assert any("out of memory in epoch 3" in t.note for t in ledger.trials())
 
 
+def test_the_highest_rung_comes_first(tmp_path: Path) -> None:
+    ledger = PausingLedger(InMemoryStorage(), study_in(tmp_path))
+    for number, curve in enumerate(([2.0, 2.0], [3.0, 3.0], [1.0], [4.0])):
+        assert ledger.ask() is not None
+        for epoch, objective in enumerate(curve, start=1):
+            ledger.report(number, {"epoch": epoch, "objective": objective}, f"at-{epoch}")
+    for number in range(4):
+        ledger.hand_back(number)
+    found = [ledger.ask() for _ in range(3)]
+    assert [(t.number, t.epoch, t.until) for t in found if t] == [(0, 2, 4), (2, 1, 2), (4, 0, 1)]
+
+
+def test_a_trial_that_lost_its_chance_while_it_waited_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger = PausingLedger(InMemoryStorage(), study_in(tmp_path))
+    for number in range(2):
+        assert ledger.ask() is not None
+        ledger.report(number, {"epoch": 1, "objective": 1.0 + number}, "at-1")
+    ledger.hand_back(0)
+    ledger.hand_back(1)
+    monkeypatch.setattr(ledger, "hopeless", lambda *_: "no chance")
+    found = ledger.ask()
+    assert found is not None
+    assert found.number == 2
+    monkeypatch.undo()
+    found = ledger.ask()
+    assert found is not None
+    assert found.number == 0
+
+
 @pytest.mark.usefixtures("instant")
 def test_who_has_no_chance_any_more_is_not_taken_from_where_he_waits(tmp_path: Path) -> None:
     study = study_in(tmp_path, trials=40)
@@ -380,15 +411,16 @@ def test_a_trial_whose_patience_ended_at_a_rung_is_ended_after_a_kill(tmp_path: 
 
 
 @pytest.mark.usefixtures("instant")
+@pytest.mark.parametrize("points", range(7, 17))
 def test_who_waits_is_ended_where_proposals_run_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, points: int
 ) -> None:
     def twin(self: Ledger, params: object, started: list[object]) -> int | None:
-        return 0 if len(started) >= 7 else None
+        return 0 if len(started) >= points else None
 
     monkeypatch.setattr(Ledger, "_twin", twin)
     ledger = go(InMemoryStorage(), study_in(tmp_path), tmp_path / "run")
-    assert len(ledger.trials()) == 7
+    assert len(ledger.trials()) == points
     assert {trial.state for trial in ledger.trials()} == {"done", "pruned"}
 
 
