@@ -1,0 +1,92 @@
+"""What is said and shown of trials that wait: report, live table, forecasts, a note."""
+
+from __future__ import annotations
+
+import io
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from tests.tuner.support import (
+    tiny_study,
+)
+from tuner.appraisal import epochs_expected
+from tuner.config import StudyConfig
+from tuner.folder import RunFolder
+from tuner.forecast import Pace, time_left
+from tuner.ledger import open_ledger
+from tuner.liveview import StudyView
+from tuner.pages.material import Material
+from tuner.pausing import PausingLedger, pausing_note
+from tuner.report import page
+from tuner.rows import TrialRow
+from tuner.rungs import epochs_in_all
+
+EPOCHS, FACTOR, RUNGS = 9, 2, (1, 2, 4, 8)
+
+
+def study_in(folder: Path, epochs: int = EPOCHS, **search: Any) -> StudyConfig:
+    changes = {
+        "scheduler": "asha-pausing", "trials": 24, "sampler": "random", "grace_epochs": 1,
+        "reduction_factor": FACTOR,
+    } | search  # fmt: skip
+    return tiny_study(folder, search=changes, training={"epochs": epochs})
+
+
+def test_a_report_and_a_forecast_know_of_those_who_wait(tmp_path: Path) -> None:
+    study = study_in(tmp_path)
+    folder = RunFolder.fresh(tmp_path / "run")
+    folder.config.write_text(study.to_yaml())
+    ledger = open_ledger(folder, study)
+    assert isinstance(ledger, PausingLedger)
+    for objective in (1.0, 2.0, 3.0):
+        found = ledger.ask()
+        assert found is not None
+        ledger.report(found.number, {"epoch": found.epoch + 1, "objective": objective}, "at")
+        ledger.hand_back(found.number)
+    text = page(Material.read(folder, ledger))
+    assert "ASHA with pauses" in text
+    assert "waits here" in text
+    assert "could not be drawn" not in text
+    ledger.close()
+    folder.release()
+    assert epochs_expected(study.search, EPOCHS) == (1 + 1 / 2 + 2 / 4 + 4 / 8 + 1 / 16, EPOCHS)
+
+
+def test_the_live_table_shows_who_trains_before_who_waits(tmp_path: Path) -> None:
+    study = study_in(tmp_path, trials=60)
+    rows = []
+    for number in range(50):
+        row = TrialRow(number, {}, epoch=1, objective=float(number))
+        row.metrics = {"scenes_per_second": 100.0}
+        if number < 48:
+            row.wait()
+        rows.append(row)
+    stream = io.StringIO()
+    Console(file=stream, width=120, height=30, force_terminal=False).print(
+        StudyView(study, rows, 10.0)
+    )
+    text = stream.getvalue()
+    shown = re.findall(r"^ *(\d{4}) ", text, re.MULTILINE)
+    assert shown[:3] == ["0048", "0049", "0000"]
+    assert "50 running (48 of them waiting)" in text
+    assert "200 scenes/s" in text
+
+
+def test_a_time_budget_beside_pauses_is_spoken_of(tmp_path: Path) -> None:
+    bounded = study_in(tmp_path, trials=60, time_budget=60.0)
+    assert "the first trial finishes when some 16 have begun" in str(pausing_note(bounded))
+    assert pausing_note(study_in(tmp_path, trials=16, time_budget=60.0)) is None
+    assert pausing_note(study_in(tmp_path, trials=60)) is None
+    other = study_in(tmp_path, trials=60, time_budget=60.0, scheduler="asha")
+    assert pausing_note(other) is None
+
+
+def test_a_forecast_counts_no_more_points_than_there_are(tmp_path: Path) -> None:
+    space = {"network.heads": {"type": "categorical", "choices": [2, 4]}}
+    assert epochs_in_all(study_in(tmp_path, trials=99, space=space).search, EPOCHS) == 2 + 8
+    late = [Pace("pruned", 9, (2.0,) * 9)]
+    assert time_left(late, epochs=9, n_new=3, elapsed=18.0, in_all=9) == pytest.approx(6.0)
