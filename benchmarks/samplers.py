@@ -3,8 +3,8 @@
     python -m benchmarks.samplers [--json FILE] [--seeds 6] [--epochs 240] [--kinds tpe gp nll:tpe]
         [--scenes 4000] [--finals 2]
 
-A kind is a sampler, with ``+chance`` also stopped by ``search.least_chance``, and with an objective
-before it searched by that. benchmarks.search replays curves from a Gaussian process, which may
+A kind is a sampler, with ``+chance`` also stopped by ``search.least_chance``, with ``+pauses`` by
+``asha-pausing`` in ASHA's place, and with an objective before it searched by that. benchmarks.search replays curves from a Gaussian process, which may
 flatter a sampler that is one. Here the same study (the quickstart's network on half of its scenes,
 27 epochs, ASHA with the rungs of configs/full.yaml, one slot) trains every trial, until its epochs
 are used up. Two things are compared seed by seed: the best finished trial's objective, half of
@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 
 from benchmarks._checkpoints import drawn
 from benchmarks._curves import CONFIG
-from benchmarks._simulator import MemoryLedger, Scheduler, simulate
+from benchmarks._simulator import MemoryLedger, Scheduler, WaitingLedger, simulate
 from benchmarks._timing import parser, save
 from benchmarks.quality import at_full_budget, trained
 from benchmarks.search import CHANCE, bootstrap, study_of
@@ -71,12 +71,16 @@ def searched(seed: int, kind: str, epochs: int) -> tuple[dict[str, Any], StudyCo
     """One search of one kind, and the quickstart's study by the same objective."""
     torch.set_num_threads(1)
     objective, _, how = kind.rpartition(":")
-    sampler, _, chance = how.partition("+")
-    study = study_of("asha", sampler, _ENDLESS, seed, **(CHANCE if chance else {}))
+    sampler, *more = how.split("+")
+    if unknown := set(more) - {"chance", "pauses"}:
+        raise ValueError(f"{kind}: +chance and +pauses are known, not {sorted(unknown)}")
+    pauses = "pauses" in more
+    scheduler = "asha-pausing" if pauses else "asha"
+    study = study_of(scheduler, sampler, _ENDLESS, seed, **(CHANCE if "chance" in more else {}))
     final = load_study(CONFIG)
     if objective:
         study, final = (s.replaced({"objective": objective}) for s in (study, final))
-    ledger = MemoryLedger(study)
+    ledger = WaitingLedger(study) if pauses else MemoryLedger(study)
     simulate(
         ledger,
         Scheduler(ledger),
