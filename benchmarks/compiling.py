@@ -34,7 +34,7 @@ def built(config: TrialConfig, *, compiled: bool, device: str) -> tuple[Trainer,
 
 def step(trainer: Trainer, batch: Batch) -> None:
     """One training step, to its end."""
-    trainer._train_step(batch)
+    trainer._train_step(trainer._prepared(batch))
     if trainer.device.type == "cuda":
         torch.cuda.synchronize()
 

@@ -117,7 +117,7 @@ def training_calls(family: str, batch: int, threads: int, device: torch.device) 
         f"{family}: network": forward,
         f"{family}: network and loss, forward": lambda: loss(False),
         f"{family}: network and loss, with gradient": lambda: loss(True),
-        f"{family}: training step": lambda: trainer._train_step(scenes),
+        f"{family}: training step": lambda: trainer._train_step(trainer._prepared(scenes)),
     }
 
 

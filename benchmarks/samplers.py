@@ -4,13 +4,13 @@
         [--scenes 4000] [--finals 2]
 
 A kind is a sampler, with ``+chance`` also stopped by ``search.least_chance``, with ``+pauses`` by
-``asha-pausing`` in ASHA's place, and with an objective before it searched by that. benchmarks.search replays curves from a Gaussian process, which may
-flatter a sampler that is one. Here the same study (the quickstart's network on half of its scenes,
-27 epochs, ASHA with the rungs of configs/full.yaml, one slot) trains every trial, until its epochs
-are used up. Two things are compared seed by seed: the best finished trial's objective, half of
-which is the luck of one seed, and the mean first-epoch objective of all that the sampler proposed
-after its random start, what it tries for knowledge's sake included. Some 7 minutes of CPU a seed
-and sampler.
+``asha-pausing`` in ASHA's place, and with an objective before it searched by that.
+benchmarks.search replays curves from a Gaussian process, which may flatter a sampler that is one.
+Here the same study (the quickstart's network on half of its scenes, 27 epochs, the rungs of
+configs/full.yaml, one slot) trains every trial, until its epochs are used up. Two things are
+compared seed by seed: the best finished trial's objective, half of which is the luck of one seed,
+and the mean first-epoch objective of all that the sampler proposed after its random start, what it
+tries for knowledge's sake included. Some 7 minutes of CPU a seed and sampler.
 
 With ``--scenes`` each winner is trained again as `tuner.train` would, on the quickstart's scenes,
 at its full budget and with ``--finals`` seeds of its own, and scored on held-out scenes. That

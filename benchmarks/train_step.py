@@ -132,7 +132,7 @@ def steps(config: TrialConfig, device: str, rounds: int) -> dict[str, Any]:
         torch.cuda.reset_peak_memory_stats()
 
     def step() -> None:
-        trainer._train_step(batch)
+        trainer._train_step(trainer._prepared(batch))
         synchronize()
 
     seconds = statistics.median(alternate({"step": step}, rounds)["step"])

@@ -23,6 +23,7 @@ from physics.candidates import Candidates
 from physics.config import FrozenModel
 from physics.geometry import PlanarArray
 from physics.scene import SceneConfig, Scenes
+from physics.tikhonov import is_unit_modulus
 from physics.transfer import sent
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ class Batch:
     snr_db: Tensor  # (B,) real; NaN where it is hidden, -inf where there is no signal
     candidates: Candidates | None = None  # of the networks that judge them
     images: Images | None = None  # what is kept of the spectra that the network reads
+    unit_modulus: bool | None = None  # what is known of all codes; None: they are looked at
 
     def __len__(self) -> int:
         return len(self.scenes)
@@ -81,6 +83,7 @@ class Batch:
             self.snr_db[index],
             None if found is None else found[index],
             None if images is None else images[index],
+            self.unit_modulus,
         )
 
     @staticmethod
@@ -88,18 +91,18 @@ class Batch:
         """One batch of several, in order."""
         found = [part.candidates for part in parts if part.candidates is not None]
         images = [part.images for part in parts if part.images is not None]
+        known = [part.unit_modulus for part in parts]
         return Batch(
             Scenes.concatenate([part.scenes for part in parts]),
             torch.cat([part.snr_db for part in parts]),
             Candidates.concatenate(found) if found else None,
             Images.concatenate(images) if len(images) == len(parts) else None,
+            None if None in known else all(known),
         )
 
 
 class SceneSource(Protocol):
     """Training batches and one fixed validation set."""
-
-    unit_modulus: bool | None  # what is known of all codes; None: look at each batch
 
     def n_batches(self, batch_size: int) -> int:
         """Batches of an epoch."""
@@ -161,6 +164,9 @@ class FrontEnds:
 
     def __init__(self, config: TrialConfig, dictionary: Tensor | None = None) -> None:
         self.seed, self.hidden = config.data.seed, config.training.snr_dropout
+        # Codes of shards, and of a simulator of the user's own, may have any amplitude.
+        own = config.data.shards is not None or config.data.simulator is not None
+        self._unit_modulus = None if own else True
         self._search = CandidateSearch.of(config)
         self._imaging = None if dictionary is None else Imaging.of(config, dictionary)
 
@@ -177,9 +183,9 @@ class FrontEnds:
             drawn = np.random.default_rng(sequence).random(len(scenes)) < self.hidden
             snr_db = snr_db.masked_fill(sent(torch.from_numpy(drawn), snr_db.device), torch.nan)
         if self._search is None:
-            return Batch(scenes, snr_db)
+            return Batch(scenes, snr_db, unit_modulus=self._unit_modulus)
         found = self._search(scenes.y, scenes.H, scenes.codes, snr_db)
-        return Batch(scenes, snr_db, found)
+        return Batch(scenes, snr_db, found, unit_modulus=self._unit_modulus)
 
     def images(self, scenes: Scenes) -> Images | None:
         """What is kept of scenes that are the same in every epoch; None where nothing can be."""
@@ -236,8 +242,6 @@ class SimulatedScenes:
         front_ends: FrontEnds,
     ) -> None:
         self.config, self.scene, self.array, self.device = config, scene, array, device
-        # Codes of a simulator of the user's own may have any amplitude.
-        self.unit_modulus: bool | None = True if config.simulator is None else None
         self._front_ends = front_ends
         self._fixed: FixedScenes | None = None
         self._validation: Batch | None = None
@@ -288,8 +292,6 @@ def _simulated_validation(config: DataConfig, scene: SceneConfig, array: PlanarA
 class ShardScenes:
     """Scenes of shards; an epoch is a fresh shuffle of at most ``train_scenes`` of them."""
 
-    unit_modulus: bool | None = None
-
     def __init__(
         self,
         config: DataConfig,
@@ -325,14 +327,16 @@ class ShardScenes:
         order = _shuffle(len(self.train), epoch, seed)[: self.config.train_scenes]
         for number, start in enumerate(range(0, len(order), batch_size)):
             index = order[start : start + batch_size]
-            scenes = self.train.read(index.numpy()).to(self.device)
-            here = sent(index, self.device)
+            scenes = self.train.read(index.numpy())
+            unit_modulus = is_unit_modulus(scenes.codes)  # while the host has them
+            scenes, here = scenes.to(self.device), sent(index, self.device)
             if self._known is None:
                 batch = self._front_ends.examine(scenes, "train", epoch, number)
             else:
                 snr_db, found = self._known
                 batch = Batch(scenes, snr_db[here], found[here])
-            yield batch if self._images is None else replace(batch, images=self._images[here])
+            images = None if self._images is None else self._images[here]
+            yield replace(batch, images=images, unit_modulus=unit_modulus)
 
     def validation(self) -> Batch:
         return self._validation

@@ -13,7 +13,7 @@ from physics.candidates import Candidates
 from physics.covariance import LowRankCovariance
 from physics.precision import in_full_precision
 from physics.scaling import column_energy, divide, divisor, energy, peak, power
-from physics.tikhonov import TikhonovConfig, solve_unchecked, zero_non_finite
+from physics.tikhonov import TikhonovConfig, solve_trusting, solve_unchecked, zero_non_finite
 
 Spectrum = Literal["incoherent", "coherent", "adaptive"]
 
@@ -31,7 +31,7 @@ class Features:
     H: Tensor  # (B, M, N) complex, unit mean power
     spectrum: Tensor  # (B, S, G) logarithms of the spectra asked for on the dictionary, mean 0
     snr_db: Tensor  # (B,) real; NaN where unknown
-    n_fallbacks: int  # scenes that the solver's SVD fallback served
+    fell_back: Tensor  # (B,) bool, scenes that the solver's SVD fallback served, or has to
     candidates: Candidates | None = None  # of the networks that judge them
 
     def measured_covariance(self, shrinkage: float = 0.0) -> LowRankCovariance:
@@ -64,6 +64,7 @@ def compute_features(
     candidates: Candidates | None = None,
     spectra: tuple[Spectrum, ...] = ("incoherent", "coherent"),
     spectrum: Tensor | None = None,
+    trusting: bool = False,
 ) -> Features:
     """Ridge solutions and their spectra over a dictionary of positions.
 
@@ -83,12 +84,17 @@ def compute_features(
         candidates: of the same scenes, where the network judges them.
         spectra: those that are computed, in their order.
         spectrum: (B, S, G) of :func:`compute_spectra`, where it is known already.
+        trusting: do not wait to see whether the SVD fallback is needed. Features of the scenes
+            that need it hold anything then; where there are some, compute all without this.
     """
-    ridge, report = solve_unchecked(
-        y, H, codes, tikhonov.regularization, tikhonov.solver, unit_modulus
-    )
-    if report.n_fallbacks:  # it may be for NaN or Inf, which count as zeros here too
-        y, H, codes = (zero_non_finite(t) for t in (y, H, codes))
+    how = tikhonov.regularization, tikhonov.solver, unit_modulus
+    if trusting:
+        ridge, fell_back = solve_trusting(y, H, codes, *how)
+    else:
+        ridge, report = solve_unchecked(y, H, codes, *how)
+        fell_back = report.fell_back
+        if report.n_fallbacks:  # it may be for NaN or Inf, which count as zeros here too
+            y, H, codes = (zero_non_finite(t) for t in (y, H, codes))
     ridge, y, H = _unit_power(ridge), _unit_power(y), _unit_power(H)
     if spectrum is None:
         spectrum = _log_spectra(ridge, dictionary, spectra)
@@ -99,7 +105,7 @@ def compute_features(
         H=H,
         spectrum=spectrum,
         snr_db=snr_db,
-        n_fallbacks=report.n_fallbacks,
+        fell_back=fell_back,
         candidates=candidates,
     )
 

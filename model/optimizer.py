@@ -69,7 +69,7 @@ def make_optimizer(
             {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
         ],
         lr=config.learning_rate,
-        fused=device.type == "cuda",
+        fused=device.type != "cpu",
     )
 
 
@@ -111,7 +111,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, network: nn.Module) -> None:
-        """Take one optimiser step into the average."""
+        """Take one optimiser step into the average, one that was skipped too."""
         self.steps += 1
         decay = min(self.decay, (1.0 + self.steps) / (10.0 + self.steps))
         current = [p.detach() for _, p in network.named_parameters()]

@@ -74,10 +74,20 @@ class AmpPolicy:
         """Bring the gradients back to their true scale, before they are clipped."""
         self.scaler.unscale_(optimizer)
 
-    def step(self, optimizer: torch.optim.Optimizer, finite: bool) -> None:
-        """Step the optimiser where the step is finite, and let the scaler learn."""
-        if finite:
-            self.scaler.step(optimizer)
+    def step(self, optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
+        """Step the optimiser where the step is finite, and let the scaler learn.
+
+        A fused optimiser's kernel reads for itself whether to step, so that the host need not.
+
+        Args:
+            optimizer: whose gradients have been brought back to their scale.
+            finite: () bool.
+        """
+        if optimizer.defaults["fused"]:
+            optimizer.found_inf = finite.logical_not().float()  # type: ignore[attr-defined]
+            optimizer.step()
+        elif finite:
+            optimizer.step()
         self.scaler.update()
 
     def state_dict(self) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from model.adjustment import first_difference, lasting, undivided
+from model.ahead import Look, ahead_of, delayed
 from model.blending import blended_covariance, jittered_beta
 from model.checkpoint import Checkpoint, CheckpointError, check_shapes, has_checkpoint
 from model.compiling import compiled
@@ -35,6 +36,7 @@ from model.optimizer import (
 )
 from model.precision import AmpPolicy
 from model.prediction import Prediction
+from model.steps import Prepared, Taken, Tally
 from model.validation import score_validation
 from physics.covariance import LowRankCovariance
 from physics.pursuit import pursuit_grid
@@ -103,6 +105,7 @@ class Trainer:
         self.best_weights: dict[str, Tensor] = {}
         self.decision = self.best_decision = Decision(config.decision.goal)
         self._skipped_in_a_row = 0
+        self._ahead = ahead_of(self.device)
         self._jitter = torch.Generator()
         self._untrained: float | None = None
         self._flops: int | None = None
@@ -162,11 +165,11 @@ class Trainer:
             "epoch": self.epoch,
             "objective": self.best_objective,
             **validation,
-            **{k: v for k, v in train.items() if k != "n_scenes"},
+            **train.metrics(),
             "untrained_objective": self._untrained,
             "skipped_steps": self.skipped_steps,
             "flops": self._flops,
-            "scenes_per_second": train["n_scenes"] / elapsed,
+            "scenes_per_second": train.n_scenes / elapsed,
             "epoch_seconds": time.perf_counter() - started,
             "early_stopped": self.early_stopped,
         }
@@ -182,7 +185,7 @@ class Trainer:
         torch.manual_seed(seed)
         self._jitter = torch.Generator().manual_seed(jitter)
 
-    def _features(self, batch: Batch) -> Features:
+    def _features(self, batch: Batch, *, trusting: bool = False) -> Features:
         scenes = batch.scenes
         return compute_features(
             scenes.y,
@@ -191,57 +194,40 @@ class Trainer:
             batch.snr_db,
             dictionary=self.network.dictionary,
             tikhonov=self.config.tikhonov,
-            unit_modulus=self.source.unit_modulus,
+            unit_modulus=batch.unit_modulus,
             candidates=batch.candidates,
             spectra=self.config.network.spectra,
             spectrum=None if batch.images is None else batch.images.spectrum,
+            trusting=trusting,
         )
 
-    def _train_epoch(self) -> dict[str, float]:
+    def _train_epoch(self) -> Tally:
         training = self.config.training
         self.network.train()
-        totals: dict[str, float] = {}
-        n_scenes = n_finite = n_fallbacks = 0
-        norms: list[float] = []
-        rate = 0.0
         batches = self.source.train_batches(self.epoch, training.batch_size, self.config.seed)
-        for batch in batches:
-            rate = learning_rate(training, self.step, self.total_steps)
-            set_learning_rate(self.optimizer, rate)
-            n_scenes += len(batch)
-            terms, norm, fallbacks = self._train_step(batch)
-            n_fallbacks += fallbacks
-            if terms is not None:
-                n_finite += 1
-                for name, value in terms.items():
-                    totals[name] = totals.get(name, 0.0) + value
-            if terms is None or not math.isfinite(norm):
-                self._count_skip(norm)
-                continue
-            self._skipped_in_a_row = 0
-            norms.append(norm)
+        tally = Tally()
+        # Features know nothing of the weights: a device is asked for the next batch's before a
+        # step, and for the next step before the host looks at what came of this one.
+        prepared = delayed(map(self._prepared, batches), self._ahead)
+        for step in delayed(map(self._train_step, prepared), self._ahead):
+            outcome = tally.add(step)
+            if outcome.skipped:
+                self._count_skip(step.number, outcome.norm)
+            else:
+                self._skipped_in_a_row = 0
         # A gradient scaler overflows while it finds its scale: then finite losses are enough.
-        if not (n_finite if self.amp.scaler.is_enabled() else norms):
+        if not (tally.n_finite if self.amp.scaler.is_enabled() else tally.norms):
             raise TrialDiverged(
                 f"no step of epoch {self.epoch + 1} was finite; lower the learning rate"
             )
-        loss = {name: value / n_finite for name, value in totals.items()}
-        return {
-            "loss": loss.pop("total"),
-            **{f"loss_{name}": value for name, value in loss.items()},
-            "grad_norm": sum(norms) / max(1, len(norms)),
-            "grad_norm_max": max(norms, default=0.0),
-            "learning_rate": rate,
-            "solver_fallbacks": n_fallbacks,
-            "n_scenes": n_scenes,
-        }
+        return tally
 
-    def _count_skip(self, norm: float) -> None:
+    def _count_skip(self, number: int, norm: float) -> None:
         self.skipped_steps += 1
         self._skipped_in_a_row += 1
         log.warning(
             "step %d of %d skipped: gradient norm %s (%d in a row)",
-            self.step,
+            number,
             self.total_steps,
             norm,
             self._skipped_in_a_row,
@@ -252,60 +238,57 @@ class Trainer:
                 "lower training.learning_rate or check the data"
             )
 
-    def _train_step(self, batch: Batch) -> tuple[dict[str, float] | None, float, int]:
-        """One optimiser step: its loss terms, gradient norm and fallbacks.
-
-        The terms are None where the loss is not finite. The step is skipped there, and where the
-        norm is not finite.
-        """
-        training = self.config.training
-        size = -(-len(batch) // training.accumulation)
+    def _prepared(self, batch: Batch) -> Prepared:
+        """A batch in its parts, whose features the device has been asked for."""
+        size = -(-len(batch) // self.config.training.accumulation)
         parts = [batch[slice(start, start + size)] for start in range(0, len(batch), size)]
+        return Prepared.of(parts, [self._features(part, trusting=True) for part in parts])
+
+    def _train_step(self, batch: Prepared) -> Taken:
+        """One optimiser step. It is skipped where its loss or its norm is not finite."""
+        training = self.config.training
+        n_fallbacks = batch.n_fallbacks
+        if n_fallbacks:
+            batch = Prepared.of(batch.parts, [self._features(part) for part in batch.parts])
+        rate = learning_rate(training, self.step, self.total_steps)
+        set_learning_rate(self.optimizer, rate)
         warmup = training.warmup_steps(self.total_steps)
         phase = self.config.loss.phase(self.step, self.total_steps, warmup)
         # Drawn for the whole batch, so that the parts add up to the step that it would make.
         beta = jittered_beta(len(batch), self.config.blend, self._jitter)
-        betas = beta.split(size) if beta is not None else [None] * len(parts)
+        n_parts = len(batch.parts)
+        betas = beta.split(len(batch.parts[0])) if beta is not None else [None] * n_parts
         decoys = self.loss.draw_decoys(phase, self._jitter)
-        whole = self._counts(parts) if len(parts) > 1 else None
+        whole = self._counts(batch) if n_parts > 1 else None
         self.optimizer.zero_grad(set_to_none=True)
         terms: dict[str, Tensor] = {}
-        n_fallbacks = 0
-        for part, drawn in zip(parts, betas, strict=True):
-            features = self._features(part)
+        for part, features, drawn in zip(batch.parts, batch.features, betas, strict=True):
             with self.amp.autocast():
                 prediction = self._forward(features)
             blended = blended_covariance(prediction, features, self.config.blend, drawn)
             value = self.loss(prediction, blended, part.scenes, phase, decoys, whole)
             self.amp.backward(value.total)
-            n_fallbacks += features.n_fallbacks
             for name, term in ({"total": value.total.detach()} | value.terms).items():
                 terms[name] = terms[name] + term if name in terms else term
         self.amp.unscale(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), training.gradient_clip)
-        # One transfer from the device for all that is looked at.
-        *values, norm_value = torch.stack([*terms.values(), norm.detach()]).tolist()
-        finite_loss = math.isfinite(values[0])
-        finite = finite_loss and math.isfinite(norm_value)
-        self.amp.step(self.optimizer, finite)
+        values = torch.stack([*terms.values(), norm.detach()])
+        self.amp.step(self.optimizer, torch.isfinite(values[0]) & torch.isfinite(values[-1]))
+        self.average.update(self.network)
         self.step += 1
-        if finite:
-            self.average.update(self.network)
-        if not finite_loss:
-            return None, norm_value, n_fallbacks
-        return dict(zip(terms, values, strict=True)), norm_value, n_fallbacks
+        return Taken(self.step, rate, len(batch), n_fallbacks, tuple(terms), Look(values))
 
-    def _counts(self, parts: list[Batch]) -> Counts:
+    def _counts(self, batch: Prepared) -> Counts:
         """What the loss of all parts together is a mean over."""
         if not self.network.gated:
-            return reduce(add, (self.loss.counts(part.scenes) for part in parts))
+            return reduce(add, (self.loss.counts(part.scenes) for part in batch.parts))
         # Which sources have a slot is known after a prediction only, with the dropout to come.
         devices = [self.device] if self.device.type == "cuda" else []
         counts = []
         with torch.no_grad(), torch.random.fork_rng(devices):
-            for part in parts:
+            for part, features in zip(batch.parts, batch.features, strict=True):
                 with self.amp.autocast():
-                    prediction = self.network(self._features(part))
+                    prediction = self.network(features)
                 counts.append(self.loss.counts(part.scenes, prediction))
         return reduce(add, counts)
 

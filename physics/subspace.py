@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from physics.eigen import eigh
 from physics.scaling import column_energy, divide, multiply
 
 
@@ -62,7 +63,8 @@ class _DominantWeights(torch.autograd.Function):
         # eigh raises on NaN; such items go through as NaN instead, and only they.
         total = torch.view_as_real(gram.resolve_conj()).sum((-3, -2, -1))
         broken = (total.abs() < torch.inf).logical_not()
-        values, vectors = torch.linalg.eigh(gram.masked_fill(broken[..., None, None], 0.0))
+        values, vectors, failed = eigh(gram.masked_fill(broken[..., None, None], 0.0))
+        broken = broken | failed
         rank = gram.shape[-1]
         kind = torch.finfo(values.dtype)
         # In units of the largest eigenvalue, so that no square over- or underflows.

@@ -118,66 +118,112 @@ def solve_unchecked(
     solver: Solver = "auto",
     unit_modulus: bool | None = None,
 ) -> tuple[Tensor, SolveReport]:
-    """:func:`tikhonov_solve` without its checks, for training loops.
+    """:func:`tikhonov_solve` without its checks.
 
     Never raises on bad numbers: NaN and Inf count as zeros, and their scenes as fallen back.
 
     Args:
         unit_modulus: what is known of the codes; None looks.
     """
-    batch = torch.broadcast_shapes(y.shape[:-2], H.shape[:-2], codes.shape[:-2])
-    n_scenes, n_elements = math.prod(batch), H.shape[-1]
-    y, H, codes = (
-        t.expand(*batch, *t.shape[-2:]).reshape(n_scenes, *t.shape[-2:]) for t in (y, H, codes)
+    tried = _Attempt.of(y, H, codes, regularization, solver, unit_modulus)
+    a, failed = tried.a, tried.failed
+    n_failed = int(failed.sum())  # all that is looked at of what the device has computed
+    if n_failed:
+        a = a.clone()
+        again, _ = _in_chunks("svd", *(zero_non_finite(t[failed]) for t in tried.operands))
+        a[failed] = zero_non_finite(again)
+    report = SolveReport(
+        tried.solver, tried.unit_modulus, failed.reshape(tried.batch_shape), n_failed
     )
-    # The solution is linear in y, which takes the scales of the others upon itself.
-    H_scale = divisor(peak(H))[:, None, None]
-    H = divide(H, H_scale)
-    if unit_modulus is None:
-        unit_modulus = is_unit_modulus(codes)
-    if unit_modulus:
-        y = divide(y, H_scale)
-        kernel = H @ H.mH  # of the dual form; its trace serves all
-        trace = kernel.diagonal(dim1=-2, dim2=-1).real.sum(-1, keepdim=True)
-    else:
-        code_scale = divisor(peak(codes, 1)).unsqueeze(-1)  # (B, L, 1)
-        codes = divide(codes, code_scale)
-        # In double precision, where neither scale takes y out of range before the other.
-        both = H_scale.double() * code_scale.double()
-        y = divide(y.to(torch.complex128), both).to(y.dtype)
-        column_power = power(H).sum(-2)  # (B, N)
-        trace = (power(codes) @ column_power.unsqueeze(-1)).squeeze(-1)
-    # A zero channel or code has the solution 0, which any positive alpha gives.
-    alpha = torch.where(trace > 0, regularization * trace / n_elements, torch.ones_like(trace))
-    alpha = alpha if unit_modulus else alpha.expand(y.shape[:2])  # (B, 1) or (B, L)
+    return a.reshape(*tried.batch_shape, *a.shape[-2:]), report
 
-    resolved: Solver = "dual" if solver == "auto" else solver
-    if n_scenes == 0:
-        a = y.new_zeros(*y.shape[:-1], n_elements)
-        failed = torch.zeros(0, dtype=torch.bool, device=y.device)
-    elif resolved == "dual" and unit_modulus:
-        a, failed = _dual_shared(y, H, codes, kernel, alpha)
-    else:
+
+@in_full_precision
+def solve_trusting(
+    y: Tensor,
+    H: Tensor,
+    codes: Tensor,
+    regularization: float,
+    solver: Solver = "auto",
+    unit_modulus: bool | None = None,
+) -> tuple[Tensor, Tensor]:
+    """:func:`solve_unchecked` that does not wait to see whether the SVD is needed.
+
+    With the solvers ``auto`` and ``dual``, and where the codes are known, the host looks at
+    nothing that the device computes.
+
+    Returns:
+        a (…, L, N) complex, and (…) bool the scenes that ``solve_unchecked`` would have solved
+        again: there a holds anything.
+    """
+    tried = _Attempt.of(y, H, codes, regularization, solver, unit_modulus)
+    a = tried.a.reshape(*tried.batch_shape, *tried.a.shape[-2:])
+    return a, tried.failed.reshape(tried.batch_shape)
+
+
+@dataclass(frozen=True)
+class _Attempt:
+    """Solutions of B scenes by the wanted solver, and where it failed."""
+
+    a: Tensor  # (B, L, N)
+    failed: Tensor  # (B,) bool
+    operands: tuple[Tensor, Tensor, Tensor, Tensor]  # y, H, codes and (B, L) alpha, scaled
+    batch_shape: torch.Size
+    solver: Solver
+    unit_modulus: bool
+
+    @classmethod
+    def of(
+        cls,
+        y: Tensor,
+        H: Tensor,
+        codes: Tensor,
+        regularization: float,
+        solver: Solver,
+        unit_modulus: bool | None,
+    ) -> _Attempt:
+        batch_shape = torch.broadcast_shapes(y.shape[:-2], H.shape[:-2], codes.shape[:-2])
+        n_scenes, n_elements = math.prod(batch_shape), H.shape[-1]
+        y, H, codes = (
+            t.expand(*batch_shape, *t.shape[-2:]).reshape(n_scenes, *t.shape[-2:])
+            for t in (y, H, codes)
+        )
+        # The solution is linear in y, which takes the scales of the others upon itself.
+        H_scale = divisor(peak(H))[:, None, None]
+        H = divide(H, H_scale)
+        if unit_modulus is None:
+            unit_modulus = is_unit_modulus(codes)
+        if unit_modulus:
+            y = divide(y, H_scale)
+            kernel = H @ H.mH  # of the dual form; its trace serves all
+            trace = kernel.diagonal(dim1=-2, dim2=-1).real.sum(-1, keepdim=True)
+        else:
+            code_scale = divisor(peak(codes, 1)).unsqueeze(-1)  # (B, L, 1)
+            codes = divide(codes, code_scale)
+            # In double precision, where neither scale takes y out of range before the other.
+            both = H_scale.double() * code_scale.double()
+            y = divide(y.to(torch.complex128), both).to(y.dtype)
+            column_power = power(H).sum(-2)  # (B, N)
+            trace = (power(codes) @ column_power.unsqueeze(-1)).squeeze(-1)
+        # A zero channel or code has the solution 0, which any positive alpha gives.
+        alpha = torch.where(trace > 0, regularization * trace / n_elements, torch.ones_like(trace))
         operands = (y, H, codes, alpha.expand(y.shape[:2]))
-        if resolved == "dual":
+
+        resolved: Solver = "dual" if solver == "auto" else solver
+        if n_scenes == 0:
+            a = y.new_zeros(*y.shape[:-1], n_elements)
+            failed = torch.zeros(0, dtype=torch.bool, device=y.device)
+        elif resolved == "dual" and unit_modulus:
+            a, failed = _dual_shared(y, H, codes, kernel, alpha)
+        elif resolved == "dual":
             a, failed = _in_chunks(resolved, *operands)
         else:  # LAPACK raises for the whole batch when one scene of it holds a NaN
             a, failed = _in_chunks(resolved, *(zero_non_finite(t) for t in operands))
             for operand in operands:
                 failed = failed | ~torch.isfinite(operand).flatten(1).all(-1)
-    # One pass: a sum is finite only where every term is.
-    failed = failed | ~torch.isfinite(torch.view_as_real(a).flatten(1).sum(1))
-    n_failed = int(failed.sum())  # all that is looked at of what the device has computed
-    if n_failed:
-        a = a.clone()
-        again, _ = _in_chunks(
-            "svd",
-            *(zero_non_finite(t[failed]) for t in (y, H, codes, alpha.expand(y.shape[:2]))),
-        )
-        a[failed] = zero_non_finite(again)
-    return a.reshape(*batch, *a.shape[-2:]), SolveReport(
-        resolved, unit_modulus, failed.reshape(batch), n_failed
-    )
+        # One pass: a sum is finite only where every term is.
+        failed = failed | ~torch.isfinite(torch.view_as_real(a).flatten(1).sum(1))
+        return cls(a, failed, operands, batch_shape, resolved, unit_modulus)
 
 
 def zero_non_finite(value: Tensor) -> Tensor:

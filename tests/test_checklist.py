@@ -51,7 +51,7 @@ def training() -> Watched:
     started = time.perf_counter()
     batch = next(iter(trainer.source.train_batches(0, 32, 0)))
     trainer.network.train()
-    trainer._train_step(batch)
+    trainer._train_step(trainer._prepared(batch))
     watched.first_batch_seconds = time.perf_counter() - started
     watched.gradients = {
         k: p.grad.clone() for k, p in trainer.network.named_parameters() if p.grad is not None
@@ -94,7 +94,7 @@ def test_frozen_parts_need_no_gradient() -> None:
     for parameter in trainer.network.snapshot_conv.parameters():
         parameter.requires_grad_(False)
     batch = next(iter(trainer.source.train_batches(0, 8, 0)))
-    terms, norm, _ = trainer._train_step(batch)
+    terms, norm = trainer._train_step(trainer._prepared(batch)).outcome()
     assert terms is not None
     assert math.isfinite(norm)
 
@@ -116,7 +116,7 @@ def test_amp_is_at_work() -> None:
         if isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
             module.register_forward_hook(lambda _m, _i, out: dtypes.add(out.dtype))
     batch = next(iter(trainer.source.train_batches(0, 8, 0)))
-    terms, norm, _ = trainer._train_step(batch)
+    terms, norm = trainer._train_step(trainer._prepared(batch)).outcome()
     assert dtypes == {torch.bfloat16}
     assert terms is not None
     assert math.isfinite(norm)
@@ -158,7 +158,7 @@ def test_memory_stays_reasonable() -> None:
     trainer = Trainer(CONFIG)
     trainer.network.train()
     batch = next(iter(trainer.source.train_batches(0, 32, 0)))
-    assert peak_bytes(lambda: trainer._train_step(batch)) < limit
+    assert peak_bytes(lambda: trainer._train_step(trainer._prepared(batch))) < limit
 
 
 @pytest.mark.parametrize(
@@ -188,7 +188,9 @@ def test_training_is_stable_on_ugly_scenes(what: str) -> None:
     else:
         scenes = replace(scenes, y=scenes.y * 1e15, H=scenes.H * 1e-15)
     for _ in range(3):
-        terms, norm, _ = trainer._train_step(replace(batch, scenes=scenes))
+        terms, norm = trainer._train_step(
+            trainer._prepared(replace(batch, scenes=scenes))
+        ).outcome()
         assert terms is not None
         assert all(math.isfinite(v) for v in terms.values())
         assert math.isfinite(norm)

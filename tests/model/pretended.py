@@ -30,11 +30,13 @@ from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import Trainer
+from model.ahead import Look, ahead_of
 from model.loss import ScenesLoss
 from model.optimizer import WeightAverage, make_optimizer
 from physics import PlanarArray, SceneConfig, nomp, sample_covariance, scene_crb, simulate, somp
 from physics.assignment import assign
 from physics.candidates import find_candidates
+from physics.eigen import leaves_the_look
 from physics.precision import in_full_precision
 from tests.model.test_step_sizes import NETWORKS, config_of
 
@@ -71,6 +73,9 @@ class Waits(TorchDispatchMode):
         self._mode = mode
         self._true: dict[int, Tensor] = {}  # what says that all is well
         self._pinned: dict[int, Tensor] = {}
+        self.n_asked = 0  # operations that the device has been asked for
+        self.n_come = 0  # of which the host knows that they are done
+        self._coming: dict[int, tuple[Tensor, int]] = {}  # on the host after so many of them
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         kwargs = kwargs or {}
@@ -83,21 +88,26 @@ class Waits(TorchDispatchMode):
             return self._read(args[0])
         if name == "_to_copy" and not self._is_fake(args[0]):  # a constant of the host's
             args = (self._mode.from_tensor(args[0]), *args[1:])
-        if name in WAITING and self.is_there(args[0]):
+        if name in WAITING and self.is_there(args[0]) and not leaves_the_look():
             self.count()
         if name == "nonzero":
             return torch.stack(_all_of(args[0]), dim=-1)
         if name in ("index", "index_put", "index_put_"):
             args = (args[0], self._chosen(args[0], args[1]), *args[2:])
         result = func(*args, **kwargs)
+        self.n_asked += isinstance(result, Tensor) and self.is_there(result)
         if name == "all":
             self._true[id(result)] = result
         if name in ("_to_copy", "copy_"):
             source = args[1] if name == "copy_" else args[0]
             asked = len(args) > 2 and args[2] if name == "copy_" else kwargs.get("non_blocking")
-            ahead = asked and id(source) in self._pinned
-            if self.is_there(source) != self.is_there(result) and not ahead:
+            there = self.is_there(source)
+            if there != self.is_there(result) and not (
+                asked and (there or id(source) in self._pinned)
+            ):
                 self.count()
+            elif there and not self.is_there(result):
+                self._coming[id(result)] = result, self.n_asked
         return result
 
     def _chosen(self, of: Tensor, indices: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -118,6 +128,7 @@ class Waits(TorchDispatchMode):
         assert values.ndim == 1
         if self.is_there(values):
             self.count()
+        assert self._coming.get(id(values), (values, 0))[1] <= self.n_come, "it has not come yet"
         return [0.5] * len(values)
 
     def _read(self, value: Tensor) -> bool | int | float:
@@ -126,6 +137,12 @@ class Waits(TorchDispatchMode):
         if value.dtype is torch.bool:
             return id(value) in self._true
         return 0.5 if value.is_floating_point() else 0
+
+    def look(self, n_asked: int) -> None:
+        """Wait until the device has done what it was asked for first: this many operations."""
+        if n_asked == self.n_asked:  # then it has nothing to do
+            self.count()
+        self.n_come = max(self.n_come, n_asked)
 
     def count(self) -> None:
         own = [frame for frame in traceback.extract_stack() if _is_ours(frame.filename)]
@@ -174,15 +191,25 @@ def waits_of(work: Callable[[], object], mode: FakeTensorMode) -> dict[str, int]
 
 def _watched(work: Callable[[], object], mode: FakeTensorMode) -> Waits:
     waits = Waits(mode)
+
+    class Event:
+        """As much of a CUDA event as is used."""
+
+        def record(self) -> None:
+            self._n_asked = waits.n_asked
+
+        def synchronize(self) -> None:
+            waits.look(self._n_asked)
+
     # Fake tensors would give their values one by one; a device gives all of them at once.
     listed = patch.object(FakeTensor, "tolist", lambda values: waits.listed(values))
-    with mode, waits, Looks(waits), listed:
+    with mode, waits, Looks(waits), listed, patch("torch.cuda.Event", Event):
         work()
     return waits
 
 
-def waits_of_a_step(family: str, mode: FakeTensorMode) -> dict[str, int]:
-    """Of a training step of a network."""
+def waits_of_an_epoch(family: str, mode: FakeTensorMode) -> dict[str, int]:
+    """Of the training steps of a network, three of them."""
     with tempfile.TemporaryDirectory() as cache:
         config = config_of(family, 12, Path(cache))
         trainer = Trainer(config)
@@ -190,12 +217,14 @@ def waits_of_a_step(family: str, mode: FakeTensorMode) -> dict[str, int]:
     with mode:
         batch, network = moved(batch, mode), moved(trainer.network.train(), mode)
         trainer.device = torch.device(NAME)
-        trainer.network = network
+        trainer.network = trainer._forward = network
         trainer.optimizer = make_optimizer(network, config.training, trainer.device)
         trainer.average = WeightAverage(network, config.training.ema_decay)
         cells = network.dictionary, network.cell_size, network.directions
         trainer.loss = ScenesLoss(config.loss, trainer.array, config.scene.wavefront, *cells)
-    return waits_of(lambda: trainer._train_step(batch), mode)
+    trainer._ahead = ahead_of(trainer.device)
+    with patch.object(trainer.source, "train_batches", lambda *_: iter([batch] * 3)):
+        return waits_of(trainer._train_epoch, mode)
 
 
 def waits_of_a_simulation(mode: FakeTensorMode, **changes: Any) -> dict[str, int]:
@@ -244,6 +273,7 @@ def waits_of_what_waits(mode: FakeTensorMode) -> dict[str, dict[str, int]]:
         "blocking": lambda: probe(lambda: here.pin_memory().to(NAME)),
         "cholesky": lambda: probe(lambda: torch.linalg.cholesky(there)),
         "eigh": lambda: probe(lambda: torch.linalg.eigh(there)),
+        "look at what was asked for last": lambda: probe(Look(there.sum((1, 2)).real).read),
     }
     return {name: waits_of(work, mode) for name, work in known.items()}
 
@@ -258,7 +288,7 @@ def main() -> None:
     backend_registration._setup_privateuseone_for_python_backend(NAME)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     errors = {"element_jitter": 0.01, "phase_error_deg": 5.0, "error_levels": "varied"}
-    found = {family: waits_of_a_step(family, mode) for family in sorted(NETWORKS)}
+    found = {family: waits_of_an_epoch(family, mode) for family in sorted(NETWORKS)}
     found["simulate"] = waits_of_a_simulation(mode)
     found["simulate, DFT codes"] = waits_of_a_simulation(mode, codebook="dft")
     found["simulate, hardware errors"] = waits_of_a_simulation(mode, **errors)

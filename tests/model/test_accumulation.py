@@ -50,7 +50,7 @@ def config_of(family: str, accumulation: int = 1, **training: Any) -> TrialConfi
 def test_of_the_image_network_some_sources_have_no_slot() -> None:
     trainer = Trainer(config_of("image"))
     batch = next(iter(trainer.source.train_batches(0, 13, 0)))
-    counts = trainer._counts([batch])
+    counts = trainer._counts(trainer._prepared(batch))
     assert 0 < int(counts.matched) < int(counts.sources), "the case must tell the two apart"
 
 
@@ -60,7 +60,7 @@ def gradient(trainer: Trainer) -> tuple[Tensor, dict[str, float]]:
     assert int(batch.scenes.n_sources.min()) == 0 < int(batch.scenes.n_sources.max())
     trainer.network.train()
     trainer._seed_epoch(1)
-    terms, norm, _ = trainer._train_step(batch)
+    terms, norm = trainer._train_step(trainer._prepared(batch)).outcome()
     assert terms is not None
     found = [p.grad.flatten() for p in trainer.network.parameters() if p.grad is not None]
     return torch.cat(found), terms | {"norm": norm}
@@ -98,7 +98,7 @@ def test_a_step_in_parts_takes_less_memory() -> None:
         trainer = Trainer(config_of("snapshot", accumulation, batch_size=64))
         batch = next(iter(trainer.source.train_batches(0, 64, 0)))
         with PeakMemory() as memory:
-            trainer._train_step(batch)
+            trainer._train_step(trainer._prepared(batch))
         return memory.peak
 
     assert peak(4) < 0.5 * peak(1)
@@ -129,7 +129,7 @@ def test_a_part_that_is_not_finite_spoils_its_step_and_no_other() -> None:
     batch = next(iter(trainer.source.train_batches(0, 13, 0)))
     before = {name: p.detach().clone() for name, p in trainer.network.named_parameters()}
     batch.scenes.power[12] = torch.nan  # in the last part
-    terms, norm, _ = trainer._train_step(batch)
+    terms, norm = trainer._train_step(trainer._prepared(batch)).outcome()
     assert terms is None or not norm < float("inf")
     for name, parameter in trainer.network.named_parameters():
         assert torch.equal(parameter, before[name])

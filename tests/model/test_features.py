@@ -45,7 +45,7 @@ def test_bad_numbers_of_one_scene_count_as_zeros_and_leave_the_others_alone(
     front = FrontEnds(config)
     front.hidden = 0.0
     whole, hurt = (trainer._features(front.examine(s, "val", 0, 0)) for s in (scenes, broken))
-    assert hurt.n_fallbacks == 1
+    assert hurt.fell_back.tolist() == [scene == 2 for scene in range(6)]
     trainer.network.eval()
     with torch.no_grad():
         sound, said = trainer.network(whole), trainer.network(hurt)

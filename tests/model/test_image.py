@@ -167,7 +167,7 @@ def test_every_weight_gets_a_gradient_from_the_loss() -> None:
     many = {"train_scenes": 256}  # some slots must hold a source at a range within reach
     trainer = Trainer(config(training={"epochs": 1}, blend={"beta": 0.2}, data=many))
     batch = next(iter(trainer.source.train_batches(0, 256, 0)))
-    trainer._train_step(batch)
+    trainer._train_step(trainer._prepared(batch))
     for name, parameter in trainer.network.named_parameters():
         assert parameter.grad is not None, name
         assert bool(torch.isfinite(parameter.grad).all()), name

@@ -16,6 +16,7 @@ from model import Trainer
 from model.data import Batch, check_convention, check_data
 from model.shards import DataError, ShardSplit, open_npz, refuse_leaks, write_shards
 from physics import LowRankCovariance, Scenes, nmse, simulate, tikhonov_solve
+from physics.tikhonov import is_unit_modulus
 from tests.tiny import TINY_CANDIDATE, tiny_config
 
 CONFIG = tiny_config(scene={"wavefront": "paraxial", "source_mode": "constant", "min_sources": 0})
@@ -370,6 +371,16 @@ def test_amplitudes_in_the_codes_of_any_scene_are_heeded(folder: Path) -> None:
     assert not report.unit_modulus
     a = a / a.abs().square().mean((-2, -1), keepdim=True).sqrt()
     torch.testing.assert_close(trainer._features(Batch(scenes, scenes.snr_db)).ridge, a)
+    batches = list(trainer.source.train_batches(0, 1, 0))
+    known = [batch.unit_modulus for batch in batches]
+    assert known == [is_unit_modulus(batch.scenes.codes) for batch in batches]
+    assert sorted(known) == [False, *[True] * (len(batches) - 1)]  # type: ignore[type-var]
+    whole = Batch.concatenate(batches)
+    assert whole.unit_modulus is False
+    assert Batch.concatenate([*batches, Batch(scenes, scenes.snr_db)]).unit_modulus is None
+    assert (
+        Batch.concatenate([b for b in batches if b.unit_modulus])[slice(0, 2)].unit_modulus is True
+    )
 
 
 def test_other_sizes_are_refused_with_the_field_to_change(folder: Path) -> None:

@@ -77,9 +77,9 @@ def sizes_of_a_step(config: TrialConfig) -> Sizes:
     trainer = Trainer(config)
     trainer.network.train()
     batch = next(iter(trainer.source.train_batches(0, config.training.batch_size, 0)))
-    trainer._train_step(batch)  # so that the optimiser has its state
+    trainer._train_step(trainer._prepared(batch))  # so that the optimiser has its state
     with Sizes() as sizes:
-        trainer._train_step(batch)
+        trainer._train_step(trainer._prepared(batch))
     return sizes
 
 

@@ -102,7 +102,7 @@ def test_lesson_2_training_and_inference_build_the_same_r_blend(tmp_path: Path) 
     trainer.config = config.model_copy(update={"blend": blend})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer.loss.__class__, "__call__", spy)
-        trainer._train_step(batch)
+        trainer._train_step(trainer._prepared(batch))
     _, blended, _ = localizer.predict(scenes.y, scenes.H, scenes.codes, scenes.snr_db)
     torch.testing.assert_close(seen[0], blended.dense(), rtol=1e-5, atol=1e-5)
 
@@ -162,5 +162,5 @@ def test_trap_training_and_validation_build_the_same_r_pred(
     trainer.validate()  # the average is the network before its first step
     validated = seen[0]
     trainer.network.train()
-    trainer._train_step(trainer.source.validation())
+    trainer._train_step(trainer._prepared(trainer.source.validation()))
     torch.testing.assert_close(seen[-1], validated, rtol=1e-5, atol=1e-5)

@@ -1,0 +1,125 @@
+"""Optimiser steps: what one begins with, what came of it, and what an epoch of them adds up to."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from model.ahead import Look
+from model.data import Batch
+from model.features import Features
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A batch in the parts in which its gradient is computed, with what the network sees of each.
+
+    Attributes:
+        parts: whose scenes are the batch's, in order.
+        features: of each part.
+        fallbacks: how many scenes of each part fell back to the SVD.
+    """
+
+    parts: list[Batch]
+    features: list[Features]
+    fallbacks: Look
+
+    @classmethod
+    def of(cls, parts: list[Batch], features: list[Features]) -> Prepared:
+        """Without waiting for the features."""
+        counts = torch.stack([seen.fell_back.sum() for seen in features])
+        return cls(parts, features, Look(counts))
+
+    def __len__(self) -> int:
+        """Scenes."""
+        return sum(map(len, self.parts))
+
+    @property
+    def n_fallbacks(self) -> int:
+        """Scenes that fell back to the SVD; who asks waits for the features."""
+        return int(sum(self.fallbacks.read()))
+
+
+class Outcome(NamedTuple):
+    """What came of a step.
+
+    Attributes:
+        terms: of the loss; None where it is not finite.
+        norm: of the gradient, before clipping.
+    """
+
+    terms: dict[str, float] | None
+    norm: float
+
+    @property
+    def skipped(self) -> bool:
+        """Whether the weights were left as they were."""
+        return self.terms is None or not math.isfinite(self.norm)
+
+
+@dataclass(frozen=True)
+class Taken:
+    """A step that the device was asked to take.
+
+    Attributes:
+        number: of the step, from 1.
+        rate: its learning rate.
+        n_scenes: of its batch.
+        n_fallbacks: scenes of them that fell back to the SVD.
+        names: of the loss terms, the total first.
+        look: their values, and last the gradient's norm.
+    """
+
+    number: int
+    rate: float
+    n_scenes: int
+    n_fallbacks: int
+    names: tuple[str, ...]
+    look: Look
+
+    def outcome(self) -> Outcome:
+        """What came of it; who asks waits for the step."""
+        *values, norm = self.look.read()
+        finite = math.isfinite(values[0])
+        return Outcome(dict(zip(self.names, values, strict=True)) if finite else None, norm)
+
+
+class Tally:
+    """What the steps of an epoch add up to."""
+
+    def __init__(self) -> None:
+        self.n_scenes = 0
+        self.n_finite = 0  # steps with a finite loss
+        self.norms: list[float] = []  # of the steps that were not skipped
+        self._totals: dict[str, float] = {}
+        self._n_fallbacks = 0
+        self._rate = 0.0
+
+    def add(self, step: Taken) -> Outcome:
+        """Count one more step, and return what came of it."""
+        outcome = step.outcome()
+        self.n_scenes += step.n_scenes
+        self._n_fallbacks += step.n_fallbacks
+        self._rate = step.rate
+        if outcome.terms is not None:
+            self.n_finite += 1
+            for name, value in outcome.terms.items():
+                self._totals[name] = self._totals.get(name, 0.0) + value
+        if not outcome.skipped:
+            self.norms.append(outcome.norm)
+        return outcome
+
+    def metrics(self) -> dict[str, float]:
+        """Mean loss terms over finite losses, norms of steps that were not skipped, and counts."""
+        loss = {name: value / self.n_finite for name, value in self._totals.items()}
+        return {
+            "loss": loss.pop("total"),
+            **{f"loss_{name}": value for name, value in loss.items()},
+            "grad_norm": sum(self.norms) / max(1, len(self.norms)),
+            "grad_norm_max": max(self.norms, default=0.0),
+            "learning_rate": self._rate,
+            "solver_fallbacks": self._n_fallbacks,
+        }
