@@ -1,9 +1,10 @@
-"""A study's trials in memory, for the one process that writes them.
+"""A study's trials in memory, for the one process that writes them, or for one look at them.
 
 Optuna reads all trials that run from the database whenever it is asked for trials, which a single
 proposal does some seven times: with 64 of them 0.6 s of the driver went into each proposal. The
 driver alone writes its study (the run folder's lock or :mod:`tuner.claim` sees to that), so it
-reads once and then knows.
+reads once and then knows. Who looks at a study that another process runs reads once as well, and
+what is said of it is all of one moment; to look again is to open it again.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ class OwnedStorage(BaseStorage):
     never changed in place: whoever has one keeps it as it was.
 
     Args:
-        storage: whose studies, as far as they are asked for here, nobody else writes.
+        storage: whose studies, as far as they are asked for here, nobody else writes, or are not
+            written through this.
     """
 
     def __init__(self, storage: PatientStorage) -> None:

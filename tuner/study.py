@@ -53,7 +53,7 @@ from tuner.records import (
 )
 from tuner.samplers import proposal_sampler
 from tuner.space import Value, n_points, same_point, suggest
-from tuner.storage import PatientStorage, patient
+from tuner.storage import patient
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +72,8 @@ class Ledger:
         name: what the study is called in the storage; the configuration's name by default.
         home: the run folder; that of the SQLite file by default. Checkpoints below it are kept by
             their path from there, so that a folder may be moved or copied.
-        reading: whether it is only looked at, maybe while another process runs the study.
+        reading: whether it is only looked at, maybe while another process runs the study: its
+            trials are those of the moment at which they are first asked for.
     """
 
     def __init__(
@@ -91,10 +92,8 @@ class Ledger:
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             optuna.logging.set_verbosity(optuna.logging.ERROR)
             self._database = patient(storage)
-        # Whoever only looks must look again each time: another process writes.
-        self._storage: PatientStorage | OwnedStorage = self._database
-        if not reading:
-            self._storage = OwnedStorage(self._database)  # type: ignore[abstract]
+        # Read once: nobody else writes, or who only looks sees it all as it was at one moment.
+        self._storage = OwnedStorage(self._database)  # type: ignore[abstract]
         known: dict[str, Any] = {
             "storage": self._storage,
             "study_name": name or study.name,

@@ -10,20 +10,20 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from tests.tuner.support import (
-    tiny_study,
-)
+from tests.tuner.support import tiny_study
 from tuner.appraisal import epochs_expected
 from tuner.config import StudyConfig
 from tuner.folder import RunFolder
 from tuner.forecast import Pace, time_left
-from tuner.ledger import open_ledger
+from tuner.ledger import open_ledger, read_ledger
 from tuner.liveview import StudyView
 from tuner.pages.material import Material
-from tuner.pausing import PausingLedger, pausing_note
+from tuner.pausing import pausing_note
 from tuner.report import page
 from tuner.rows import TrialRow
 from tuner.rungs import epochs_in_all
+from tuner.standing import standing
+from tuner.storage import PatientStorage
 
 EPOCHS, FACTOR, RUNGS = 9, 2, (1, 2, 4, 8)
 
@@ -36,24 +36,54 @@ def study_in(folder: Path, epochs: int = EPOCHS, **search: Any) -> StudyConfig:
     return tiny_study(folder, search=changes, training={"epochs": epochs})
 
 
-def test_a_report_and_a_forecast_know_of_those_who_wait(tmp_path: Path) -> None:
-    study = study_in(tmp_path)
-    folder = RunFolder.fresh(tmp_path / "run")
-    folder.config.write_text(study.to_yaml())
-    ledger = open_ledger(folder, study)
-    assert isinstance(ledger, PausingLedger)
-    for objective in (1.0, 2.0, 3.0):
+def waiting_study(folder: Path, waiting: int, **search: Any) -> RunFolder:
+    """A run folder whose trials have gone to a rung so many times, and wait there."""
+    study = study_in(folder, **search)
+    run = RunFolder.fresh(folder / "run")
+    run.config.write_text(study.to_yaml())
+    ledger = open_ledger(run, study)
+    for index in range(waiting):
         found = ledger.ask()
         assert found is not None
-        ledger.report(found.number, {"epoch": found.epoch + 1, "objective": objective}, "at")
+        ledger.report(found.number, {"epoch": found.epoch + 1, "objective": index + 1.0}, "at")
         ledger.hand_back(found.number)
+    ledger.close()
+    run.release()
+    return run
+
+
+def test_a_report_and_a_forecast_know_of_those_who_wait(tmp_path: Path) -> None:
+    folder, study = waiting_study(tmp_path, 3), study_in(tmp_path)
+    ledger = read_ledger(folder, study)
     text = page(Material.read(folder, ledger))
     assert "ASHA with pauses" in text
     assert "waits here" in text
     assert "could not be drawn" not in text
     ledger.close()
-    folder.release()
     assert epochs_expected(study.search, EPOCHS) == (1 + 1 / 2 + 2 / 4 + 4 / 8 + 1 / 16, EPOCHS)
+
+
+def test_to_look_at_a_study_is_to_read_its_trials_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trials that wait are running to Optuna, which reads those anew whenever it is asked."""
+    run = waiting_study(tmp_path, 5)
+    reads: list[str] = []
+    for name in ("get_all_trials", "get_trial"):
+        read = getattr(PatientStorage, name)
+
+        def counted(
+            self: Any, *arguments: Any, of: Any = read, name: str = name, **rest: Any
+        ) -> Any:
+            reads.append(name)
+            return of(self, *arguments, **rest)
+
+        monkeypatch.setattr(PatientStorage, name, counted)
+    look = standing(run.path)
+    assert look.counts()["running"] == 4  # one went on
+    assert reads == ["get_all_trials"]
+    assert standing(run.path).counts() == look.counts()
+    assert reads == ["get_all_trials"] * 2
 
 
 def test_the_live_table_shows_who_trains_before_who_waits(tmp_path: Path) -> None:
