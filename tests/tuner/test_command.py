@@ -110,3 +110,25 @@ def test_threads_that_wait_spin_for_a_moment_unless_the_user_says_otherwise(
         [sys.executable, "-c", said], cwd=ROOT, env=clean | given, capture_output=True, text=True
     )
     assert shown.stdout.strip() == found, shown.stderr
+
+
+@pytest.mark.parametrize("command", ["run", "train", "status", "report", "evaluate"])
+def test_a_python_without_the_packages_is_told_in_one_line(command: str) -> None:
+    finished = subprocess.run(
+        [sys.executable, "-S", "-m", f"tuner.{command}", "--help"],  # -S: no site-packages
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert finished.returncode == 1
+    assert finished.stdout == ""
+    assert finished.stderr.startswith(f"error: {sys.executable} lacks typer, ")
+    assert "make setup" in finished.stderr
+    assert finished.stderr.count("\n") == 1
+
+
+def test_a_program_of_ones_own_may_lack_what_it_does_not_use() -> None:
+    alone = [sys.executable, "-S", "-c", "import tuner"]
+    subprocess.run(alone, cwd=ROOT, timeout=60, check=True)
