@@ -15,11 +15,11 @@ T = TypeVar("T")
 class Look:
     """Values on their way from a device to the host.
 
-    They set out when this is made, behind all that the device was asked for before. Who reads them
-    waits until they have come, and for nothing that was asked for since.
+    They set out when this is made, behind all that the device's current stream was asked for
+    before. Who reads them waits until they have come, and for nothing that was asked for since.
 
     Args:
-        values: (n,).
+        values: (n,), on a CPU or a CUDA device.
     """
 
     def __init__(self, values: Tensor) -> None:
@@ -28,7 +28,7 @@ class Look:
         self._come: torch.cuda.Event | None = None
         if values.device.type != "cpu":
             self._come = torch.cuda.Event()
-            self._come.record()
+            self._come.record(torch.cuda.current_stream(values.device))
 
     def read(self) -> list[float]:
         """The n values."""

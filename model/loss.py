@@ -194,7 +194,7 @@ class ScenesLoss:
         }
         if weights["subspace_align"] or weights["peak_contrast"]:
             decoys = self.dictionary if decoys is None else decoys
-            signal = blended.dominant_weights(scenes.n_sources, steering.shape[-2])
+            signal = blended.dominant_weights(scenes.n_sources, steering.shape[-2], trusting=True)
             seen = signal.mT @ projected  # (B, K, K)
             subspace = blended.combined(signal)  # (B, K, N)
             terms["subspace_align"] = self._subspace(

@@ -94,10 +94,11 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 
 class WeightAverage:
-    """Exponential moving average of a network's weights.
+    """Exponential moving average of a network's weights over optimiser steps.
 
     The decay of step t is ``min(decay, (1 + t) / (10 + t))``, so that short trainings are not
-    dragged back to the initial weights.
+    dragged back to the initial weights. A step that was skipped counts like others: the host need
+    not know of it.
 
     Args:
         network: whose weights are followed.
@@ -111,7 +112,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, network: nn.Module) -> None:
-        """Take one optimiser step into the average, one that was skipped too."""
+        """Take one optimiser step into the average."""
         self.steps += 1
         decay = min(self.decay, (1.0 + self.steps) / (10.0 + self.steps))
         current = [p.detach() for _, p in network.named_parameters()]

@@ -86,6 +86,7 @@ class AmpPolicy:
         if optimizer.defaults["fused"]:
             optimizer.found_inf = finite.logical_not().float()  # type: ignore[attr-defined]
             optimizer.step()
+            del optimizer.found_inf  # type: ignore[attr-defined]
         elif finite:
             optimizer.step()
         self.scaler.update()

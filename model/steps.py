@@ -20,7 +20,8 @@ class Prepared:
     Attributes:
         parts: whose scenes are the batch's, in order.
         features: of each part.
-        fallbacks: how many scenes of each part fell back to the SVD.
+        fallbacks: how many scenes of each part fell back to the SVD; who reads it waits for the
+            features.
     """
 
     parts: list[Batch]
@@ -36,11 +37,6 @@ class Prepared:
     def __len__(self) -> int:
         """Scenes."""
         return sum(map(len, self.parts))
-
-    @property
-    def n_fallbacks(self) -> int:
-        """Scenes that fell back to the SVD; who asks waits for the features."""
-        return int(sum(self.fallbacks.read()))
 
 
 class Outcome(NamedTuple):

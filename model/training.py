@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import reduce
 from operator import add
 from pathlib import Path
@@ -242,14 +242,19 @@ class Trainer:
         """A batch in its parts, whose features the device has been asked for."""
         size = -(-len(batch) // self.config.training.accumulation)
         parts = [batch[slice(start, start + size)] for start in range(0, len(batch), size)]
-        return Prepared.of(parts, [self._features(part, trusting=True) for part in parts])
+        trusting = self._ahead > 0
+        return Prepared.of(parts, [self._features(part, trusting=trusting) for part in parts])
 
     def _train_step(self, batch: Prepared) -> Taken:
         """One optimiser step. It is skipped where its loss or its norm is not finite."""
         training = self.config.training
-        n_fallbacks = batch.n_fallbacks
-        if n_fallbacks:
-            batch = Prepared.of(batch.parts, [self._features(part) for part in batch.parts])
+        fallbacks = batch.fallbacks.read()
+        if any(fallbacks) and self._ahead:  # the SVD has to help, for which the host waits
+            mended = [
+                self._features(part) if failed else seen
+                for part, seen, failed in zip(batch.parts, batch.features, fallbacks, strict=True)
+            ]
+            batch = replace(batch, features=mended)
         rate = learning_rate(training, self.step, self.total_steps)
         set_learning_rate(self.optimizer, rate)
         warmup = training.warmup_steps(self.total_steps)
@@ -276,7 +281,7 @@ class Trainer:
         self.amp.step(self.optimizer, torch.isfinite(values[0]) & torch.isfinite(values[-1]))
         self.average.update(self.network)
         self.step += 1
-        return Taken(self.step, rate, len(batch), n_fallbacks, tuple(terms), Look(values))
+        return Taken(self.step, rate, len(batch), int(sum(fallbacks)), tuple(terms), Look(values))
 
     def _counts(self, batch: Prepared) -> Counts:
         """What the loss of all parts together is a mean over."""

@@ -354,12 +354,14 @@ class LowRankCovariance:
         return self._weighted(self._columns.project(vectors), dim=-2)
 
     @in_full_precision
-    def dominant_weights(self, n_sources: int | Tensor, at_most: int | None = None) -> Tensor:
+    def dominant_weights(
+        self, n_sources: int | Tensor, at_most: int | None = None, *, trusting: bool = False
+    ) -> Tensor:
         """W (…, r, at_most) of ``U_K = F W``, an orthonormal basis of the dominant subspace.
 
         See :func:`physics.subspace.dominant_weights`; the scale of R must be moderate.
         """
-        return dominant_weights(self.gram(), n_sources, at_most)
+        return dominant_weights(self.gram(), n_sources, at_most, trusting=trusting)
 
     @in_full_precision
     def combined(self, weights: Tensor) -> Tensor:

@@ -8,14 +8,17 @@ from functools import cache
 import torch
 from torch import Tensor
 
+_OPERATOR = "_linalg_check_errors"
 _this_thread = threading.local()
 
 
-def eigh(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """``torch.linalg.eigh`` for which the host does not wait.
+def eigh_trusting(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``torch.linalg.eigh`` for which the host does not look whether it succeeded.
 
-    PyTorch looks whether a decomposition succeeded, and the host waits there until the device has
-    done all that it was asked for; there is no ``eigh_ex``. On a GPU that look is left out here.
+    PyTorch looks at the codes of LAPACK, and the host waits there until the device has done all
+    that it was asked for; there is no ``eigh_ex``. On a GPU the codes are returned in place of that
+    look. For that the operator by which PyTorch looks is replaced in this process, at the first
+    call with a matrix on a GPU, by one that calls it for everybody but this function.
 
     Args:
         matrix: (…, r, r) Hermitian.
@@ -28,48 +31,38 @@ def eigh(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         torch.linalg.LinAlgError: on a CPU, where one of them failed.
     """
     if matrix.is_cuda:
-        _take_the_look("CUDA")
-    infos: list[Tensor] = []
-    _this_thread.infos = infos
+        _replace_check("CUDA")
+    codes: list[Tensor] = []
+    _this_thread.codes = codes
     try:
         values, vectors = torch.linalg.eigh(matrix)
     finally:
-        _this_thread.infos = None
+        _this_thread.codes = None
     failed = torch.zeros(matrix.shape[:-2], dtype=torch.bool, device=matrix.device)
-    for info in infos:
-        failed = failed | (info != 0).view_as(failed)
+    for code in codes:
+        failed = failed | (code != 0).view_as(failed)
     return values, vectors, failed
 
 
-def leaves_the_look() -> bool:
-    """Whether this thread is within :func:`eigh`."""
-    return getattr(_this_thread, "infos", None) is not None
+def keeps_codes() -> bool:
+    """Whether this thread is within :func:`eigh_trusting`."""
+    return getattr(_this_thread, "codes", None) is not None
 
 
 @cache
-def _take_the_look(backend: str) -> torch.library.Library | None:
-    """Put :func:`_look` in the place of PyTorch's own look at the LAPACK codes of a backend.
+def _replace_check(backend: str) -> torch.library.Library:
+    """Let PyTorch's check of LAPACK's codes on a backend keep those of :func:`eigh_trusting`."""
+    check = torch.library.get_kernel(f"aten::{_OPERATOR}", backend)
 
-    None where this PyTorch has no such operator: then it looks as ever.
-    """
-    if not hasattr(torch.ops.aten, "_linalg_check_errors"):
-        return None
+    def keep_or_check(
+        keys: torch._C.DispatchKeySet, codes: Tensor, api_name: str, *, is_matrix: bool
+    ) -> None:
+        kept: list[Tensor] | None = getattr(_this_thread, "codes", None)
+        if kept is None:
+            check.call_boxed(keys, codes, api_name, is_matrix=is_matrix)
+        else:
+            kept.append(codes)
+
     library = torch.library.Library("aten", "IMPL")
-    library.impl("_linalg_check_errors", _look, backend)
-    return library
-
-
-def _look(infos: Tensor, api_name: str, *, is_matrix: bool) -> None:
-    """Keep the codes for :func:`eigh`; raise for everybody else, as PyTorch does."""
-    kept: list[Tensor] | None = getattr(_this_thread, "infos", None)
-    if kept is not None:
-        kept.append(infos)
-        return
-    if not bool(infos.any()):
-        return
-    first = int(infos.flatten().nonzero()[0])
-    where = "" if is_matrix else f" (batch element {first})"
-    raise torch.linalg.LinAlgError(  # type: ignore[attr-defined]  # it is public all the same
-        f"{api_name}{where}: failed with code {int(infos.flatten()[first])}: the matrix is not "
-        "finite, singular, or the algorithm did not converge"
-    )
+    library.impl(_OPERATOR, keep_or_check, backend, with_keyset=True)
+    return library  # what it registers goes with it

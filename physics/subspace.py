@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from physics.eigen import eigh
+from physics.eigen import eigh_trusting
 from physics.scaling import column_energy, divide, multiply
 
 
@@ -28,7 +28,9 @@ def dominant_energy(
     return column_energy(dominant_weights(gram, n_sources, at_most).mT @ projected)
 
 
-def dominant_weights(gram: Tensor, n_sources: int | Tensor, at_most: int | None = None) -> Tensor:
+def dominant_weights(
+    gram: Tensor, n_sources: int | Tensor, at_most: int | None = None, *, trusting: bool = False
+) -> Tensor:
     """``W = V_K Lambda_K^-1/2`` (…, r, at_most) of ``F^H F = V Lambda V^H``: ``U_K = F W``.
 
     U_K are the eigenvectors of the K largest eigenvalues of ``F F^H``. Columns beyond K are zero,
@@ -47,24 +49,33 @@ def dominant_weights(gram: Tensor, n_sources: int | Tensor, at_most: int | None 
         gram: F^H F (…, r, r) Hermitian.
         n_sources: K, one for all or (…) one for each batch item; at most r counts.
         at_most: a bound on K, which saves work.
+        trusting: do not wait to see whether the eigendecomposition succeeded: where it did not, W
+            is NaN (:func:`physics.eigen.eigh_trusting`).
+
+    Raises:
+        torch.linalg.LinAlgError: it failed, and was not trusted.
     """
     counts = torch.as_tensor(n_sources, device=gram.device)
     rank = gram.shape[-1]
     if isinstance(n_sources, int):
         at_most = n_sources
     n_top = rank if at_most is None else max(0, min(at_most, rank))
-    weights: Tensor = _DominantWeights.apply(gram, counts, n_top)
+    weights: Tensor = _DominantWeights.apply(gram, counts, n_top, trusting)
     return weights
 
 
 class _DominantWeights(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gram: Tensor, n_sources: Tensor, n_top: int) -> Tensor:
+    def forward(ctx: Any, gram: Tensor, n_sources: Tensor, n_top: int, trusting: bool) -> Tensor:
         # eigh raises on NaN; such items go through as NaN instead, and only they.
         total = torch.view_as_real(gram.resolve_conj()).sum((-3, -2, -1))
         broken = (total.abs() < torch.inf).logical_not()
-        values, vectors, failed = eigh(gram.masked_fill(broken[..., None, None], 0.0))
-        broken = broken | failed
+        sound = gram.masked_fill(broken[..., None, None], 0.0)
+        if trusting:
+            values, vectors, failed = eigh_trusting(sound)
+            broken = broken | failed
+        else:
+            values, vectors = torch.linalg.eigh(sound)
         rank = gram.shape[-1]
         kind = torch.finfo(values.dtype)
         # In units of the largest eigenvalue, so that no square over- or underflows.
@@ -80,7 +91,7 @@ class _DominantWeights(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         relative, vectors, root, scale, unit = ctx.saved_tensors
         n_rest = relative.shape[-1] - scale.shape[-1]
         gap = relative[..., n_rest:].unsqueeze(-2) - relative.unsqueeze(-1)
@@ -93,7 +104,7 @@ class _DominantWeights(torch.autograd.Function):
         core = multiply((grad.mH @ vectors).mH, divided)
         # Of the columns k alone: the Hermitian part of this is what a Hermitian matrix sees.
         to_gram = (core.mT @ vectors.mT).mT @ vectors[..., n_rest:].mH
-        return to_gram.sum_to_size(*ctx.batch_shape, *to_gram.shape[-2:]), None, None
+        return to_gram.sum_to_size(*ctx.batch_shape, *to_gram.shape[-2:]), None, None, None
 
 
 def orthonormal_weights(columns: Tensor) -> tuple[Tensor, Tensor]:

@@ -36,7 +36,7 @@ from model.optimizer import WeightAverage, make_optimizer
 from physics import PlanarArray, SceneConfig, nomp, sample_covariance, scene_crb, simulate, somp
 from physics.assignment import assign
 from physics.candidates import find_candidates
-from physics.eigen import leaves_the_look
+from physics.eigen import keeps_codes
 from physics.precision import in_full_precision
 from tests.model.test_step_sizes import NETWORKS, config_of
 
@@ -88,7 +88,7 @@ class Waits(TorchDispatchMode):
             return self._read(args[0])
         if name == "_to_copy" and not self._is_fake(args[0]):  # a constant of the host's
             args = (self._mode.from_tensor(args[0]), *args[1:])
-        if name in WAITING and self.is_there(args[0]) and not leaves_the_look():
+        if name in WAITING and self.is_there(args[0]) and not keeps_codes():
             self.count()
         if name == "nonzero":
             return torch.stack(_all_of(args[0]), dim=-1)
@@ -107,6 +107,7 @@ class Waits(TorchDispatchMode):
             ):
                 self.count()
             elif there and not self.is_there(result):
+                self.n_asked += 1  # for the copy
                 self._coming[id(result)] = result, self.n_asked
         return result
 
@@ -129,7 +130,7 @@ class Waits(TorchDispatchMode):
         if self.is_there(values):
             self.count()
         assert self._coming.get(id(values), (values, 0))[1] <= self.n_come, "it has not come yet"
-        return [0.5] * len(values)
+        return [0.5 if values.is_floating_point() else 0] * len(values)
 
     def _read(self, value: Tensor) -> bool | int | float:
         if self.is_there(value):
@@ -195,7 +196,8 @@ def _watched(work: Callable[[], object], mode: FakeTensorMode) -> Waits:
     class Event:
         """As much of a CUDA event as is used."""
 
-        def record(self) -> None:
+        def record(self, stream: torch.device) -> None:
+            assert stream.type == NAME  # of the device on which it is
             self._n_asked = waits.n_asked
 
         def synchronize(self) -> None:
@@ -203,15 +205,18 @@ def _watched(work: Callable[[], object], mode: FakeTensorMode) -> Waits:
 
     # Fake tensors would give their values one by one; a device gives all of them at once.
     listed = patch.object(FakeTensor, "tolist", lambda values: waits.listed(values))
-    with mode, waits, Looks(waits), listed, patch("torch.cuda.Event", Event):
+    streams = patch("torch.cuda.current_stream", lambda device: device)
+    with mode, waits, Looks(waits), listed, patch("torch.cuda.Event", Event), streams:
         work()
     return waits
 
 
-def waits_of_an_epoch(family: str, mode: FakeTensorMode) -> dict[str, int]:
-    """Of the training steps of a network, three of them."""
+def waits_of_an_epoch(family: str, parts: int, mode: FakeTensorMode) -> dict[str, int]:
+    """Of the training steps of a network, three of them, each in so many parts."""
     with tempfile.TemporaryDirectory() as cache:
         config = config_of(family, 12, Path(cache))
+        training = config.training.model_copy(update={"accumulation": parts})
+        config = config.model_copy(update={"training": training})
         trainer = Trainer(config)
         batch = next(iter(trainer.source.train_batches(0, config.training.batch_size, 0)))
     with mode:
@@ -288,7 +293,11 @@ def main() -> None:
     backend_registration._setup_privateuseone_for_python_backend(NAME)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     errors = {"element_jitter": 0.01, "phase_error_deg": 5.0, "error_levels": "varied"}
-    found = {family: waits_of_an_epoch(family, mode) for family in sorted(NETWORKS)}
+    found = {
+        f"{family}, {parts} parts": waits_of_an_epoch(family, parts, mode)
+        for family in sorted(NETWORKS)
+        for parts in (1, 2)
+    }
     found["simulate"] = waits_of_a_simulation(mode)
     found["simulate, DFT codes"] = waits_of_a_simulation(mode, codebook="dft")
     found["simulate, hardware errors"] = waits_of_a_simulation(mode, **errors)

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from model import Trainer, TrialDiverged
+from model import Trainer, TrialConfig, TrialDiverged
 from model.ahead import Look, delayed
-from model.optimizer import make_optimizer
 from physics import simulate
-from tests.tiny import tiny_config
+from tests.model.test_step_sizes import NETWORKS
+from tests.tiny import TINY, tiny_config
 
 
 @pytest.mark.parametrize("by", [0, 1, 3, 9])
@@ -34,11 +34,29 @@ def test_a_look_returns_what_the_values_were() -> None:
     assert Look(torch.tensor([1.5, math.inf, -2.0])).read() == [1.5, math.inf, -2.0]
 
 
-def trainer(ahead: int, **training: Any) -> Trainer:
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+@pytest.mark.parametrize("index", range(max(1, torch.cuda.device_count())))
+def test_a_look_waits_for_its_values_on_every_gpu(index: int) -> None:
+    with torch.cuda.device(index):
+        values = torch.zeros(3, device="cuda")
+        torch.cuda._sleep(50_000_000)
+        values += 7.0
+    look = Look(values)
+    values += 1.0
+    assert look.read() == [7.0] * 3
+
+
+def trainer(ahead: int, family: str = "snapshot", **training: Any) -> Trainer:
     """With an optimiser that decides on its own whether to step."""
-    made = Trainer(tiny_config(training={"epochs": 2} | training))
-    made.optimizer = make_optimizer(made.network, made.config.training, torch.device("meta"))
-    assert made.optimizer.defaults["fused"]
+    sections = TINY | {
+        "scene": TINY["scene"] | {"n_antennas": 6, "n_snapshots": 6},
+        "network": NETWORKS[family],
+        "training": TINY["training"] | training,
+    }
+    made = Trainer(TrialConfig.model_validate(sections))
+    made.optimizer = torch.optim.AdamW(
+        made.network.parameters(), lr=made.config.training.learning_rate, fused=True
+    )
     made._ahead = ahead
     return made
 
@@ -64,13 +82,14 @@ def assert_same(one: Trainer, two: Trainer) -> None:
     assert (one.step, one.skipped_steps) == (two.step, two.skipped_steps)
 
 
+@pytest.mark.parametrize("family", ["candidate", "image", "snapshot"])
 @pytest.mark.parametrize("accumulation", [1, 3])
 @pytest.mark.parametrize("keys", [[], ["y"], ["power"]], ids=["sound", "fallback", "skipped"])
 def test_it_ends_where_one_that_waits_for_every_step_does(
-    keys: list[str], accumulation: int, monkeypatch: pytest.MonkeyPatch
+    keys: list[str], accumulation: int, family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    spoiled(monkeypatch, keys, slice(20, 21))  # a scene of the second batch
-    one, two = (trainer(ahead, accumulation=accumulation) for ahead in (0, 1))
+    spoiled(monkeypatch, keys, slice(30, 31))  # a scene of the second batch, none to validate
+    one, two = (trainer(ahead, family, accumulation=accumulation) for ahead in (0, 1))
     for _ in range(2):
         expected, found = one.run_epoch(), two.run_epoch()
         for times in ("scenes_per_second", "epoch_seconds"):
@@ -132,3 +151,40 @@ def test_an_optimizer_that_decides_itself_leaves_all_as_it_was_where_a_step_is_n
     for index, entry in fused.optimizer.state_dict()["state"].items():
         for key, value in entry.items():
             assert torch.equal(value, moments[index][key]), key
+
+
+def test_only_the_parts_that_the_svd_has_to_help_are_computed_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    spoiled(monkeypatch, ["y"], slice(30, 31))
+    ahead = trainer(1, accumulation=4)
+    trusted: list[bool] = []
+    features = ahead._features
+
+    def noting(part: Any, *, trusting: bool = False) -> Any:
+        trusted.append(trusting)
+        return features(part, trusting=trusting)
+
+    monkeypatch.setattr(ahead, "_features", noting)
+    ahead._train_epoch()
+    assert (trusted.count(True), trusted.count(False)) == (12, 1)
+
+
+def test_a_scaler_learns_the_same_beside_an_optimizer_that_decides_itself() -> None:
+    """In fp16 as it is trained on a GPU without bf16: the first steps overflow."""
+    trainers = []
+    for fused in (False, True):
+        made = Trainer(tiny_config(training={"epochs": 20}, network={"dropout": 0.0}))
+        made.amp.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**126, growth_interval=3)
+        rate = made.config.training.learning_rate
+        made.optimizer = torch.optim.AdamW(made.network.parameters(), lr=rate, fused=fused)
+        trainers.append(made)
+    plain, fused_one = trainers
+    for _ in range(3):
+        expected, found = plain.run_epoch(), fused_one.run_epoch()
+        assert found["skipped_steps"] == expected["skipped_steps"] > 0
+        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-4)
+        assert fused_one.amp.state_dict() == plain.amp.state_dict()
+    steps = [int(entry["step"]) for entry in fused_one.optimizer.state_dict()["state"].values()]
+    assert set(steps) == {fused_one.step - fused_one.skipped_steps}
+    assert not hasattr(fused_one.optimizer, "found_inf")

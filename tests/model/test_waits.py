@@ -35,12 +35,12 @@ def waits() -> dict[str, dict[str, int]]:
     return found
 
 
+@pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize("family", ["candidate", "image", "snapshot"])
-def test_training_steps_wait_for_nothing_but_the_end_of_their_epoch(
-    waits: dict[str, dict[str, int]], family: str
+def test_the_device_has_work_whenever_the_host_looks_but_at_the_end_of_an_epoch(
+    waits: dict[str, dict[str, int]], family: str, parts: int
 ) -> None:
-    """The device always has the next step to do, where there is one, when the host looks."""
-    assert waits[family] == {LOOK: 1}
+    assert waits[f"{family}, {parts} parts"] == {LOOK: 1}
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
