@@ -4,7 +4,8 @@
 
 The first part runs studies of very short trials on a Ray of its own, as `tuner.run` does. A trial's
 overhead is the time between the ends of two trials of one actor, without the second one's epochs:
-the first trial of an actor, which starts it, does not count. Medians over the trials; the parts
+the first trial of an actor, which starts it, does not count. With `--scheduler asha-pausing` it is
+that of a stretch, from one rung to the next. Medians over the trials; the parts
 that the driver can see are timed where they happen, and the rest is Ray's: the actor's reset and
 messages. Building a trial, scoring its untrained network and writing its checkpoints are the
 trial's own, but no epoch's, and are counted. The second part fills ledgers with ended trials
@@ -39,6 +40,7 @@ from benchmarks._timing import parser, save, verdict
 from tuner.config import StudyConfig, load_study
 from tuner.distributed import run_distributed
 from tuner.folder import RunFolder
+from tuner.ledger import open_ledger
 from tuner.limits import Limits
 from tuner.results import drop_losers, write_best, write_trials
 from tuner.schedulers import LedgerMedian
@@ -50,6 +52,7 @@ from tuner.tensorboard import TensorBoardLog
 from tuner.watchers import Watchers
 
 TARGET = 0.1  # seconds a trial
+ENDS = ("finish", "hand_back")  # of a trial's work, for good or for now
 FULL = Path(__file__).resolve().parent.parent / "configs" / "full.yaml"
 _SMALL: dict[str, Any] = {
     "array__n_horizontal": 4,
@@ -71,7 +74,6 @@ _SMALL: dict[str, Any] = {
     "training__batch_size": 16,
     "training__threads": 1,
     "resources__gpus_per_trial": 0,
-    "search__scheduler": "none",
     "search__space": {
         "training.learning_rate": {"type": "float", "low": 1e-4, "high": 1e-2, "log": True},
         "training.weight_decay": {"type": "float", "low": 1e-6, "high": 1e-1, "log": True},
@@ -84,7 +86,7 @@ _SMALL: dict[str, Any] = {
 
 @dataclass
 class Seen:
-    """What the driver saw of one trial."""
+    """What the driver saw of one trial, or of one stretch of a trial that waits at rungs."""
 
     pid: int = 0
     ended: float = 0.0
@@ -94,8 +96,9 @@ class Seen:
 
 
 @contextmanager
-def watched(trials: dict[int, Seen]) -> Iterator[None]:
-    """Time the driver's methods, trial by trial."""
+def watched(kind: type[Ledger], stretches: list[Seen]) -> Iterator[None]:
+    """Time the driver's methods, stretch by stretch in the order of their ends."""
+    running: dict[int, Seen] = {}
 
     def timed(owner: type, name: str, number_of: Callable[..., int | None]) -> Any:
         original = getattr(owner, name)
@@ -106,10 +109,14 @@ def watched(trials: dict[int, Seen]) -> Iterator[None]:
             result = original(self, *args, **kwargs)
             spent = time.perf_counter() - start
             number = number_of(result, *args)
-            if number is not None:
-                trials[number].parts[name] += spent
-                if name == "finish":
-                    trials[number].ended = start
+            if name == "ask" and number is not None:
+                running[number] = Seen()
+            # A trial that ends while it waits is in no stretch.
+            if number is not None and number in running:
+                running[number].parts[name] += spent
+                if name in ENDS:
+                    running[number].ended = start
+                    stretches.append(running.pop(number))
             return result
 
         return patch.object(owner, name, method)
@@ -117,7 +124,7 @@ def watched(trials: dict[int, Seen]) -> Iterator[None]:
     seen = LedgerSearch.reported
 
     def reported(self: LedgerSearch, trial_id: str, result: dict[str, Any]) -> None:
-        trial = trials[self._numbers[trial_id]]
+        trial = running[self._numbers[trial_id]]
         trial.pid = result["pid"]
         trial.epochs += result["epoch_seconds"]
         trial.steps += result["time_this_iter_s"]
@@ -125,24 +132,32 @@ def watched(trials: dict[int, Seen]) -> Iterator[None]:
 
     with ExitStack() as stack:
         stack.enter_context(patch.object(LedgerSearch, "reported", reported))
-        asked = timed(Ledger, "ask", lambda found: found.number if found else None)
+        asked = timed(kind, "ask", lambda found: found.number if found else None)
         stack.enter_context(asked)
-        for name in ("report", "finish"):
-            stack.enter_context(timed(Ledger, name, lambda result, number, *rest: number))
+        for name in ("report", *ENDS):
+            stack.enter_context(timed(kind, name, lambda result, number, *rest: number))
         yield
 
 
-def run_study(folder: Path, trials: int, epochs: int, concurrent: int) -> list[Seen]:
-    """Trials on Ray, in the order of their ends."""
-    options = {"search__trials": trials, "training__epochs": epochs}
+def run_study(
+    folder: Path, trials: int, epochs: int, concurrent: int, scheduler: str
+) -> list[Seen]:
+    """Trials on Ray, or their stretches, in the order of their ends."""
+    options = {
+        "search__trials": trials,
+        "search__scheduler": scheduler,
+        "search__grace_epochs": 1,
+        "search__reduction_factor": 3,
+        "training__epochs": epochs,
+    }
     study = load_study(None, **(_SMALL | options))
     place = RunFolder.fresh(folder)
     place.config.write_text(study.to_yaml(), encoding="utf-8")
-    ledger = Ledger(place.database, study)
+    ledger = open_ledger(place, study)
     limits = Limits(ledger)
     progress = Progress(study, [], stream=io.StringIO())
     watchers = Watchers(progress, TensorBoardLog(ledger, place.tensorboard))
-    seen: dict[int, Seen] = defaultdict(Seen)
+    seen: list[Seen] = []
 
     def after() -> None:
         start = time.perf_counter()
@@ -150,10 +165,9 @@ def run_study(folder: Path, trials: int, epochs: int, concurrent: int) -> list[S
         write_trials(place, ledger)
         write_best(place, ledger)
         drop_losers(place, ledger, ledger.best())
-        last = max(seen.values(), key=lambda trial: trial.ended)
-        last.parts["results"] += time.perf_counter() - start
+        seen[-1].parts["results"] += time.perf_counter() - start
 
-    with watched(seen):
+    with watched(type(ledger), seen):
         run_distributed(
             ledger,
             place,
@@ -166,7 +180,7 @@ def run_study(folder: Path, trials: int, epochs: int, concurrent: int) -> list[S
         )
     ledger.close()
     place.release()
-    return sorted(seen.values(), key=lambda trial: trial.ended)
+    return seen
 
 
 def overhead(trials: list[Seen]) -> dict[str, float]:
@@ -184,7 +198,7 @@ def overhead(trials: list[Seen]) -> dict[str, float]:
         driver = {
             "proposal": trial.parts["ask"],
             "epochs into the ledger": trial.parts["report"],
-            "end into the ledger": last.parts["finish"],
+            "end into the ledger": sum(last.parts[name] for name in ENDS),
             "result files": last.parts["results"],
         }
         for name, seconds in driver.items():
@@ -195,7 +209,7 @@ def overhead(trials: list[Seen]) -> dict[str, float]:
     }
 
 
-def on_ray(trials: int, concurrent: list[int]) -> dict[str, Any]:
+def on_ray(trials: int, concurrent: list[int], scheduler: str) -> dict[str, Any]:
     """The first part."""
     result: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="rt", dir="/tmp") as folder:  # short: sockets lie in it
@@ -210,14 +224,15 @@ def on_ray(trials: int, concurrent: list[int]) -> dict[str, Any]:
         )
         try:
             for count in concurrent:
-                for epochs in (1, 5):
+                for epochs in (1, 5) if scheduler == "none" else (27,):
                     out = Path(folder) / f"{count}-{epochs}"
-                    found = overhead(run_study(out, trials, epochs, count))
+                    found = overhead(run_study(out, trials, epochs, count, scheduler))
                     result[f"{count} side by side, {epochs} epochs"] = found
                     total = found["overhead"]
+                    what = "trial" if scheduler == "none" else "stretch"
                     print(
                         f"{count} side by side, {epochs} epochs: overhead {1e3 * total:.0f} ms a "
-                        f"trial (target {1e3 * TARGET:.0f} ms: {verdict(total < TARGET)}), of "
+                        f"{what} (target {1e3 * TARGET:.0f} ms: {verdict(total < TARGET)}), of "
                         "which "
                         + ", ".join(
                             f"{name} {1e3 * seconds:.0f} ms"
@@ -343,12 +358,13 @@ def main() -> None:
     arguments = parser(__doc__ or "")
     arguments.add_argument("--trials", type=int, default=24, help="of a study (%(default)s)")
     arguments.add_argument("--concurrent", type=int, nargs="+", default=[1, 2])
+    arguments.add_argument("--scheduler", choices=["none", "asha-pausing"], default="none")
     arguments.add_argument("--sizes", type=int, nargs="+", default=[10, 100, 1000])
     arguments.add_argument("--only", choices=["ray", "growth", "median"])
     args = arguments.parse_args()
     figures: dict[str, Any] = {}
     if args.only in (None, "ray"):
-        figures["trial"] = on_ray(args.trials, args.concurrent)
+        figures["trial"] = on_ray(args.trials, args.concurrent, args.scheduler)
     if args.only in (None, "growth"):
         figures["growth"] = growth(args.sizes, args.rounds)
     if args.only in (None, "median"):
