@@ -63,6 +63,8 @@ ARMS: dict[str, tuple[type[MemoryLedger | WaitingLedger], str, str, dict[str, An
     PLAIN: (PlainLedger, "asha", "tpe", {}),
     "ASHA with pauses + TPE, chance": (WaitingLedger, "asha-pausing", "tpe", CHANCE),
     "ASHA + TPE, chance": (MemoryLedger, "asha", "tpe", CHANCE),
+    "ASHA + univariate TPE": (MemoryLedger, "asha", "tpe-univariate", {}),
+    "ASHA with pauses + univariate TPE": (WaitingLedger, "asha-pausing", "tpe-univariate", {}),
     "ASHA + Gaussian process": (MemoryLedger, "asha", "gp", {}),
     "ASHA + Gaussian process, chance": (MemoryLedger, "asha", "gp", CHANCE),
     "ASHA with pauses + Gaussian process, chance": (WaitingLedger, "asha-pausing", "gp", CHANCE),

@@ -48,10 +48,10 @@ class SearchConfig(FrozenModel):
         description="a second objective: operations of the network for a scene; the study then "
         "has a Pareto front",
     )
-    sampler: Literal["tpe", "random", "gp", "cmaes", "grid"] = Field(
+    sampler: Literal["tpe", "tpe-univariate", "random", "gp", "cmaes", "grid"] = Field(
         "tpe",
-        description="gp: a Gaussian process; cmaes: moves numbers, leaves choices to chance; "
-        "grid: every point of a finite space",
+        description="tpe-univariate: each parameter by itself; gp: a Gaussian process; "
+        "cmaes: moves numbers, leaves choices to chance; grid: every point of a finite space",
     )
     warm_start: Path | None = Field(
         None, description="run folder of an earlier study that the sampler learns from"

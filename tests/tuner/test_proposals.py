@@ -81,7 +81,7 @@ def commits(ledger: Ledger) -> list[list[str]]:
     return found
 
 
-@pytest.mark.parametrize("sampler", ["random", "tpe", "cmaes"])
+@pytest.mark.parametrize("sampler", ["random", "tpe", "tpe-univariate", "cmaes"])
 @pytest.mark.parametrize("number", [1, 5])
 def test_a_proposal_is_one_commit_and_what_dies_amid_it_leaves_nothing(
     tmp_path: Path, sampler: str, number: int
@@ -104,7 +104,7 @@ def test_a_proposal_is_one_commit_and_what_dies_amid_it_leaves_nothing(
     assert again.ask() == wanted[number + 1]
 
 
-@pytest.mark.parametrize("sampler", ["random", "tpe", "cmaes"])
+@pytest.mark.parametrize("sampler", ["random", "tpe", "tpe-univariate", "cmaes"])
 @pytest.mark.parametrize("drawn", [0, 3, 4])
 @pytest.mark.parametrize("number", [1, 5])
 def test_what_is_proposed_of_an_enqueued_point_is_what_would_have_been(

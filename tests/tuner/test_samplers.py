@@ -16,7 +16,7 @@ from tests.tuner.support import FakeRun, run_here, tiny_study, write_study
 from tuner.config import load_study
 from tuner.errors import ConfigError
 from tuner.records import PriorTrial
-from tuner.samplers import SpaceTPESampler, sampler_note
+from tuner.samplers import SpaceTPESampler, UnivariateTPESampler, sampler_note
 from tuner.space import SearchSpace, suggest
 from tuner.study import Ledger
 
@@ -178,25 +178,66 @@ def test_what_cma_es_leaves_to_chance_is_said(tmp_path: Path) -> None:
     assert sampler_note(tiny_study(tmp_path).search) is None
 
 
+SPACE = TypeAdapter(SearchSpace).validate_python(
+    NUMBERS | HEADS | STEPS | {"network.width": {"type": "int", "low": 8, "high": 8}}
+)
+
+
+def proposed(sampler_of: Callable[[int], BaseSampler]) -> list[dict[str, Any]]:
+    """Of 40 trials, some finished, some stopped, some running; differing proposals mostly."""
+    study = optuna.create_study(direction="minimize")
+    found = []
+    for number in range(40):
+        study.sampler = sampler_of(number)
+        trial = study.ask()
+        found.append(params := suggest(SPACE, trial))
+        if number % 3:
+            trial.report(distance(params), 1)
+            study.tell(trial, state=TrialState.PRUNED)
+        elif number % 5:  # the others stay running
+            study.tell(trial, distance(params))
+    assert len({repr(params) for params in found}) > 30
+    return found
+
+
 def test_tpe_over_the_known_space_proposes_what_optunas_tpe_does() -> None:
-    space = TypeAdapter(SearchSpace).validate_python(
-        NUMBERS | HEADS | STEPS | {"network.width": {"type": "int", "low": 8, "high": 8}}
-    )
-
-    def proposed(sampler_of: Callable[[int], BaseSampler]) -> list[dict[str, Any]]:
-        study = optuna.create_study(direction="minimize")
-        found = []
-        for number in range(40):
-            study.sampler = sampler_of(number)
-            trial = study.ask()
-            found.append(params := suggest(space, trial))
-            if number % 3:
-                trial.report(distance(params), 1)
-                study.tell(trial, state=TrialState.PRUNED)
-            elif number % 5:  # the others stay running
-                study.tell(trial, distance(params))
-        return found
-
-    ours = proposed(lambda number: SpaceTPESampler(space, seed=number, n_startup_trials=4))
+    ours = proposed(lambda number: SpaceTPESampler(SPACE, seed=number, n_startup_trials=4))
     assert ours == proposed(lambda number: TPESampler(seed=number, n_startup_trials=4))
-    assert len({repr(params) for params in ours}) > 30
+
+
+def test_univariate_tpe_proposes_what_optunas_does_one_parameter_after_the_other() -> None:
+    class ByName(TPESampler):
+        """Optuna's, which takes the parameters in the order in which they are asked for."""
+
+        def infer_relative_search_space(self, study: Any, trial: Any) -> Any:
+            return known
+
+        def sample_relative(self, study: Any, trial: Any, space: Any) -> Any:
+            ended = (TrialState.COMPLETE, TrialState.PRUNED)
+            if len(study.get_trials(deepcopy=False, states=ended)) < 4:
+                return {}  # by chance, in the space's order
+            return {
+                name: self.sample_independent(study, trial, name, distribution)
+                for name, distribution in space.items()
+            }
+
+    known = UnivariateTPESampler(SPACE, seed=0, n_startup_trials=4)._known
+    ours = proposed(lambda number: UnivariateTPESampler(SPACE, seed=number, n_startup_trials=4))
+    theirs = proposed(lambda n: ByName(seed=n, n_startup_trials=4, multivariate=False))
+    assert ours == theirs
+    joint = proposed(lambda number: SpaceTPESampler(SPACE, seed=number, n_startup_trials=4))
+    assert ours != joint
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "tpe-univariate"])
+def test_with_two_objectives_it_proposes_too(tmp_path: Path, sampler: str) -> None:
+    search = {"sampler": sampler, "cost": "flops", "scheduler": "none", "startup_trials": 3}
+    study = tiny_study(tmp_path, search={"trials": 9, **search})
+    ledger = Ledger(tmp_path / "study.db", study)
+    for _ in range(9):
+        found = ledger.ask()
+        assert found is not None
+        metrics = {"epoch": 1, "objective": distance(found.params), "flops": 10.0}
+        ledger.report(found.number, metrics)
+        ledger.finish(found.number, "done", objective=distance(found.params))
+    assert len({repr(trial.params) for trial in ledger.trials()}) == 9

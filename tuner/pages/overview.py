@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 _UNITS = {"nmse": "", "f1": "", "gospa": " m", "nll": " nat"}
 _SAMPLERS = {
     "tpe": "TPE",
+    "tpe-univariate": "univariate TPE",
     "random": "chance",
     "gp": "a Gaussian process",
     "cmaes": "CMA-ES",
