@@ -12,7 +12,7 @@ from typing import Any
 from model.config import OBJECTIVES
 from tuner.command import DONE, INTERRUPTED, NOTHING_FINISHED
 from tuner.folder import RunFolder
-from tuner.gain import gain_of
+from tuner.gain import gain_of, untrained_objective
 from tuner.limits import Ended
 from tuner.pareto import pareto_front
 from tuner.promotion import Promotion
@@ -67,8 +67,8 @@ def conclude(
     progress.say(f"trials: {summary or 'none'}")
     where = shlex.quote(str(folder.path))
     if (first := ledger.best()) is not None:
-        untrained = first.metrics.get("untrained_objective")
-        beside = f" (untrained network: {untrained:.5f})" if untrained is not None else ""
+        untrained = untrained_objective(ledger.trials())
+        beside = f" (untrained networks: {untrained:.5f})" if untrained is not None else ""
         where_best = "best" if promotion is None else "best in the search"
         progress.say(
             f"{where_best}: trial {first.number:04d}, objective {first.objective:.5f}{beside}"
@@ -76,7 +76,8 @@ def conclude(
         if gain := gain_of(ledger.config, ledger.trials(), first):
             what = OBJECTIVES[ledger.config.objective]
             progress.say(f"{gain} (objective: {what}; less is better)")
-        if untrained is not None and first.objective is not None and first.objective >= untrained:
+        own = first.metrics.get("untrained_objective")
+        if own is not None and first.objective is not None and first.objective >= own:
             progress.say(
                 "training did not help: the winner is no better than before its first step; try "
                 "more epochs (--epochs), more scenes or other learning rates in search.space",
@@ -156,7 +157,7 @@ def _score_winner(folder: RunFolder, progress: Progress) -> None:
             )
             content = evaluation_of({"nominal": found}, localizer.config, checkpoint=folder.best)
             write_evaluation(folder.evaluation, {"network": fingerprint, **content})
-    progress.say(f"winner beside NOMP; scenes: {found['scenes']}")
+    progress.say(f"winner beside NOMP, both told the SNR; scenes: {found['scenes']}")
     for name, report in found["methods"].items():
         numbers = report["overall"]
         progress.say(f"{name}: F1 {numbers['f1']:.3f}, GOSPA {numbers['gospa_m']:.2f} m")

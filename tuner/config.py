@@ -29,6 +29,9 @@ MEDIAN_OVER = 3  # trials that the median stopping rule needs for a judgement
 _MAX_JOINT = 4096  # joint choices of one section that are tried before a study starts
 
 
+Sampler = Literal["tpe", "tpe-univariate", "random", "gp", "cmaes", "grid"]
+
+
 class SearchConfig(FrozenModel):
     """What is searched, by whom, and when a trial is stopped."""
 
@@ -48,7 +51,7 @@ class SearchConfig(FrozenModel):
         description="a second objective: operations of the network for a scene; the study then "
         "has a Pareto front",
     )
-    sampler: Literal["tpe", "tpe-univariate", "random", "gp", "cmaes", "grid"] = Field(
+    sampler: Sampler = Field(
         "tpe",
         description="tpe-univariate: each parameter by itself; gp: a Gaussian process; "
         "cmaes: moves numbers, leaves choices to chance; grid: every point of a finite space",
@@ -130,6 +133,12 @@ class SearchConfig(FrozenModel):
     def population_trials(self, epochs: int) -> int:
         """Trials that a whole population takes: its members and all their successors."""
         return self.population + self.replaced * len(self.milestones(epochs))
+
+    @property
+    def proposer(self) -> Sampler:
+        """Who proposes trials: chance where they are no more than a sampler begins with."""
+        begins = self.sampler != "grid" and self.trials <= self.startup_trials
+        return "random" if begins else self.sampler
 
     def planned_trials(self, epochs: int) -> int:
         """Trials that the study will have if it is let: with PBT those of whole populations."""

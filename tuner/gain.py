@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -26,6 +27,16 @@ def gain_of(study: StudyConfig, trials: Sequence[TrialRecord], best: TrialRecord
         return f"Trial {own.number:04d} ran the study's own values: {STATE_WORDS[own.state]}."
     words = change_in_words(study.objective, own.objective, best.objective, ".1%")
     return f"That is {words} the study's own values (trial {own.number:04d}), {own.objective:.5g}."
+
+
+def untrained_objective(trials: Sequence[TrialRecord]) -> float | None:
+    """What the study's networks score before their first step, in the median over its trials.
+
+    One of them alone is the luck of its weights. None where no trial has told.
+    """
+    told = [trial.metrics.get("untrained_objective") for trial in trials]
+    known = [value for value in told if isinstance(value, float)]
+    return statistics.median(known) if known else None
 
 
 def change_in_words(objective: Objective, before: float, now: float, share: str = ".0%") -> str:

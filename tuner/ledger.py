@@ -97,6 +97,16 @@ def open_ledger(
     return ledger
 
 
+def keep_mode(ledger: Ledger, *, local: bool) -> None:
+    """Have the ledger know how its study is run, for whoever tells how to go on."""
+    ledger.optuna_study.set_user_attr("local", local)
+
+
+def mode_of(ledger: Ledger) -> str:
+    """What a command that goes on says of how the study is run: " --local", or nothing."""
+    return " --local" if ledger.optuna_study.user_attrs.get("local") else ""
+
+
 def read_ledger(folder: RunFolder, study: StudyConfig) -> Ledger:
     """The ledger of a study that has begun, to be read while another process may write it.
 

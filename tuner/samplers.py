@@ -109,6 +109,11 @@ def sampler_note(search: SearchConfig) -> str | None:
         points = int(n_points(search.space))
         run = min(points, search.trials)
         return f"sampler grid: {counted(points, 'point')}, of which {run} will run"
+    if search.proposer != search.sampler:
+        return (
+            f"sampler {search.sampler}: proposes none of {counted(search.trials, 'trial')}, as the "
+            f"first {search.startup_trials} are drawn at random (search.startup_trials)"
+        )
     if search.sampler == "gp" and min(search.trials, n_points(search.space)) > _MANY:
         return (
             f"sampler gp: a proposal takes a second after {_MANY} trials and grows with their "

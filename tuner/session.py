@@ -25,7 +25,14 @@ from tuner.device import check_precision
 from tuner.disk import full_disk_said
 from tuner.errors import ConfigError, StudyError
 from tuner.folder import RunFolder
-from tuner.ledger import ledger_note, open_ledger, read_ledger, refuse_older
+from tuner.ledger import (
+    keep_mode,
+    ledger_note,
+    mode_of,
+    open_ledger,
+    read_ledger,
+    refuse_older,
+)
 from tuner.limits import Limits, why_ended
 from tuner.local import run_local
 from tuner.pausing import pausing_note
@@ -158,8 +165,9 @@ def run_session(request: Request) -> int:
         watchers = Watchers(progress, TensorBoardLog(ledger, folder.tensorboard))
         for note in [f"run folder: {folder.path}", *notes]:
             progress.note(note)
-        local = " --local" if request.local else ""  # whose pruner is another than Ray's
-        resume = f"python -m tuner.run --resume {shlex.quote(str(folder.path))}{local}"
+        if place is not None:
+            keep_mode(ledger, local=request.local)  # whose pruner is another than Ray's
+        resume = f"python -m tuner.run --resume {shlex.quote(str(folder.path))}{mode_of(ledger)}"
         on = f"go on with: {resume}"
         try:
             if ended is None and place is not None:

@@ -17,7 +17,7 @@ from tuner.config import StudyConfig, load_study
 from tuner.errors import StudyError
 from tuner.folder import Driver, RunFolder
 from tuner.forecast import seconds_left
-from tuner.ledger import read_ledger
+from tuner.ledger import mode_of, read_ledger
 from tuner.limits import Ended, Limits, why_ended
 from tuner.promotion import open_promotion
 from tuner.records import TrialRecord
@@ -42,6 +42,7 @@ class Standing:
     seconds_left: float | None  # about; None while nothing tells it
     ended: Ended | None  # why the search has nothing to run, if that is so
     promoting: bool  # whether the search has ended and promoted runs are left
+    mode: str  # of a command that goes on: " --local", or nothing
     now: float  # unix time
 
     @property
@@ -65,8 +66,8 @@ class Standing:
             if self.best is not None:
                 return f"python -m tuner.train --from {where}"
             more = self.ended.remedy if self.ended else None
-            return f"python -m tuner.run --resume {where} {more}" if more else None
-        return f"python -m tuner.run --resume {where}"
+            return f"python -m tuner.run --resume {where}{self.mode} {more}" if more else None
+        return f"python -m tuner.run --resume {where}{self.mode}"
 
     def counts(self) -> dict[str, int]:
         """Trials by state, and those that have not started."""
@@ -119,7 +120,7 @@ def standing(path: Path) -> Standing:
             state: StudyState = "running" if alive else "never started"
             new = study.search.planned_trials(study.training.epochs)
             return Standing(
-                folder, study, state, driver, (), None, new, 0.0, None, None, False, now
+                folder, study, state, driver, (), None, new, 0.0, None, None, False, "", now
             )
         trials, n_new = tuple(ledger.trials()), ledger.n_new
         ended = why_ended(ledger, Limits(ledger))
@@ -137,6 +138,7 @@ def standing(path: Path) -> Standing:
             seconds_left=seconds_left(promotion if promotion and promoting else ledger),
             ended=ended,
             promoting=promoting,
+            mode=mode_of(ledger),
             now=now,
         )
 

@@ -128,7 +128,8 @@ def _state(look: Standing) -> str:
         unseen = "" if driver is None or driver.locked else ", as its ledger is being written"
         return f"running{by}{unseen}"
     if look.state == "finished":
-        return f"finished: {reason}"
+        early = look.n_new or any(trial.state == "running" for trial in look.trials)
+        return f"{'ended early' if early else 'finished'}: {reason}"
     if look.state == "interrupted":
         cut = f"; process {driver.pid} was cut off" if driver and driver.pid else ""
         left = "promoted runs" if look.promoting else "trials"

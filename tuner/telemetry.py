@@ -94,6 +94,7 @@ class Progress(Watcher):
         self._study, self._clock, self._verbosity = study, clock, verbosity
         self._console = Console(file=stream or sys.stdout, highlight=False, soft_wrap=True)
         self._rows = {t.number: TrialRow.of(t) for t in history}
+        self._introduced: set[int] = set()  # trials whose parameters have been said
         for row in self._rows.values():
             if row.state == "running":  # nobody is at work yet
                 row.wait()
@@ -182,7 +183,9 @@ class Progress(Watcher):
         params = ", ".join(f"{path}={short(v)}" for path, v in assignment.params.items())
         again = f"goes on after epoch {assignment.epoch}" if assignment.checkpoint else "starts"
         origin = f" ({assignment.origin})" if assignment.origin else ""
-        self._event(assignment.number, f"{again}{origin}: {params}")
+        known = assignment.number in self._introduced
+        self._introduced.add(assignment.number)
+        self._event(assignment.number, again + origin + ("" if known else f": {params}"))
 
     def reported(self, number: int, metrics: dict[str, Any]) -> None:
         """A trial finished an epoch."""
@@ -197,7 +200,9 @@ class Progress(Watcher):
 
     def handed_back(self, number: int) -> None:
         """A trial waits to be run on."""
-        self._rows[number].wait()
+        row = self._rows[number]
+        row.wait()
+        self._event(number, f"waits after epoch {row.epoch}")
 
     def lost(self, number: int, reason: str) -> None:
         """A machine died under a trial, which will be run on."""

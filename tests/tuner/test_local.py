@@ -74,7 +74,7 @@ def test_a_search_reports_what_was_located_and_ends_with_its_winner_beside_nomp(
     for name, report in methods.items():
         overall = report["overall"]
         assert f"{name}: F1 {overall['f1']:.3f}, GOSPA {overall['gospa_m']:.2f} m" in shown
-    assert "winner beside NOMP; scenes: 256 simulated" in shown
+    assert "winner beside NOMP, both told the SNR; scenes: 256 simulated" in shown
     best = ledger_of(tmp_path / "run").best()
     assert best is not None
     for metrics in best.epochs.values():

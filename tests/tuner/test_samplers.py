@@ -165,6 +165,18 @@ def test_that_a_gaussian_process_is_slow_with_many_trials_is_said(
     assert sampler_note(study.replaced({"search.space": HEADS}).search) is None, "it ends soon"
 
 
+@pytest.mark.parametrize("sampler", ["tpe", "gp", "cmaes"])
+def test_that_a_sampler_proposes_nothing_is_said(tmp_path: Path, sampler: str) -> None:
+    search = {"sampler": sampler, "trials": 6, "startup_trials": 6, "space": NUMBERS}
+    study = tiny_study(tmp_path, search=search)
+    said = f"sampler {sampler}: proposes none of 6 trials, as the first 6 are drawn at random"
+    assert said in str(sampler_note(study.search))
+    more = study.replaced({"search.trials": 7})
+    assert "proposes none" not in str(sampler_note(more.search))
+    chance = study.replaced({"search.sampler": "random"})
+    assert sampler_note(chance.search) is None
+
+
 def test_what_cma_es_leaves_to_chance_is_said(tmp_path: Path) -> None:
     study = tiny_study(tmp_path, search={"sampler": "cmaes", "space": NUMBERS | HEADS})
     note = str(sampler_note(study.search))

@@ -15,9 +15,12 @@ import pytest
 from model.training import Trainer
 from tests.tuner.support import Clock, FakeRun, run_here, write_study
 from tuner import conclusion, evaluation, session
+from tuner.command import execute
 from tuner.config import load_study
 from tuner.folder import RunFolder
 from tuner.records import Assignment, TrialRecord
+from tuner.standing import standing
+from tuner.status import app as status_app
 from tuner.study import Ledger
 from tuner.telemetry import Progress
 
@@ -63,9 +66,14 @@ def test_a_time_budget_ends_a_study_in_good_order_and_a_larger_one_goes_on(
     assert (out / "best.json").exists()
     assert [(t.state, t.epoch) for t in trials_of(out)] == [("done", 3), ("running", 1)]
     first = outcomes(out)[0]
+    look = standing(out)
+    assert look.next_command == f"python -m tuner.train --from {out}"
+    assert look.mode == " --local"
+    assert f"--resume {out} --local --time-budget none" in (out / "report.html").read_text()
 
     assert run_here("--resume", out, *NOWHERE) == 0, "a cluster was asked for without need"
     assert "nothing is left to run: the time budget of 4m" in capsys.readouterr().out
+    assert standing(out).mode == " --local", "nothing was run in another way"
     clock.now = 1e6  # between sessions no time counts
     assert run_here("--resume", out, "--local", "--time-budget", "6m") == 0
     assert "trial 0001 goes on after epoch 1" in capsys.readouterr().out
@@ -87,6 +95,10 @@ def test_a_budget_without_a_finished_trial_ends_with_1_and_can_go_on(
     assert "ended early: the time budget of 1m is used up" in said
     assert "no trial finished" in said
     assert [(t.state, t.epoch) for t in trials_of(tmp_path / "r")] == [("running", 1)]
+    assert execute(status_app, [str(tmp_path / "r")]) == 1
+    told = capsys.readouterr().out
+    assert "ended early: the time budget of 1m is used up" in told
+    assert f"next: python -m tuner.run --resume {tmp_path / 'r'} --local --time-budget none" in told
 
 
 @pytest.mark.usefixtures("fake_trials")

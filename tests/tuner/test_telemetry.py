@@ -48,6 +48,25 @@ def test_a_pipe_gets_one_plain_line_an_event(tmp_path: Path) -> None:
     assert len(text.splitlines()) == 8
 
 
+def test_a_pipe_is_told_who_waits_and_a_trials_parameters_once(tmp_path: Path) -> None:
+    stream = io.StringIO()
+    progress = Progress(tiny_study(tmp_path), [], stream)
+    begin = Assignment(0, {"training.learning_rate": 1e-3}, seed=0)
+    progress.started(begin)
+    progress.reported(0, {"epoch": 1, "objective": 2.5})
+    progress.handed_back(0)
+    progress.started(replace(begin, epoch=1, checkpoint="there"))
+    assert stream.getvalue().splitlines() == [
+        "trial 0000 starts: training.learning_rate=0.001",
+        "trial 0000 epoch 1/2: lowest so far 2.50000",
+        "trial 0000 waits after epoch 1",
+        "trial 0000 goes on after epoch 1",
+    ]
+    again = io.StringIO()
+    Progress(tiny_study(tmp_path), [], again).started(replace(begin, epoch=1, checkpoint="there"))
+    assert "goes on after epoch 1: training.learning_rate=0.001" in again.getvalue()
+
+
 @pytest.mark.parametrize("columns", [80, 160])
 def test_a_terminal_gets_a_table_with_states_counts_and_the_best(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, columns: int

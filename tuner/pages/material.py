@@ -39,12 +39,14 @@ class Material:
     evaluation: dict[str, Any] | None = field(default=None, repr=False)  # evaluation.json
     scenes: dict[str, Any] | None = field(default=None, repr=False)  # scenes.json
     place: str = "RUN_DIR"  # the run folder, as one types it in a shell
+    mode: str = ""  # how the study is run: " --local", or nothing
     ended: Ended | None = None  # why there is nothing to run, if that is so
     written: datetime = field(default_factory=lambda: datetime.now().astimezone())
 
     @classmethod
     def read(cls, folder: RunFolder, ledger: Ledger) -> Material:
         """Everything that is there now."""
+        from tuner.ledger import mode_of
         from tuner.limits import Limits, why_ended
         from tuner.promotion import open_promotion
         from tuner.records import ranked
@@ -60,6 +62,7 @@ class Material:
             _json(folder.evaluation),
             _json(folder.scenes),
             shlex.quote(str(folder.path)),
+            mode_of(ledger),
             why_ended(ledger, Limits(ledger)),
         )
 

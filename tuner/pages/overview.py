@@ -9,7 +9,7 @@ from model.config import OBJECTIVES, TrialConfig
 from model.wording import counted
 from tuner.config import SearchConfig, plain_of
 from tuner.duration import format_duration
-from tuner.gain import change_in_words, gain_of
+from tuner.gain import change_in_words, gain_of, untrained_objective
 from tuner.pages.markup import Markup, escape, listed, note, pairs, short, table
 from tuner.records import STATE_WORDS, config_of
 from tuner.scoretable import signed
@@ -86,7 +86,7 @@ def _asked(material: Material) -> str:
         f"Asked: the {study.network.family} network with the lowest "
         f"{OBJECTIVES[study.objective]}{target}, over {counted(len(search.space), 'parameter')}; "
         f"{counted(search.trials, 'trial')} of at most {counted(study.training.epochs, 'epoch')}"
-        f"{budget}, proposed by {_SAMPLERS[search.sampler]} and stopped early by "
+        f"{budget}, proposed by {_SAMPLERS[search.proposer]} and stopped early by "
         f"{_stoppers(search)}, trained on {data}."
     )
 
@@ -109,10 +109,10 @@ def _found(material: Material) -> str:
         return f"{so_far} No trial has finished, so that there is no winner."
     unit = _UNITS[material.study.objective]
     text = f"{so_far} The best is trial {best.number:04d} with {short(best.objective, 5)}{unit}"
-    untrained = best.metrics.get("untrained_objective")
-    if isinstance(untrained, float) and best.objective is not None:
+    untrained = untrained_objective(material.trials)
+    if untrained is not None and best.objective is not None:
         change = change_in_words(material.study.objective, untrained, best.objective)
-        text += f", {change} the untrained network"
+        text += f", {change} untrained networks"
     gain = gain_of(material.study, material.trials, best)
     text += f". {gain}" if gain else "."
     text += " It is the best of many on the same validation scenes, and so a little optimistic."
@@ -185,7 +185,7 @@ def _facts(material: Material) -> Markup:
 def _next(material: Material) -> list[tuple[str, str]]:
     """What one does with the study from here on, and the command for it."""
     search, epochs = material.study.search, material.study.training.epochs
-    on, ended = f"python -m tuner.run --resume {material.place}", material.ended
+    on, ended = f"python -m tuner.run --resume {material.place}{material.mode}", material.ended
     steps = []
     promotion = material.promotion
     if ended is None or (promotion is not None and promotion.has_work):

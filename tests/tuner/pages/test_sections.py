@@ -38,7 +38,27 @@ def test_the_overview_says_what_was_asked_and_found(tmp_path: Path) -> None:
     assert "of 4 trials, 2 done, 1 stopped early and 1 failed" in text
     best = record(3).objective
     assert best is not None
-    assert f"The best is trial 0003 with {best:.5g}, {1 - best / 9:.0%} below the untrained" in text
+    assert (
+        f"The best is trial 0003 with {best:.5g}, {1 - best / 9:.0%} below untrained networks"
+        in text
+    )
+
+
+def test_untrained_networks_are_those_of_all_trials(tmp_path: Path) -> None:
+    """The winner's own weights may have been lucky to begin with."""
+    trials = [record(i, metrics={"untrained_objective": v}) for i, v in enumerate((9.0, 8.0, 2.6))]
+    text = overview(material(tmp_path, *trials))
+    winner = min(t.objective for t in trials if t.objective is not None)
+    assert f"{1 - winner / 8:.0%} below untrained networks" in text
+
+
+def test_a_sampler_that_proposed_nothing_is_not_said_to(tmp_path: Path) -> None:
+    search = {"sampler": "gp", "trials": 6, "startup_trials": 6}
+    assert "proposed by chance" in overview(material(tmp_path, record(0), search=search))
+    search["trials"] = 7
+    assert "proposed by a Gaussian process" in overview(
+        material(tmp_path, record(0), search=search)
+    )
 
 
 @pytest.mark.parametrize(
@@ -73,7 +93,7 @@ def test_the_overview_says_what_the_search_gained_over_the_studys_own_values(
     assert "own values" not in overview(material(tmp_path, record(0), record(3)))
     start = record(0, params=own, level=4.0)
     likely = overview(material(tmp_path, start, record(3), objective="nll"))
-    assert " nat below the untrained network" in likely
+    assert " nat below untrained networks" in likely
     assert "That is 3.45 nat below the study's own values" in html.unescape(likely)
 
 
