@@ -136,9 +136,12 @@ class SearchConfig(FrozenModel):
 
     @property
     def proposer(self) -> Sampler:
-        """Who proposes trials: chance where they are no more than a sampler begins with."""
-        begins = self.sampler != "grid" and self.trials <= self.startup_trials
-        return "random" if begins else self.sampler
+        """Who proposes trials: chance where they are no more than a sampler begins with.
+
+        One that knows an earlier study's trials begins with those.
+        """
+        knows = self.sampler == "grid" or self.warm_start is not None
+        return self.sampler if knows or self.trials > self.startup_trials else "random"
 
     def planned_trials(self, epochs: int) -> int:
         """Trials that the study will have if it is let: with PBT those of whole populations."""

@@ -175,6 +175,8 @@ def test_that_a_sampler_proposes_nothing_is_said(tmp_path: Path, sampler: str) -
     assert "proposes none" not in str(sampler_note(more.search))
     chance = study.replaced({"search.sampler": "random"})
     assert sampler_note(chance.search) is None
+    taught = study.replaced({"search.warm_start": str(tmp_path)})
+    assert "proposes none" not in str(sampler_note(taught.search))
 
 
 def test_what_cma_es_leaves_to_chance_is_said(tmp_path: Path) -> None:
