@@ -51,7 +51,7 @@ def test_results_that_are_named_are_kept(path: Path) -> None:
 
 
 def test_the_command_that_records_curves_has_the_folder_that_it_needs() -> None:
-    text = (ROOT / "docs" / "search.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "search-figures.md").read_text(encoding="utf-8")
     recorded = re.findall(r"python -m benchmarks\._curves record([^`]*)`", text)
     assert recorded
     assert all(re.match(r" \w", arguments) for arguments in recorded)
