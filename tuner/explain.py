@@ -108,7 +108,11 @@ def _problem(detail: ErrorDetails, model: type[BaseModel]) -> str:
     location, where = detail["loc"], _place(detail)
     if detail["type"] == "extra_forbidden":
         known = _known_fields(model, location[:-1])
-        hint = did_you_mean(str(location[-1]), known)
+        name = str(location[-1])
+        hint = did_you_mean(name, known)
+        if not hint and len(location) == 1:  # a field without its section
+            inside = [path for path in field_paths(model) if path.endswith(f".{name}")]
+            hint = f" (did you mean {inside[0]}?)" if inside else ""
         listed = hint or (f"; known here: {', '.join(sorted(known))}" if known else "")
         return f"{where}: unknown field{listed}"
     if detail["type"] in ("missing", "union_tag_not_found"):

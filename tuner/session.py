@@ -121,8 +121,6 @@ def run_session(request: Request) -> int:
         check_plugins(study)
         with waiting("checking the data", quiet=request.verbosity == "quiet"):
             notes.append("data: " + check_data(study))
-        if study.network.front_end is not None:
-            notes.append("the candidates of all scenes are found first, once for all trials")
         begun = folder is not None and folder.has_ledger
         notes += ledger_note(study, reading=request.dry_run or begun)
         promotion: Promotion | None = None
@@ -131,6 +129,8 @@ def run_session(request: Request) -> int:
         place: Place | None = None
         ended = why_ended(ledger, Limits(ledger)) if ledger is not None else None
         if ended is None or (promotion is not None and promotion.has_work):
+            if study.network.front_end is not None:
+                notes.append("the candidates of all scenes are found first, once for all trials")
             if cluster is None and not request.local:
                 cluster = _connect(stack, request, plugins_of(study))
             interruption.take()

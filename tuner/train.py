@@ -245,6 +245,8 @@ def _begun(stages: list[_Stage]) -> bool:
 def _read_winner(source: Path) -> tuple[dict[str, Any], Path]:
     from tuner.errors import StudyError
 
+    if not source.exists():
+        raise StudyError(f"--from: {source}: no such folder; expected a study's run folder")
     path = source / "best.json" if source.is_dir() else source
     try:
         winner = json.loads(path.read_text(encoding="utf-8"))

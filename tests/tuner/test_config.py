@@ -32,6 +32,8 @@ def test_a_saved_configuration_reads_back_equal(tmp_path: Path) -> None:
     [
         ("training.epoch=3", ["training.epoch: unknown field", "did you mean epochs"]),
         ("trainin.epochs=3", ["trainin: unknown field", "did you mean training"]),
+        ("epochs=3", ["epochs: unknown field (did you mean training.epochs?)"]),
+        ("nothing_of_that=3", ["nothing_of_that: unknown field; known here: array, blend"]),
         ("training.epochs=0", ["training.epochs: got 0", "greater than or equal to 1"]),
         ("training.epochs=2.5", ["training.epochs: got 2.5", "integer"]),
         ("training.learning_rate=fast", ["training.learning_rate: got 'fast'", "number"]),

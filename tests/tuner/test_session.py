@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from model.training import Trainer
+from tests.tiny import TINY_CANDIDATE
 from tests.tuner.support import Clock, FakeRun, run_here, write_study
 from tuner import conclusion, evaluation, session
 from tuner.command import execute
@@ -324,3 +326,21 @@ def test_a_winner_that_stays_is_scored_once(
     assert len(scored) == 6, "another network"
     SCORE_WINNER(RunFolder(out), progress)
     assert len(scored) == 6
+
+
+@pytest.mark.usefixtures("fake_trials")
+def test_candidates_are_said_to_be_found_where_trials_are_left_to_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = yaml.safe_load(write_study(tmp_path).read_text(encoding="utf-8"))
+    text["network"] = TINY_CANDIDATE
+    text["scene"] |= {"n_antennas": 6, "n_snapshots": 6}
+    text["search"] |= {"trials": 1, "space": {}}
+    config = tmp_path / "candidate.yaml"
+    config.write_text(yaml.safe_dump(text), encoding="utf-8")
+    assert run_here("--config", config, "--local", "--out", tmp_path / "run") == 0
+    assert "candidates of all scenes are found first" in capsys.readouterr().out
+    assert run_here("--resume", tmp_path / "run", *NOWHERE) == 0
+    said = capsys.readouterr().out
+    assert "nothing is left to run" in said
+    assert "found first" not in said

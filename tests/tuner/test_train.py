@@ -103,6 +103,7 @@ def test_an_interrupted_training_goes_on_to_the_same_end(searched: Path, tmp_pat
     ("arguments", "words"),
     [
         (["--from", "{tmp}"], "no such file; has a trial of the study finished?"),
+        (["--from", "{tmp}/nope"], "no such folder; expected a study's run folder"),
         (["--from", "{tmp}/broken.json"], "cannot be read"),
         (["--from", "{tmp}/foreign.json"], "has no 'study'"),
         (["--from", "{run}", "--epochs", "0"], "training.epochs: got 0"),
