@@ -34,6 +34,7 @@ def execute(app: typer.Typer, arguments: list[str] | None = None) -> int:
     from tuner.errors import StudyError
 
     command: Any = typer.main.get_command(app)
+    command.context_settings["help_option_names"] = ["-h", "--help"]
     command.callback = _said(command.callback)
     try:
         code = command(args=arguments, standalone_mode=False)

@@ -132,3 +132,15 @@ def test_a_python_without_the_packages_is_told_in_one_line(command: str) -> None
 def test_a_program_of_ones_own_may_lack_what_it_does_not_use() -> None:
     alone = [sys.executable, "-S", "-c", "import tuner"]
     subprocess.run(alone, cwd=ROOT, timeout=60, check=True)
+
+
+def test_h_is_help(capsys: pytest.CaptureFixture[str]) -> None:
+    app = typer.Typer(add_completion=False, rich_markup_mode=None)
+
+    @app.command()
+    def work(number: int) -> None:
+        """Do nothing."""
+
+    for option in ("-h", "--help"):
+        assert execute(app, [option]) == 0
+        assert "Do nothing." in capsys.readouterr().out

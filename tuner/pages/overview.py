@@ -174,6 +174,7 @@ def _facts(material: Material) -> Markup:
             f"{name} {metrics[key]:.3f}"
             for name, key in (("F1", "f1"), ("GOSPA [m]", "gospa"), ("NMSE of R_pred", "nmse_pred"))
             if isinstance(metrics.get(key), float)
+            and (key == "f1" or key.removesuffix("_pred") != study.objective)  # said already
         ]
         rows.append(("Winner", f"trial {best.number:04d}, seed {best.seed}: {', '.join(scores)}"))
     rows += [

@@ -100,8 +100,8 @@ def suite_charts(suite: dict[str, Any]) -> Markup:
 def _overall(suite: dict[str, Any]) -> Markup:
     """What methods are compared by, with intervals; below it all else that has one number."""
     f1, gospa = suite["paired_f1"], suite.get("paired_gospa_m", {})
-    heads = ["method", "how", "F1 [95 %]", *(f"less {name}'s [95 %]" for name in f1)]
-    heads += ["GOSPA [m]", *(f"less {name}'s [95 %]" for name in gospa), "K right"]
+    heads = ["method", "how", "F1 [95 %]", *(f"F1 less {name}'s [95 %]" for name in f1)]
+    heads += ["GOSPA [m]", *(f"GOSPA less {name}'s [95 %]" for name in gospa), "K right"]
     rows: list[list[object]] = []
     others: list[list[object]] = []
     for name, report in suite["methods"].items():

@@ -44,6 +44,19 @@ def test_the_overview_says_what_was_asked_and_found(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("objective", "said"),
+    [
+        ("gospa", "validation GOSPA [m] 2.55, F1 0.500, NMSE of R_pred 2.550"),
+        ("nmse", "validation NMSE of R_pred 2.55, F1 0.500, GOSPA [m] 1.500"),
+        ("f1", "1 - F1 on the validation scenes 2.55, F1 0.500, GOSPA [m] 1.500, NMSE of R_pred 2.550"),
+    ],
+)
+def test_what_the_winner_scores_is_said_once(tmp_path: Path, objective: str, said: str) -> None:
+    text = overview(material(tmp_path, record(3), objective=objective))
+    assert f"{said}<" in html.unescape(text)
+
+
 def test_untrained_networks_are_those_of_all_trials(tmp_path: Path) -> None:
     """The winner's own weights may have been lucky to begin with."""
     trials = [record(i, metrics={"untrained_objective": v}) for i, v in enumerate((9.0, 8.0, 2.6))]
