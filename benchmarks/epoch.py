@@ -4,8 +4,10 @@
         [--scenes N] [--set a.b=VALUE]
 
 Trains the study's base configuration for some epochs after a first one, which is told apart: it
-finds or reads what is kept between epochs. Time is that of the innermost part, so that the shares
-add up. On a GPU where there is one; there the device is waited for at the borders of the parts.
+finds or reads what is kept between epochs. Then as many again for the shares of the parts: time is
+that of the innermost part, so that they add up. On a GPU where there is one; there the device is
+waited for at the borders of the parts, and further epochs show what it takes if the host looks at
+each step before it asks for the next.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from benchmarks._roofline import synchronize
 from benchmarks._timing import parser, save
 from model import Trainer
 from model import training as training_module
+from model.ahead import ahead_of
 from tuner.config import load_study
 
 REST = "rest"
@@ -128,22 +131,25 @@ def measured(args: argparse.Namespace, cache: Path, device: torch.device) -> dic
         f"data.cache={cache}",
         *args.overrides,
         f"training.threads={args.threads}",
-        f"training.epochs={args.rounds + 1}",
+        f"training.epochs={3 * args.rounds + 1}",
         "training.patience=null",
     ]
     study = load_study(args.config, overrides)
     trainer = Trainer(study.trial_config({}, study.seed), device)
+    first = epoch_seconds(trainer, 1)
+    whole = epoch_seconds(trainer, args.rounds)
+    figures: dict[str, Any] = {"config": str(args.config), "first_epoch_seconds": first}
+    if ahead_of(device):
+        trainer._ahead = 0
+        figures["epoch_seconds_without_steps_ahead"] = epoch_seconds(trainer, args.rounds)
+        trainer._ahead = ahead_of(device)
     stopwatch = Stopwatch(device)
     watch(trainer, stopwatch)
-    start = time.perf_counter()
-    trainer.run_epoch()
-    first = time.perf_counter() - start
     epochs = []
     for _ in range(args.rounds):
         stopwatch.start()
         trainer.run_epoch()
         epochs.append(stopwatch.stop())
-    whole = statistics.median(sum(epoch.values()) for epoch in epochs)
     parts = {
         name: statistics.median(epoch.get(name, 0.0) for epoch in epochs) for name in epochs[0]
     }
@@ -153,15 +159,28 @@ def measured(args: argparse.Namespace, cache: Path, device: torch.device) -> dic
         f"{study.data.val_scenes} to validate, {args.threads} threads on {device}"
     )
     print(f"first epoch {first:.2f} s; then {whole:.2f} s, {n_scenes / whole:.0f} scenes/s")
+    if waiting := figures.get("epoch_seconds_without_steps_ahead"):
+        print(f"{waiting:.2f} s where the host looks at each step before it asks for the next")
+    total = sum(parts.values())
     for name, seconds in sorted(parts.items(), key=lambda item: -item[1]):
-        print(f"  {name:<44}{seconds:>8.3f} s{seconds / whole:>7.1%}")
-    return {
-        "config": str(args.config),
-        "first_epoch_seconds": first,
+        print(f"  {name:<44}{seconds:>8.3f} s{seconds / total:>7.1%}")
+    return figures | {
         "epoch_seconds": whole,
         "scenes_per_second": n_scenes / whole,
-        "share": {name: seconds / whole for name, seconds in parts.items()},
+        "share": {name: seconds / total for name, seconds in parts.items()},
     }
+
+
+def epoch_seconds(trainer: Trainer, rounds: int) -> float:
+    """Median over some epochs."""
+    seconds = []
+    for _ in range(rounds):
+        synchronize(trainer.device)
+        start = time.perf_counter()
+        trainer.run_epoch()
+        synchronize(trainer.device)
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
 
 
 if __name__ == "__main__":

@@ -49,7 +49,10 @@ def test_the_overview_says_what_was_asked_and_found(tmp_path: Path) -> None:
     [
         ("gospa", "validation GOSPA [m] 2.55, F1 0.500, NMSE of R_pred 2.550"),
         ("nmse", "validation NMSE of R_pred 2.55, F1 0.500, GOSPA [m] 1.500"),
-        ("f1", "1 - F1 on the validation scenes 2.55, F1 0.500, GOSPA [m] 1.500, NMSE of R_pred 2.550"),
+        (
+            "f1",
+            "1 - F1 on the validation scenes 2.55, F1 0.500, GOSPA [m] 1.500, NMSE of R_pred 2.550",
+        ),
     ],
 )
 def test_what_the_winner_scores_is_said_once(tmp_path: Path, objective: str, said: str) -> None:
