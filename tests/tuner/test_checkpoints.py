@@ -355,23 +355,24 @@ def test_a_study_keeps_its_checkpoints_in_an_s3_store(tmp_path: Path, store: Sto
     )
     out = tmp_path / "run"
     with ray_head("--num-cpus=2", **store.keys) as head:
-        asked = ("--address", head.address)
+        # One trial at a time: of two, either may have ended before the other has begun.
+        asked = ("--address", head.address, "--concurrent", 1)
         process = start("--config", config, *asked, "--out", out, **store.keys)
-        read_until(process, "trial 0001 epoch 3/", timeout=300)
+        read_until(process, "trial 0000 epoch 3/", timeout=300)
         kill(process)
-        before = {trial.number: trial for trial in trials_of(out)}
+        (before,) = trials_of(out)
         options = store.uri.partition("?")[2]
-        assert all(str(t.checkpoint).startswith("s3://bucket/runs/run-") for t in before.values())
-        assert all(str(t.checkpoint).endswith(options) for t in before.values())
+        assert str(before.checkpoint).startswith("s3://bucket/runs/run-")
+        assert str(before.checkpoint).endswith(options)
         # One epoch on Ray, where an actor fetches the checkpoint; the rest in a plain process.
-        process = start("--resume", out, *asked, "--concurrent", 1, **store.keys)
+        process = start("--resume", out, *asked, **store.keys)
         said = read_until(process, "trial 0000 epoch", timeout=300)
         kill(process)
     assert any("trial 0000 goes on after epoch" in line for line in said)
     resumed = run("--resume", out, "--local", timeout=300, **store.keys)
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     assert "from the beginning" not in (out / "tuner.log").read_text()
-    assert "trial 0001 goes on after epoch" in resumed.stdout
+    assert "trial 0000 goes on after epoch" in resumed.stdout
     assert (out / "best" / "model.safetensors").exists()
     trials = trials_of(out)
     assert [(trial.number, trial.state, trial.epoch) for trial in trials] == [
