@@ -20,8 +20,9 @@ from model.pointing import OwnCells, match_slots
 from model.prediction import Prediction
 from model.ranging import REACH
 from physics.baselines import music, mvdr
+from physics.blend import blend
 from physics.bootstrap import f1_interval, mean_interval
-from physics.covariance import blend, nmse
+from physics.covariance import nmse
 from physics.detections import Detections
 from physics.metrics import Matching, coverage, gospa, match
 from physics.nomp import nomp

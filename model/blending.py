@@ -7,7 +7,8 @@ from torch import Tensor
 
 from model.features import Features
 from model.prediction import Prediction
-from physics.covariance import BlendConfig, LowRankCovariance, blend
+from physics.blend import BlendConfig, blend
+from physics.covariance import LowRankCovariance
 
 
 def jittered_beta(n_scenes: int, config: BlendConfig, generator: torch.Generator) -> Tensor | None:

@@ -14,8 +14,8 @@ from model.network import NetworkConfig
 from model.optimizer import TrainingConfig
 from model.precision import PrecisionConfig
 from model.snapshot import SnapshotConfig
+from physics.blend import BlendConfig
 from physics.config import FrozenModel
-from physics.covariance import BlendConfig
 from physics.geometry import ArrayConfig
 from physics.pursuit import resolvable_sources
 from physics.scene import SceneConfig

@@ -1,14 +1,13 @@
 """Near-field physics of a reconfigurable surface: tensors in, tensors out."""
 
 from physics.baselines import estimate_n_sources, music, mvdr
+from physics.blend import BlendConfig, blend
 from physics.bounds import crb, scene_crb
 from physics.candidates import CandidateConfig, Candidates, find_candidates
 from physics.channel import rician_channel
 from physics.codebook import dft_codebook, draw_codes, hadamard_codebook, quantize, random_codes
 from physics.covariance import (
-    BlendConfig,
     LowRankCovariance,
-    blend,
     covariance_of,
     nmse,
     sample_covariance,

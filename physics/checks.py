@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from physics.transfer import sent
+
 
 def check_finite(name: str, value: Tensor) -> None:
     """Raise ValueError naming the first bad entry unless every entry is finite."""
@@ -19,6 +21,20 @@ def check_finite(name: str, value: Tensor) -> None:
             f"{name} holds {bad} non-finite value(s), the first at index {first}; "
             "expected finite input: drop or repair these snapshots"
         )
+
+
+def as_fraction(name: str, value: float | Tensor, like: Tensor) -> Tensor:
+    """A weight as a tensor of the kind of ``like``, without waiting for its device.
+
+    Raises:
+        ValueError: a weight outside [0, 1], or NaN.
+    """
+    inside = ((value >= 0) & (value <= 1)).all() if isinstance(value, Tensor) else 0 <= value <= 1
+    if not inside:
+        raise ValueError(f"{name} is {value}; expected a number in [0, 1]")
+    if isinstance(value, Tensor):
+        return sent(value, like.device).to(like.dtype)
+    return like.new_full((), value)
 
 
 def check_measurement(y: Tensor, H: Tensor, codes: Tensor) -> None:

@@ -5,27 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
+from physics.checks import as_fraction
 from physics.columns import Block, Columns, joined, serves
-from physics.config import Adjustable, FrozenModel
 from physics.precision import in_full_precision
 from physics.products import energy_beyond
 from physics.scaling import column_energy, divide, divisor, energy, multiply, peak, power
 from physics.subspace import dominant_energy, dominant_weights
 from physics.tikhonov import Solver, tikhonov_solve
-from physics.transfer import sent
-
-
-class BlendConfig(FrozenModel):
-    """How the predicted and the measured covariance are blended."""
-
-    beta: Adjustable[float] = Field(0.30, ge=0, le=1, description="weight of R_samp in R_blend")
-    jitter: Adjustable[float] = Field(0.05, ge=0, le=1, description="beta +- jitter while training")
-    shrinkage: Adjustable[float] = Field(
-        0.0, ge=0, le=1, description="R_samp shrunk to identity by this"
-    )
 
 
 class LowRankCovariance:
@@ -232,9 +220,24 @@ class LowRankCovariance:
         """
         if isinstance(shrinkage, float) and shrinkage == 0.0:
             return self
-        rho = _fraction("shrinkage", shrinkage, self.loading)
+        rho = as_fraction("shrinkage", shrinkage, self.loading)
         loading = (1.0 - rho) * self.loading + rho * self.trace() / self.size
         return self._scaled((1.0 - rho).sqrt(), loading, self._at_trace_n)
+
+    def mixed(self, other: LowRankCovariance, share: Tensor) -> LowRankCovariance:
+        """``(1 - share) R + share S`` of two matrices, each brought to trace N first.
+
+        Args:
+            other: S.
+            share: of S, in [0, 1], shape (…).
+        """
+        own, other = self.normalized(), other.normalized()
+        parts = [
+            R.amplitudes * weight.sqrt().unsqueeze(-1)
+            for R, weight in ((own, 1.0 - share), (other, share))
+        ]
+        loading = (1.0 - share) * own.loading + share * other.loading
+        return self._of(own._columns + other._columns, joined(parts, dim=-1), loading, True)
 
     def loaded(self, loading: float | Tensor) -> LowRankCovariance:
         """``R + loading tr(R)/N I``: diagonal loading relative to the mean diagonal."""
@@ -391,41 +394,6 @@ class LowRankCovariance:
         scale = divisor(torch.maximum(peak(self.factor), self.loading.detach().sqrt()))
         loading = None if self._loading is None else self._loading / scale / scale
         return LowRankCovariance(divide(self.factor, scale[..., None, None]), loading)
-
-
-def _fraction(name: str, value: float | Tensor, like: Tensor) -> Tensor:
-    """A weight in [0, 1] as a tensor; a clear error instead of the root of a negative number."""
-    inside = ((value >= 0) & (value <= 1)).all() if isinstance(value, Tensor) else 0 <= value <= 1
-    if not inside:
-        raise ValueError(f"{name} is {value}; expected a number in [0, 1]")
-    if isinstance(value, Tensor):
-        return sent(value, like.device).to(like.dtype)
-    return like.new_full((), value)
-
-
-def blend(
-    predicted: LowRankCovariance, measured: LowRankCovariance, beta: float | Tensor
-) -> LowRankCovariance:
-    """``R_blend = (1 - beta) R_pred + beta R_samp``, both brought to trace N first.
-
-    Args:
-        predicted: R_pred.
-        measured: R_samp.
-        beta: weight of R_samp in [0, 1], one for all or (…).
-
-    Raises:
-        ValueError: beta outside [0, 1].
-    """
-    predicted, measured = predicted.normalized(), measured.normalized()
-    weight = _fraction("beta", beta, predicted.loading)
-    loading = (1.0 - weight) * predicted.loading + weight * measured.loading
-    parts = [
-        R.amplitudes * share.sqrt().unsqueeze(-1)
-        for R, share in ((predicted, 1.0 - weight), (measured, weight))
-    ]
-    amplitudes = joined(parts, dim=-1)
-    columns = predicted._columns + measured._columns
-    return LowRankCovariance._of(columns, amplitudes, loading, True)
 
 
 @in_full_precision

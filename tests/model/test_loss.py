@@ -15,7 +15,7 @@ from model.loss import MISSED, LossConfig, ScenesLoss
 from model.pointing import match_slots
 from model.prediction import Prediction
 from physics import LowRankCovariance, PlanarArray, PolarGrid, SceneConfig, Scenes, simulate
-from physics.covariance import blend
+from physics.blend import blend
 from tests.reference import losses as reference
 
 ARRAY = PlanarArray(6, 6)

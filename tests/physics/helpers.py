@@ -10,7 +10,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from physics.covariance import LowRankCovariance
 from physics.detections import Detections
+from tests.reference import covariance as reference_covariance
 
 # For each scene a list of (az deg, el deg, range m).
 Places = list[list[tuple[float, float, float]]]
@@ -88,3 +90,30 @@ def three_scenes() -> tuple[Detections, Tensor, Tensor]:
     position, present = truth([(0, 0, 3), (30, 0, 3)], [(0, 0, 3)], [])
     detections = found([(1, 0, 3), (60, 0, 3)], [(-50, 0, 3), (0, 1, 3), (50, 0, 3)], [])
     return detections, position, present
+
+
+def covariance(
+    B: int = 3,
+    N: int = 7,
+    r: int = 3,
+    *,
+    loading: float | None = None,
+    seed: int = 0,
+    dtype: torch.dtype = torch.complex128,
+) -> LowRankCovariance:
+    factor = complex_normal(B, N, r, seed=seed, dtype=dtype)
+    level = None if loading is None else torch.full((B,), loading, dtype=dtype.to_real())
+    return LowRankCovariance(factor, level)
+
+
+def dense(R: LowRankCovariance) -> list[reference_covariance.Complex]:
+    """The oracle's N x N matrices, from factor and loading."""
+    return [
+        reference_covariance.dense(f.detach().cpu().numpy(), float(d))
+        for f, d in zip(R.factor, R.loading, strict=True)
+    ]
+
+
+def assert_equals(R: LowRankCovariance, matrices: list[Any], tolerance: float) -> None:
+    for value, matrix in zip(R.dense(), matrices, strict=True):
+        assert relative_error(value, torch.from_numpy(matrix)) < tolerance

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from physics import (
-    BlendConfig,
     LowRankCovariance,
     PlanarArray,
     SceneConfig,
@@ -21,37 +20,19 @@ from physics import (
     simulate,
     tikhonov_solve,
 )
-from tests.physics.helpers import LargestTensor, complex_normal, eps, relative_error, unit_codes
+from tests.physics.helpers import (
+    LargestTensor,
+    assert_equals,
+    complex_normal,
+    covariance,
+    dense,
+    eps,
+    relative_error,
+    unit_codes,
+)
 from tests.reference import covariance as reference
 
 DTYPES = [torch.complex128, torch.complex64]
-
-
-def covariance(
-    B: int = 3,
-    N: int = 7,
-    r: int = 3,
-    *,
-    loading: float | None = None,
-    seed: int = 0,
-    dtype: torch.dtype = torch.complex128,
-) -> LowRankCovariance:
-    factor = complex_normal(B, N, r, seed=seed, dtype=dtype)
-    level = None if loading is None else torch.full((B,), loading, dtype=dtype.to_real())
-    return LowRankCovariance(factor, level)
-
-
-def dense(R: LowRankCovariance) -> list[reference.Complex]:
-    """The oracle's N x N matrices, from factor and loading."""
-    return [
-        reference.dense(f.detach().cpu().numpy(), float(d))
-        for f, d in zip(R.factor, R.loading, strict=True)
-    ]
-
-
-def assert_equals(R: LowRankCovariance, matrices: list[Any], tolerance: float) -> None:
-    for value, matrix in zip(R.dense(), matrices, strict=True):
-        assert relative_error(value, torch.from_numpy(matrix)) < tolerance
 
 
 shapes = st.tuples(st.integers(1, 3), st.integers(1, 6), st.integers(1, 8))
@@ -71,6 +52,12 @@ def test_it_is_hermitian_positive_and_its_trace_is_the_diagonals_sum(
     trace = matrix.diagonal(dim1=-2, dim2=-1).real.sum(-1)
     assert torch.allclose(R.trace(), trace, rtol=1e-12)
     assert_equals(R, dense(R), 1e-12)
+
+
+@pytest.mark.parametrize("shrinkage", [-0.1, 1.1, math.nan, torch.tensor([0.1, 0.2, 1.3])])
+def test_shrinkage_outside_zero_to_one_is_refused(shrinkage: Any) -> None:
+    with pytest.raises(ValueError, match="shrinkage"):
+        covariance().shrunk(shrinkage)
 
 
 @laws
@@ -176,55 +163,6 @@ def test_more_sources_than_columns_are_refused_for_a_basis() -> None:
 
 
 @laws
-@given(shape=shapes, beta=st.floats(0, 1), seed=st.integers(0, 1000))
-def test_lesson_2_blend_is_the_weighted_sum_of_the_normalised_matrices(
-    shape: tuple[int, int, int], beta: float, seed: int
-) -> None:
-    B, N, r = shape
-    predicted = covariance(*shape, loading=0.3, seed=seed)
-    measured = covariance(B, N, 2, seed=seed + 1)
-    blended = blend(predicted, measured, beta)
-    expected = [
-        reference.blend(p, m, beta) for p, m in zip(dense(predicted), dense(measured), strict=True)
-    ]
-    assert_equals(blended, expected, 1e-12)
-    assert torch.allclose(blended.trace(), torch.full((B,), float(N), dtype=torch.float64))
-    assert blended.rank == r + 2
-
-
-def test_blend_admits_zero_one_and_a_weight_for_each_item() -> None:
-    P, S = covariance(), covariance(r=2, seed=1)
-    assert torch.allclose(blend(P, S, 0.0).dense(), P.normalized().dense())
-    assert torch.allclose(blend(P, S, 1.0).dense(), S.normalized().dense())
-    weights = torch.tensor([0.0, 0.4, 1.0])
-    blended = blend(P, S, weights).dense()
-    for b, beta in enumerate(weights.tolist()):
-        alone = blend(LowRankCovariance(P.factor[b]), LowRankCovariance(S.factor[b]), beta)
-        assert torch.allclose(blended[b], alone.dense(), atol=1e-6)
-
-
-def test_blend_broadcasts_leading_dimensions() -> None:
-    P, S = covariance(), LowRankCovariance(complex_normal(7, 2))
-    assert torch.allclose(blend(P, S, 0.3).dense()[1], blend(
-        LowRankCovariance(P.factor[1]), S, 0.3
-    ).dense())  # fmt: skip
-    assert blend(S, S, torch.tensor([0.1, 0.2])).dense().shape == (2, 7, 7)
-
-
-@pytest.mark.parametrize("beta", [-0.1, 1.1, math.nan, torch.tensor([0.1, 0.2, 1.3])])
-def test_weights_outside_zero_to_one_are_refused(beta: Any) -> None:
-    with pytest.raises(ValueError, match="beta"):
-        blend(covariance(), covariance(), beta)
-    with pytest.raises(ValueError, match="shrinkage"):
-        covariance().shrunk(beta)
-
-
-def test_lesson_8_the_blend_is_jittered_by_default_about_three_tenths() -> None:
-    assert BlendConfig() == BlendConfig(beta=0.30, jitter=0.05, shrinkage=0.0)
-    assert BlendConfig(beta=0.0).beta == 0.0
-
-
-@laws
 @given(shape=shapes, loading=st.sampled_from([0.0, 0.5]), seed=st.integers(0, 1000))
 def test_lesson_6_nmse_matches_the_dense_matrices_and_normalises_both_sides(
     shape: tuple[int, int, int], loading: float, seed: int
@@ -262,22 +200,6 @@ def test_trap_diagonal_loading_puts_a_floor_under_a_perfect_nmse(delta: float) -
     q, _ = torch.linalg.qr(complex_normal(144, 3))
     sources = LowRankCovariance(q)
     assert float(nmse(sources.loaded(1.0), sources)) == pytest.approx(0.25 * (1 - 3 / 144))
-
-
-@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
-def test_trap_the_blend_puts_a_floor_of_beta_squared_under_a_perfect_prediction(
-    beta: float,
-) -> None:
-    """With R_pred = R_true the blend misses by beta (R_samp - R_true): beta^2 NMSE(R_samp)."""
-    array = PlanarArray()
-    scenes = simulate(64, array=array, generator=torch.Generator().manual_seed(0))
-    truth = scenes.covariance(array, "spherical")
-    measured = sample_covariance(scenes.y, scenes.H, scenes.codes)
-    floor = nmse(blend(truth, measured, beta), truth)
-    # eps of the energies, which the factored difference cancels.
-    assert torch.allclose(floor, beta**2 * nmse(measured, truth), atol=1e-5)
-    if beta == 0.3:
-        assert 0.05 < float(floor.mean()) < 0.15
 
 
 @pytest.mark.parametrize("mode", ["constant", "fluctuating"])
