@@ -4,7 +4,8 @@
 have nobody to be compared with. Here a trial waits at each rung with its checkpoint. A free slot
 takes the best of those that wait among the best of a rung, one in `reduction_factor`, from the
 highest rung down; where nobody is, a new trial begins. Nobody is stopped for good while it may
-come to be among the best, and nobody goes on for having come first.
+come to be among the best, and nobody goes on for having come first. Who may not any more, whatever
+those that are still to come will reach, ends: of N trials some N / `reduction_factor` wait at most.
 
 To whoever runs it, a trial that waits is one that was cut and goes on from its checkpoint. What is
 decided follows from the ledger alone. When all trials have begun and none goes on by this rule, the
@@ -69,16 +70,16 @@ class PausingLedger(TurnsLedger):
         return replace(found, until=self._until(found.epoch))
 
     def settle(self) -> list[TrialRecord]:
-        """End those that wait, where nobody goes on any more.
+        """End those that wait in vain, whose checkpoints nobody needs any more.
 
         Returns:
             The trials that waited until now.
         """
-        if self._handed_out or (self.n_new and not self._exhausted):
-            return []
-        if self._next() is not None or self._foremost() is not None:
-            return []
-        waiting = [trial for trial in self._own() if trial.state == TrialState.RUNNING]
+        own, new = self._own(), 0 if self._exhausted else self.n_new
+        if not new and not self._handed_out and self._next() is None and self._foremost() is None:
+            waiting = [trial for trial in own if trial.state == TrialState.RUNNING]
+        else:
+            waiting = [trial for rung in self._rungs for trial in self._outdone(rung, own, new)]
         for trial in waiting:
             self.finish(trial.number, "pruned", reason=f"stopped after epoch {trial.reached}")
         return [self.trial(trial.number) for trial in waiting]
@@ -93,21 +94,42 @@ class PausingLedger(TurnsLedger):
     def _next(self) -> int | None:
         """Who was cut between two rungs, or is the best of those that the rungs let go on."""
         own = self._own()
-        free = {t.number for t in own if t.state == TrialState.RUNNING} - self._handed_out
         for trial in own:
-            if trial.number in free and (trial.is_over or trial.reached not in self._rungs):
+            if self._is_free(trial) and (trial.is_over or trial.reached not in self._rungs):
                 return trial.number
         for rung in reversed(self._rungs):
             for trial in self._best_at(rung, own):
-                if trial.number in free and trial.reached == rung and not self._is_lost(trial):
+                if self._is_free(trial) and trial.reached == rung and not self._is_lost(trial):
                     return trial.number
         return None
 
-    def _best_at(self, rung: int, own: Sequence[_Trial]) -> Iterator[_Trial]:
+    def _best_at(self, rung: int, own: Sequence[_Trial]) -> list[_Trial]:
         """The best, in order, of all that have come to a rung: one in `reduction_factor`."""
-        there = [t for t in own if rung in t.objectives and (t.reached >= rung or _ended(t))]
-        there.sort(key=lambda trial: (trial.objectives[rung], trial.number))
-        yield from there[: len(there) // self.config.search.reduction_factor]
+        there = _at(rung, own)
+        return there[: len(there) // self.config.search.reduction_factor]
+
+    def _outdone(self, rung: int, own: Sequence[_Trial], new: int) -> Iterator[_Trial]:
+        """Who waits at a rung and will not be among its best, whoever comes there yet.
+
+        Nor among the foremost: as many as are wanted have stood better here and may finish.
+
+        Args:
+            rung: an epoch.
+            own: the study's trials.
+            new: trials that may begin yet.
+        """
+        there = _at(rung, own)
+        coming = new + sum(t.state == TrialState.RUNNING and t.reached < rung for t in own)
+        most = (len(there) + coming) // self.config.search.reduction_factor
+        sound = 0  # of the better ones
+        for rank, trial in enumerate(there):
+            waits = trial.reached == rung and self._is_free(trial) and not trial.is_over
+            if waits and rank >= most and sound >= self._wanted:
+                yield trial
+            sound += trial.state in (TrialState.RUNNING, TrialState.COMPLETE)
+
+    def _is_free(self, trial: _Trial) -> bool:
+        return trial.state == TrialState.RUNNING and trial.number not in self._handed_out
 
     def _foremost(self) -> int | None:
         """Who goes on at the end: the best at the highest rung where somebody waits, or None.
@@ -122,9 +144,7 @@ class PausingLedger(TurnsLedger):
             bar = done[self._wanted - 1]
         elif len(done) + len(self._handed_out) >= self._wanted:
             return None
-        free = [
-            t for t in own if t.state == TrialState.RUNNING and t.number not in self._handed_out
-        ]
+        free = [trial for trial in own if self._is_free(trial)]
         able = [t for t in free if t.standing < bar and not self._is_lost(t)]
         first = min(able, key=lambda t: (-t.reached, t.standing, t.number), default=None)
         return None if first is None else first.number
@@ -158,6 +178,12 @@ def _trial(frozen: FrozenTrial) -> _Trial:
     standing = float(frozen.values[0]) if done else objectives.get(reached, math.inf)
     over = bool(told.get("early_stopped"))
     return _Trial(frozen.number, frozen.state, reached, over, standing, objectives)
+
+
+def _at(rung: int, own: Sequence[_Trial]) -> list[_Trial]:
+    """All that have come to a rung, best first."""
+    there = [t for t in own if rung in t.objectives and (t.reached >= rung or _ended(t))]
+    return sorted(there, key=lambda trial: (trial.objectives[rung], trial.number))
 
 
 def _ended(trial: _Trial) -> bool:

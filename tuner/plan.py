@@ -20,6 +20,7 @@ from tuner.duration import format_duration
 from tuner.folder import RunFolder
 from tuner.forecast import about, seconds_left
 from tuner.place import Place
+from tuner.rungs import most_waiting
 from tuner.space import n_points
 from tuner.study import Ledger
 
@@ -151,15 +152,17 @@ def _time(study: StudyConfig, place: Place, ledger: Ledger | None, found: Apprai
 
 def _disk(study: StudyConfig, place: Place, found: Appraisal | str, folder: Path) -> Iterator[str]:
     base, largest = checkpoint_bytes(study)
-    # Each running trial's while a new one takes its place, and the winner's. All may wait at rungs.
+    # Each running trial's while a new one takes its place, and the winner's. At rungs wait those
+    # who may come to be among the best of the first, and in a bad order a few more.
     # Of a population all members live; what each had at its last milestone may be a successor's,
     # and the one before a milestone stays until somebody gives way.
     population = study.search.population if study.search.scheduler == "pbt" else 0
     pausing = study.search.scheduler == "asha-pausing"
-    waiting = int(min(study.search.trials, n_points(study.search.space))) if pausing else 0
+    waiting = most_waiting(study.search) if pausing else 0
     kept = max(2 * place.concurrent, 4 * population, waiting + place.concurrent) + 1
     size = f"{_bytes(base)} each, {_bytes(largest)} of the largest network"
-    yield f"at most {_bytes(kept * largest)} of checkpoints at a time ({size})"
+    bound = "about" if pausing else "at most"
+    yield f"{bound} {_bytes(kept * largest)} of checkpoints at a time ({size})"
     if not isinstance(found, str) and found.cache_bytes:
         yield f"{_bytes(found.cache_bytes)} of candidates, kept for all studies of these scenes"
     if place.device == "cpu" and (images := images_bytes(study.trial_config({}, study.seed))):

@@ -41,6 +41,12 @@ def epochs_in_all(search: SearchConfig, epochs: int) -> int | None:
     return found
 
 
+def most_waiting(search: SearchConfig) -> int:
+    """How many trials wait at rungs at a time where they pause there, at most and about."""
+    there = int(min(search.trials, n_points(search.space)))
+    return max(there // search.reduction_factor, min(there, max(1, search.promote)))
+
+
 def cut_off(objectives: Sequence[float], factor: int) -> float | None:
     """The objective that ASHA asks for at a rung where these were reached; None where none was."""
     return float(np.percentile(objectives, 100 / factor)) if objectives else None

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from tests.tuner.clusters import actors, started_head
+from tests.tuner.pausing import story
 from tests.tuner.support import (
     kill,
     read_until,
@@ -21,13 +22,6 @@ from tests.tuner.support import (
     wait_for,
     write_study,
 )
-from tuner.records import TrialRecord
-
-
-def story(trials: list[TrialRecord]) -> list[Any]:
-    """All that a ledger says, but times and places."""
-    return [(t.number, t.state, t.params, t.seed, t.curve, t.reason) for t in trials]
-
 
 REAL: dict[str, Any] = {
     "training": {"epochs": 8},

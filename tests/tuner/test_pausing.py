@@ -15,72 +15,18 @@ from optuna.trial import TrialState
 
 from tests.tuner.events import scalars
 from tests.tuner.mortal import dying_changes_nothing
-from tests.tuner.support import (
-    FakeRun,
-    tiny_study,
-)
+from tests.tuner.pausing import EPOCHS, FACTOR, RUNGS, Recorder, Stretch, go, story, study_in
+from tests.tuner.support import FakeRun
 from tuner.config import StudyConfig
 from tuner.folder import RunFolder
 from tuner.local import run_local
 from tuner.pausing import PausingLedger
-from tuner.records import Assignment, TrialRecord
-from tuner.results import drop_losers
 from tuner.rungs import epochs_in_all
 from tuner.samplers import Viewing, proposal_sampler, waiting_as_stopped
-from tuner.search import LedgerSearch
 from tuner.study import Ledger
 from tuner.tensorboard import TensorBoardLog
-from tuner.trainable import CHECKPOINT, UNTIL
 from tuner.trial import MemoryExhausted
 from tuner.watchers import Watcher, Watchers
-
-EPOCHS, FACTOR, RUNGS = 9, 2, (1, 2, 4, 8)
-Stretch = tuple[int, int, int | None]  # a trial, from where, and the rung at which it waits again
-
-
-def study_in(folder: Path, epochs: int = EPOCHS, **search: Any) -> StudyConfig:
-    changes = {
-        "scheduler": "asha-pausing", "trials": 24, "sampler": "random", "grace_epochs": 1,
-        "reduction_factor": FACTOR,
-    } | search  # fmt: skip
-    return tiny_study(folder, search=changes, training={"epochs": epochs})
-
-
-class Recorder(Watcher):
-    """Who went on, in order."""
-
-    def __init__(self) -> None:
-        self.stretches: list[Stretch] = []
-
-    def started(self, assignment: Assignment) -> None:
-        self.stretches.append((assignment.number, assignment.epoch, assignment.until))
-
-
-@pytest.fixture
-def instant(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Trials of no time."""
-    monkeypatch.setattr("tuner.local.TrialRun", FakeRun)
-
-
-def go(
-    storage: InMemoryStorage,
-    study: StudyConfig,
-    folder: Path,
-    watcher: Watcher | None = None,
-) -> Ledger:
-    """A session of the local mode."""
-    ledger = PausingLedger(storage, study)
-    home = RunFolder(folder)
-    run_local(
-        ledger, home, watcher or Watcher(), device="cpu", stop=lambda: False,
-        after=lambda: drop_losers(home, ledger, ledger.best()),
-    )  # fmt: skip
-    return ledger
-
-
-def story(trials: list[TrialRecord]) -> list[Any]:
-    """All that a ledger says, but times and places."""
-    return [(t.number, t.state, t.params, t.seed, t.curve, t.reason) for t in trials]
 
 
 def published(
@@ -138,9 +84,10 @@ def curves_of(study: StudyConfig, folder: Path) -> dict[int, dict[int, float]]:
     return {trial.number: dict(trial.curve) for trial in whole.trials()}
 
 
-@pytest.mark.usefixtures("instant")
+@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize(
-    ("trials", "factor", "promote"), [(24, 2, 0), (40, 3, 0), (5, 3, 0), (7, 4, 3), (1, 2, 0)]
+    ("trials", "factor", "promote"),
+    [(24, 2, 0), (24, 2, 7), (40, 3, 0), (5, 3, 0), (7, 4, 3), (1, 2, 0)],
 )
 def test_one_slot_trains_what_the_published_algorithm_does(
     tmp_path: Path, trials: int, factor: int, promote: int
@@ -169,7 +116,7 @@ def test_one_slot_trains_what_the_published_algorithm_does(
     assert left == [f"{best.number:04d}"], "checkpoints of nobody are left"
 
 
-@pytest.mark.usefixtures("instant")
+@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("sampler", ["random", "tpe"])
 @pytest.mark.parametrize("stride", [37, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_driver_that_dies_anywhere_changes_nothing(
@@ -179,7 +126,7 @@ def test_a_driver_that_dies_anywhere_changes_nothing(
     dying_changes_nothing(lambda db, name: story(go(db, study, tmp_path / name).trials()), stride)
 
 
-@pytest.mark.usefixtures("instant")
+@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("epochs", [1, 6, 15, 30])
 def test_a_stopped_session_goes_on_to_the_same_end(tmp_path: Path, epochs: int) -> None:
     study = study_in(tmp_path)
@@ -240,7 +187,7 @@ def test_many_slots_let_nobody_on_who_is_not_among_the_best(tmp_path: Path, seed
     assert all(t.epoch in (*RUNGS, EPOCHS) for t in ledger.trials())
 
 
-@pytest.mark.usefixtures("instant")
+@pytest.mark.usefixtures("quick")
 def test_a_trial_that_fails_is_no_more_among_those_who_may_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -264,7 +211,7 @@ def test_a_trial_that_fails_is_no_more_among_those_who_may_go_on(
     assert not ledger.has_work
 
 
-@pytest.mark.usefixtures("instant")
+@pytest.mark.usefixtures("quick")
 def test_a_trial_that_ran_out_of_memory_still_waits_at_its_rung(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -294,68 +241,6 @@ def test_the_highest_rung_comes_first(tmp_path: Path) -> None:
         ledger.hand_back(number)
     found = [ledger.ask() for _ in range(3)]
     assert [(t.number, t.epoch, t.until) for t in found if t] == [(0, 2, 4), (2, 1, 2), (4, 0, 1)]
-
-
-def test_a_trial_that_lost_its_chance_while_it_waited_is_passed_over(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ledger = PausingLedger(InMemoryStorage(), study_in(tmp_path))
-    for number in range(2):
-        assert ledger.ask() is not None
-        ledger.report(number, {"epoch": 1, "objective": 1.0 + number}, "at-1")
-    ledger.hand_back(0)
-    ledger.hand_back(1)
-    monkeypatch.setattr(ledger, "hopeless", lambda *_: "no chance")
-    found = ledger.ask()
-    assert found is not None
-    assert found.number == 2
-    monkeypatch.undo()
-    found = ledger.ask()
-    assert found is not None
-    assert found.number == 0
-
-
-@pytest.mark.usefixtures("instant")
-def test_who_has_no_chance_any_more_is_not_taken_from_where_he_waits(tmp_path: Path) -> None:
-    study = study_in(tmp_path, trials=40)
-    patient, recorder = Recorder(), Recorder()
-    go(InMemoryStorage(), study, tmp_path / "run", patient)
-    changed = study.replaced({"search.least_chance": 0.2})
-    ledger = go(InMemoryStorage(), changed, tmp_path / "hopeless", recorder)
-    assert len(recorder.stretches) < len(patient.stretches)
-    reasons = {t.reason for t in ledger.trials() if t.state == "pruned"}
-    assert any("chance" in str(reason) for reason in reasons)
-    assert any(str(reason).startswith("stopped after epoch") for reason in reasons)
-    assert not ledger.has_work
-
-
-@pytest.mark.usefixtures("instant")
-@pytest.mark.parametrize("promote", [0, 2])
-def test_nobody_is_stopped_who_stands_better_than_who_has_finished(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, promote: int
-) -> None:
-    class Flat(FakeRun):
-        """Bad ones come to no more after their third epoch, as patience sees it."""
-
-        def step(self) -> dict[str, Any]:
-            result = super().step()
-            bad = not 1e-4 < self.config.training.learning_rate < 1e-2
-            if bad and self.epoch == 3:
-                result |= {"finished": True, "early_stopped": True}
-            return result
-
-    monkeypatch.setattr("tuner.local.TrialRun", Flat)
-    space = {"training.learning_rate": {"type": "float", "low": 1e-6, "high": 1.0, "log": True}}
-    study = study_in(
-        tmp_path, 27, trials=14, reduction_factor=3, grace_epochs=3, space=space, promote=promote
-    )
-    ledger = go(InMemoryStorage(), study, tmp_path / "run")
-    ranking = [trial.objective for trial in ledger.ranking()]
-    last = ranking[max(1, promote) - 1]
-    stopped = [trial.objective for trial in ledger.trials() if trial.state == "pruned"]
-    assert last is not None
-    assert stopped
-    assert all(objective is None or objective >= last for objective in stopped)
 
 
 def test_who_are_to_be_promoted_come_to_their_end_side_by_side(tmp_path: Path) -> None:
@@ -400,21 +285,7 @@ def test_a_trial_whose_patience_ended_at_a_rung_is_ended_after_a_kill(tmp_path: 
     assert (found.number, found.epoch) == (1, 1)
 
 
-@pytest.mark.usefixtures("instant")
-@pytest.mark.parametrize("points", range(7, 17))
-def test_who_waits_is_ended_where_proposals_run_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, points: int
-) -> None:
-    def twin(self: Ledger, params: object, started: list[object]) -> int | None:
-        return 0 if len(started) >= points else None
-
-    monkeypatch.setattr(Ledger, "_twin", twin)
-    ledger = go(InMemoryStorage(), study_in(tmp_path), tmp_path / "run")
-    assert len(ledger.trials()) == points
-    assert {trial.state for trial in ledger.trials()} == {"done", "pruned"}
-
-
-@pytest.mark.usefixtures("instant")
+@pytest.mark.usefixtures("quick")
 def test_a_trial_that_waits_has_one_checkpoint_and_no_open_file(tmp_path: Path) -> None:
     study = study_in(tmp_path)
     ledger = PausingLedger(tmp_path / "study.db", study)
@@ -436,29 +307,7 @@ def test_a_trial_that_waits_has_one_checkpoint_and_no_open_file(tmp_path: Path) 
         assert [step for step, _ in seen] == [epoch for epoch, _ in trial.curve]
 
 
-def test_on_ray_too_a_trial_without_a_chance_ends_at_its_rung(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ledger = PausingLedger(InMemoryStorage(), study_in(tmp_path))
-    search = LedgerSearch(ledger, Watcher(), RunFolder(tmp_path), device="cpu")
-    for name in ("a", "b"):
-        assert search.suggest(name)[UNTIL] == 1
-        result = {
-            "epoch": 1, "objective": 2.0, "failed": False, "finished": False, "paused": True,
-            CHECKPOINT: f"at-{name}",
-        }  # fmt: skip
-        monkeypatch.setattr(
-            ledger, "hopeless", lambda *_, name=name: "no chance" * (name == "b") or None
-        )
-        search.is_hopeless(name, result)
-        search.reported(name, result)
-        search.on_trial_complete(name, result)
-    assert [(t.state, t.reason) for t in ledger.trials()] == [
-        ("running", None), ("pruned", "no chance"),
-    ]  # fmt: skip
-
-
-@pytest.mark.usefixtures("instant")
+@pytest.mark.usefixtures("quick")
 def test_an_extended_study_compares_new_trials_with_those_that_were_stopped(tmp_path: Path) -> None:
     storage, study = InMemoryStorage(), study_in(tmp_path)
     go(storage, study, tmp_path / "run")
@@ -471,14 +320,6 @@ def test_an_extended_study_compares_new_trials_with_those_that_were_stopped(tmp_
     on = [n for n, since, _ in recorder.stretches if since == 1]
     assert all(dict(ledger.trial(n).curve)[1] in first[: 30 // FACTOR] for n in on)
     assert len(on) < 6
-
-
-@pytest.mark.usefixtures("instant")
-def test_a_small_space_ends_when_its_points_have_run(tmp_path: Path) -> None:
-    space = {"network.heads": {"type": "categorical", "choices": [2, 4]}}
-    ledger = go(InMemoryStorage(), study_in(tmp_path, space=space), tmp_path / "run")
-    assert sorted(t.state for t in ledger.trials()) == ["done", "pruned"]
-    assert not ledger.has_work
 
 
 def test_a_sampler_sees_who_waits_as_stopped(tmp_path: Path) -> None:

@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from tests.tuner.support import tiny_study
+from tests.tuner.pausing import EPOCHS, study_in
 from tuner.appraisal import epochs_expected
-from tuner.config import StudyConfig
 from tuner.folder import RunFolder
 from tuner.forecast import Pace, time_left
 from tuner.ledger import open_ledger, read_ledger
@@ -24,16 +23,6 @@ from tuner.rows import TrialRow
 from tuner.rungs import epochs_in_all
 from tuner.standing import standing
 from tuner.storage import PatientStorage
-
-EPOCHS, FACTOR, RUNGS = 9, 2, (1, 2, 4, 8)
-
-
-def study_in(folder: Path, epochs: int = EPOCHS, **search: Any) -> StudyConfig:
-    changes = {
-        "scheduler": "asha-pausing", "trials": 24, "sampler": "random", "grace_epochs": 1,
-        "reduction_factor": FACTOR,
-    } | search  # fmt: skip
-    return tiny_study(folder, search=changes, training={"epochs": epochs})
 
 
 def waiting_study(folder: Path, waiting: int, **search: Any) -> RunFolder:

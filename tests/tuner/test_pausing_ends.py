@@ -1,0 +1,207 @@
+"""ASHA with pauses: who of those that wait ends, and when."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from optuna.storages import InMemoryStorage
+
+from tests.tuner.pausing import Recorder, go, study_in
+from tests.tuner.support import FakeRun
+from tuner.folder import RunFolder
+from tuner.pausing import PausingLedger
+from tuner.rungs import most_waiting
+from tuner.search import LedgerSearch
+from tuner.study import Ledger
+from tuner.trainable import CHECKPOINT, UNTIL
+from tuner.watchers import Watcher
+
+
+def wait_in(ledger: PausingLedger, objectives: Sequence[float]) -> None:
+    """Trials that wait at the first rung."""
+    for objective in objectives:
+        found = ledger.ask()
+        assert found is not None
+        ledger.report(found.number, {"epoch": 1, "objective": objective}, "at-1")
+    for number in range(len(objectives)):
+        ledger.hand_back(number)
+
+
+@pytest.mark.parametrize(
+    ("trials", "promote", "outdone"),
+    [(5, 0, [3, 0]), (6, 0, [3]), (5, 3, [3]), (5, 4, []), (9, 0, [])],
+)
+def test_who_may_not_be_among_the_best_any_more_ends(
+    tmp_path: Path, trials: int, promote: int, outdone: list[int]
+) -> None:
+    study = study_in(tmp_path, trials=trials, promote=promote)
+    ledger = PausingLedger(InMemoryStorage(), study)
+    wait_in(ledger, [3.0, 1.0, 2.0, 5.0])
+    found = ledger.settle()
+    assert sorted(t.number for t in found) == sorted(outdone)
+    assert all((t.state, t.reason) == ("pruned", "stopped after epoch 1") for t in found)
+    assert ledger.settle() == []
+
+
+def test_at_a_higher_rung_those_count_who_may_come_there_yet(tmp_path: Path) -> None:
+    ledger = PausingLedger(InMemoryStorage(), study_in(tmp_path, trials=4))
+    wait_in(ledger, [1.0, 2.0])
+    for number, objective in enumerate([1.0, 2.0]):
+        ledger.report(number, {"epoch": 2, "objective": objective}, "at-2")
+    assert [t.number for t in (ledger.ask(), ledger.ask(), ledger.ask()) if t] == [0, 2, 3]
+    assert ledger.settle() == []
+    for number in (2, 3):
+        ledger.report(number, {"epoch": 1, "objective": 5.0}, "at-1")
+        ledger.hand_back(number)
+    assert [t.number for t in ledger.settle()] == [2, 3]
+    assert [t.number for t in ledger.settle()] == [1], "nobody comes to its rung any more"
+
+
+def test_who_ended_by_itself_where_it_waits_is_done_and_not_stopped(tmp_path: Path) -> None:
+    storage, study = InMemoryStorage(), study_in(tmp_path, trials=5)
+    ledger = PausingLedger(storage, study)
+    wait_in(ledger, [1.0, 2.0, 3.0])
+    told = {"epoch": 1, "objective": 4.0, "early_stopped": True}
+    found = ledger.ask()
+    while found is not None and found.epoch:
+        found = ledger.ask()
+    assert found is not None
+    ledger.report(found.number, told, "at-1")
+    again = PausingLedger(storage, study)  # the driver was killed before the end was written
+    assert [t.number for t in again.settle()] == [2]
+    going_on = again.ask()
+    assert going_on is not None
+    assert (going_on.number, going_on.epoch) == (found.number, 1)
+
+
+def test_who_stood_better_and_failed_keeps_nobody_from_being_foremost(tmp_path: Path) -> None:
+    ledger = PausingLedger(InMemoryStorage(), study_in(tmp_path, trials=5))
+    wait_in(ledger, [1.0, 2.0, 3.0, 4.0])
+    for number in (0, 1):
+        ledger.finish(number, "failed", reason="broken")
+    assert [t.number for t in ledger.settle()] == [3], "trial 2 is the best that is sound"
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("factor", [2, 3])
+def test_of_many_a_part_waits_at_a_time(tmp_path: Path, factor: int) -> None:
+    study = study_in(tmp_path, trials=48, reduction_factor=factor)
+    most: list[int] = []
+
+    class Counting(Watcher):
+        def handed_back(self, number: int) -> None:
+            most.append(len(list((tmp_path / "run" / "trials").glob("*/checkpoint*"))))
+
+    ledger = go(InMemoryStorage(), study, tmp_path / "run", Counting())
+    assert len(ledger.trials()) == 48
+    assert most_waiting(study.search) == 48 // factor
+    assert 0.8 * 48 // factor < max(most) <= 48 // factor + 1
+
+
+def test_a_trial_that_lost_its_chance_while_it_waited_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger = PausingLedger(InMemoryStorage(), study_in(tmp_path))
+    for number in range(2):
+        assert ledger.ask() is not None
+        ledger.report(number, {"epoch": 1, "objective": 1.0 + number}, "at-1")
+    ledger.hand_back(0)
+    ledger.hand_back(1)
+    monkeypatch.setattr(ledger, "hopeless", lambda *_: "no chance")
+    found = ledger.ask()
+    assert found is not None
+    assert found.number == 2
+    monkeypatch.undo()
+    found = ledger.ask()
+    assert found is not None
+    assert found.number == 0
+
+
+@pytest.mark.usefixtures("quick")
+def test_who_has_no_chance_any_more_is_not_taken_from_where_he_waits(tmp_path: Path) -> None:
+    study = study_in(tmp_path, trials=40)
+    patient, recorder = Recorder(), Recorder()
+    go(InMemoryStorage(), study, tmp_path / "run", patient)
+    changed = study.replaced({"search.least_chance": 0.2})
+    ledger = go(InMemoryStorage(), changed, tmp_path / "hopeless", recorder)
+    assert len(recorder.stretches) < len(patient.stretches)
+    reasons = {t.reason for t in ledger.trials() if t.state == "pruned"}
+    assert any("chance" in str(reason) for reason in reasons)
+    assert any(str(reason).startswith("stopped after epoch") for reason in reasons)
+    assert not ledger.has_work
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("promote", [0, 2])
+def test_nobody_is_stopped_who_stands_better_than_who_has_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, promote: int
+) -> None:
+    class Flat(FakeRun):
+        """Bad ones come to no more after their third epoch, as patience sees it."""
+
+        def step(self) -> dict[str, Any]:
+            result = super().step()
+            bad = not 1e-4 < self.config.training.learning_rate < 1e-2
+            if bad and self.epoch == 3:
+                result |= {"finished": True, "early_stopped": True}
+            return result
+
+    monkeypatch.setattr("tuner.local.TrialRun", Flat)
+    space = {"training.learning_rate": {"type": "float", "low": 1e-6, "high": 1.0, "log": True}}
+    study = study_in(
+        tmp_path, 27, trials=14, reduction_factor=3, grace_epochs=3, space=space, promote=promote
+    )
+    ledger = go(InMemoryStorage(), study, tmp_path / "run")
+    ranking = [trial.objective for trial in ledger.ranking()]
+    last = ranking[max(1, promote) - 1]
+    stopped = [trial.objective for trial in ledger.trials() if trial.state == "pruned"]
+    assert last is not None
+    assert stopped
+    assert all(objective is None or objective >= last for objective in stopped)
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("points", range(7, 17))
+def test_who_waits_is_ended_where_proposals_run_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, points: int
+) -> None:
+    def twin(self: Ledger, params: object, started: list[object]) -> int | None:
+        return 0 if len(started) >= points else None
+
+    monkeypatch.setattr(Ledger, "_twin", twin)
+    ledger = go(InMemoryStorage(), study_in(tmp_path), tmp_path / "run")
+    assert len(ledger.trials()) == points
+    assert {trial.state for trial in ledger.trials()} == {"done", "pruned"}
+
+
+def test_on_ray_too_a_trial_without_a_chance_ends_at_its_rung(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger = PausingLedger(InMemoryStorage(), study_in(tmp_path))
+    search = LedgerSearch(ledger, Watcher(), RunFolder(tmp_path), device="cpu")
+    for name in ("a", "b"):
+        assert search.suggest(name)[UNTIL] == 1
+        result = {
+            "epoch": 1, "objective": 2.0, "failed": False, "finished": False, "paused": True,
+            CHECKPOINT: f"at-{name}",
+        }  # fmt: skip
+        monkeypatch.setattr(
+            ledger, "hopeless", lambda *_, name=name: "no chance" * (name == "b") or None
+        )
+        search.is_hopeless(name, result)
+        search.reported(name, result)
+        search.on_trial_complete(name, result)
+    assert [(t.state, t.reason) for t in ledger.trials()] == [
+        ("running", None), ("pruned", "no chance"),
+    ]  # fmt: skip
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_small_space_ends_when_its_points_have_run(tmp_path: Path) -> None:
+    space = {"network.heads": {"type": "categorical", "choices": [2, 4]}}
+    ledger = go(InMemoryStorage(), study_in(tmp_path, space=space), tmp_path / "run")
+    assert sorted(t.state for t in ledger.trials()) == ["done", "pruned"]
+    assert not ledger.has_work
