@@ -10,7 +10,8 @@ those that are still to come will reach, ends: of N trials some N / `reduction_f
 To whoever runs it, a trial that waits is one that was cut and goes on from its checkpoint. What is
 decided follows from the ledger alone. When all trials have begun and none goes on by this rule, the
 foremost do until one has finished (as many as are to be promoted) and nobody who waits stands
-better already. All that wait then end as stopped at their rung.
+better already. All that wait then end as stopped at their rung. Where the study's time would end
+before one has finished, the foremost goes on while there is time for it.
 
 Source: Li, Jamieson, Rostamizadeh et al., "A system for massively parallel hyperparameter tuning",
 MLSys 2020, algorithm 2.
@@ -25,10 +26,11 @@ from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
 
-from tuner.config import StudyConfig
 from tuner.records import Assignment, TrialRecord
 from tuner.rungs import rungs_of
 from tuner.turns import TurnsLedger
+
+_SLOWER = 1.2  # than its epochs so far a trial may become before it finishes too late
 
 
 @dataclass(frozen=True)
@@ -54,19 +56,20 @@ class PausingLedger(TurnsLedger):
 
     def ask(self) -> Assignment | None:
         """Who goes on, or a new trial; None while others have to come first, or none is left."""
-        number = self._next()
-        if number is None and not self._exhausted:
+        own = self._own()
+        trial = self._next(own)
+        trial = self._pressing(own, 0 if trial is None else trial.reached) or trial
+        if trial is None and not self._exhausted:
             found = super().ask()
             if found is not None:
                 self._handed_out.add(found.number)
                 return replace(found, until=self._until(0))
             self._exhausted = True
-        if number is None:
-            number = self._foremost()
-        if number is None:
+        trial = trial or self._foremost(own)
+        if trial is None:
             return None
-        self._handed_out.add(number)
-        found = self.going_on(number)
+        self._handed_out.add(trial.number)
+        found = self.going_on(trial.number)
         return replace(found, until=self._until(found.epoch))
 
     def settle(self) -> list[TrialRecord]:
@@ -76,7 +79,7 @@ class PausingLedger(TurnsLedger):
             The trials that waited until now.
         """
         own, new = self._own(), 0 if self._exhausted else self.n_new
-        if not new and not self._handed_out and self._next() is None and self._foremost() is None:
+        if not new and not self._handed_out and not (self._next(own) or self._foremost(own)):
             waiting = [trial for trial in own if trial.state == TrialState.RUNNING]
         else:
             waiting = [trial for rung in self._rungs for trial in self._outdone(rung, own, new)]
@@ -91,16 +94,38 @@ class PausingLedger(TurnsLedger):
     def _own(self) -> list[_Trial]:
         return [_trial(frozen) for frozen in self._started(self._frozen())]
 
-    def _next(self) -> int | None:
+    def _next(self, own: Sequence[_Trial]) -> _Trial | None:
         """Who was cut between two rungs, or is the best of those that the rungs let go on."""
-        own = self._own()
         for trial in own:
             if self._is_free(trial) and (trial.is_over or trial.reached not in self._rungs):
-                return trial.number
+                return trial
         for rung in reversed(self._rungs):
             for trial in self._best_at(rung, own):
                 if self._is_free(trial) and trial.reached == rung and not self._is_lost(trial):
-                    return trial.number
+                    return trial
+        return None
+
+    def _pressing(self, own: Sequence[_Trial], reached: int) -> _Trial | None:
+        """Who goes on at once, as the study's time would be too short for it later, or None.
+
+        As many of the foremost as are wanted, while too few have finished: a study whose time ends
+        has winners, where its time is enough for one.
+
+        Args:
+            own: the study's trials.
+            reached: from which epoch a trial would go on to the next rung instead.
+        """
+        budget, epochs = self.config.search.time_budget, self.config.training.epochs
+        wanted = self._wanted - sum(trial.state == TrialState.COMPLETE for trial in own)
+        if budget is None or wanted <= 0:
+            return None
+        left, stretch = budget - self.seconds, (self._until(reached) or epochs) - reached
+        begun = [t for t in own if t.state == TrialState.RUNNING and t.reached]
+        for trial in sorted(begun, key=_by_rung)[:wanted]:
+            pace = _SLOWER * (self.trial(trial.number).seconds or 0.0) / trial.reached
+            needed = (epochs - trial.reached) * pace
+            if self._is_free(trial) and needed <= left < needed + stretch * pace:
+                return trial
         return None
 
     def _best_at(self, rung: int, own: Sequence[_Trial]) -> list[_Trial]:
@@ -131,13 +156,12 @@ class PausingLedger(TurnsLedger):
     def _is_free(self, trial: _Trial) -> bool:
         return trial.state == TrialState.RUNNING and trial.number not in self._handed_out
 
-    def _foremost(self) -> int | None:
+    def _foremost(self, own: Sequence[_Trial]) -> _Trial | None:
         """Who goes on at the end: the best at the highest rung where somebody waits, or None.
 
         As long as too few have finished, and are not on their way there; then, of those who stand
         better than they.
         """
-        own = self._own()
         done = sorted(t.standing for t in own if t.state == TrialState.COMPLETE)
         bar = math.inf
         if len(done) >= self._wanted:
@@ -146,8 +170,7 @@ class PausingLedger(TurnsLedger):
             return None
         free = [trial for trial in own if self._is_free(trial)]
         able = [t for t in free if t.standing < bar and not self._is_lost(t)]
-        first = min(able, key=lambda t: (-t.reached, t.standing, t.number), default=None)
-        return None if first is None else first.number
+        return min(able, key=_by_rung, default=None)
 
     def _is_lost(self, trial: _Trial) -> bool:
         """Whether a trial that waits has no chance to win any more, where that is asked."""
@@ -155,18 +178,9 @@ class PausingLedger(TurnsLedger):
         return known and self.hopeless(trial.reached, trial.standing) is not None
 
 
-def pausing_note(study: StudyConfig) -> str | None:
-    """What a user should know who bounds the time of a study whose trials wait, in one line."""
-    search = study.search
-    if search.scheduler != "asha-pausing" or search.time_budget is None:
-        return None
-    needed = search.reduction_factor ** len(rungs_of(search, study.training.epochs))
-    if search.trials <= needed:
-        return None
-    return (
-        f"asha-pausing: the first trial finishes when some {needed} have begun; a time budget that "
-        "ends earlier leaves no winner until the study has gone on"
-    )
+def _by_rung(trial: _Trial) -> tuple[int, float, int]:
+    """The foremost first: who has come furthest, and of those who stands best."""
+    return -trial.reached, trial.standing, trial.number
 
 
 def _trial(frozen: FrozenTrial) -> _Trial:

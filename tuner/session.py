@@ -35,7 +35,6 @@ from tuner.ledger import (
 )
 from tuner.limits import Limits, why_ended
 from tuner.local import run_local
-from tuner.pausing import pausing_note
 from tuner.place import Place, check_place, choose_place
 from tuner.plan import show_plan
 from tuner.population import population_note
@@ -114,7 +113,7 @@ def run_session(request: Request) -> int:
             if request.config is None and not request.local:
                 cluster = _connect(stack, request)
             study = _load(request, cluster, notes)
-        told = sampler_note(study.search), population_note(study), pausing_note(study)
+        told = sampler_note(study.search), population_note(study)
         notes += [note for note in told if note]
         prior = _prior(study, notes, fresh=folder is None)
         _check_precision(study, request.local)

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 from optuna.storages import InMemoryStorage
 
-from tests.tuner.pausing import Recorder, go, study_in
+from tests.tuner.pausing import EPOCHS, Recorder, go, study_in
 from tests.tuner.support import FakeRun
 from tuner.folder import RunFolder
 from tuner.pausing import PausingLedger
+from tuner.records import TrialRecord
 from tuner.rungs import most_waiting
 from tuner.search import LedgerSearch
 from tuner.study import Ledger
@@ -205,3 +206,49 @@ def test_a_small_space_ends_when_its_points_have_run(tmp_path: Path) -> None:
     ledger = go(InMemoryStorage(), study_in(tmp_path, space=space), tmp_path / "run")
     assert sorted(t.state for t in ledger.trials()) == ["done", "pruned"]
     assert not ledger.has_work
+
+
+def in_time(folder: Path, minutes: int, slots: int, promote: int = 0) -> list[TrialRecord]:
+    """Trials of a study that is cut after so many minutes, which an epoch takes each."""
+    study = study_in(folder, trials=200, time_budget=60.0 * minutes, promote=promote)
+    ledger = PausingLedger(InMemoryStorage(), study)
+    busy: dict[int, tuple[FakeRun, int | None]] = {}
+    for minute in range(1, minutes + 1):
+        ledger.settle()
+        while len(busy) < slots and (found := ledger.ask()) is not None:
+            given = Path(found.checkpoint) if found.checkpoint else None
+            busy[found.number] = FakeRun(ledger.trial_config(found), "cpu", given), found.until
+        for number, (fake, until) in list(busy.items()):
+            result = fake.step() | {"epoch_seconds": 60.0}
+            fake.save(folder / f"{number}-{fake.epoch}")
+            ledger.report(number, result, str(folder / f"{number}-{fake.epoch}"))
+            if result["finished"]:
+                ledger.finish(number, "done", objective=result["objective"])
+            elif fake.epoch == until:
+                ledger.hand_back(number)
+            if result["finished"] or fake.epoch == until:
+                del busy[number]
+        ledger.keep_seconds(60.0 * minute)
+    return ledger.trials()
+
+
+def n_done(trials: list[TrialRecord]) -> int:
+    return sum(trial.state == "done" for trial in trials)
+
+
+@pytest.mark.parametrize("slots", [1, 3, 8])
+def test_a_study_whose_time_ends_has_a_winner(tmp_path: Path, slots: int) -> None:
+    for minutes in range(EPOCHS + 2, 60, 4):  # the slack for trials that become slower: a fifth
+        trials = in_time(tmp_path / f"{minutes}", minutes, slots)
+        assert n_done(trials) >= 1, f"{minutes} minutes"
+        assert len(trials) >= min(slots, 1 + (minutes - EPOCHS) // 3)
+
+
+def test_no_time_is_spent_on_a_winner_that_cannot_be_had(tmp_path: Path) -> None:
+    trials = in_time(tmp_path, EPOCHS - 2, 1)
+    assert n_done(trials) == 0
+    assert len(trials) > 2, "it looks at more than one"
+
+
+def test_as_many_finish_in_time_as_are_to_be_promoted(tmp_path: Path) -> None:
+    assert n_done(in_time(tmp_path, 24, 3, promote=3)) == 3

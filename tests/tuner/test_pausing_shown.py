@@ -17,7 +17,6 @@ from tuner.forecast import Pace, time_left
 from tuner.ledger import open_ledger, read_ledger
 from tuner.liveview import StudyView
 from tuner.pages.material import Material
-from tuner.pausing import pausing_note
 from tuner.report import page
 from tuner.rows import TrialRow
 from tuner.rungs import epochs_in_all
@@ -93,15 +92,6 @@ def test_the_live_table_shows_who_trains_before_who_waits(tmp_path: Path) -> Non
     assert shown[:3] == ["0048", "0049", "0000"]
     assert "50 running (48 of them waiting)" in text
     assert "200 scenes/s" in text
-
-
-def test_a_time_budget_beside_pauses_is_spoken_of(tmp_path: Path) -> None:
-    bounded = study_in(tmp_path, trials=60, time_budget=60.0)
-    assert "the first trial finishes when some 16 have begun" in str(pausing_note(bounded))
-    assert pausing_note(study_in(tmp_path, trials=16, time_budget=60.0)) is None
-    assert pausing_note(study_in(tmp_path, trials=60)) is None
-    other = study_in(tmp_path, trials=60, time_budget=60.0, scheduler="asha")
-    assert pausing_note(other) is None
 
 
 def test_a_forecast_counts_no_more_points_than_there_are(tmp_path: Path) -> None:
