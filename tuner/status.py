@@ -76,21 +76,23 @@ def _show(look: Standing, console: Console) -> None:
         console.print(text, markup=False)
 
     say(f"{look.study.name}: {_state(look)}")
+    rows = [TrialRow.of(trial) for trial in look.trials]
+    search = look.study.search
+    rungs = rungs_of(search, look.study.training.epochs)
+    for row in rows:
+        at_rung = search.scheduler == "asha-pausing" and row.epoch in rungs
+        if row.state == "running" and (at_rung or look.state != "running"):
+            row.wait()
     drawn = bool(look.trials) and console.is_terminal
     if drawn:
-        rows = [TrialRow.of(trial) for trial in look.trials]
-        search = look.study.search
-        rungs = rungs_of(search, look.study.training.epochs)
-        for row in rows:
-            at_rung = search.scheduler == "asha-pausing" and row.epoch in rungs
-            if row.state == "running" and (at_rung or look.state != "running"):
-                row.wait()
         console.print(StudyView(look.study, rows, look.seconds))
     else:
         counts = look.counts()
         words = {"to_start": "to start"}
         if look.state != "running":
             words["running"] = "to go on"
+        elif waiting := sum(row.waits for row in rows):
+            words["running"] = f"running ({waiting} of them waiting)"
         still = ("running", "to_start")  # of which a study that has ended says nothing
         parts = [
             f"{count} {words.get(name, name)}"

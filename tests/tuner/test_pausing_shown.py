@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from tuner.pages.material import Material
 from tuner.report import page
 from tuner.rows import TrialRow
 from tuner.rungs import epochs_in_all
-from tuner.standing import standing
+from tuner.standing import StudyState, standing
+from tuner.status import _show
 from tuner.storage import PatientStorage
 
 
@@ -72,6 +74,15 @@ def test_to_look_at_a_study_is_to_read_its_trials_once(
     assert reads == ["get_all_trials"]
     assert standing(run.path).counts() == look.counts()
     assert reads == ["get_all_trials"] * 2
+
+
+@pytest.mark.parametrize("state", ["running", "interrupted"])
+def test_a_look_says_how_many_wait(tmp_path: Path, state: StudyState) -> None:
+    look = replace(standing(waiting_study(tmp_path, 4).path), state=state)
+    stream = io.StringIO()
+    _show(look, Console(file=stream, width=120, force_terminal=False))
+    wanted = {"running": "3 running (3 of them waiting)", "interrupted": "3 to go on"}
+    assert f"trials: {wanted[state]}, 0 done" in stream.getvalue()
 
 
 def test_the_live_table_shows_who_trains_before_who_waits(tmp_path: Path) -> None:
