@@ -148,9 +148,13 @@ class ScenesLoss:
         dictionary: Tensor,
         cell_size: Tensor,
         directions: Tensor | None = None,
+        cell_share: Tensor | None = None,
     ) -> None:
         self.config, self.array, self.wavefront = config, array, wavefront
         self.dictionary, self.directions = dictionary, directions
+        n_cells = dictionary.shape[0]
+        even = torch.full_like(dictionary[:, 0].real, 1.0 / n_cells)
+        self.cell_share = even if cell_share is None else cell_share
         self.cell_size = cell_size.clamp_min(torch.finfo(cell_size.dtype).tiny)
 
     @in_full_precision
@@ -335,7 +339,7 @@ class ScenesLoss:
         if prediction.cells is not None:
             return OwnCells(prediction, prediction.cells, scenes.position)
         overlap = overlap_of(self.dictionary, steering)
-        return SharedCells(prediction, overlap, scenes.position, self.cell_size)
+        return SharedCells(prediction, overlap, scenes.position, self.cell_size, self.cell_share)
 
 
 def _mean_of(value: Tensor, counts: Tensor, count: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ _LEVEL = 0.9  # of the ellipses and intervals that directions and ranges are to 
 _REACH = REACH["f1"]  # error beyond which a range is a miss, whatever the decision's goal [m]
 _BEYOND = 1e3  # cost beyond what all other pairs of a scene can cost together
 Extent = tuple[float, float, float]  # of where sources stand: two angles [rad], range [m]
+_SLACK = 1e-5  # part of a range by which a source may be beyond the cells by rounding
 _SMALL = 1e-9  # squared error and variance of a range that count as none [m^2]
 # Their squared radii: chi-square quantiles of two degrees of freedom and of one.
 _ELLIPSE, _INTERVAL = (float(chi2.ppf(_LEVEL, df=degrees)) for degrees in (2, 1))
@@ -33,6 +34,7 @@ class SharedCells:
     overlap: Tensor  # (B, G, K) |a_g^H a_k|^2
     position: Tensor  # (B, K, 3) true azimuth, elevation [rad], range [m]
     cell_size: Tensor  # (3,) [rad, rad, 1/m]
+    share: Tensor  # (G,) part of the field in each cell
 
     def score(self) -> Tensor:
         """The pointer's mean overlap (B, r, K) with each source's steering vector."""
@@ -40,13 +42,20 @@ class SharedCells:
 
     def cross_entropy(self, source: Tensor) -> Tensor:
         """Of the cells (B, r) that overlap the sources (B, r) int64."""
+        return -(self._wanted(source) * self.prediction.log_pointer).sum(-1)
+
+    def _wanted(self, source: Tensor) -> Tensor:
+        """Shares (B, r, G) of the cells in the sources (B, r) int64."""
         target = torch.softmax(_SHARPNESS * self.overlap.mT, dim=-1)  # (B, K, G)
-        wanted = target.gather(1, source.unsqueeze(-1).expand(-1, -1, target.shape[-1]))
-        return -(wanted * self.prediction.log_pointer).sum(-1)
+        return target.gather(1, source.unsqueeze(-1).expand(-1, -1, target.shape[-1]))
 
     def log_density(self, source: Tensor, extent: Extent) -> Tensor:
-        """Log density (B, r) at the sources (B, r) int64, less that of a source anywhere [nat]."""
-        return math.log(self.overlap.shape[-2]) - self.cross_entropy(source)
+        """Log density (B, r) at the sources (B, r) int64, less that of a source anywhere [nat].
+
+        Within a cell a source is anywhere.
+        """
+        relative = self.prediction.log_pointer - torch.log(self.share)
+        return (self._wanted(source) * relative).sum(-1)
 
     def loss(self, source: Tensor) -> Tensor:
         """Loss (B, r) of the slots if they hold the sources (B, r) int64.
@@ -104,8 +113,9 @@ class OwnCells:
     def log_density(self, source: Tensor, extent: Extent) -> Tensor:
         """Log density (B, r) at the sources (B, r) int64, less that of a source anywhere [nat].
 
-        Normal in direction, and what the pointer says in range. An angle in which sources stand
-        within the gate counts as one as wide as the gate, a range within a cell as a cell.
+        Normal in direction. In range the pointer's weights, log-linear between the cells and zero
+        beyond them: -inf there. An angle in which sources stand within the gate counts as one as
+        wide as the gate, a range within a cell as a cell.
         """
         truth = self.position.gather(1, source.unsqueeze(-1).expand(-1, -1, 3))
         off = (self.prediction.position[..., :2] - truth[..., :2]).double()
@@ -113,9 +123,16 @@ class OwnCells:
         form, determinant = _adjugate_form(self.prediction.angle_covariance.double(), off)
         normal = -0.5 * (form / determinant + torch.log(determinant)) - math.log(2.0 * math.pi)
         angles = math.prod(max(width, _GATE) for width in extent[:2])
-        width = self._step().squeeze(-1) * (1.0 - 1.0 / self.cells.shape[2])  # of as many in a row
-        n_cells = (extent[2] / width).clamp_min(1.0)
-        return normal + math.log(angles) + torch.log(n_cells) - self.cross_entropy(source)
+        step = self._step().squeeze(-1).double()
+        ranges, log_pointer = self.cells[..., 2], self.prediction.log_pointer.double()
+        mass = _log_mean(log_pointer[..., :-1], log_pointer[..., 1:]).sum(-1)  # in steps
+        n_cells = (extent[2] / step).clamp_min(1.0)
+        there = torch.log(n_cells / mass) - self.cross_entropy(source)
+        slack = _SLACK * ranges[..., -1]
+        beyond = (truth[..., 2] < ranges[..., 0] - slack) | (
+            truth[..., 2] > ranges[..., -1] + slack
+        )
+        return normal + math.log(angles) + there.masked_fill(beyond, -torch.inf)
 
     def loss(self, source: Tensor) -> Tensor:
         """Loss (B, r) of the slots if they hold the sources (B, r) int64.
@@ -152,6 +169,12 @@ class OwnCells:
         distance = off.square().clamp_min(_SMALL) / named.variance.clamp_min(_SMALL)
         loss = _quantile_loss(torch.log(distance) - 2.0 * torch.log(spread), _INTERVAL)
         return torch.where(off < _REACH, loss, 0.0)
+
+
+def _log_mean(a: Tensor, b: Tensor) -> Tensor:
+    """Mean of what is log-linear from ``exp(a)`` to ``exp(b)``: ``(e^b - e^a) / (b - a)``."""
+    apart = (b - a).abs().clamp_min(torch.finfo(a.dtype).tiny)
+    return torch.maximum(a, b).exp() * -torch.expm1(-apart) / apart
 
 
 def _adjugate_form(covariance: Tensor, off: Tensor) -> tuple[Tensor, Tensor]:

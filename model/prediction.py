@@ -115,6 +115,7 @@ class SourceNetwork(nn.Module, ABC):
         dictionary: (G, N) complex steering vectors of the cells of a coarse grid.
         cells: (G, 3) their azimuth, elevation [rad] and inverse range [1/m].
         cell_size: (3,) [rad, rad, 1/m].
+        cell_share: (G,) part of the field in each cell, in azimuth, elevation and range.
         directions: (A, E, 2) azimuth and elevation [rad] of the grid.
         gated: whether a source may be too far from all slots to be any slot's.
     """
@@ -124,6 +125,7 @@ class SourceNetwork(nn.Module, ABC):
     dictionary: Tensor
     cells: Tensor
     cell_size: Tensor
+    cell_share: Tensor
     directions: Tensor
 
     def __init__(self, config: FamilyConfig, scene: SceneConfig, array: PlanarArray) -> None:
@@ -135,6 +137,8 @@ class SourceNetwork(nn.Module, ABC):
         cells = positions.reshape(-1, 3)
         cells[:, 2].reciprocal_()
         self.register_buffer("cells", cells, persistent=False)
+        share = self.grid.shares().flatten().to(cells.dtype)
+        self.register_buffer("cell_share", share, persistent=False)
         self.register_buffer(
             "dictionary", self.grid.steering(array, scene.wavefront).clone(), persistent=False
         )

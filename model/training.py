@@ -94,6 +94,7 @@ class Trainer:
             self.network.dictionary,
             self.network.cell_size,
             self.network.directions,
+            self.network.cell_share,
         )
         self.steps_per_epoch = self.source.n_batches(config.training.batch_size)
         self.total_steps = self.steps_per_epoch * config.training.epochs

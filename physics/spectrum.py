@@ -85,6 +85,16 @@ class PolarGrid:
         points = torch.stack([azimuth, elevation, inverse_range.reciprocal()], dim=-1)
         return points.to(device=device, dtype=dtype)
 
+    def shares(self) -> Tensor:
+        """Which part (A, E, Q) of the field that the grid spans is nearest to each point.
+
+        In azimuth, elevation and range, not in inverse range: the chance of a source that stands
+        anywhere to be in the cell around the point. Float64; the grid must not reach infinity.
+        """
+        azimuth, elevation = (_parts(values) for values in (self.azimuth, self.elevation))
+        distance = _parts(self.inverse_range, inverse=True)
+        return azimuth[:, None, None] * elevation[:, None] * distance
+
     def steering(
         self,
         array: PlanarArray,
@@ -95,6 +105,16 @@ class PolarGrid:
     ) -> Tensor:
         """Steering vectors (A E Q, N) of all grid points."""
         return _grid_steering(self, array, wavefront, torch.device(device or "cpu"), dtype)
+
+
+def _parts(values: tuple[float, ...], *, inverse: bool = False) -> Tensor:
+    """Which part of an axis is nearest to each of its points, measured in the inverse if asked."""
+    if len(values) == 1:
+        return torch.ones(1, dtype=torch.float64)
+    points = torch.tensor(values, dtype=torch.float64)
+    edges = torch.cat([points[:1], (points[1:] + points[:-1]) / 2.0, points[-1:]])
+    widths = (edges.reciprocal() if inverse else edges).diff().abs()
+    return widths / widths.sum()
 
 
 @lru_cache(maxsize=4)

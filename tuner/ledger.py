@@ -42,8 +42,9 @@ _FREE = (
     "training.threads",
 )
 _SHOWN = 3  # differences that one line names
-# Raised where what an objective measures changes; 2: nll of positions, NMSE of occupied scenes.
-_SCORES, _SCORES_VERSION = "scores", 2
+# Raised where what an objective measures changes; 2: nll of positions, NMSE of occupied scenes;
+# 3: nll of a density.
+_SCORES, _SCORES_VERSION = "scores", 3
 
 
 def ledger_note(study: StudyConfig, *, reading: bool = False) -> list[str]:
@@ -211,10 +212,12 @@ def older_scores(study: StudyConfig, held: Mapping[str, Any]) -> bool:
         study: its configuration.
         held: the attributes of its ledger.
     """
-    changed = study.objective == "nll" or (
-        study.objective == "nmse" and study.scene.min_sources == 0
-    )
-    return changed and held.get(_SCORES, 1) != _SCORES_VERSION
+    changed = 1  # the version that changed it last
+    if study.objective == "nll":
+        changed = 3
+    elif study.objective == "nmse" and study.scene.min_sources == 0:
+        changed = 2
+    return bool(held.get(_SCORES, 1) < changed)
 
 
 def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

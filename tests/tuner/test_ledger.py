@@ -135,23 +135,29 @@ def test_the_command_says_it_in_one_line(
 
 
 @pytest.mark.parametrize(
-    ("changes", "refused"),
+    ("version", "changes", "refused"),
     [
-        ({"objective": "nll"}, True),
-        ({"scene": {"min_sources": 0}}, True),
-        ({"objective": "gospa", "scene": {"min_sources": 0}}, False),
-        ({}, False),
+        (1, {"objective": "nll"}, True),
+        (2, {"objective": "nll"}, True),
+        (3, {"objective": "nll"}, False),
+        (1, {"scene": {"min_sources": 0}}, True),
+        (2, {"scene": {"min_sources": 0}}, False),
+        (1, {"objective": "gospa", "scene": {"min_sources": 0}}, False),
+        (1, {}, False),
     ],
 )
 def test_trials_of_an_earlier_measure_are_not_ranked_with_new_ones(
-    tmp_path: Path, changes: dict[str, Any], refused: bool
+    tmp_path: Path, version: int, changes: dict[str, Any], refused: bool
 ) -> None:
     folder = begun(tmp_path, **changes)
     study = load_study(folder.config)
     ledger = open_ledger(folder, study)
-    assert ledger.optuna_study.user_attrs["scores"] == 2
+    assert ledger.optuna_study.user_attrs["scores"] == 3
+    if version > 1:
+        ledger.optuna_study.set_user_attr("scores", version)
     with ledger.optuna_study._storage._backend._backend._backend.engine.begin() as database:  # type: ignore[attr-defined]
-        database.execute(text("DELETE FROM study_user_attributes WHERE key = 'scores'"))
+        if version == 1:
+            database.execute(text("DELETE FROM study_user_attributes WHERE key = 'scores'"))
     ledger.close()
     other = tiny_study(tmp_path / "new", **changes)
     if not refused:
