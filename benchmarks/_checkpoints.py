@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from model.config import TrialConfig
-from model.data import Batch, Split, simulate_split
+from model.data import Batch, simulate_split
 from model.decision import Judged, choose, judge
 from model.features import Features, compute_features
 from model.front_end import CandidateSearch
@@ -19,6 +19,7 @@ from model.localizer import Localizer
 from model.pointing import OwnCells, match_slots
 from model.prediction import Prediction
 from model.ranging import REACH
+from model.seeds import Split
 from physics.baselines import music, mvdr
 from physics.blend import blend
 from physics.bootstrap import f1_interval, mean_interval

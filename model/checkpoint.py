@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,12 @@ def load_weights(folder: Path) -> dict[str, Tensor]:
     """
     weights, metadata = load_tensors(folder / WEIGHTS)
     _check_format(folder / WEIGHTS, metadata)
+    for name, value in weights.items():
+        if not bool(torch.isfinite(value).all()):
+            raise CheckpointError(
+                f"{folder / WEIGHTS}: {name} holds NaN or Inf; expected finite weights: the "
+                "training diverged or the file is damaged; export or train the network again"
+            )
     return weights
 
 
@@ -186,16 +193,22 @@ def read_decision(folder: Path) -> Decision:
     """Read the ``decision.json`` beside exported weights; the defaults where there is none.
 
     Raises:
-        CheckpointError: damaged.
+        CheckpointError: damaged, or a threshold or spread that no training chooses.
     """
     path = Path(folder) / DECISION
     try:
-        return TypeAdapter(Decision).validate_json(path.read_bytes())
+        found = TypeAdapter(Decision).validate_json(path.read_bytes())
     except FileNotFoundError:
         return Decision()
     except (OSError, ValidationError) as error:
         first = str(error).splitlines()[0]
         raise CheckpointError(f"{path}: not a decision of a training ({first})") from error
+    if not (0.0 <= found.threshold <= 1.0 and 0.0 < found.spread < math.inf):
+        raise CheckpointError(
+            f"{path}: threshold is {found.threshold} and spread {found.spread}; expected a "
+            "threshold in [0, 1] and a finite spread above 0"
+        )
+    return found
 
 
 def export_best(checkpoint: Path, out: Path) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from model.front_end import CandidateSearch, Chunks, Images, Imaging
 from model.plugin import ImportPath, check_scenes, simulator_of
+from model.seeds import Split, simulation_seed
 from model.shards import SPLITS, DataError, ShardSplit, refuse_leaks
 from physics.candidates import Candidates
 from physics.config import FrozenModel
@@ -33,8 +34,6 @@ __all__ = ["Batch", "DataConfig", "DataError", "SceneSource", "check_data", "ope
 
 log = logging.getLogger(__name__)
 
-Split = Literal["train", "val", "test"]
-_BRANCH: dict[Split, int] = {"train": 0, "val": 1, "test": 2}
 CHUNK = 256  # simulated scenes per seed: the stream does not depend on the batch size
 CONVENTION_SHARE = 0.999
 
@@ -115,16 +114,6 @@ class SceneSource(Protocol):
     def validation(self) -> Batch:
         """The validation scenes."""
         ...
-
-
-def simulation_seed(seed: int, split: Split, epoch: int, chunk: int) -> int:
-    """Seed of one chunk of simulated scenes.
-
-    Splits, epochs and chunks are branches of one ``numpy.random.SeedSequence`` per study seed, so
-    that no two of them share a stream whatever the seeds are (seed + i would).
-    """
-    sequence = np.random.SeedSequence(seed, spawn_key=(_BRANCH[split], epoch, chunk))
-    return int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def simulate_split(

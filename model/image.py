@@ -98,9 +98,11 @@ class ImageNetwork(SourceNetwork):
         hidden = self.stem(self._images(features))
         for block in self.blocks:
             hidden = block(hidden)
-        heat, detail = self.heat(hidden).squeeze(1), self.detail(hidden)  # (B, A, E), (B, D, A, E)
+        detail = self.detail(hidden)  # (B, D, A, E)
         with full_precision():
-            heat, detail = heat.float(), detail.float()
+            # Neighbours that are as strong to bfloat16's three digits are told apart.
+            heat = self.heat(hidden.float()).squeeze(1)  # (B, A, E)
+            detail = detail.float()
             index = self._peaks(heat.detach())  # (B, r)
             existence = heat.flatten(1).gather(1, index)
             chosen = detail.flatten(2).mT.gather(
@@ -143,7 +145,7 @@ class ImageNetwork(SourceNetwork):
         """(B, 3 Q + 4, A, E): spectra of every plane, the directions, and the SNR."""
         spectrum = features.spectrum.unflatten(-1, self.grid.shape).permute(0, 1, 4, 2, 3)
         image = spectrum.flatten(1, 2) / 2.0
-        known = torch.isfinite(features.snr_db)
+        known = ~torch.isnan(features.snr_db)
         level = torch.stack([moderate_level(features.snr_db, known), known.to(image.dtype)], dim=-1)
         size = image.shape[-2:]
         return torch.cat(

@@ -131,8 +131,9 @@ class Localizer:
             snr_db: one for all, (B,), or None: it is then estimated from the measurement.
 
         Raises:
-            TypeError, ValueError: as :func:`physics.checks.check_measurement`, or sizes that the
-                network was not trained for.
+            TypeError, ValueError: as :func:`physics.checks.check_measurement`, sizes that the
+                network was not trained for, codes beyond single precision, or a network whose
+                answer is not finite.
         """
         check_measurement(y, H, codes)
         self._check_sizes(y, H)
@@ -145,7 +146,14 @@ class Localizer:
         y, H, codes = (t.expand(*batch, *t.shape[-2:]) for t in (y, H, codes))
         # Only their scale, which changes nothing, may be beyond single precision.
         y, H = (divide(t, divisor(peak(t))[..., None, None]) for t in (y, H))
+        given = codes
         y, H, codes = (t.to(self.device, torch.complex64) for t in (y, H, codes))
+        if not bool(torch.isfinite(codes.real.sum() + codes.imag.sum())):
+            largest = float(peak(given).max())
+            raise ValueError(
+                f"codes have a modulus of {largest:.3g}, beyond single precision; expected "
+                "reflection coefficients of modulus about 1: divide them by their largest"
+            )
         if snr_db is None and self._front_end is not None:
             level = y.real.new_full(batch, torch.nan)  # the pursuit estimates the noise itself
         elif snr_db is None:
@@ -169,6 +177,12 @@ class Localizer:
             spectra=self.config.network.spectra,
         )
         prediction = self.network(features)
+        for name in ("existence", "factor"):
+            if not bool(torch.isfinite(getattr(prediction, name)).all()):
+                raise ValueError(
+                    f"the network answers with NaN or Inf ({name}); its weights are damaged or of "
+                    "a training that diverged: train it again"
+                )
         return prediction, blended_covariance(prediction, features, self.config.blend), features
 
     def detect(

@@ -138,7 +138,7 @@ class SnapshotNetwork(SourceNetwork):
         tokens = self.snapshot_conv(ridge.flatten(0, 1)).unflatten(0, (batch, n_snapshots))
         tokens = tokens + self.measurement(torch.view_as_real(features.y).flatten(-2))
         channel = self.channel_conv(self._as_image(features.H)).unsqueeze(1)
-        known = torch.isfinite(features.snr_db)
+        known = ~torch.isnan(features.snr_db)
         level = torch.stack(
             [moderate_level(features.snr_db, known), known.to(features.snr_db.dtype)], -1
         )

@@ -169,9 +169,9 @@ def _scene_crb(
     )
     place = torch.where(scenes.present.unsqueeze(-1), scenes.position, 1.0).double()
     measurement = Measurement.of(y, H, codes, array, wavefront, source_mode)
-    unknown = torch.isnan(scenes.snr_db)
-    snr = 10.0 ** (torch.where(unknown, 0.0, scenes.snr_db).double() / 10.0)
     mean = measurement.energy / measurement.n_rows
+    unknown = ~torch.isfinite(scenes.snr_db) | (mean == 0)  # of nothing received, no noise either
+    snr = 10.0 ** (torch.where(unknown, 0.0, scenes.snr_db).double() / 10.0)
     noise = (mean / (1.0 + snr)).clamp_min(torch.finfo(torch.float64).tiny)
     known: dict[str, Tensor]
     if source_mode == "constant":
@@ -182,7 +182,10 @@ def _scene_crb(
         share = share / divisor(share.amax(-1, keepdim=True))
         signals, _ = _signals(measurement, place, scenes.present)
         expected = (power(signals).sum((1, 3)) * share).sum(-1) / measurement.n_rows
-        known = {"source_power": share * ((mean - noise) / divisor(expected)).unsqueeze(-1)}
+        known = {
+            "source_power": share
+            * ((mean - noise).clamp_min(0.0) / divisor(expected)).unsqueeze(-1)
+        }
     return crb(
         place,
         H,

@@ -81,7 +81,7 @@ class Symbols:
 
 
 def symbol_powers(measurement: Measurement, fit: Fit, noise_power: Tensor | None) -> Symbols:
-    """Maximum-likelihood powers at the fit's positions, and the noise where it is not known.
+    """Powers at the fit's positions, and the noise where it is not known, near their likeliest.
 
     Symbols are integrated out: ``y_l ~ CN(0, C_l)`` with
     ``C_l = sigma^2 I + sum_k p_k g_lk g_lk^H``. Expectation maximisation starts from the powers of

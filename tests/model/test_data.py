@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 
 from model.config import TrialConfig
-from model.data import Batch, open_source, simulation_seed
+from model.data import Batch, open_source
 from physics import Scenes
 from tests.tiny import tiny_config
 
@@ -34,16 +32,6 @@ def test_trap_splits_of_neighbouring_seeds_share_no_scene() -> None:
             for key in keys(scenes):
                 assert seen.setdefault(key, name) == name
     assert len(seen) == 4 * 900
-
-
-def test_no_two_streams_share_a_seed() -> None:
-    seeds = [
-        simulation_seed(s, split, e, c)
-        for s, split, e, c in itertools.product(
-            (0, 1, 123, 456), ("train", "val", "test"), range(4), range(4)
-        )
-    ]
-    assert len(set(seeds)) == len(seeds)
 
 
 @pytest.mark.parametrize("batch_size", [7, 64, 300, 1000])

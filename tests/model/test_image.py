@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -206,3 +207,15 @@ def test_spectra_are_those_asked_for_in_their_order() -> None:
     ]
     for wanted, index in cases:
         assert torch.equal(features(net, drawn, wanted).spectrum, whole[:, index])
+
+
+@pytest.mark.parametrize(("level", "as_told"), [(math.inf, 50.0), (-math.inf, -30.0)])
+def test_a_level_without_end_is_the_last_one_and_not_unknown(level: float, as_told: float) -> None:
+    net, drawn = network(), scenes()
+    logits = {}
+    for told in (level, as_told, math.nan):
+        seen = features(net, replace(drawn, snr_db=torch.full_like(drawn.snr_db, told)))
+        with torch.no_grad():
+            logits[str(told)] = net(seen).existence
+    assert torch.equal(logits[str(level)], logits[str(as_told)])
+    assert not torch.allclose(logits[str(level)], logits["nan"])

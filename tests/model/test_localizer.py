@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -339,6 +340,33 @@ def test_a_level_that_is_not_given_is_one_that_is_not_known(
     assert torch.equal(one.existence, two.existence)
     told, _, _ = localizer.predict(*call, scenes.snr_db)
     assert not torch.allclose(one.existence, told.existence)
+
+
+def test_codes_beyond_single_precision_are_refused_and_not_taken_for_none(
+    candidate: tuple[Trainer, dict[str, float], Path],
+) -> None:
+    trainer, _, folder = candidate
+    scenes = trainer.source.validation().scenes[slice(0, 2)]
+    y, H, codes = (t.to(torch.complex128) for t in (scenes.y, scenes.H, scenes.codes))
+    localizer = Localizer.load(folder)
+    localizer.predict(y, H, codes)
+    with pytest.raises(ValueError, match=r"codes have a modulus of 1e\+40, beyond single"):
+        localizer.predict(y, H, codes * 1e40)
+
+
+def test_a_network_whose_answer_is_not_finite_is_no_network_that_finds_nothing(
+    candidate: tuple[Trainer, dict[str, float], Path], tmp_path: Path
+) -> None:
+    trainer, _, folder = candidate
+    scenes = trainer.source.validation().scenes[slice(0, 2)]
+    weights, metadata = load_tensors(folder / "model.safetensors")
+    for scale, said in ((math.nan, "holds NaN or Inf"), (1e30, "answers with NaN or Inf")):
+        damaged = tmp_path / str(scale)
+        shutil.copytree(folder, damaged)
+        scaled = {n: t * scale if t.is_floating_point() else t for n, t in weights.items()}
+        save_tensors(damaged / "model.safetensors", scaled, metadata)
+        with pytest.raises((CheckpointError, ValueError), match=said):
+            Localizer.load(damaged).predict(scenes.y, scenes.H, scenes.codes)
 
 
 @pytest.mark.parametrize("what", ["zero channel", "zero snapshots", "no scenes"])

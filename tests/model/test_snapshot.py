@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -163,3 +165,18 @@ def test_a_prediction_looked_at_without_gradient_keeps_its_gradient(
 def test_fewer_slots_than_sources_are_refused() -> None:
     with pytest.raises(ValidationError, match=r"network\.rank 1 is below scene\.max_sources 2"):
         tiny_config(network={"rank": 1})
+
+
+@pytest.mark.parametrize(("level", "as_told"), [(math.inf, 50.0), (-math.inf, -30.0)])
+def test_a_level_without_end_is_the_last_one_and_not_unknown(
+    network: SnapshotNetwork, scenes: Scenes, level: float, as_told: float
+) -> None:
+    logits = {}
+    for told in (level, as_told, math.nan):
+        seen = features_of(
+            network, scenes.y, scenes.H, scenes.codes, torch.full_like(scenes.snr_db, told)
+        )
+        with torch.no_grad():
+            logits[str(told)] = network(seen).existence
+    assert torch.equal(logits[str(level)], logits[str(as_told)])
+    assert not torch.allclose(logits[str(level)], logits["nan"])

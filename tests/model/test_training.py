@@ -162,6 +162,10 @@ def test_a_decision_that_is_none_is_refused_and_a_missing_one_is_the_default(
         (tmp_path / "decision.json").write_text(text)
         with pytest.raises(CheckpointError, match=r"decision\.json: not a decision of a training"):
             read_decision(tmp_path)
+    for text in ('{"threshold": NaN}', '{"threshold": -1}', '{"threshold": 1.5}', '{"spread": 0}'):
+        (tmp_path / "decision.json").write_text(text)
+        with pytest.raises(CheckpointError, match=r"decision\.json: "):
+            read_decision(tmp_path)
 
 
 def test_a_training_of_candidates_lowers_its_objective() -> None:

@@ -229,6 +229,21 @@ def test_bounds_of_scenes_are_those_at_their_own_amplitudes_and_noise(
 
 
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("nothing", ["received", "sent"])
+def test_a_dead_recording_has_no_bound_and_leaves_the_others_alone(mode: Any, nothing: str) -> None:
+    S = scenes(mode, 6)
+    whole = scene_crb(S, ARRAY, "spherical", mode)
+    dead = torch.arange(6) == 2
+    if nothing == "received":
+        S = replace(S, y=S.y.masked_fill(dead[:, None, None], 0.0))
+    else:
+        S = replace(S, snr_db=S.snr_db.masked_fill(dead, torch.inf))
+    found = scene_crb(S, ARRAY, "spherical", mode)
+    assert torch.equal(found[~dead], whole[~dead])
+    assert torch.isinf(found[dead].diagonal(dim1=-2, dim2=-1)).all()
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_a_scene_of_unknown_snr_has_no_bound_and_leaves_the_others_alone(mode: Any) -> None:
     S = scenes(mode, 6)
     whole = scene_crb(S, ARRAY, "spherical", mode)
