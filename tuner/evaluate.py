@@ -44,8 +44,8 @@ def evaluate(
     method: Annotated[
         list[str] | None,
         typer.Option(
-            help="network, network+refinement, music, mvdr, somp, nomp, nomp-blind; may be "
-            "repeated. Default: all."
+            help="network, network+refinement, music, mvdr, somp, nomp, nomp-dense, nomp-blind; "
+            "may be repeated. Default: all."
         ),
     ] = None,
     reference: Annotated[

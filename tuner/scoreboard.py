@@ -45,6 +45,8 @@ COVERAGE = (0.5, 0.9, 0.95)
 RANGE_EDGES = (0.0, 2.0, 4.0, 6.0, 8.0, math.inf)
 SNR_STEP = 5.0
 REFERENCE = "nomp"
+# Finer than a beam is wide by three, and of its points eight times as many judged exactly.
+DENSE = NompConfig(oversampling=3.0, candidates=1000)
 
 Estimate = tuple[Detections, LowRankCovariance | None]
 
@@ -97,7 +99,8 @@ def classical_estimators(
     """MUSIC and MVDR on R_samp, told the number of sources; SOMP, told nothing; NOMP, the SNR.
 
     What a grid, or a wrong model, misses of a source counts as noise where that is estimated: SOMP
-    is told no SNR, and ``nomp-blind`` is NOMP without it.
+    is told no SNR, and ``nomp-blind`` is NOMP without it. ``nomp-dense`` looks at more of the grid
+    before it picks, which finds more and takes longer.
     """
     grid = PolarGrid.covering(scene)
 
@@ -116,20 +119,29 @@ def classical_estimators(
         result = somp(scenes.y, scenes.H, scenes.codes, array=array, scene=scene)
         return _with_covariance(result, array, scene)
 
-    def pursuit(scenes: Scenes, snr_db: Tensor | None = None) -> Estimate:
-        result = nomp(scenes.y, scenes.H, scenes.codes, array=array, scene=scene, snr_db=snr_db)
-        return _with_covariance(result, array, scene)
+    def pursuit(config: NompConfig, *, told: bool) -> Callable[[Scenes], Estimate]:
+        def run(scenes: Scenes) -> Estimate:
+            measured = scenes.y, scenes.H, scenes.codes
+            snr_db = scenes.known_snr_db if told else None
+            result = nomp(*measured, array=array, scene=scene, snr_db=snr_db, config=config)
+            return _with_covariance(result, array, scene)
 
-    def told(scenes: Scenes) -> Estimate:
-        return pursuit(scenes, scenes.known_snr_db)
+        return run
 
-    criterion = NompConfig().criterion.upper()
+    plain = NompConfig()
+    criterion = plain.criterion.upper()
     every = [
         Estimator("somp", f"SOMP on a grid, K by {criterion}", on_a_grid),
-        Estimator(REFERENCE, f"NOMP, K by {criterion}", told if snr_known else pursuit),
+        Estimator(REFERENCE, f"NOMP, K by {criterion}", pursuit(plain, told=snr_known)),
+        Estimator(
+            "nomp-dense",
+            f"NOMP on a denser grid, K by {criterion}",
+            pursuit(DENSE, told=snr_known),
+        ),
     ]
     if snr_known:
-        every.append(Estimator("nomp-blind", f"NOMP, K by {criterion}, told no SNR", pursuit))
+        blind = pursuit(plain, told=False)
+        every.append(Estimator("nomp-blind", f"NOMP, K by {criterion}, told no SNR", blind))
     if array.size > scene.max_sources:  # else there is no noise subspace
         every = [
             Estimator("music", "MUSIC on R_samp, K told", spectral(music)),

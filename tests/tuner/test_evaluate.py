@@ -112,7 +112,7 @@ def test_a_network_and_its_refinement_stand_beside_the_classical_ones(
     shown = capsys.readouterr().out
     content = json.loads(out.read_text())
     methods = content["suites"]["nominal"]["methods"]
-    classical = ["music", "mvdr", "somp", "nomp", "nomp-blind"]
+    classical = ["music", "mvdr", "somp", "nomp", "nomp-dense", "nomp-blind"]
     assert list(methods) == ["network", "network+refinement", *classical]
     for name, report in methods.items():
         assert name in shown
@@ -226,7 +226,13 @@ def test_recorded_scenes_of_unknown_snr_are_scored(tmp_path: Path, known: int) -
         write_shards(tmp_path / "data", name, scenes, array, config.scene.wavefront)
     suite = evaluate_suite("nominal", config, None, say=lambda text: None)
     assert "the SNR of some is not known" in suite["scenes"]
-    assert set(suite["methods"]) == {"music", "mvdr", "somp", "nomp"}  # nomp-blind is NOMP then
+    assert set(suite["methods"]) == {
+        "music",
+        "mvdr",
+        "somp",
+        "nomp",
+        "nomp-dense",
+    }  # nomp-blind is NOMP then
     counted = sum(band["scenes"] for band in suite["methods"]["nomp"]["by_snr"])
     assert counted == known
     assert (suite["gated_share"] > 0) == (known > 0)

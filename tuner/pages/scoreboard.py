@@ -21,9 +21,16 @@ _COLOURS = {
     "mvdr": "var(--mvdr)",
     "somp": "var(--somp)",
     "nomp": "var(--nomp)",
+    "nomp-dense": "var(--nomp)",
     "nomp-blind": "var(--blind)",
 }
-_DASHES = {"network+refinement": "dash", "nomp-blind": "dash", "mvdr": "dot", "somp": "dashdot"}
+_DASHES = {
+    "network+refinement": "dash",
+    "nomp-dense": "dot",
+    "nomp-blind": "dash",
+    "mvdr": "dot",
+    "somp": "dashdot",
+}
 EFFICIENT = 0.6745  # median |x| of a standard normal: an estimator at its bound
 
 _COLUMNS = (
