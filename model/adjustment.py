@@ -33,10 +33,11 @@ def adjustable_paths(config: BaseModel, prefix: str = "") -> Iterator[str]:
 def undivided(config: TrialConfig) -> dict[str, Any]:
     """The configuration in plain values, without what changes no result.
 
-    A step's parts are a matter of memory, and scenes are the same wherever they lie.
+    A step's parts are a matter of memory, its threads of time, and scenes are the same wherever
+    they lie.
     """
     data = config.model_dump()
-    data["training"]["accumulation"] = 1
+    data["training"] |= {"accumulation": 1, "threads": 1}
     data["data"] |= {"shards": config.data.shards is not None, "cache": None, "keep_images": True}
     return data
 

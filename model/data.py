@@ -429,11 +429,21 @@ def images_bytes(config: TrialConfig) -> int:
     return 4 * n_scenes * len(network.spectra) * cells
 
 
-def check_data(config: TrialConfig) -> str:
-    """Verify the data of a study before it starts: every value of every scene.
+@dataclass(frozen=True)
+class CheckedData:
+    """Data that a study may start with.
 
-    Returns:
-        One line that describes the data.
+    Attributes:
+        said: one line that describes it.
+        digests: of the recorded scenes of each split; of simulated ones there are none.
+    """
+
+    said: str
+    digests: dict[str, str]
+
+
+def check_data(config: TrialConfig) -> CheckedData:
+    """Verify the data of a study before it starts: every value of every scene.
 
     Raises:
         DataError: missing, damaged, foreign, non-finite or leaking data, or another convention.
@@ -445,9 +455,10 @@ def check_data(config: TrialConfig) -> str:
             next(simulate_split(config.data, config.scene, array, "val", 1))
         fresh = "fresh in every epoch" if config.data.fresh else "the same in every epoch"
         kind = f"{config.scene.source_mode}, {config.scene.wavefront}"
-        return (
+        return CheckedData(
             f"simulated scenes ({config.data.simulator or kind}): "
-            f"{config.data.train_scenes} per epoch, {fresh}; {config.data.val_scenes} to validate"
+            f"{config.data.train_scenes} per epoch, {fresh}; {config.data.val_scenes} to validate",
+            {},
         )
     folder = Path(config.data.shards)
     names: list[Split] = ["train", "val"]
@@ -459,6 +470,7 @@ def check_data(config: TrialConfig) -> str:
     for split in splits:
         for start in range(0, len(split), 256):
             split.read(np.arange(start, min(start + 256, len(split)), dtype=np.int64))
-    refuse_leaks(splits)
+    digests = refuse_leaks(splits)
     counts = ", ".join(f"{len(split)} {split.name}" for split in splits)
-    return f"shards in {folder}: {counts} scenes; no scene in two of {'/'.join(SPLITS)}"
+    said = f"shards in {folder}: {counts} scenes; no scene in two of {'/'.join(SPLITS)}"
+    return CheckedData(said, digests)

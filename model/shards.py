@@ -385,21 +385,29 @@ def _complex(pairs: NDArray[np.generic]) -> Tensor:
     return torch.view_as_complex(torch.from_numpy(np.ascontiguousarray(pairs, np.float32)))
 
 
-def refuse_leaks(splits: list[ShardSplit]) -> None:
+def refuse_leaks(splits: list[ShardSplit]) -> dict[str, str]:
     """Refuse a scene that stands in two splits.
+
+    Returns:
+        A digest of each split's scenes, in their order, by its name.
 
     Raises:
         DataError: naming both places.
     """
     seen: dict[tuple[str, bytes], tuple[ShardSplit, int]] = {}
+    digests = {}
     for split in splits:
+        whole = hashlib.blake2b(digest_size=16)
         for index, what, digest in split.fingerprints():
+            whole.update(digest)
             other, first = seen.setdefault((what, digest), (split, index))
             if other is not split:
                 raise DataError(
                     f"leak between splits: {split.where(index)} has the same {what} as "
                     f"{other.where(first)}; a scene may stand in one split only"
                 )
+        digests[split.name] = whole.hexdigest()
+    return digests
 
 
 def write_shards(

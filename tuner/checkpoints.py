@@ -39,11 +39,11 @@ class StorageOut(OSError):
     """A storage that does not answer, or not as it should: no fault of who asks it."""
 
 
-def storage_error(folder: Path, said: str) -> StudyError:
+def storage_error(folder: Path, said: str, mode: str = "") -> StudyError:
     """The line that ends a session whose trials cannot be saved, or not be gone on with."""
     return StudyError(
         f"{said}; nothing that was finished is lost: go on with: python -m tuner.run --resume "
-        f"{shlex.quote(str(folder))}"
+        f"{shlex.quote(str(folder))}{mode}"
     )
 
 
@@ -65,8 +65,7 @@ class Storage:
         if resources.storage is None:
             return cls(str(folder.path), folder.trials.name)
         # Others may keep a run of this name there.
-        name = f"{folder.path.name}-{folder.identity}-{folder.trials.name}"
-        return cls(resources.storage, name)
+        return cls(resources.storage, f"{folder.identity}-{folder.trials.name}")
 
     def trial(self, number: int) -> str:
         """Where a trial's checkpoints go; nobody is asked."""

@@ -45,8 +45,12 @@ def full_disk(error: BaseException) -> str | None:
 
 
 @contextmanager
-def full_disk_said(folder: Path) -> Iterator[None]:
+def full_disk_said(folder: Path, mode: str) -> Iterator[None]:
     """Turn a full disk within the block into one line.
+
+    Args:
+        folder: the study's.
+        mode: of the command that goes on, as :func:`tuner.ledger.mode_of` says it.
 
     Raises:
         StudyError: what the disk said, and how the study in ``folder`` goes on.
@@ -57,12 +61,13 @@ def full_disk_said(folder: Path) -> Iterator[None]:
         said = full_disk(error)
         if said is None:
             raise
-        raise disk_error(folder, said) from error
+        raise disk_error(folder, said, mode) from error
 
 
-def disk_error(folder: Path, said: str) -> StudyError:
+def disk_error(folder: Path, said: str, mode: str = "") -> StudyError:
     """The line that ends a session on a full disk."""
-    return ended_by_disk(said, f": python -m tuner.run --resume {shlex.quote(str(folder))}")
+    resume = f"python -m tuner.run --resume {shlex.quote(str(folder))}{mode}"
+    return ended_by_disk(said, f": {resume}")
 
 
 def ended_by_disk(said: str, command: str) -> StudyError:

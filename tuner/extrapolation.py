@@ -28,14 +28,21 @@ _FAR = 10.0  # times the middle trial's distance from the first: what stood ther
 def with_expected_ends(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
     """The trials, with those that have not finished completed by the end that is expected of them.
 
+    Of those that failed it is the worst of the finished ones: a model that knew nothing of them
+    would propose the same again.
+
     Args:
         trials: of one objective that is minimised, which reports its best value so far by epoch.
 
     Returns:
-        The same trials in the same order; of those that were stopped or run, have reported and
-        have had somebody come further, copies that are COMPLETE.
+        The same trials in the same order; of those that failed, and of those that were stopped or
+        run, have reported and have had somebody come further, copies that are COMPLETE.
     """
     ends = expected_ends(trials)
+    reached = [float(t.values[0]) for t in trials if t.state == TrialState.COMPLETE]
+    failed = [t.number for t in trials if t.state == TrialState.FAIL and t.params]
+    if reached:
+        ends |= dict.fromkeys(failed, max(reached))
     found = []
     for trial in trials:
         if trial.number in ends and trial.state != TrialState.COMPLETE:

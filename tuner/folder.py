@@ -8,6 +8,7 @@ import hashlib
 import os
 import platform
 import re
+import shlex
 import time
 import uuid
 from dataclasses import dataclass
@@ -148,19 +149,18 @@ class RunFolder:
 
     @property
     def identity(self) -> str:
-        """What tells this run from others of its name, made at the first question.
+        """What the run is called where others keep theirs too, made at the first question.
 
-        A copy of the folder gets one of its own, beside the folder that it was copied from; one
-        that was moved keeps it.
+        It is kept with the folder's inode: a folder that is renamed keeps its name, and a copy,
+        whose inode is another one wherever it lies, gets a name of its own. So does what was moved
+        to another file system: it reads on what it knows of, and deletes nothing.
         """
-        path, here = self.path / ".identity", f"{platform.node()}:{self.path}"
-        known, place = _identity_in(path)
-        if known and place == here:
+        path, inode = self.path / ".identity", str(self.path.stat().st_ino)
+        known, its = _identity_in(path)
+        if known and its == inode:
             return known
-        other = Path(place.partition(":")[2], path.name)  # where it was last called so
-        copied = other != path and known and _identity_in(other)[0] == known
-        known = uuid.uuid4().hex[:8] if copied or not known else known
-        write_text(path, f"{known}\n{here}")
+        known = f"{self.path.name}-{uuid.uuid4().hex[:8]}"
+        write_text(path, f"{known}\n{inode}\n")
         return known
 
     @property
@@ -182,6 +182,28 @@ class RunFolder:
             self.scenes,
             self.tensorboard,
         )
+
+    def _held_results(self) -> list[str]:
+        """Names of the results that there are; an empty folder is none."""
+        return [
+            path.name
+            for path in self._results
+            if path.exists() and (path.is_file() or any(path.iterdir()))
+        ]
+
+    def refuse_lost_ledger(self) -> None:
+        """Raise StudyError where results lie and the ledger that they were made from does not."""
+        empty = self.database.exists() and not self.database.stat().st_size
+        if self.has_ledger and not empty:
+            return
+        results = self._held_results()
+        if results:
+            raise StudyError(
+                f"{self.database} is {'empty' if empty else 'gone'}, and {', '.join(results)} are "
+                "of the study that was in it: put it back; to begin again, move these away or run "
+                f"in another folder: python -m tuner.run --config "
+                f"{shlex.quote(str(self.config))} --out ..."
+            )
 
     def trial(self, number: int) -> Path:
         """The folder of one trial."""
@@ -217,7 +239,7 @@ class RunFolder:
         """Raise StudyError where a study was started here, or would write over others' files."""
         try:
             held = self.holds_study
-            others = [path.name for path in self._results if path.exists()]
+            others = self._held_results()
         except OSError as error:
             raise self._unwritable(error) from error
         if held:
@@ -305,9 +327,9 @@ class RunFolder:
 
 
 def _identity_in(path: Path) -> tuple[str, str]:
-    """A run's identity and its place, as they are kept; empty where there is none."""
+    """A run's identity and its folder's inode, as they are kept; empty where there is none."""
     try:
-        known, _, place = path.read_text(encoding="utf-8").partition("\n")
+        known, _, inode = path.read_text(encoding="utf-8").partition("\n")
     except OSError:
         return "", ""
-    return known, place
+    return known, inode.strip()

@@ -45,6 +45,7 @@ _SHOWN = 3  # differences that one line names
 # Raised where what an objective measures changes; 2: nll of positions, NMSE of occupied scenes;
 # 3: nll of a density.
 _SCORES, _SCORES_VERSION = "scores", 3
+_DATA = "data"  # digests of recorded scenes, by split
 
 
 def ledger_note(study: StudyConfig, *, reading: bool = False) -> list[str]:
@@ -203,6 +204,35 @@ def refuse_older(folder: RunFolder, study: StudyConfig, ledger: Ledger) -> None:
             f"study, in which {study.objective} was another measure; they cannot be ranked with "
             "new ones: begin another study"
         )
+
+
+def refuse_other_data(
+    folder: RunFolder, ledger: Ledger, digests: Mapping[str, str], *, reading: bool
+) -> None:
+    """Refuse to go on with other recorded scenes than those of the trials that have begun.
+
+    Args:
+        folder: the run folder, for messages.
+        ledger: which holds the digests of those, and gets them where it has none.
+        digests: of the scenes now, by split.
+        reading: whether the ledger is to stay as it is.
+
+    Raises:
+        StudyError: scenes to train or to validate with are others, by whatever path they came.
+    """
+    decisive = {name: digest for name, digest in digests.items() if name != "test"}
+    held = ledger.optuna_study.user_attrs.get(_DATA)
+    n_begun = len(ledger.trials())
+    if held and n_begun and held != decisive:
+        other = " and ".join(name for name in decisive if held.get(name) != decisive[name])
+        raise StudyError(
+            f"{folder.path}: {counted(n_begun, 'trial')} of this study began with other scenes "
+            f"in {other}; what two sets of scenes score cannot be ranked with each other: name the "
+            "folder that holds the first ones (--data), or begin another study that learns from "
+            f"this one (--warm-start {shlex.quote(str(folder.path))})"
+        )
+    if not reading and held != decisive:
+        ledger.optuna_study.set_user_attr(_DATA, decisive)
 
 
 def older_scores(study: StudyConfig, held: Mapping[str, Any]) -> bool:

@@ -105,7 +105,7 @@ def _run_trial(
         going_on = ledger.going_on(number)
         return replace(going_on, until=trial.until, bequeaths=trial.bequeaths)
     except (StorageOut, DeviceLost) as error:
-        raise storage_error(folder.path, str(error)) from error
+        raise storage_error(folder.path, str(error), " --local") from error
     return None
 
 
@@ -126,6 +126,9 @@ def _run_epochs(
         kept.spare()
     elif run.epoch:
         kept.follow(trial.checkpoint)
+        if ledger.should_prune(number):  # which a driver that died may not have come to ask
+            _end(ledger, progress, number, "pruned", reason=f"stopped after epoch {run.epoch}")
+            return
     while True:
         result = run.step()
         if result.pop("failed"):

@@ -7,6 +7,7 @@ ledger alone. CMA-ES keeps its distribution in the trials' attributes, the other
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Callable, Collection, Container, Sequence
 from functools import partial
@@ -33,6 +34,7 @@ from tuner.rungs import rungs_of
 from tuner.space import SearchSpace, Value, n_points, suggest
 
 _PATIENCE = 3  # proposals in a row that were tried before: then chance proposes
+_SOURCES = 10  # trials of an earlier study of which CMA-ES takes the best tenth as its first cloud
 _MANY = 300  # trials after which a Gaussian process thinks for a second (benchmarks.search)
 
 
@@ -78,16 +80,20 @@ def make_sampler(search: SearchConfig, seed: int, prior: Sequence[FrozenTrial]) 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         if search.sampler == "gp":
-            modelled = SpaceGPSampler(search.space, seed=seed, n_startup_trials=n_startup)
+            # Of no trial there is nothing to model.
+            modelled = SpaceGPSampler(search.space, seed=seed, n_startup_trials=max(1, n_startup))
             # With two objectives nobody is stopped, and a trial that runs has no cost yet.
             return Viewing(modelled, with_expected_ends) if search.cost is None else modelled
         if search.sampler == "cmaes":
             moved = search.moved_by_cmaes()
+            known = [_restricted(trial, moved) for trial in prior]
+            if known:  # of fewer there is no best tenth, and the best one serves
+                known *= math.ceil(_SOURCES / len(known))
             return CmaEsSampler(
                 seed=seed,
                 n_startup_trials=n_startup,
                 warn_independent_sampling=False,
-                source_trials=[_restricted(trial, moved) for trial in prior] or None,
+                source_trials=known or None,
             )
         kind = UnivariateTPESampler if search.sampler == "tpe-univariate" else SpaceTPESampler
         return kind(search.space, seed=seed, n_startup_trials=n_startup)

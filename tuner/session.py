@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +32,7 @@ from tuner.ledger import (
     open_ledger,
     read_ledger,
     refuse_older,
+    refuse_other_data,
 )
 from tuner.limits import Limits, why_ended
 from tuner.local import run_local
@@ -119,12 +120,15 @@ def run_session(request: Request) -> int:
         _check_precision(study, request.local)
         check_plugins(study)
         with waiting("checking the data", quiet=request.verbosity == "quiet"):
-            notes.append("data: " + check_data(study))
+            data = check_data(study)
+        notes.append(f"data: {data.said}")
         begun = folder is not None and folder.has_ledger
         notes += ledger_note(study, reading=request.dry_run or begun)
         promotion: Promotion | None = None
         if folder is not None and (begun or not request.dry_run):
-            ledger, promotion = _ledgers(stack, folder, study, prior, reading=request.dry_run)
+            ledger, promotion = _ledgers(
+                stack, folder, study, prior, data.digests, reading=request.dry_run
+            )
         place: Place | None = None
         ended = why_ended(ledger, Limits(ledger)) if ledger is not None else None
         if ended is None or (promotion is not None and promotion.has_work):
@@ -145,7 +149,7 @@ def run_session(request: Request) -> int:
         if folder is None:
             folder = RunFolder.fresh(request.out or RunFolder.default_path(study.name))
             stack.callback(folder.release)
-        stack.enter_context(full_disk_said(folder.path))
+        stack.enter_context(full_disk_said(folder.path, " --local" if request.local else ""))
         if place is not None:
             check_place(study, folder, place)
         stack.enter_context(logging_to(folder.log))
@@ -155,7 +159,7 @@ def run_session(request: Request) -> int:
             quiet_ray()
         write_text(folder.config, study.to_yaml())
         if ledger is None:
-            ledger, promotion = _ledgers(stack, folder, study, prior)
+            ledger, promotion = _ledgers(stack, folder, study, prior, data.digests)
         limits = Limits(ledger)
         progress = Progress(
             study, ledger.trials(), clock=lambda: limits.seconds, verbosity=request.verbosity
@@ -244,6 +248,7 @@ def _ledgers(
     folder: RunFolder,
     study: StudyConfig,
     prior: Callable[[], Sequence[PriorTrial]],
+    digests: Mapping[str, str],
     *,
     reading: bool = False,
 ) -> tuple[Ledger, Promotion | None]:
@@ -251,6 +256,7 @@ def _ledgers(
     stack.callback(ledger.close)
     if reading:
         refuse_older(folder, study, ledger)
+    refuse_other_data(folder, ledger, digests, reading=reading)
     return ledger, open_promotion(ledger)
 
 
@@ -286,6 +292,7 @@ def _reopen(
     folder = RunFolder.existing(path, lock=not request.dry_run)
     stack.callback(folder.release)
     options: dict[str, Any] = {key: request.options.get(key) for key in _RESUMABLE}
+    folder.refuse_lost_ledger()
     notes.append(f"study: {folder.config}, going on")
     return folder, load_study(folder.config, **options)
 

@@ -108,7 +108,7 @@ def _train(
 
     config = stages[-1].config
     check_plugins(config)
-    typer.echo(f"data: {check_data(config)}")
+    typer.echo(f"data: {check_data(config).said}")
     with _alone(folder, stages, resume):
         return _train_alone(winner, stages, folder, device)
 

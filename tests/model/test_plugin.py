@@ -107,7 +107,7 @@ def test_scenes_are_those_of_the_simulator_in_every_split() -> None:
     trainer = Trainer(own)
     assert next(iter(trainer.source.train_batches(0, 8, 0))).unit_modulus is None  # looked at
     assert float(trainer.source.validation().scenes.position[..., 2].max()) <= (near + far) / 2
-    assert NEARBY in check_data(own)
+    assert NEARBY in check_data(own).said
 
 
 def test_naming_the_physics_own_simulator_changes_no_scene() -> None:
@@ -206,7 +206,7 @@ def test_all_paths_of_a_configuration_are_known() -> None:
 
 def test_a_simulator_may_pad_slots_without_a_source_with_zeros(theirs: str) -> None:
     own = config(data__simulator=f"{theirs}:zero_padded")
-    assert "zero_padded" in check_data(own)
+    assert "zero_padded" in check_data(own).said
     losses = Trainer(own).run_epoch()
     assert losses["skipped_steps"] == 0
     assert losses["loss"] == Trainer(config(data__simulator="physics:simulate")).run_epoch()["loss"]

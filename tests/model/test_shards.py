@@ -168,7 +168,7 @@ def test_origin_shards_pass_every_check(origin_shards: Path) -> None:
         network={"rank": 5},
         data={"shards": origin_shards},
     )  # fmt: skip
-    assert "48 train, 24 val" in check_data(config)
+    assert "48 train, 24 val" in check_data(config).said
 
 
 @pytest.mark.parametrize("what", ["measurement", "set of sources"])

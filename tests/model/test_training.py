@@ -154,6 +154,17 @@ def test_the_decision_of_the_best_epoch_is_kept_and_exported(tmp_path: Path) -> 
     }  # fmt: skip
 
 
+def test_a_training_goes_on_with_another_number_of_threads(tmp_path: Path) -> None:
+    trainer = Trainer(tiny_config(training={"threads": 1}))
+    trainer.run_epoch()
+    trainer.save(tmp_path / "c")
+    other = Trainer(tiny_config(training={"threads": 2}))
+    other.load(tmp_path / "c")
+    assert other.epoch == 1
+    with pytest.raises(CheckpointError, match=r"training\.batch_size"):
+        Trainer(tiny_config(training={"batch_size": 3})).load(tmp_path / "c")
+
+
 def test_a_decision_that_is_none_is_refused_and_a_missing_one_is_the_default(
     tmp_path: Path,
 ) -> None:

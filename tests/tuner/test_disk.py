@@ -115,19 +115,22 @@ def test_a_database_server_without_room_is_an_outage_of_the_server(tmp_path: Pat
     said = "the ledger at db was out for 5m: could not extend file: No space left on device"
     lost = LedgerLost(said)
     lost.__cause__ = RuntimeError("could not extend file: No space left on device")
-    with pytest.raises(LedgerLost) as caught, full_disk_said(tmp_path):
+    with pytest.raises(LedgerLost) as caught, full_disk_said(tmp_path, ""):
         raise lost
     assert caught.value.code == 130
     assert str(caught.value) == said
-    with pytest.raises(StudyError, match="make room") as refused, full_disk_said(tmp_path):
+    with pytest.raises(StudyError, match="make room") as refused, full_disk_said(tmp_path, ""):
         raise LedgerLost("the disk is this machine's: database or disk is full", no_room=True)
     assert refused.value.code == 2
 
 
 def test_another_error_is_left_as_it_is(tmp_path: Path) -> None:
-    with pytest.raises(ZeroDivisionError), full_disk_said(tmp_path):
+    with pytest.raises(ZeroDivisionError), full_disk_said(tmp_path, ""):
         _ = 1 / 0
-    with pytest.raises(StudyError, match="--resume"), full_disk_said(tmp_path):
+    with (
+        pytest.raises(StudyError, match=r"--resume .* --local"),
+        full_disk_said(tmp_path, " --local"),
+    ):
         raise OSError(errno.ENOSPC, "No space left on device")
 
 

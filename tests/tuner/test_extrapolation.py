@@ -118,10 +118,12 @@ def test_a_sampler_sees_them_as_finished_and_the_study_does_not() -> None:
         TrialState.RUNNING, TrialState.WAITING, TrialState.COMPLETE,
     ]  # fmt: skip
     assert [t.state for t in seen] == [
-        TrialState.COMPLETE, TrialState.COMPLETE, TrialState.COMPLETE, TrialState.FAIL,
+        TrialState.COMPLETE, TrialState.COMPLETE, TrialState.COMPLETE, TrialState.COMPLETE,
         TrialState.RUNNING, TrialState.WAITING, TrialState.COMPLETE,
     ]  # fmt: skip
     assert [seen[0].values, seen[2].values] == [[1.5], [1.0]]
+    assert seen[3].values == [0.5], "the worst that has finished"
+    assert with_expected_ends(trials[3:4]) == trials[3:4], "nobody has"
     assert trials[0].values is None
 
 

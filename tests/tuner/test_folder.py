@@ -44,6 +44,21 @@ def test_a_folder_without_a_study_cannot_go_on(tmp_path: Path) -> None:
         RunFolder.existing(tmp_path)
 
 
+@pytest.mark.parametrize("left", ["gone", "empty"])
+def test_results_whose_ledger_is_gone_are_not_begun_anew(tmp_path: Path, left: str) -> None:
+    folder = RunFolder(tmp_path)
+    folder.config.write_text(tiny_study(tmp_path).to_yaml())
+    folder.trials.mkdir()
+    folder.refuse_lost_ledger()  # a session that was cut before it began has left no more
+    folder.best_json.write_text("{}")
+    if left == "empty":
+        folder.database.touch()
+    with pytest.raises(StudyError, match=f"study.db is {left}, and best.json are of the study"):
+        folder.refuse_lost_ledger()
+    folder.database.write_bytes(b"SQLite format 3")
+    folder.refuse_lost_ledger()
+
+
 def test_halves_of_files_go_where_the_driver_alone_writes_and_stay_where_others_do(
     tmp_path: Path,
 ) -> None:

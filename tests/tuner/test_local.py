@@ -6,8 +6,10 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from optuna.storages import InMemoryStorage
 
 from model import Localizer
 from tests.tuner.events import assert_mirrors_the_ledger, scalars
@@ -24,8 +26,11 @@ from tests.tuner.support import (
     write_study,
 )
 from tuner.config import load_study
+from tuner.folder import RunFolder
+from tuner.local import run_local
 from tuner.study import Ledger
 from tuner.trial import DeviceLost
+from tuner.watchers import Watcher
 
 FILES = ["best", "best.json", "config.yaml", "evaluation.csv", "evaluation.html",
          "evaluation.json", "report.html", "scenes.json", "study.db", "tensorboard", "trials",
@@ -137,6 +142,44 @@ def test_other_pruners_stop_what_is_worse_and_never_what_wins(
     assert "pruned" in states[3:]
     assert {trial.state for trial in ledger.ranking()} == {"done"}
     assert json.loads((tmp_path / "run" / "best.json").read_text())["trial"] == 0
+
+
+def test_a_driver_that_died_before_it_judged_an_epoch_judges_it_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After every epoch in turn: the study ends as one whose driver lived."""
+    monkeypatch.setattr("tuner.local.TrialRun", FakeRun)
+    changes = {
+        "trials": 6, "grace_epochs": 1, "reduction_factor": 2, "sampler": "random",
+        "space": {"blend.beta": {"type": "float", "low": 0.0, "high": 0.6}},
+    }  # fmt: skip
+    study = tiny_study(tmp_path, search=changes, training={"epochs": 4})
+
+    def go(storage: InMemoryStorage, name: str) -> list[Any]:
+        ledger, home = Ledger(storage, study), RunFolder(tmp_path / name)
+        run_local(ledger, home, Watcher(), device="cpu", stop=lambda: False, after=lambda: None)
+        return [(t.number, t.state, t.curve, t.reason) for t in ledger.trials()]
+
+    class Dead(BaseException):
+        pass
+
+    whole, prune, met = go(InMemoryStorage(), "whole"), Ledger.should_prune, 0
+    for at in range(sum(len(curve) for _, _, curve, _ in whole)):
+        storage, left = InMemoryStorage(), [at]
+
+        def dying(ledger: Ledger, number: int, left: list[int] = left) -> bool:
+            left[0] -= 1
+            if left[0] == -1:
+                raise Dead
+            return prune(ledger, number)
+
+        monkeypatch.setattr(Ledger, "should_prune", dying)
+        try:
+            go(storage, f"cut-{at}")
+        except Dead:
+            met += 1
+            assert go(storage, f"cut-{at}") == whole, at
+    assert met > 10
 
 
 def test_a_killed_local_run_goes_on_and_ends_as_if_nothing_had_happened(tmp_path: Path) -> None:

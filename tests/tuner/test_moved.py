@@ -147,6 +147,15 @@ def test_recorded_scenes_may_move_too(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "trial 0000 epoch 1/40" not in said
     (trial,) = trials_of(out)
     assert (trial.state, trial.epoch) == ("done", 40)
+    # What lies there now are other scenes.
+    generator = torch.Generator().manual_seed(3)
+    others = simulate(8, study.scene, array, generator=generator)
+    shutil.copytree(tmp_path / "archive" / "train", tmp_path / "new" / "train")
+    write_shards(tmp_path / "new", "val", others, array, "spherical")
+    more = ("--trials", 2, "--local", "--data", tmp_path / "new")
+    for dry in ((), ("--dry-run",)):
+        assert run_here("--resume", out, *more, *dry) == 2
+        assert "1 trial of this study began with other scenes in val" in capsys.readouterr().err
     # Scenes that are simulated are others than those on disk.
     simulated = write_study(tmp_path / "other", search={"trials": 1})
     assert run_here("--config", simulated, "--local", "--out", tmp_path / "sim") == 0
@@ -174,8 +183,12 @@ def test_a_copy_has_a_place_of_its_own_in_a_shared_storage(tmp_path: Path) -> No
         patch.setattr("platform.node", lambda: "elsewhere")
         assert Storage.of(original, study.resources) == first
     assert Storage.of(original, study.resources) == first
-    shutil.move(original.path, tmp_path / "moved" / "run")
-    assert Storage.of(RunFolder(tmp_path / "moved" / "run"), study.resources) == first
+    (tmp_path / "moved").mkdir()
+    moved = original.path.rename(tmp_path / "moved" / "renamed")
+    assert Storage.of(RunFolder(moved), study.resources) == first
+    shutil.copytree(moved, original.path)  # a backup that is put back where the first one was
+    assert Storage.of(RunFolder(original.path), study.resources).name != first.name
+    assert Storage.of(RunFolder(moved), study.resources) == first
 
 
 def test_a_checkpoint_of_the_folder_that_was_copied_is_not_deleted(tmp_path: Path) -> None:

@@ -88,6 +88,55 @@ def test_a_gaussian_process_closes_in_on_the_best(tmp_path: Path) -> None:
     assert min(distance(params) for params in found[-4:]) < 0.1, "chance alone is at 0.3 on average"
 
 
+@pytest.mark.parametrize("known", [1, 4, 9])
+def test_cma_es_begins_at_the_best_of_few_earlier_trials(tmp_path: Path, known: int) -> None:
+    """Of fewer than ten there is no best tenth, which Optuna would want."""
+    prior = [
+        PriorTrial(
+            f"x#{i}",
+            {"blend.beta": 0.55 - i / 20, "blend.shrinkage": 0.02 + i / 40, "network.heads": 2},
+            1.0 + i,
+        )
+        for i in range(known)
+    ]
+    changes = {
+        "sampler": "cmaes", "trials": 12, "startup_trials": 1, "include_base": False,
+        "space": NUMBERS | HEADS,
+    }  # fmt: skip
+    found = propose(ledger_in(tmp_path, *prior, **changes), 12)[1:5]
+    assert sum(p["blend.beta"] for p in found) / 4 > 0.4, "from the middle it is 0.3"
+
+
+def test_a_gaussian_process_without_a_start_waits_for_one_trial(tmp_path: Path) -> None:
+    changes = {
+        "sampler": "gp", "trials": 4, "startup_trials": 0, "include_base": False, "space": NUMBERS
+    }  # fmt: skip
+    ledger = ledger_in(tmp_path, **changes)
+    side_by_side = [ledger.ask(), ledger.ask()]
+    assert all(trial is not None for trial in side_by_side)
+    for trial in side_by_side:
+        assert trial is not None
+        ledger.finish(trial.number, "failed", reason="diverged")
+    assert len(propose(ledger, 2)) == 2
+
+
+def test_a_gaussian_process_does_not_propose_again_what_failed(tmp_path: Path) -> None:
+    space = {
+        "training.learning_rate": {"type": "categorical", "choices": [1e-3, 1e29, 1e30]},
+        "blend.beta": {"type": "float", "low": 0.0, "high": 0.6},
+    }
+    changes = {"sampler": "gp", "trials": 16, "startup_trials": 4, "space": space}
+    ledger = ledger_in(tmp_path, **changes)
+    while (trial := ledger.ask()) is not None:
+        if trial.params["training.learning_rate"] > 1.0:
+            ledger.finish(trial.number, "failed", reason="diverged: loss is nan")
+        else:
+            ledger.finish(trial.number, "done", objective=1.0 + trial.params["blend.beta"])
+    assert len(ledger.optuna_study.trials) < 25, "few proposals were ones that had been tried"
+    proposed = [t.params["training.learning_rate"] for t in ledger.trials()[8:]]
+    assert sum(rate > 1.0 for rate in proposed) <= 2, "two in three are, by chance"
+
+
 def test_cma_es_begins_where_an_earlier_study_was_good(tmp_path: Path) -> None:
     prior = [
         PriorTrial(

@@ -162,6 +162,8 @@ def test_mistakes_are_told_before_a_cluster_is_asked_for(
     out.release()
     foreign = tmp_path / "foreign"
     (foreign / "best").mkdir(parents=True)
+    (foreign / "best" / "config.json").write_text("mine")
+    (foreign / "trials").mkdir()  # of a session that was cut before it began
     (foreign / "report.html").write_text("mine")
     over = "--out: .*/foreign holds no study, but best, report.html, which .* would write over"
     for arguments, complaint in (
