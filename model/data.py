@@ -16,6 +16,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from model.agreement import check_agreement
 from model.front_end import CandidateSearch, Chunks, Images, Imaging
 from model.plugin import ImportPath, check_scenes, simulator_of
 from model.seeds import Split, simulation_seed
@@ -435,10 +436,12 @@ class CheckedData:
 
     Attributes:
         said: one line that describes it.
+        notes: what a user should know of it, a line each.
         digests: of the recorded scenes of each split; of simulated ones there are none.
     """
 
     said: str
+    notes: list[str]
     digests: dict[str, str]
 
 
@@ -458,6 +461,7 @@ def check_data(config: TrialConfig) -> CheckedData:
         return CheckedData(
             f"simulated scenes ({config.data.simulator or kind}): "
             f"{config.data.train_scenes} per epoch, {fresh}; {config.data.val_scenes} to validate",
+            [],
             {},
         )
     folder = Path(config.data.shards)
@@ -471,6 +475,7 @@ def check_data(config: TrialConfig) -> CheckedData:
         for start in range(0, len(split), 256):
             split.read(np.arange(start, min(start + 256, len(split)), dtype=np.int64))
     digests = refuse_leaks(splits)
+    notes = [note for split in splits for note in check_agreement(split, config.scene)]
     counts = ", ".join(f"{len(split)} {split.name}" for split in splits)
     said = f"shards in {folder}: {counts} scenes; no scene in two of {'/'.join(SPLITS)}"
-    return CheckedData(said, digests)
+    return CheckedData(said, notes, digests)

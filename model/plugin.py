@@ -16,6 +16,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from model.faults import Sizes, first_fault
 from physics.config import Adjustable, FrozenModel
 from physics.geometry import PlanarArray
 from physics.scene import SceneConfig, Scenes
@@ -171,50 +172,7 @@ def check_scenes(
     """
     if not isinstance(scenes, Scenes):
         raise PluginError(f"{path}: made {type(scenes).__name__}; expected physics.Scenes")
-    L, M, N, K = scene.n_snapshots, scene.n_antennas, array.size, scene.max_sources
-    expected = {
-        "y": ("complex", (n_scenes, L, M)),
-        "H": ("complex", (n_scenes, M, N)),
-        "codes": ("complex", (n_scenes, L, N)),
-        "position": ("real", (n_scenes, K, 3)),
-        "power": ("real", (n_scenes, K)),
-        "n_sources": ("integer", (n_scenes,)),
-        "snr_db": ("real", (n_scenes,)),
-    }
-    for name, (kind, shape) in expected.items():
-        tensor = getattr(scenes, name)
-        found = tuple(tensor.shape)
-        if found != shape:
-            raise PluginError(f"{path}: made {name} of shape {found}; expected {shape}")
-        if _kind(tensor) != kind:
-            raise PluginError(f"{path}: made {name} of {tensor.dtype}; expected {kind} values")
-    if not values:
-        return
-    present, n_sources = scenes.present, scenes.n_sources
-    ranges = scenes.position[..., 2]
-    faults = {
-        f"{name} with NaN or Inf": ~torch.isfinite(getattr(scenes, name)).flatten(1).all(-1)
-        for name in ("y", "H", "codes", "position", "power")
-    } | {
-        f"n_sources outside 0..{K} (scene.max_sources)": (n_sources < 0) | (n_sources > K),
-        "a source whose range is not above 0 m": (present & (ranges <= 0)).any(-1),
-        "a power below 0, or above it in a slot without a source": (
-            (scenes.power < 0) | (~present & (scenes.power != 0))
-        ).any(-1),
-        "snr_db of Inf (NaN says that it is not known)": torch.isinf(scenes.snr_db),
-    }
-    counts = torch.stack([bad.sum() for bad in faults.values()]).tolist()
-    for (what, bad), count in zip(faults.items(), counts, strict=True):
-        if count:
-            first = int(bad.nonzero()[0])
-            raise PluginError(
-                f"{path}: made {what} in {count} of {n_scenes} scenes, first in scene {first}"
-            )
-
-
-def _kind(tensor: Tensor) -> str:
-    if tensor.is_complex():
-        return "complex"
-    if tensor.is_floating_point():
-        return "real"
-    return "other" if tensor.dtype == torch.bool else "integer"
+    sizes = Sizes(n_scenes, scene.n_snapshots, scene.n_antennas, array.size, scene.max_sources)
+    fault = first_fault(scenes, sizes, values=values)
+    if fault is not None:
+        raise PluginError(f"{path}: made {fault}")

@@ -33,6 +33,7 @@ from numpy.lib import format as npy_format
 from numpy.typing import NDArray
 from torch import Tensor
 
+from model.faults import Sizes, first_fault
 from model.files import replacing
 from model.wording import counted, in_one_line
 from physics.covariance import LowRankCovariance, sample_covariance
@@ -433,13 +434,15 @@ def write_shards(
         The files written.
 
     Raises:
-        ValueError: an unknown split, or a shard size below 1.
+        ValueError: an unknown split, a shard size below 1, or scenes of which a tensor has another
+            shape or kind, or holds what no scene can: nothing is written then.
         FileExistsError: the split already holds shards.
     """
     if name not in SPLITS:
         raise ValueError(f"split {name!r} unknown; choose from {SPLITS}")
     if shard_size < 1:
         raise ValueError(f"shard_size is {shard_size}; at least 1 needed")
+    _check(scenes, array)
     split = folder / name
     split.mkdir(parents=True, exist_ok=True)
     if any(split.glob("*.npz")):
@@ -464,6 +467,22 @@ def write_shards(
             )
         paths.append(path)
     return paths
+
+
+def _check(scenes: Scenes, array: PlanarArray) -> None:
+    """Raise ValueError where scenes cannot be, saying what is wrong with them."""
+    if scenes.y.ndim != 3 or scenes.position.ndim != 3:
+        raise ValueError(
+            f"write_shards got y of shape {tuple(scenes.y.shape)} and position of shape "
+            f"{tuple(scenes.position.shape)}; expected (B, L, M) and (B, K, 3)"
+        )
+    n_scenes, n_snapshots, n_antennas = scenes.y.shape
+    sizes = Sizes(n_scenes, n_snapshots, n_antennas, array.size, scenes.position.shape[1])
+    fault = first_fault(scenes, sizes)
+    if fault is not None:
+        raise ValueError(
+            f"write_shards got {fault}; (B, L, M, N, K) are {tuple(sizes)} of y, array and position"
+        )
 
 
 def _dense(covariance: LowRankCovariance, scenes: Scenes) -> Tensor:

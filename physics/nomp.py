@@ -67,7 +67,8 @@ def nomp(
 ) -> NompResult:
     """Find sources by matching pursuit, refine all of them after each pick, and choose how many.
 
-    Each pick takes the grid point that lowers the residual's energy most, refines it alone and
+    Each pick takes, of the grid points that are most like the residual (``config.candidates``), the
+    one that lowers its energy most, refines it alone and
     then all sources together (Levenberg-Marquardt on azimuth, elevation and inverse range with
     the amplitudes eliminated). An information criterion chooses among the fits: with the
     likelihood given the amplitudes for constant symbols, and with the symbols integrated out for

@@ -189,10 +189,11 @@ class Search:
         return conditional_deviance(measurement, fit.cost, noise)
 
     def pick(self, measurement: Measurement, residual: Tensor) -> Tensor:
-        """The grid point (B, 1, 3) whose source lowers the residual's energy most.
+        """Of the likeliest grid points (B, 1, 3) that whose source lowers the energy most.
 
         The exact gain takes the norm of every point's signal, which differs between scenes. It is
-        computed for the points that are best by the numerator alone.
+        computed for the points that are best by the numerator alone: of fluctuating symbols the
+        best of all may not be among few of them.
         """
         back = measurement.back_projected(residual)  # (B, G, N)
         score = power(back.flatten(0, 1) @ self.steering.mH).unflatten(0, back.shape[:2]).sum(1)

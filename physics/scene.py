@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal, Self
 
+import numpy as np
 import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
@@ -130,7 +131,7 @@ class Scenes(Rows):
     ``position`` holds azimuth, elevation [rad] and range [m]. Slots from ``n_sources`` on have
     power 0 and any position, a padding of zeros or NaN too: it becomes (1, 1, 1), whose steering
     vector is finite, so that its product with the power is none. ``power`` is the incoherent power
-    p_k of ``R = sum p_k a_k a_k^H`` on an arbitrary common scale.
+    p_k of ``R = sum p_k a_k a_k^H`` on an arbitrary common scale. NumPy arrays become tensors.
     """
 
     y: Tensor  # (B, L, M) complex
@@ -142,6 +143,9 @@ class Scenes(Rows):
     snr_db: Tensor  # (B,) real; NaN where it is not known
 
     def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, np.ndarray):
+                object.__setattr__(self, name, torch.as_tensor(value))
         # Shapes that do not fit together are for who checks them to name.
         if self.position.ndim == 3 and self.n_sources.shape == self.position.shape[:1]:
             safe = torch.where(self.present.unsqueeze(-1), self.position, 1.0)

@@ -121,7 +121,7 @@ def run_session(request: Request) -> int:
         check_plugins(study)
         with waiting("checking the data", quiet=request.verbosity == "quiet"):
             data = check_data(study)
-        notes.append(f"data: {data.said}")
+        notes += [f"data: {said}" for said in (data.said, *data.notes)]
         begun = folder is not None and folder.has_ledger
         notes += ledger_note(study, reading=request.dry_run or begun)
         promotion: Promotion | None = None

@@ -108,7 +108,9 @@ def _train(
 
     config = stages[-1].config
     check_plugins(config)
-    typer.echo(f"data: {check_data(config).said}")
+    data = check_data(config)
+    for said in (data.said, *data.notes):
+        typer.echo(f"data: {said}")
     with _alone(folder, stages, resume):
         return _train_alone(winner, stages, folder, device)
 

@@ -1,0 +1,183 @@
+"""Whether recorded measurements hold the sources that are named beside them.
+
+The true covariance that lies with recorded scenes is often made from the positions, and agrees with
+them whatever they are. What was measured does not: positions in degrees, a transposed or conjugated
+array, codes in degrees leave nothing in y that the sources would explain.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model.shards import DataError, ShardSplit
+from model.wording import counted
+from physics.fit import Measurement
+from physics.geometry import PlanarArray
+from physics.scaling import power
+from physics.scene import SceneConfig, Scenes, SourceMode
+from physics.steering import Wavefront, steering_vector
+
+_SCENES = 64  # that are looked at, evenly over a split
+_LEAST = 0.2  # of what the sources should explain beyond chance, that they have to
+_ENOUGH = 0.45  # of it, with which nothing is said: hardware's faults leave more (tests)
+_TELLS = 0.1  # share of the energy that they should explain beyond chance; less tells nothing
+_LIKELY = 0.5  # of it, at which another reading of the data is taken to be the right one
+
+
+def check_agreement(split: ShardSplit, scene: SceneConfig) -> list[str]:
+    """Check that the measurements of a split hold its sources' signals.
+
+    Each y is fitted by the signals of the sources that are named, with free amplitudes, and by
+    those of another scene's sources through the same channel and codes. With noise at the SNR that
+    is named the first explain more, by a known amount.
+
+    Args:
+        split: recorded scenes.
+        scene: which says how the symbols are and where sources stand.
+
+    Returns:
+        What a user should know of them, a line each.
+
+    Raises:
+        DataError: the sources explain hardly more of y than another scene's would; with another
+            reading of the data by which they would, if there is one.
+    """
+    chosen = np.unique(np.linspace(0, len(split) - 1, _SCENES).astype(np.int64))
+    scenes = split.read(chosen)
+    scenes = scenes[(scenes.n_sources > 0).nonzero().squeeze(-1)]
+    if not len(scenes):
+        return []
+    dead = (power(scenes.y).sum((-2, -1)) == 0).sum()
+    if dead:
+        raise DataError(
+            f"{split.folder / split.name}: y is zero in {int(dead)} of {len(scenes)} scenes with "
+            "sources that were looked at; expected what the antennas received: drop these scenes"
+        )
+    told = [*_gaps(split), *_outside(scenes, scene)]
+    of = split.array, split.wavefront
+    found = _agreement(scenes, *of, scene.source_mode)
+    if math.isnan(found):
+        return told
+    if found >= _ENOUGH:
+        if scene.source_mode == "fluctuating" and _agreement(scenes, *of, "constant") >= _LIKELY:
+            told.append(
+                f"{split.name}: the sources' symbols are the same in all snapshots; with "
+                "scene.source_mode=constant more is found"
+            )
+        return told
+    other: SourceMode = "constant" if scene.source_mode == "fluctuating" else "fluctuating"
+    readings = {
+        f"scene.source_mode={other}": (scenes, other),
+        **{name: (read, scene.source_mode) for name, read in _readings(scenes)},
+    }
+    likely = [
+        name for name, (read, mode) in readings.items() if _agreement(read, *of, mode) >= _LIKELY
+    ]
+    hint = (
+        f"they would with {likely[0]}"
+        if likely
+        else "check the units (radians, metres), the order of the axes, the sign of the phases, "
+        "array.wavelength, array.spacing and scene.source_mode"
+    )
+    said = (
+        f"{split.folder / split.name}: the sources that ptr names explain of y, beyond what those "
+        f"of other scenes do, {max(0.0, found):.2f} of what they should in {len(scenes)} scenes; "
+        f"{hint}"
+    )
+    if found < _LEAST:
+        raise DataError(said)
+    return [*told, said]
+
+
+def _agreement(scenes: Scenes, array: PlanarArray, wavefront: Wavefront, mode: SourceMode) -> float:
+    """What the sources explain of y beyond chance, over what they should; NaN where nothing tells.
+
+    Where the SNR is not known they are expected to be no weaker than the noise.
+    """
+    own = _explained(scenes, array, wavefront, mode)
+    order = torch.arange(len(scenes)).roll(1)
+    strangers = replace(scenes, position=scenes.position[order], n_sources=scenes.n_sources[order])
+    chance = _explained(strangers, array, wavefront, mode)
+    ratio = 10.0 ** (torch.nan_to_num(scenes.snr_db.double(), nan=0.0) / 10.0)
+    # Of the noise they explain what others do.
+    expected = (ratio / (1.0 + ratio)) * (1.0 - chance)
+    if len(scenes) < 2 or float(expected.mean()) < _TELLS:
+        return math.nan
+    return float((own - chance).mean() / expected.mean())
+
+
+def _explained(
+    scenes: Scenes, array: PlanarArray, wavefront: Wavefront, mode: SourceMode
+) -> Tensor:
+    """Share (B,) of the energy of y in the span of the sources' signals."""
+    y, H, codes = (t.to(torch.complex128) for t in (scenes.y, scenes.H, scenes.codes))
+    measurement = Measurement.of(y, H, codes, array, wavefront, mode)
+    steering = steering_vector(scenes.position.double(), array, wavefront)
+    steering = steering * scenes.present.unsqueeze(-1)
+    signals = measurement.rows(steering).mT  # (B, G, R, K)
+    basis, size, _ = torch.linalg.svd(signals, full_matrices=False)
+    basis = basis * (size > 1e-6 * size[..., :1]).unsqueeze(-2)
+    inside = power((basis.mH @ measurement.y.unsqueeze(-1)).squeeze(-1)).sum((-2, -1))
+    return inside / measurement.energy
+
+
+def _readings(scenes: Scenes) -> Iterator[tuple[str, Scenes]]:
+    """The same scenes, had they been written with a usual mistake."""
+    angles, distance = scenes.position[..., :2], scenes.position[..., 2:]
+    places = {
+        "angles read as degrees (ptr holds radians)": [torch.deg2rad(angles), distance],
+        "azimuth and elevation exchanged": [angles.flip(-1), distance],
+        "ranges read as centimetres (ptr holds metres)": [angles, distance / 100.0],
+        "ranges read as millimetres (ptr holds metres)": [angles, distance / 1000.0],
+    }
+    for name, parts in places.items():
+        yield name, replace(scenes, position=torch.cat(parts, -1))
+    for name in ("y", "H", "codes"):
+        yield f"{name} conjugated", replace(scenes, **{name: getattr(scenes, name).conj()})
+    if not bool(scenes.codes.imag.any()):
+        turns = {"degrees": torch.deg2rad(scenes.codes.real), "radians": scenes.codes.real}
+        for unit, phase in turns.items():
+            codes = torch.polar(torch.ones_like(phase), phase)
+            yield (
+                f"codes that are no phases in {unit}, but exp(1j * phase)",
+                replace(scenes, codes=codes),
+            )
+    if scenes.y.shape[-1] == scenes.y.shape[-2]:
+        yield "the axes of y exchanged: (snapshots, antennas)", replace(scenes, y=scenes.y.mT)
+
+
+def _gaps(split: ShardSplit) -> Iterator[str]:
+    """Whether a shard is missing, by the others' numbers."""
+    found = (re.fullmatch(r"shard_(\d+)", shard.path.stem) for shard in split.shards)
+    numbers = {int(match[1]) for match in found if match}
+    missing = sorted(set(range(max(numbers, default=-1) + 1)) - numbers)
+    if missing:
+        names = ", ".join(f"shard_{number:03d}" for number in missing[:3])
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        yield f"{split.name}: there is no {names}{more}, and later ones are"
+
+
+def _outside(scenes: Scenes, scene: SceneConfig) -> Iterator[str]:
+    """Whether sources stand where no estimator would look for them."""
+    names = ("azimuth_deg", "elevation_deg", "range_m")
+    position = scenes.position.double()
+    values = torch.rad2deg(position[..., 0]), torch.rad2deg(position[..., 1]), position[..., 2]
+    total = int(scenes.present.sum())
+    for name, value in zip(names, values, strict=True):
+        low, high = getattr(scene, name)
+        slack = 1e-3 * max(abs(low), abs(high))
+        away = scenes.present & ((value < low - slack) | (value > high + slack))
+        if bool(away.any()):
+            spread = value[scenes.present]
+            yield (
+                f"{int(away.sum())} of {counted(total, 'source')} that were looked at stand "
+                f"outside scene.{name}=[{low:g}, {high:g}], from {float(spread.min()):.3g} to "
+                f"{float(spread.max()):.3g}: nothing is looked for there"
+            )
