@@ -3,7 +3,8 @@
 from model.candidate import CandidateNetwork, CandidateNetworkConfig
 from model.checkpoint import CheckpointError, export_best
 from model.config import TrialConfig
-from model.data import DataConfig, check_data
+from model.data import DataConfig
+from model.datacheck import check_data
 from model.decision import Decision, DecisionConfig
 from model.localizer import Localizer, Source
 from model.loss import LossConfig, ScenesLoss

@@ -24,11 +24,35 @@ from physics.scaling import power
 from physics.scene import SceneConfig, Scenes, SourceMode
 from physics.steering import Wavefront, steering_vector
 
+CONVENTION_SHARE = 0.999  # of R that the sources' steering vectors explain
 _SCENES = 64  # that are looked at, evenly over a split
 _LEAST = 0.2  # of what the sources should explain beyond chance, that they have to
 _ENOUGH = 0.45  # of it, with which nothing is said: hardware's faults leave more (tests)
 _TELLS = 0.1  # share of the energy that they should explain beyond chance; less tells nothing
 _LIKELY = 0.5  # of it, at which another reading of the data is taken to be the right one
+
+
+def check_convention(splits: list[ShardSplit], per_shard: int = 4) -> None:
+    """Check that array and wavefront are those that the shards' R was made with.
+
+    Raises:
+        DataError: a share of R outside the sources' steering vectors, with what to set.
+    """
+    for split in splits:
+        for start, shard in split.starts():
+            with_sources = np.flatnonzero(np.asarray(shard.arrays["K"]))[:per_shard]
+            if not len(with_sources):
+                continue
+            share = split.subspace_share(start + with_sources).min()
+            if not share > CONVENTION_SHARE:
+                offset = tuple(float(v) for v in split.array.offset)
+                raise DataError(
+                    f"{shard.path}: the sources' steering vectors explain only {float(share):.3f} "
+                    f"of R (expected above {CONVENTION_SHARE}) with scene.wavefront="
+                    f"{split.wavefront}, array.offset={list(offset)}; set them as the data were "
+                    "made (the origin's: wavefront paraxial, offset [-0.075, -0.075], as in "
+                    "configs/origin-shards.yaml)"
+                )
 
 
 def check_agreement(split: ShardSplit, scene: SceneConfig) -> list[str]:

@@ -9,18 +9,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from model.agreement import check_agreement
+from model.agreement import check_convention
 from model.front_end import CandidateSearch, Chunks, Images, Imaging
 from model.plugin import ImportPath, check_scenes, simulator_of
 from model.seeds import Split, simulation_seed
-from model.shards import SPLITS, DataError, ShardSplit, refuse_leaks
+from model.shards import DataError, ShardSplit
 from physics.candidates import Candidates
 from physics.config import FrozenModel
 from physics.geometry import PlanarArray
@@ -31,12 +31,11 @@ from physics.transfer import sent
 if TYPE_CHECKING:
     from model.config import TrialConfig
 
-__all__ = ["Batch", "DataConfig", "DataError", "SceneSource", "check_data", "open_source"]
+__all__ = ["Batch", "DataConfig", "DataError", "SceneSource", "open_source"]
 
 log = logging.getLogger(__name__)
 
 CHUNK = 256  # simulated scenes per seed: the stream does not depend on the batch size
-CONVENTION_SHARE = 0.999
 
 
 class DataConfig(FrozenModel):
@@ -370,29 +369,6 @@ def open_split(
     )
 
 
-def check_convention(splits: list[ShardSplit], per_shard: int = 4) -> None:
-    """Check that array and wavefront are those that the shards' R was made with.
-
-    Raises:
-        DataError: a share of R outside the sources' steering vectors, with what to set.
-    """
-    for split in splits:
-        for start, shard in split.starts():
-            with_sources = np.flatnonzero(np.asarray(shard.arrays["K"]))[:per_shard]
-            if not len(with_sources):
-                continue
-            share = split.subspace_share(start + with_sources).min()
-            if not share > CONVENTION_SHARE:
-                offset = tuple(float(v) for v in split.array.offset)
-                raise DataError(
-                    f"{shard.path}: the sources' steering vectors explain only {float(share):.3f} "
-                    f"of R (expected above {CONVENTION_SHARE}) with scene.wavefront="
-                    f"{split.wavefront}, array.offset={list(offset)}; set them as the data were "
-                    "made (the origin's: wavefront paraxial, offset [-0.075, -0.075], as in "
-                    "configs/origin-shards.yaml)"
-                )
-
-
 def open_source(
     config: TrialConfig, device: torch.device, dictionary: Tensor | None = None
 ) -> SceneSource:
@@ -411,6 +387,34 @@ def open_source(
     return kind(config.data, config.scene, array, device, FrontEnds(config, dictionary))
 
 
+class SceneCounts(NamedTuple):
+    """How many scenes a trial meets.
+
+    Attributes:
+        epoch: to train with in an epoch.
+        validation: to validate with.
+        train: of which those of the epochs are, where they are the same in every epoch.
+    """
+
+    epoch: int
+    validation: int
+    train: int
+
+
+def count_scenes(config: TrialConfig) -> SceneCounts:
+    """As many as are asked for, of shards at most as many as there are.
+
+    Raises:
+        DataError: shards that cannot be used.
+    """
+    data = config.data
+    if data.shards is None:
+        return SceneCounts(data.train_scenes, data.val_scenes, data.train_scenes)
+    array = config.array.build()
+    train, val = (len(open_split(data, config.scene, array, name)) for name in ("train", "val"))
+    return SceneCounts(min(train, data.train_scenes), min(val, data.val_scenes), train)
+
+
 def images_bytes(config: TrialConfig) -> int:
     """What the images that a trial keeps take on disk, if nobody has kept them before.
 
@@ -420,62 +424,8 @@ def images_bytes(config: TrialConfig) -> int:
     network, data = config.network, config.data
     if not network.spectra or not data.keep_images:
         return 0
-    if data.shards is None:
-        n_scenes = data.val_scenes + (0 if data.fresh else data.train_scenes)
-    else:
-        array = config.array.build()
-        train, val = (open_split(data, config.scene, array, name) for name in ("train", "val"))
-        n_scenes = len(train) + min(len(val), data.val_scenes)
+    counts = count_scenes(config)
+    fresh = data.fresh and data.shards is None
+    n_scenes = counts.validation + (0 if fresh else counts.train)
     cells = math.prod(network.grid(config.scene).shape)
     return 4 * n_scenes * len(network.spectra) * cells
-
-
-@dataclass(frozen=True)
-class CheckedData:
-    """Data that a study may start with.
-
-    Attributes:
-        said: one line that describes it.
-        notes: what a user should know of it, a line each.
-        digests: of the recorded scenes of each split; of simulated ones there are none.
-    """
-
-    said: str
-    notes: list[str]
-    digests: dict[str, str]
-
-
-def check_data(config: TrialConfig) -> CheckedData:
-    """Verify the data of a study before it starts: every value of every scene.
-
-    Raises:
-        DataError: missing, damaged, foreign, non-finite or leaking data, or another convention.
-        PluginError: a simulator that cannot be had, or that makes no scenes.
-    """
-    if config.data.shards is None:
-        if config.data.simulator is not None:
-            array = config.array.build()
-            next(simulate_split(config.data, config.scene, array, "val", 1))
-        fresh = "fresh in every epoch" if config.data.fresh else "the same in every epoch"
-        kind = f"{config.scene.source_mode}, {config.scene.wavefront}"
-        return CheckedData(
-            f"simulated scenes ({config.data.simulator or kind}): "
-            f"{config.data.train_scenes} per epoch, {fresh}; {config.data.val_scenes} to validate",
-            [],
-            {},
-        )
-    folder = Path(config.data.shards)
-    names: list[Split] = ["train", "val"]
-    if (folder / "test").is_dir():
-        names.append("test")
-    array = config.array.build()
-    splits = [open_split(config.data, config.scene, array, name) for name in names]
-    check_convention(splits)
-    for split in splits:
-        for start in range(0, len(split), 256):
-            split.read(np.arange(start, min(start + 256, len(split)), dtype=np.int64))
-    digests = refuse_leaks(splits)
-    notes = [note for split in splits for note in check_agreement(split, config.scene)]
-    counts = ", ".join(f"{len(split)} {split.name}" for split in splits)
-    said = f"shards in {folder}: {counts} scenes; no scene in two of {'/'.join(SPLITS)}"
-    return CheckedData(said, notes, digests)

@@ -15,7 +15,7 @@ from types import FrameType
 import torch
 
 from model.config import TrialConfig
-from model.data import open_source
+from model.data import count_scenes, open_source
 from model.network import build_network
 from tuner.config import SearchConfig, StudyConfig
 from tuner.errors import ConfigError
@@ -78,11 +78,11 @@ def _measure(
 ) -> tuple[Appraisal, float]:
     """An appraisal by so many scenes, and the seconds that grow with them."""
     searched = config.network.front_end is not None
-    data, training = config.data, config.training
+    data, training, counts = config.data, config.training, count_scenes(config)
     if device == "cpu":
         torch.set_num_threads(training.threads)  # which a trial does as it builds its network
-    n_train = min(data.train_scenes, n_scenes)
-    n_val = min(data.val_scenes, n_scenes if searched else n_scenes // _VALIDATED)
+    n_train = min(counts.epoch, n_scenes)
+    n_val = min(counts.validation, n_scenes if searched else n_scenes // _VALIDATED)
     changes = {
         "train_scenes": n_train,
         "val_scenes": n_val,
@@ -118,7 +118,7 @@ def _measure(
     per_train = 1.0 / result["scenes_per_second"]
     per_val = max(0.0, seconds - n_train * per_train) / n_val
     found = Appraisal(
-        epoch_seconds=data.train_scenes * per_train + data.val_scenes * per_val,
+        epoch_seconds=counts.epoch * per_train + counts.validation * per_val,
         search_seconds=search_seconds,
         cache_bytes=cache_bytes,
     )
@@ -134,9 +134,11 @@ def _search(sample: TrialConfig, config: TrialConfig, device: str) -> tuple[floa
         pass
     seconds = time.perf_counter() - begun
     assert sample.data.cache is not None
-    n_found = sample.data.train_scenes + sample.data.val_scenes
-    epochs = config.training.epochs if config.data.fresh else 1
-    share = (config.data.train_scenes * epochs + config.data.val_scenes) / n_found
+    few, all_of_them = count_scenes(sample), count_scenes(config)
+    fresh = config.data.fresh and config.data.shards is None
+    epochs = config.training.epochs if fresh else 1
+    n_found = few.train + few.validation
+    share = (all_of_them.train * epochs + all_of_them.validation) / n_found
     return seconds * share, round(_size(sample.data.cache) * share)
 
 

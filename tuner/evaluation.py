@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from model.agreement import check_convention
 from model.config import TrialConfig
-from model.data import check_convention, open_split, simulate_split
+from model.data import open_split, simulate_split
 from model.files import write_text
 from model.localizer import Localizer
 from model.shards import refuse_leaks

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from model.data import check_data
+from model.datacheck import check_data
 from model.files import write_text
 from model.network import check_plugins
 from model.plugin import plugins_of

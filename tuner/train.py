@@ -103,7 +103,7 @@ def _train(
     device: str,
     resume: bool,
 ) -> int:
-    from model.data import check_data
+    from model.datacheck import check_data
     from model.network import check_plugins
 
     config = stages[-1].config

@@ -10,7 +10,8 @@ import torch
 from pydantic import ValidationError
 
 from model import Trainer, TrialConfig, export_best
-from model.data import check_data, simulate_split
+from model.data import simulate_split
+from model.datacheck import check_data
 from model.localizer import Localizer
 from model.network import check_plugins
 from model.plugin import PluginError, load_plugin, plugins_of

@@ -14,7 +14,9 @@ import pytest
 import torch
 
 from model import Trainer
-from model.data import Batch, check_convention, check_data
+from model.agreement import check_convention
+from model.data import Batch
+from model.datacheck import check_data
 from model.shards import DataError, ShardSplit, open_npz, refuse_leaks, write_shards
 from physics import LowRankCovariance, Scenes, nmse, simulate, tikhonov_solve
 from physics.tikhonov import is_unit_modulus

@@ -10,8 +10,11 @@ import pytest
 import ray
 import torch
 
+from model import write_shards
 from model.data import images_bytes, open_source
 from model.training import Trainer
+from physics import simulate
+from tests.tiny import tiny_candidate_config
 from tests.tuner.support import run_here, tiny_study, write_study
 from tests.tuner.test_status import begun, contents
 from tuner import appraisal
@@ -20,6 +23,8 @@ from tuner.config import StudyConfig
 from tuner.plan import differences
 from tuner.study import Ledger
 from tuner.trial import TrialRun
+
+SPACE = {"blend.beta": {"type": "float", "low": 0.0, "high": 0.6}}
 
 
 @pytest.fixture(autouse=True)
@@ -234,6 +239,26 @@ def test_a_large_network_is_appraised_on_a_few_scenes(
     assert isinstance(found, Appraisal), "what the few told is kept when the time is up"
     assert time.monotonic() - begun < 20.0
     assert sizes == [16, 16, 128]
+
+
+def test_of_shards_as_many_scenes_are_appraised_as_there_are(tmp_path: Path) -> None:
+    """And not as many as the configuration would take at most."""
+    config = tiny_candidate_config(data={"train_scenes": 4000, "val_scenes": 4000})
+    array = config.array.build()
+    for name, count, seed in (("train", 60, 1), ("val", 20, 2)):
+        generator = torch.Generator().manual_seed(seed)
+        scenes = simulate(count, config.scene, array, generator=generator)
+        write_shards(tmp_path / "data", name, scenes, array, config.scene.wavefront)
+    held = config.model_dump() | {"name": "tiny", "search": {"space": SPACE}}
+    held["data"] |= {"shards": tmp_path / "data", "cache": tmp_path / "cache"}
+    study = StudyConfig.model_validate(held)
+    found = appraise(study, "cpu")
+    assert isinstance(found, Appraisal)
+    assert not (tmp_path / "cache").exists()
+    source = open_source(study.trial_config({}, 0), torch.device("cpu"))
+    assert source.n_batches(1) == 60
+    kept = sum(p.stat().st_size for p in (tmp_path / "cache").rglob("*") if p.is_file())
+    assert found.cache_bytes == pytest.approx(kept, rel=0.2)
 
 
 def test_a_checkpoint_is_as_large_as_foretold(tmp_path: Path) -> None:

@@ -1,0 +1,65 @@
+"""What is verified of a study's data before it starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from model.agreement import check_agreement, check_convention
+from model.config import TrialConfig
+from model.data import open_split, simulate_split
+from model.seeds import Split
+from model.shards import SPLITS, refuse_leaks
+
+
+@dataclass(frozen=True)
+class CheckedData:
+    """Data that a study may start with.
+
+    Attributes:
+        said: one line that describes it.
+        notes: what a user should know of it, a line each.
+        digests: of the recorded scenes of each split; of simulated ones there are none.
+    """
+
+    said: str
+    notes: list[str]
+    digests: dict[str, str]
+
+
+def check_data(config: TrialConfig) -> CheckedData:
+    """Verify the data of a study before it starts: every value of every scene.
+
+    Raises:
+        DataError: missing, damaged, foreign, non-finite or leaking data, or another convention.
+        PluginError: a simulator that cannot be had, or that makes no scenes.
+    """
+    if config.data.shards is None:
+        if config.data.simulator is not None:
+            array = config.array.build()
+            next(simulate_split(config.data, config.scene, array, "val", 1))
+        fresh = "fresh in every epoch" if config.data.fresh else "the same in every epoch"
+        kind = f"{config.scene.source_mode}, {config.scene.wavefront}"
+        return CheckedData(
+            f"simulated scenes ({config.data.simulator or kind}): "
+            f"{config.data.train_scenes} per epoch, {fresh}; {config.data.val_scenes} to validate",
+            [],
+            {},
+        )
+    folder = Path(config.data.shards)
+    names: list[Split] = ["train", "val"]
+    if (folder / "test").is_dir():
+        names.append("test")
+    array = config.array.build()
+    splits = [open_split(config.data, config.scene, array, name) for name in names]
+    check_convention(splits)
+    for split in splits:
+        for start in range(0, len(split), 256):
+            split.read(np.arange(start, min(start + 256, len(split)), dtype=np.int64))
+    digests = refuse_leaks(splits)
+    notes = [note for split in splits for note in check_agreement(split, config.scene)]
+    counts = ", ".join(f"{len(split)} {split.name}" for split in splits)
+    said = f"shards in {folder}: {counts} scenes; no scene in two of {'/'.join(SPLITS)}"
+    return CheckedData(said, notes, digests)
