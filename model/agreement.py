@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -49,9 +50,10 @@ def check_convention(splits: list[ShardSplit], per_shard: int = 4) -> None:
                 raise DataError(
                     f"{shard.path}: the sources' steering vectors explain only {float(share):.3f} "
                     f"of R (expected above {CONVENTION_SHARE}) with scene.wavefront="
-                    f"{split.wavefront}, array.offset={list(offset)}; set them as the data were "
-                    "made (the origin's: wavefront paraxial, offset [-0.075, -0.075], as in "
-                    "configs/origin-shards.yaml)"
+                    f"{split.wavefront}, array.offset={list(offset)}, array.spacing="
+                    f"{split.array.spacing:g}, array.wavelength={split.array.wavelength:g}; set "
+                    "them as the data were made, with ptr in radians and metres (the origin's: "
+                    "wavefront paraxial, offset [-0.075, -0.075], as in configs/origin-shards.yaml)"
                 )
 
 
@@ -118,6 +120,28 @@ def check_agreement(split: ShardSplit, scene: SceneConfig) -> list[str]:
     if found < _LEAST:
         raise DataError(said)
     return [*told, said]
+
+
+def doubts(folder: Path, scene: SceneConfig, array: PlanarArray) -> list[str]:
+    """Why a folder's recorded scenes may be none that a network was trained for, a line each.
+
+    Args:
+        folder: of files that may be shards; only of those, which name their sources, this is known.
+        scene: that the network was trained with.
+        array: its surface.
+    """
+    sizes = scene.n_antennas, scene.n_snapshots, scene.max_sources
+    try:
+        split = ShardSplit(folder.parent, folder.name, array, scene.wavefront, *sizes)
+    except DataError:
+        return []
+    found = []
+    for check in (lambda: check_convention([split]), lambda: check_agreement(split, scene)):
+        try:
+            found += check() or []
+        except DataError as error:
+            found.append(str(error))
+    return found
 
 
 def _agreement(scenes: Scenes, array: PlanarArray, wavefront: Wavefront, mode: SourceMode) -> float:

@@ -16,6 +16,7 @@ import torch
 from model.datacheck import check_data
 from model.files import write_text
 from model.network import check_plugins
+from model.plausible import array_notes
 from model.plugin import plugins_of
 from model.wording import counted
 from tuner.command import DONE, INTERRUPTED, Interruption
@@ -119,6 +120,7 @@ def run_session(request: Request) -> int:
         prior = _prior(study, notes, fresh=folder is None)
         _check_precision(study, request.local)
         check_plugins(study)
+        notes += array_notes(study.array.build(), study.scene)
         with waiting("checking the data", quiet=request.verbosity == "quiet"):
             data = check_data(study)
         notes += [f"data: {said}" for said in (data.said, *data.notes)]

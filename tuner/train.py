@@ -105,9 +105,12 @@ def _train(
 ) -> int:
     from model.datacheck import check_data
     from model.network import check_plugins
+    from model.plausible import array_notes
 
     config = stages[-1].config
     check_plugins(config)
+    for note in array_notes(config.array.build(), config.scene):
+        typer.echo(note)
     data = check_data(config)
     for said in (data.said, *data.notes):
         typer.echo(f"data: {said}")

@@ -7,6 +7,7 @@ import io
 import json
 import xml.etree.ElementTree as ET
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from scipy.stats import chi2
 from model.localizer import Localizer, Source
 from model.locate import described, main, measurements
 from model.shards import DataError, write_shards
-from physics import Scenes, simulate
+from physics import PlanarArray, Scenes, simulate
 from physics.geometry import from_cartesian, to_cartesian
 
 
@@ -107,6 +108,30 @@ def test_a_shard_a_folder_and_a_single_scene_are_read(
     assert [s["azimuth_deg"] for s in alone["sources"]] == pytest.approx(
         [s.azimuth_deg for s in blind], rel=1e-3
     )
+
+
+def test_shards_of_another_kind_than_the_network_was_trained_for_are_told(
+    tmp_path: Path, localizer: Localizer, scenes: Scenes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = localizer.config
+    array, wavefront = config.array.build(), config.scene.wavefront
+    more = simulate(24, config.scene, array, generator=torch.Generator().manual_seed(8))
+    write_shards(tmp_path / "same", "val", more, array, wavefront)
+    assert main([str(tmp_path / "same" / "val")]) == 0
+    assert "warning" not in capsys.readouterr().err
+    other = PlanarArray(array.n_horizontal, array.n_vertical, spacing=0.8 * array.spacing)
+    theirs = simulate(24, config.scene, other, generator=torch.Generator().manual_seed(8))
+    (path,) = write_shards(tmp_path / "other", "val", theirs, other, wavefront)
+    for asked in (path.parent, path):
+        assert main([str(asked)]) == 0
+        said = capsys.readouterr()
+        assert "warning: not what this network was trained for: " in said.err
+        assert "explain only" in said.err
+        assert len(json.loads(said.out)["scenes"]) == 24
+    flipped = replace(more, y=more.y.conj().resolve_conj())
+    write_shards(tmp_path / "flipped", "val", flipped, array, wavefront)
+    assert main([str(tmp_path / "flipped" / "val")]) == 0
+    assert "they would with y conjugated" in capsys.readouterr().err
 
 
 def test_the_ellipsoid_is_that_of_the_polar_errors_and_holds_nine_in_ten() -> None:
