@@ -35,7 +35,7 @@ from tuner.scoreboard import (
     network_estimators,
     score,
 )
-from tuner.suites import SUITES, Suite
+from tuner.suites import CHOOSERS, SUITES, Suite
 
 DEFAULT_SCENES = 512
 _SNR_SCENES = 256  # that the estimate of the SNR is judged on
@@ -68,7 +68,7 @@ def suite_scenes(
     if (folder / "train").is_dir():
         refuse_leaks([open_split(config.data, scene, array, "train"), split])
     count = len(split) if n_scenes is None else min(n_scenes, len(split))
-    warning = "" if held_out else " (the scenes that choose a search's winner)"
+    warning = "" if held_out else f" ({CHOOSERS})"
     chosen = np.sort(np.random.default_rng(0).choice(len(split), count, replace=False))
     drawn = f", drawn from {len(split)}" if count < len(split) else ""
     return split.read(chosen), f"{count} of {folder / split.name}{drawn}{warning}"

@@ -8,6 +8,8 @@ from typing import Any
 from physics.geometry import PlanarArray
 from physics.scene import SceneConfig
 
+CHOOSERS = "the scenes that choose a search's winner"  # said where no others are recorded
+
 
 @dataclass(frozen=True)
 class Suite:

@@ -13,6 +13,7 @@ from tuner.gain import change_in_words, gain_of, untrained_objective
 from tuner.pages.markup import Markup, escape, listed, note, pairs, short, table
 from tuner.records import STATE_WORDS, config_of
 from tuner.scoretable import signed
+from tuner.suites import CHOOSERS
 
 if TYPE_CHECKING:
     from tuner.pages.material import Material
@@ -115,11 +116,13 @@ def _found(material: Material) -> str:
         text += f", {change} untrained networks"
     gain = gain_of(material.study, material.trials, best)
     text += f". {gain}" if gain else "."
-    text += " It is the best of many on the same validation scenes, and so a little optimistic."
+    if len(material.trials) > 1:
+        text += " It is the best of many on the same validation scenes, and so a little optimistic."
     scores = _scores(material)
     if scores:
         suite = next(iter(material.evaluation["suites"].values()))  # type: ignore[index]
-        text += f" On other scenes ({suite['scenes']}) it finds sources with F1 "
+        where = "the validation" if CHOOSERS in suite["scenes"] else "other"
+        text += f" On {where} scenes ({suite['scenes']}) it finds sources with F1 "
         text += f"{scores['network']['f1']:.3f} and GOSPA {scores['network']['gospa_m']:.2f} m"
         if other := scores.get("nomp"):
             text += f"; NOMP with {other['f1']:.3f} and {other['gospa_m']:.2f} m"

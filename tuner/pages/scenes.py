@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from model.wording import counted
 from tuner.pages.chart import chart, grid
 from tuner.pages.markup import Markup, note, short, table
+from tuner.suites import CHOOSERS
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -35,8 +36,9 @@ def scenes(material: Material) -> Markup:
         return note(f"No scenes.json: {why}.")
     if not content.keys() >= _KEYS or not content["views"]:
         return note("scenes.json is of another form; without it tuner.report writes it anew.")
+    kind = "Validation" if CHOOSERS in content["origin"] else "Held-out"
     how = (
-        f"Held-out scenes ({content['origin']}): the first of each number of sources, not chosen "
+        f"{kind} scenes ({content['origin']}): the first of each number of sources, not chosen "
         "by what was found. Background: MVDR of the blended covariance below its peak, over "
         "directions in the planes of the ranges that were found, and along the range in each "
         "source's direction. A ring is a source, a cross what the winner found; a cross in a ring "

@@ -22,6 +22,7 @@ from tuner.pages.scenes import scenes
 from tuner.pages.scoreboard import scoreboard
 from tuner.pages.timeline import timeline
 from tuner.pages.trials import trials
+from tuner.suites import CHOOSERS
 
 
 def charts(text: str) -> list[dict[str, Any]]:
@@ -128,6 +129,13 @@ def test_the_overview_puts_the_winner_beside_nomp_with_intervals(tmp_path: Path)
     assert f"{difference}, GOSPA -0.200 [-0.300, -0.100] m." in text
     del suite["paired_gospa_m"]  # as an earlier version wrote it
     assert f"{difference}." in overview(material(tmp_path, record(0), evaluation=evaluation))
+    assert "On other scenes" in text
+    assert "best of many" not in text, "of one trial it is not"
+    assert "best of many" in overview(material(tmp_path, record(0), record(1)))
+    suite["scenes"] = f"8 of data/val ({CHOOSERS})"
+    assert "On the validation scenes (8 of data/val" in overview(
+        material(tmp_path, record(0), evaluation=evaluation)
+    )
 
 
 def test_scores_of_a_winner_that_ran_out_of_memory_once_are_its_own(tmp_path: Path) -> None:
