@@ -12,7 +12,8 @@ from model.network import NetworkConfig, build_network
 from model.optimizer import TrainingConfig
 from model.precision import PrecisionConfig
 from model.prediction import Prediction, SourceNetwork
-from model.shards import DataError, ShardSplit, refuse_leaks, write_shards
+from model.recording import write_shards
+from model.shards import DataError, ShardSplit, refuse_leaks
 from model.snapshot import SnapshotConfig, SnapshotNetwork
 from model.training import Trainer, TrialDiverged, train
 

@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import replace
+from glob import escape
 from pathlib import Path
 
 import numpy as np
@@ -28,8 +29,11 @@ from physics.steering import Wavefront, steering_vector
 CONVENTION_SHARE = 0.999  # of R that the sources' steering vectors explain
 _SCENES = 64  # that are looked at, evenly over a split
 _LEAST = 0.2  # of what the sources should explain beyond chance, that they have to
+_NOTHING = 0.05  # of it, where no other reading would do: what is left of hardware that is far off
 _ENOUGH = 0.45  # of it, with which nothing is said: hardware's faults leave more (tests)
+_ASSUMED = 10.0  # dB, where no SNR is known; nothing is refused or told for that alone
 _TELLS = 0.1  # share of the energy that they should explain beyond chance; less tells nothing
+_ALIKE = 0.9  # of what free symbols explain, with which those of one snapshot are all snapshots'
 _LIKELY = 0.5  # of it, at which another reading of the data is taken to be the right one
 
 
@@ -77,22 +81,18 @@ def check_agreement(split: ShardSplit, scene: SceneConfig) -> list[str]:
     """
     chosen = np.unique(np.linspace(0, len(split) - 1, _SCENES).astype(np.int64))
     scenes = split.read(chosen)
-    scenes = scenes[(scenes.n_sources > 0).nonzero().squeeze(-1)]
+    telling = (scenes.n_sources > 0) & (scenes.y != 0).any(-1).any(-1)
+    scenes = scenes[telling.nonzero().squeeze(-1)]
     if not len(scenes):
         return []
-    dead = (power(scenes.y).sum((-2, -1)) == 0).sum()
-    if dead:
-        raise DataError(
-            f"{split.folder / split.name}: y is zero in {int(dead)} of {len(scenes)} scenes with "
-            "sources that were looked at; expected what the antennas received: drop these scenes"
-        )
-    told = [*_gaps(split), *_outside(scenes, scene)]
+    told = [f"{split.name}: {note}" for note in _outside(scenes, scene)]
     of = split.array, split.wavefront
     found = _agreement(scenes, *of, scene.source_mode)
     if math.isnan(found):
         return told
     if found >= _ENOUGH:
-        if scene.source_mode == "fluctuating" and _agreement(scenes, *of, "constant") >= _LIKELY:
+        fluctuating = scene.source_mode == "fluctuating" and scene.n_snapshots > 1
+        if fluctuating and _agreement(scenes, *of, "constant") >= _ALIKE * found:
             told.append(
                 f"{split.name}: the sources' symbols are the same in all snapshots; with "
                 "scene.source_mode=constant more is found"
@@ -110,29 +110,34 @@ def check_agreement(split: ShardSplit, scene: SceneConfig) -> list[str]:
         f"they would with {likely[0]}"
         if likely
         else "check the units (radians, metres), the order of the axes, the sign of the phases, "
-        "array.wavelength, array.spacing and scene.source_mode"
+        "array.wavelength, array.spacing, scene.source_mode and the SNR that is named"
     )
     said = (
         f"{split.folder / split.name}: the sources that ptr names explain of y, beyond what those "
         f"of other scenes do, {max(0.0, found):.2f} of what they should in {len(scenes)} scenes; "
         f"{hint}"
     )
-    if found < _LEAST:
+    known = bool(torch.isfinite(scenes.snr_db).all())
+    if not known and not likely:
+        return told
+    if found < _LEAST if likely else known and found < _NOTHING:
         raise DataError(said)
     return [*told, said]
 
 
-def doubts(folder: Path, scene: SceneConfig, array: PlanarArray) -> list[str]:
-    """Why a folder's recorded scenes may be none that a network was trained for, a line each.
+def doubts(path: Path, scene: SceneConfig, array: PlanarArray) -> list[str]:
+    """Why recorded scenes may be none that a network was trained for, a line each.
 
     Args:
-        folder: of files that may be shards; only of those, which name their sources, this is known.
+        path: of a shard or a folder of them; only of those, which name their sources, it is known.
         scene: that the network was trained with.
         array: its surface.
     """
+    folder = path.absolute() if path.is_dir() else path.absolute().parent
+    which = "*.npz" if path.is_dir() else escape(path.name)
     sizes = scene.n_antennas, scene.n_snapshots, scene.max_sources
     try:
-        split = ShardSplit(folder.parent, folder.name, array, scene.wavefront, *sizes)
+        split = ShardSplit(folder.parent, folder.name, array, scene.wavefront, *sizes, which)
     except DataError:
         return []
     found = []
@@ -147,15 +152,19 @@ def doubts(folder: Path, scene: SceneConfig, array: PlanarArray) -> list[str]:
 def _agreement(scenes: Scenes, array: PlanarArray, wavefront: Wavefront, mode: SourceMode) -> float:
     """What the sources explain of y beyond chance, over what they should; NaN where nothing tells.
 
-    Where the SNR is not known they are expected to be no weaker than the noise.
+    They should explain the signal, and of the noise a part as large as their signals' span. What
+    sources of another scene explain is chance: nearly as much where all stand close together, or
+    a strong path hides the surface. An SNR that is not known is taken to be 10 dB.
     """
     own = _explained(scenes, array, wavefront, mode)
-    order = torch.arange(len(scenes)).roll(1)
+    order = torch.arange(len(scenes)).roll(len(scenes) // 2)
     strangers = replace(scenes, position=scenes.position[order], n_sources=scenes.n_sources[order])
     chance = _explained(strangers, array, wavefront, mode)
-    ratio = 10.0 ** (torch.nan_to_num(scenes.snr_db.double(), nan=0.0) / 10.0)
-    # Of the noise they explain what others do.
-    expected = (ratio / (1.0 + ratio)) * (1.0 - chance)
+    ratio = 10.0 ** (torch.nan_to_num(scenes.snr_db.double(), nan=_ASSUMED) / 10.0)
+    n_snapshots, n_antennas = scenes.y.shape[-2:]
+    n_rows = n_antennas if mode == "fluctuating" else n_antennas * n_snapshots
+    spanned = (scenes.n_sources.double() / n_rows).clamp_max(1.0)
+    expected = (ratio + spanned) / (1.0 + ratio) - chance
     if len(scenes) < 2 or float(expected.mean()) < _TELLS:
         return math.nan
     return float((own - chance).mean() / expected.mean())
@@ -201,15 +210,15 @@ def _readings(scenes: Scenes) -> Iterator[tuple[str, Scenes]]:
         yield "the axes of y exchanged: (snapshots, antennas)", replace(scenes, y=scenes.y.mT)
 
 
-def _gaps(split: ShardSplit) -> Iterator[str]:
-    """Whether a shard is missing, by the others' numbers."""
+def gaps(split: ShardSplit) -> Iterator[str]:
+    """Whether a shard is missing, by the others' numbers: a line, or none."""
     found = (re.fullmatch(r"shard_(\d+)", shard.path.stem) for shard in split.shards)
     numbers = {int(match[1]) for match in found if match}
-    missing = sorted(set(range(max(numbers, default=-1) + 1)) - numbers)
+    missing = sorted(set(range(min(numbers, default=0), max(numbers, default=0))) - numbers)
     if missing:
         names = ", ".join(f"shard_{number:03d}" for number in missing[:3])
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        yield f"{split.name}: there is no {names}{more}, and later ones are"
+        yield f"there is no {names}{more} between the others"
 
 
 def _outside(scenes: Scenes, scene: SceneConfig) -> Iterator[str]:

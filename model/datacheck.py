@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from model.agreement import check_agreement, check_convention
+from model.agreement import check_agreement, check_convention, gaps
 from model.config import TrialConfig
 from model.data import open_split, simulate_split
 from model.seeds import Split
-from model.shards import SPLITS, refuse_leaks
+from model.shards import SPLITS, ShardSplit, refuse_leaks
+from model.wording import counted
 
 
 @dataclass(frozen=True)
@@ -55,11 +57,30 @@ def check_data(config: TrialConfig) -> CheckedData:
     array = config.array.build()
     splits = [open_split(config.data, config.scene, array, name) for name in names]
     check_convention(splits)
+    notes: list[str] = []
     for split in splits:
-        for start in range(0, len(split), 256):
-            split.read(np.arange(start, min(start + 256, len(split)), dtype=np.int64))
+        notes += [f"{split.name}: {note}" for note in (*gaps(split), *_dead(split))]
     digests = refuse_leaks(splits)
-    notes = [note for split in splits for note in check_agreement(split, config.scene)]
+    notes += [note for split in splits for note in check_agreement(split, config.scene)]
     counts = ", ".join(f"{len(split)} {split.name}" for split in splits)
     said = f"shards in {folder}: {counts} scenes; no scene in two of {'/'.join(SPLITS)}"
     return CheckedData(said, notes, digests)
+
+
+def _dead(split: ShardSplit) -> Iterator[str]:
+    """Read every scene; a line where some with sources have received nothing, or none.
+
+    Raises:
+        DataError: a value that no scene can have.
+    """
+    dead: list[int] = []
+    for start in range(0, len(split), 256):
+        index = np.arange(start, min(start + 256, len(split)), dtype=np.int64)
+        scenes = split.read(index)
+        silent = (scenes.n_sources > 0) & ~(scenes.y != 0).any(-1).any(-1)
+        dead += index[silent.numpy()].tolist()
+    if dead:
+        yield (
+            f"y is zero in {len(dead)} of {counted(len(split), 'scene')} with sources, first in "
+            f"{split.where(dead[0])}: nothing is learned of those, and nothing found"
+        )

@@ -292,8 +292,7 @@ def _run(asked: argparse.Namespace) -> int:
         if asked.checkpoint is None
         else Localizer.load(asked.checkpoint, asked.device)
     )
-    where = asked.snapshots if asked.snapshots.is_dir() else asked.snapshots.absolute().parent
-    for doubt in doubts(where, localizer.config.scene, localizer.array):
+    for doubt in doubts(asked.snapshots, localizer.config.scene, localizer.array):
         print(f"warning: not what this network was trained for: {doubt}", file=sys.stderr)
     scenes: list[dict[str, Any]] = []
     for measurement in measurements(asked.snapshots):

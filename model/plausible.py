@@ -43,7 +43,7 @@ def array_notes(array: PlanarArray, scene: SceneConfig) -> list[str]:
     if scene.wavefront != "planar" and scene.range_m[0] > far:
         notes.append(
             f"array: at {scene.range_m[0]:g} m and farther (scene.range_m) waves are plane to a "
-            f"surface {aperture:.3g} m across, whose near field ends at {far:.3g} m: no range can "
-            "be told; is all in metres?"
+            f"surface {aperture:.3g} m across, whose near field ends at {far:.3g} m: hardly any "
+            "range can be told; is all in metres?"
         )
     return notes

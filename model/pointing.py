@@ -52,7 +52,8 @@ class SharedCells:
     def log_density(self, source: Tensor, extent: Extent) -> Tensor:
         """Log density (B, r) at the sources (B, r) int64, less that of a source anywhere [nat].
 
-        Within a cell a source is anywhere.
+        Within a cell a source is anywhere. It is a density nearly: cells overlap, and what a source
+        has of each is not the cell's volume.
         """
         relative = self.prediction.log_pointer - torch.log(self.share)
         return (self._wanted(source) * relative).sum(-1)

@@ -33,10 +33,7 @@ from numpy.lib import format as npy_format
 from numpy.typing import NDArray
 from torch import Tensor
 
-from model.faults import Sizes, first_fault
-from model.files import replacing
 from model.wording import counted, in_one_line
-from physics.covariance import LowRankCovariance, sample_covariance
 from physics.geometry import PlanarArray
 from physics.scene import Scenes
 from physics.steering import Wavefront, steering_vector
@@ -146,6 +143,7 @@ class ShardSplit:
         n_antennas: M that the configuration expects.
         n_snapshots: L that it expects.
         max_sources: K that a scene may hold.
+        which: of the folder's files.
 
     Raises:
         DataError: a missing folder, or a shard that is damaged, foreign or of other sizes.
@@ -158,6 +156,7 @@ class ShardSplit:
     n_antennas: int
     n_snapshots: int
     max_sources: int
+    which: str = "*.npz"
     shards: list[Shard] = field(init=False)
     _power: NDArray[np.float32] = field(init=False)
 
@@ -169,7 +168,7 @@ class ShardSplit:
             raise DataError(
                 f"{split}: no such folder; expected shards such as {self.name}/shard_000.npz"
             )
-        paths = sorted(split.glob("*.npz"))
+        paths = sorted(split.glob(self.which))
         if not paths:
             raise DataError(f"{split}: holds no .npz shard; expected {self.name}/shard_000.npz")
         self.shards = [self._open(path) for path in paths]
@@ -322,8 +321,7 @@ class ShardSplit:
         known = ~np.isnan(self._power[indices]).any(1)
         if not known.all():
             todo = torch.from_numpy(~known)
-            # A few rows of R determine the K powers; the whole would be 166 kB a scene.
-            few = np.linspace(0, self.array.size - 1, min(self.array.size, _ROWS), dtype=np.int64)
+            few = _few_rows(self.array.size)
             rows = self._gather("R", indices[~known], few)
             self._check_finite("R", rows, indices[~known])
             a = self.steering(position[todo]) * present[todo].unsqueeze(-1)  # (B, K, N)
@@ -377,6 +375,20 @@ class ShardSplit:
                     order = np.lexsort(sources)
                     yield start + row, "set of sources", _digest(sources[:, order])
 
+    def beside(self) -> Iterator[bytes]:
+        """What is read of each scene beside y and ptr: channel, codes, SNR, rows of R."""
+        few = _few_rows(self.array.size)
+        for _, shard in self.starts():
+            parts = [shard.arrays[key] for key in ("H_full", "codes", "snr")]
+            for row in range(len(shard)):
+                for part in (*(array[row] for array in parts), shard.arrays["R"][row][few]):
+                    yield np.ascontiguousarray(part, "<f4").tobytes()
+
+
+def _few_rows(n_elements: int) -> NDArray[np.int64]:
+    """Rows of R that determine the K powers; the whole would be 166 kB a scene."""
+    return np.linspace(0, n_elements - 1, min(n_elements, _ROWS), dtype=np.int64)
+
 
 def _digest(row: NDArray[np.generic]) -> bytes:
     return hashlib.blake2b(np.ascontiguousarray(row, "<f4").tobytes(), digest_size=16).digest()
@@ -390,7 +402,7 @@ def refuse_leaks(splits: list[ShardSplit]) -> dict[str, str]:
     """Refuse a scene that stands in two splits.
 
     Returns:
-        A digest of each split's scenes, in their order, by its name.
+        A digest of all that is read of each split's scenes, in their order, by its name.
 
     Raises:
         DataError: naming both places.
@@ -407,88 +419,7 @@ def refuse_leaks(splits: list[ShardSplit]) -> dict[str, str]:
                     f"leak between splits: {split.where(index)} has the same {what} as "
                     f"{other.where(first)}; a scene may stand in one split only"
                 )
+        for part in split.beside():
+            whole.update(part)
         digests[split.name] = whole.hexdigest()
     return digests
-
-
-def write_shards(
-    folder: Path,
-    name: str,
-    scenes: Scenes,
-    array: PlanarArray,
-    wavefront: Wavefront,
-    *,
-    shard_size: int = 1000,
-) -> list[Path]:
-    """Write scenes as shards in the origin's format.
-
-    Args:
-        folder: data folder; the split's folder is made in it.
-        name: ``train``, ``val`` or ``test``.
-        scenes: what to write.
-        array: the surface of the true covariance R.
-        wavefront: its steering model.
-        shard_size: scenes in a file.
-
-    Returns:
-        The files written.
-
-    Raises:
-        ValueError: an unknown split, a shard size below 1, or scenes of which a tensor has another
-            shape or kind, or holds what no scene can: nothing is written then.
-        FileExistsError: the split already holds shards.
-    """
-    if name not in SPLITS:
-        raise ValueError(f"split {name!r} unknown; choose from {SPLITS}")
-    if shard_size < 1:
-        raise ValueError(f"shard_size is {shard_size}; at least 1 needed")
-    _check(scenes, array)
-    split = folder / name
-    split.mkdir(parents=True, exist_ok=True)
-    if any(split.glob("*.npz")):
-        raise FileExistsError(f"{split} already holds shards; write to an empty folder")
-    paths = []
-    for number, start in enumerate(range(0, len(scenes), shard_size)):
-        part = scenes[slice(start, start + shard_size)].to("cpu")
-        points = torch.where(part.present.unsqueeze(-1), part.position, 0.0)
-        path = split / f"shard_{number:03d}.npz"
-        with replacing(path) as fresh, fresh.open("wb") as stream:
-            np.savez(
-                stream,
-                y=_pairs(part.y * GAIN),
-                H=_pairs(part.codes @ part.H.mT),
-                H_full=_pairs(part.H),
-                codes=_pairs(part.codes),
-                ptr=points.mT.flatten(1).float().numpy(),
-                K=part.n_sources.to(torch.int32).numpy(),
-                snr=part.snr_db.float().numpy(),
-                R=_pairs(_dense(part.covariance(array, wavefront), part)),
-                R_samp=_pairs(sample_covariance(part.y, part.H, part.codes).dense()),
-            )
-        paths.append(path)
-    return paths
-
-
-def _check(scenes: Scenes, array: PlanarArray) -> None:
-    """Raise ValueError where scenes cannot be, saying what is wrong with them."""
-    if scenes.y.ndim != 3 or scenes.position.ndim != 3:
-        raise ValueError(
-            f"write_shards got y of shape {tuple(scenes.y.shape)} and position of shape "
-            f"{tuple(scenes.position.shape)}; expected (B, L, M) and (B, K, 3)"
-        )
-    n_scenes, n_snapshots, n_antennas = scenes.y.shape
-    sizes = Sizes(n_scenes, n_snapshots, n_antennas, array.size, scenes.position.shape[1])
-    fault = first_fault(scenes, sizes)
-    if fault is not None:
-        raise ValueError(
-            f"write_shards got {fault}; (B, L, M, N, K) are {tuple(sizes)} of y, array and position"
-        )
-
-
-def _dense(covariance: LowRankCovariance, scenes: Scenes) -> Tensor:
-    """R (n, N, N), zero for scenes without sources, as the format has it."""
-    return covariance.dense() * (scenes.n_sources > 0)[:, None, None]
-
-
-def _pairs(value: Tensor) -> NDArray[np.float32]:
-    return torch.view_as_real(value.resolve_conj().to(torch.complex64)).numpy()

@@ -26,7 +26,8 @@ from physics.scaling import divide, divisor, peak, power
 from physics.scene import SceneConfig, SourceMode
 from physics.spectrum import PolarGrid
 
-_CHUNK = 64  # scenes at a time; their response matrices take some 20 MB
+_CHUNK = 64  # scenes at a time, at most
+_BYTES = 2**28  # that their candidates' signals may take
 
 
 class PursuitConfig(FrozenModel):
@@ -128,8 +129,10 @@ class Search:
             here = torch.where(initial.present.unsqueeze(-1), initial.position, 0.0)
             check_finite("initial.position", here)
         level = None if snr_db is None else self._level(snr_db)
-        for start in range(0, n_scenes, _CHUNK):
-            index = slice(start, start + _CHUNK)
+        each = self.config.candidates * self.n_rows * self.y.element_size()
+        chunk = max(1, min(_CHUNK, _BYTES // each))
+        for start in range(0, n_scenes, chunk):
+            index = slice(start, start + chunk)
             y, H, codes = (
                 divide(t[index], s[index, None, None])
                 for t, s in zip((self.y, self.H, self.codes), self.scales, strict=True)

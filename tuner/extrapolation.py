@@ -19,6 +19,8 @@ import numpy as np
 from optuna.trial import FrozenTrial, TrialState
 from scipy.special import stdtr
 
+from tuner.records import REPEATS
+
 _SLOPES = (0.2, 1.0)  # of the line: differences may shrink towards the end, not turn round or grow
 _RIDGE = 0.01  # of the variance: few points that stand alike are no slope
 _FEWEST = 3  # trials that make a line; with fewer, differences are taken as they are
@@ -29,7 +31,7 @@ def with_expected_ends(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
     """The trials, with those that have not finished completed by the end that is expected of them.
 
     Of those that failed it is the worst of the finished ones: a model that knew nothing of them
-    would propose the same again.
+    would propose the same again. Repetitions have what they repeat has.
 
     Args:
         trials: of one objective that is minimised, which reports its best value so far by epoch.
@@ -40,9 +42,10 @@ def with_expected_ends(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
     """
     ends = expected_ends(trials)
     reached = [float(t.values[0]) for t in trials if t.state == TrialState.COMPLETE]
-    failed = [t.number for t in trials if t.state == TrialState.FAIL and t.params]
-    if reached:
-        ends |= dict.fromkeys(failed, max(reached))
+    for trial in trials if reached else ():
+        if trial.state == TrialState.FAIL and trial.params:
+            twin = int(trial.user_attrs.get(REPEATS, -1))  # of one that was not run
+            ends[trial.number] = ends.get(twin, max(reached))
     found = []
     for trial in trials:
         if trial.number in ends and trial.state != TrialState.COMPLETE:

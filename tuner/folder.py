@@ -159,7 +159,8 @@ class RunFolder:
         known, its = _identity_in(path)
         if known and its == inode:
             return known
-        known = f"{self.path.name}-{uuid.uuid4().hex[:8]}"
+        earlier = known and not its.isdecimal()  # a version that knew a folder by its place
+        known = f"{self.path.name}-{known if earlier else uuid.uuid4().hex[:8]}"
         write_text(path, f"{known}\n{inode}\n")
         return known
 

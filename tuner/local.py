@@ -126,8 +126,9 @@ def _run_epochs(
         kept.spare()
     elif run.epoch:
         kept.follow(trial.checkpoint)
-        if ledger.should_prune(number):  # which a driver that died may not have come to ask
-            _end(ledger, progress, number, "pruned", reason=f"stopped after epoch {run.epoch}")
+        held = ledger.trial(number).epochs.get(run.epoch)
+        # What a driver that died may not have come to ask.
+        if held is not None and _is_stopped(ledger, progress, number, run.epoch, held["objective"]):
             return
     while True:
         result = run.step()
@@ -145,11 +146,7 @@ def _run_epochs(
         if finished:
             _end(ledger, progress, number, "done", objective=result["objective"])
             return
-        pruned = ledger.should_prune(number)  # a pruner takes note of whom it is asked about
-        reason = ledger.hopeless(result["epoch"], result["objective"])
-        if pruned or reason is not None:
-            reason = reason or f"stopped after epoch {result['epoch']}"
-            _end(ledger, progress, number, "pruned", reason=reason)
+        if _is_stopped(ledger, progress, number, result["epoch"], result["objective"]):
             return
         if trial.until is not None and result["epoch"] >= trial.until:
             ledger.hand_back(number)
@@ -157,6 +154,19 @@ def _run_epochs(
             return
         if stop():
             return
+
+
+def _is_stopped(
+    ledger: Ledger, progress: Watcher, number: int, epoch: int, objective: float
+) -> bool:
+    """Whether a trial ends after an epoch, by the scheduler's rule or for want of a chance."""
+    pruned = ledger.should_prune(number)  # a pruner takes note of whom it is asked about
+    reason = ledger.hopeless(epoch, objective)
+    if not pruned and reason is None:
+        return False
+    reason = reason or f"stopped after epoch {epoch}"
+    _end(ledger, progress, number, "pruned", reason=reason)
+    return True
 
 
 def _end(ledger: Ledger, progress: Watcher, number: int, state: End, **details: Any) -> None:

@@ -6,6 +6,7 @@ takes the best of those that wait among the best of a rung, one in `reduction_fa
 highest rung down; where nobody is, a new trial begins. Nobody is stopped for good while it may
 come to be among the best, and nobody goes on for having come first. Who may not any more, whatever
 those that are still to come will reach, ends: of N trials some N / `reduction_factor` wait at most.
+A few are spared until somebody has finished, as those in the lead may fail.
 
 To whoever runs it, a trial that waits is one that was cut and goes on from its checkpoint. What is
 decided follows from the ledger alone. When all trials have begun and none goes on by this rule, the
@@ -30,6 +31,7 @@ from tuner.records import Assignment, TrialRecord
 from tuner.rungs import rungs_of
 from tuner.turns import TurnsLedger
 
+SPARE = 3  # trials that wait beside those who are wanted, until these have finished
 _SLOWER = 1.2  # than its epochs so far a trial may become before it finishes too late
 
 
@@ -108,8 +110,9 @@ class PausingLedger(TurnsLedger):
     def _pressing(self, own: Sequence[_Trial], reached: int) -> _Trial | None:
         """Who goes on at once, as the study's time would be too short for it later, or None.
 
-        As many of the foremost as are wanted, while too few have finished: a study whose time ends
-        has winners, where its time is enough for one.
+        As many of the foremost that can finish in time as are wanted, while too few have finished.
+        It goes by the slowest trial so far; a study whose epochs take as long as each other, or
+        nearly, has a winner when its time ends, where its time is enough for one.
 
         Args:
             own: the study's trials.
@@ -119,12 +122,22 @@ class PausingLedger(TurnsLedger):
         wanted = self._wanted - sum(trial.state == TrialState.COMPLETE for trial in own)
         if budget is None or wanted <= 0:
             return None
+        begun = [t for t in own if t.reached]
+        spent = {t.number: self.trial(t.number).seconds or 0.0 for t in begun}
+        trained = sum(spent.values())
+        if not trained:
+            return None
+        # What a stretch takes beside its epochs; trials side by side share the study's time.
+        lanes = 1 + len(self._handed_out)
+        slower = _SLOWER * max(1.0, self.seconds * lanes / trained)
+        pace = {t.number: slower * spent[t.number] / t.reached for t in begun}
         left, stretch = budget - self.seconds, (self._until(reached) or epochs) - reached
-        begun = [t for t in own if t.state == TrialState.RUNNING and t.reached]
-        for trial in sorted(begun, key=_by_rung)[:wanted]:
-            pace = _SLOWER * (self.trial(trial.number).seconds or 0.0) / trial.reached
-            needed = (epochs - trial.reached) * pace
-            if self._is_free(trial) and needed <= left < needed + stretch * pace:
+        elsewhere = stretch * max(pace.values())  # before this is asked again
+        running = sorted((t for t in begun if t.state == TrialState.RUNNING), key=_by_rung)
+        needed = {t.number: (epochs - t.reached) * pace[t.number] for t in running}
+        able = [t for t in running if needed[t.number] <= left]
+        for trial in able[:wanted]:
+            if self._is_free(trial) and left < needed[trial.number] + elsewhere:
                 return trial
         return None
 
@@ -136,7 +149,8 @@ class PausingLedger(TurnsLedger):
     def _outdone(self, rung: int, own: Sequence[_Trial], new: int) -> Iterator[_Trial]:
         """Who waits at a rung and will not be among its best, whoever comes there yet.
 
-        Nor among the foremost: as many as are wanted have stood better here and may finish.
+        Nor among the foremost: as many as are wanted have stood better here and may finish, and
+        until they have a few more, in whose place others would fail.
 
         Args:
             rung: an epoch.
@@ -146,10 +160,12 @@ class PausingLedger(TurnsLedger):
         there = _at(rung, own)
         coming = new + sum(t.state == TrialState.RUNNING and t.reached < rung for t in own)
         most = (len(there) + coming) // self.config.search.reduction_factor
+        done = sum(t.state == TrialState.COMPLETE for t in own)
+        enough = self._wanted + (SPARE if done < self._wanted else 0)
         sound = 0  # of the better ones
         for rank, trial in enumerate(there):
             waits = trial.reached == rung and self._is_free(trial) and not trial.is_over
-            if waits and rank >= most and sound >= self._wanted:
+            if waits and rank >= most and sound >= enough:
                 yield trial
             sound += trial.state in (TrialState.RUNNING, TrialState.COMPLETE)
 

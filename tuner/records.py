@@ -33,6 +33,7 @@ _STATES: dict[TrialState, State] = {
     TrialState.FAIL: "failed",
 }
 REPORTED = "reported_at"  # beside an epoch's metrics: when they came
+REPEATS = "duplicate_of"  # attribute of a proposal that was not run: the trial that it repeats
 HEIR = "heir"  # attribute of a trial that began with the weights of another
 
 
@@ -187,7 +188,7 @@ def ranked(
 
 def is_repetition(frozen: FrozenTrial) -> bool:
     """Whether it was proposed and not run, since another has had its parameters."""
-    return "duplicate_of" in frozen.user_attrs
+    return REPEATS in frozen.user_attrs
 
 
 def is_foreign(frozen: FrozenTrial) -> bool:

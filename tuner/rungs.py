@@ -42,7 +42,7 @@ def epochs_in_all(search: SearchConfig, epochs: int) -> int | None:
 
 
 def most_waiting(search: SearchConfig) -> int:
-    """How many trials wait at rungs at a time where they pause there, at most and about."""
+    """How many trials wait at rungs at a time where they pause there, about and at most."""
     there = int(min(search.trials, n_points(search.space)))
     return max(there // search.reduction_factor, min(there, max(1, search.promote)))
 

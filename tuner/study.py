@@ -38,6 +38,7 @@ from tuner.owned import OwnedStorage
 from tuner.pruners import make_pruner
 from tuner.records import (
     HEIR,
+    REPEATS,
     REPORTED,
     Assignment,
     End,
@@ -188,7 +189,7 @@ class Ledger:
 
     def _reject(self, number: int, twin: int) -> None:
         """End a trial that repeats another."""
-        self._storage.set_trial_user_attr(self._id(number), "duplicate_of", twin)
+        self._storage.set_trial_user_attr(self._id(number), REPEATS, twin)
         self._study.tell(number, state=TrialState.FAIL)
         logger.info("proposal %d repeats trial %d: not run", number, twin)
 

@@ -137,7 +137,7 @@ def test_batches_pick_and_join_their_candidates(tmp_path: Path) -> None:
 
 
 def test_shards_find_candidates_once_and_hand_them_to_shuffled_scenes(tmp_path: Path) -> None:
-    from model.shards import write_shards
+    from model.recording import write_shards
 
     scene = CONFIG.scene.model_copy(update={"wavefront": "paraxial"})
     for split, n, seed in (("train", 9, 1), ("val", 4, 2)):

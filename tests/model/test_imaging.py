@@ -17,7 +17,7 @@ from model.data import Batch, open_source
 from model.features import compute_features, compute_spectra
 from model.front_end import Chunks, Images
 from model.network import build_network
-from model.shards import write_shards
+from model.recording import write_shards
 from model.training import Trainer
 from physics import simulate
 from tests.model.support import files, run

@@ -18,7 +18,8 @@ from scipy.stats import chi2
 
 from model.localizer import Localizer, Source
 from model.locate import described, main, measurements
-from model.shards import DataError, write_shards
+from model.recording import write_shards
+from model.shards import DataError
 from physics import PlanarArray, Scenes, simulate
 from physics.geometry import from_cartesian, to_cartesian
 

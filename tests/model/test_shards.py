@@ -17,7 +17,8 @@ from model import Trainer
 from model.agreement import check_convention
 from model.data import Batch
 from model.datacheck import check_data
-from model.shards import DataError, ShardSplit, open_npz, refuse_leaks, write_shards
+from model.recording import write_shards
+from model.shards import DataError, ShardSplit, open_npz, refuse_leaks
 from physics import LowRankCovariance, Scenes, nmse, simulate, tikhonov_solve
 from physics.tikhonov import is_unit_modulus
 from tests.tiny import TINY_CANDIDATE, tiny_config
@@ -477,3 +478,53 @@ def test_numpy_arrays_are_written_as_tensors_are(tmp_path: Path) -> None:
         for name, given in (("tensors", scenes), ("arrays", arrays))
     ]
     assert paths[0].read_bytes() == paths[1].read_bytes()
+
+
+def test_arrays_of_any_precision_are_written_in_single(tmp_path: Path) -> None:
+    scenes = simulate(8, CONFIG.scene, ARRAY, generator=torch.Generator().manual_seed(1))
+    mixed = replace(
+        scenes,
+        codes=scenes.codes.to(torch.complex128),
+        position=scenes.position.double(),
+        n_sources=scenes.n_sources.to(torch.uint8),
+    )
+    one, two = (
+        write_shards(tmp_path / name, "val", given, ARRAY, "spherical")[0].read_bytes()
+        for name, given in (("single", scenes), ("mixed", mixed))
+    )
+    assert one == two
+    with pytest.raises(ValueError, match="y with NaN or Inf in 8 of 8"):
+        write_shards(tmp_path, "val", replace(scenes, y=scenes.y * 1e37), ARRAY, "spherical")
+    assert not (tmp_path / "val").exists()
+
+
+def test_a_splits_digest_is_of_all_that_is_read(tmp_path: Path) -> None:
+    scenes = simulate(8, CONFIG.scene, ARRAY, generator=torch.Generator().manual_seed(1))
+    changes: dict[str, dict[str, Any]] = {
+        "same": {},
+        "H": {"H": scenes.H.flip(1)},
+        "codes": {"codes": scenes.codes.conj().resolve_conj()},
+        "snr": {"snr_db": torch.full((8,), math.nan)},
+        "power": {"power": scenes.power * torch.tensor([1.0, 5.0])},
+        "y": {"y": scenes.y.flip(0)},
+    }
+    digests = {}
+    for name, change in changes.items():
+        write_shards(tmp_path / name, "val", replace(scenes, **change), ARRAY, "spherical")
+        split = ShardSplit(tmp_path / name, "val", ARRAY, "spherical", 4, 4, 2)
+        digests[name] = refuse_leaks([split])["val"]
+    write_shards(tmp_path / "again", "val", scenes, ARRAY, "spherical", shard_size=3)
+    again = ShardSplit(tmp_path / "again", "val", ARRAY, "spherical", 4, 4, 2)
+    assert refuse_leaks([again])["val"] == digests["same"], "in whatever files they lie"
+    assert len(set(digests.values())) == len(digests)
+
+
+def test_dead_recordings_are_told(tmp_path: Path) -> None:
+    for name, seed in (("train", 1), ("val", 2)):
+        scenes = simulate(24, CONFIG.scene, ARRAY, generator=torch.Generator().manual_seed(seed))
+        silent = scenes.n_sources * (torch.arange(24) == 5) > 0
+        y = scenes.y.masked_fill(silent[:, None, None], 0.0) * 1e-30
+        write_shards(tmp_path, name, replace(scenes, y=y), ARRAY, "paraxial")
+    notes = check_data(config_for(tmp_path)).notes
+    assert [note for note in notes if "y is zero in 1 of 24 scenes with sources" in note]
+    assert any("shard_000.npz scene 5" in note for note in notes)

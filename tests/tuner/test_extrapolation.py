@@ -14,6 +14,7 @@ from scipy.stats import t as student
 
 from tests.tuner.support import tiny_study
 from tuner.extrapolation import Finished, expected_ends, with_expected_ends
+from tuner.records import REPEATS
 from tuner.study import Ledger
 
 SPACE = FloatDistribution(0.0, 1.0)
@@ -125,6 +126,14 @@ def test_a_sampler_sees_them_as_finished_and_the_study_does_not() -> None:
     assert seen[3].values == [0.5], "the worst that has finished"
     assert with_expected_ends(trials[3:4]) == trials[3:4], "nobody has"
     assert trials[0].values is None
+
+
+def test_a_repetition_is_worth_what_it_repeats() -> None:
+    repeated = [trial(n, [], TrialState.FAIL) for n in (3, 4)]
+    for one, twin in zip(repeated, (0, 2), strict=True):
+        one.set_user_attr(REPEATS, twin)
+    trials = [done(0, 0.3), done(1, 0.9), trial(2, [], TrialState.FAIL), *repeated]
+    assert [t.values for t in with_expected_ends(trials)] == [[0.3], [0.9], [0.9], [0.3], [0.9]]
 
 
 @pytest.mark.parametrize("n", [3, 5, 40])

@@ -144,13 +144,15 @@ def test_other_pruners_stop_what_is_worse_and_never_what_wins(
     assert json.loads((tmp_path / "run" / "best.json").read_text())["trial"] == 0
 
 
+@pytest.mark.parametrize("least_chance", [0.0, 0.3])
 def test_a_driver_that_died_before_it_judged_an_epoch_judges_it_first(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, least_chance: float
 ) -> None:
     """After every epoch in turn: the study ends as one whose driver lived."""
     monkeypatch.setattr("tuner.local.TrialRun", FakeRun)
     changes = {
-        "trials": 6, "grace_epochs": 1, "reduction_factor": 2, "sampler": "random",
+        "trials": 8, "grace_epochs": 1, "reduction_factor": 2, "sampler": "random",
+        "least_chance": least_chance, "scheduler": "none" if least_chance else "asha",
         "space": {"blend.beta": {"type": "float", "low": 0.0, "high": 0.6}},
     }  # fmt: skip
     study = tiny_study(tmp_path, search=changes, training={"epochs": 4})
@@ -164,6 +166,7 @@ def test_a_driver_that_died_before_it_judged_an_epoch_judges_it_first(
         pass
 
     whole, prune, met = go(InMemoryStorage(), "whole"), Ledger.should_prune, 0
+    assert any(state == "pruned" for _, state, _, _ in whole)
     for at in range(sum(len(curve) for _, _, curve, _ in whole)):
         storage, left = InMemoryStorage(), [at]
 
