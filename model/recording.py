@@ -99,7 +99,7 @@ def _checked(scenes: Scenes, array: PlanarArray) -> Scenes:
         )
     n_scenes, n_snapshots, n_antennas = scenes.y.shape
     sizes = Sizes(n_scenes, n_snapshots, n_antennas, array.size, scenes.position.shape[1])
-    fault = first_fault(scenes, sizes) or first_fault(replace(scenes, y=scenes.y * GAIN), sizes)
+    fault = first_fault(replace(scenes, y=scenes.y * GAIN), sizes)
     if fault is not None:
         raise ValueError(
             f"write_shards got {fault}; (B, L, M, N, K) are {tuple(sizes)} of y, array and position"
