@@ -176,21 +176,32 @@ class StudyView:
         search = " and candidates" if self._study.network.front_end else ""
         return f"first epoch{search}: {waited}"
 
-    def _foot(self, options: ConsoleOptions, *, bars: bool) -> list[Table | Text]:
-        search = self._study.search
+    def line(self) -> str:
+        """All of it in one line: how many have ended, how far it is and what is left."""
+        n_ended, planned, words = self._ended()
+        found = self._candidates()
+        candidates = [f"candidates of {found[0]:,} of {found[1]:,} scenes"] if found else []
+        return "; ".join(
+            [f"{n_ended} of {planned} ended: {words}", *candidates, *self._told(bars=False)]
+        )
+
+    def _ended(self) -> tuple[int, int, str]:
+        """How many trials have ended, of how many, and all by their states in words."""
         counts = count_states(self._rows)
         n_ended = sum(count for state, count in counts.items() if state != "running")
         n_waiting = sum(row.state == "running" and row.waits for row in self._rows)
         told = {state: f"{count} {state}" for state, count in counts.items()}
         if n_waiting:
             told["running"] += f" ({n_waiting} of them waiting)"
-        words = ", ".join(told.values())
+        planned = self._study.search.planned_trials(self._study.training.epochs)
+        return n_ended, planned, ", ".join(told.values())
+
+    def _foot(self, options: ConsoleOptions, *, bars: bool) -> list[Table | Text]:
+        n_ended, planned, words = self._ended()
         head = Table.grid(padding=(0, 1))
         name = Text(self._study.name, style="bold")
-        planned = search.planned_trials(self._study.training.epochs)
         bar = ProgressBar(total=planned, completed=n_ended, width=20)
         head.add_row(name, *([bar] if bars else []), f"{n_ended} of {planned} ended: {words}")
-        parts: list[str] = []
         found = self._candidates()
         if found:
             head.add_row(
@@ -198,6 +209,12 @@ class StudyView:
                 *([ProgressBar(total=found[1], completed=found[0], width=20)] if bars else []),
                 f"{found[0]:,} of {found[1]:,} scenes",
             )
+        told = "; ".join(self._told(bars=bars))
+        return [head, Text(told, style="bold", overflow="fold", no_wrap=False)]
+
+    def _told(self, *, bars: bool) -> list[str]:
+        """The best so far, the pace, and how long it takes."""
+        parts: list[str] = []
         if self._ranked:
             trend = _best_so_far(self._ranked)
             falling = bars and trend[-1] < trend[0]
@@ -217,7 +234,7 @@ class StudyView:
         left = self._left()
         if left:
             parts.append(f"{about(left)} left")
-        return [head, Text("; ".join(parts), style="bold", overflow="fold", no_wrap=False)]
+        return parts
 
     def _candidates(self) -> tuple[int, int] | None:
         """Of how many scenes candidates were found, as long as no trial has had an epoch."""

@@ -18,12 +18,14 @@ from tuner.liveview import StudyView, count_states, ranked, short
 from tuner.records import Assignment, State, TrialRecord
 from tuner.retries import halved_note
 from tuner.rows import TrialRow, note_of
-from tuner.waiting import Advance, counting, waiting
+from tuner.waiting import Advance, counting, reminding, waiting
 from tuner.watchers import Watcher
 
 logger = logging.getLogger("tuner")
 
 Verbosity = Literal["quiet", "normal", "verbose"]
+
+_SILENCE = 30.0  # seconds after which a pipe is told how far it is
 
 
 class _LogFile(logging.FileHandler):
@@ -95,6 +97,7 @@ class Progress(Watcher):
         self._console = Console(file=stream or sys.stdout, highlight=False, soft_wrap=True)
         self._rows = {t.number: TrialRow.of(t) for t in history}
         self._introduced: set[int] = set()  # trials whose parameters have been said
+        self._spoken = time.monotonic()  # when the user heard of a trial last
         for row in self._rows.values():
             if row.state == "running":  # nobody is at work yet
                 row.wait()
@@ -133,10 +136,14 @@ class Progress(Watcher):
 
     @contextmanager
     def shown(self) -> Iterator[None]:
-        """Draw the live table while the trials run (on a terminal)."""
+        """Draw the live table while trials run; on no terminal say how far it is, now and then."""
         with self._log_shown():
             if not self.is_live:
-                yield
+                if self._verbosity == "quiet":
+                    yield
+                    return
+                with reminding(self._remind, lambda: time.monotonic() - self._spoken, _SILENCE):
+                    yield
                 return
             with Live(get_renderable=self._draw, console=self._console, refresh_per_second=2):
                 yield
@@ -242,10 +249,19 @@ class Progress(Watcher):
             "verbose": True,
         }
         if wanted[self._verbosity]:
-            self._console.print(f"{self._noun} {number:04d} {text}", markup=False)
-            self._console.file.flush()
+            self._print(f"{self._noun} {number:04d} {text}")
+
+    def _print(self, text: str) -> None:
+        self._spoken = time.monotonic()
+        self._console.print(text, markup=False)
+        self._console.file.flush()
+
+    def _remind(self) -> None:
+        """Say how far it is, in a thread of its own."""
+        if any(row.state == "running" and not row.waits for row in list(self._rows.values())):
+            self._print(self._draw().line())
 
     def _draw(self) -> StudyView:
-        # Called by the thread that draws; events come in another one.
+        # Called by a thread that draws or reminds; events come in another one.
         rows = [row.still() for row in list(self._rows.values())]
         return StudyView(self._study, rows, self._clock())

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from rich.console import Console
 from rich.progress import (
@@ -18,6 +19,7 @@ from rich.progress import (
 )
 
 PATIENCE = 2.0  # seconds of silence that nobody minds
+SILENCE = 10.0  # seconds after which a pipe is told how far it is
 
 Advance = Callable[[str, int, int], None]
 
@@ -47,11 +49,22 @@ def waiting(text: str, *, quiet: bool = False, console: Console | None = None) -
 def counting(*, quiet: bool = False, console: Console | None = None) -> Iterator[Advance]:
     """Yield a function that is told what is done, how much of it and of how much, and draws a bar.
 
-    In a file or pipe nothing is drawn: who uses it says what is done.
+    A file or pipe gets a line where ten seconds have gone by without one.
     """
     console = console or Console(highlight=False)
-    if quiet or not console.is_terminal or console.is_dumb_terminal:
+    if quiet:
         yield lambda text, done, total: None
+        return
+    if not console.is_terminal or console.is_dumb_terminal:
+        told = time.monotonic()
+
+        def tell(text: str, done: int, total: int) -> None:
+            nonlocal told
+            if done < total and time.monotonic() - told >= SILENCE:
+                told = time.monotonic()
+                _line(console, f"{text}: {done} of {total}")
+
+        yield tell
         return
     columns = (
         SpinnerColumn(),
@@ -70,6 +83,37 @@ def counting(*, quiet: bool = False, console: Console | None = None) -> Iterator
             progress.update(task, completed=done, total=total)
 
         yield advance
+
+
+@contextmanager
+def reminding(
+    say: Callable[[], object], silent: Callable[[], float], after: float
+) -> Iterator[None]:
+    """Call `say` from another thread whenever the user has heard nothing for so long.
+
+    Args:
+        say: says something, or nothing where there is nothing to say.
+        silent: how long the user has heard nothing [s].
+        after: what is too long [s].
+    """
+    over = threading.Event()
+
+    def remind() -> None:
+        pause = after
+        while not over.wait(pause):
+            pause = after - silent()
+            if pause <= 0.0:
+                with suppress(OSError):  # nobody listens; who works finds that out by himself
+                    say()
+                pause = after
+
+    thread = threading.Thread(target=remind, name="reminder", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 def _line(console: Console, text: str) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import logging
 import re
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from rich.console import Console
 
 from tests.tuner.support import tiny_study
+from tuner import telemetry
 from tuner.records import Assignment
 from tuner.telemetry import Progress, logging_to
 
@@ -65,6 +67,32 @@ def test_a_pipe_is_told_who_waits_and_a_trials_parameters_once(tmp_path: Path) -
     again = io.StringIO()
     Progress(tiny_study(tmp_path), [], again).started(replace(begin, epoch=1, checkpoint="there"))
     assert "goes on after epoch 1: training.learning_rate=0.001" in again.getvalue()
+
+
+def test_a_pipe_is_reminded_of_trials_that_say_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(telemetry, "_SILENCE", 0.2)
+    study = tiny_study(tmp_path)
+    stream, unheard = io.StringIO(), io.StringIO()
+    progress = Progress(study, [], stream, clock=lambda: 75.0)
+    quiet = Progress(study, [], unheard, verbosity="quiet")
+    with progress.shown(), quiet.shown():
+        time.sleep(0.3)
+        assert stream.getvalue() == "", "nobody is at work"
+        begin = Assignment(0, {"training.learning_rate": 1e-3}, seed=0)
+        for each in (progress, quiet):
+            each.started(begin)
+        time.sleep(0.5)
+        progress.handed_back(0)
+        n_lines = len(stream.getvalue().splitlines())
+        time.sleep(0.5)
+    first, reminder, *_ = stream.getvalue().splitlines()
+    assert "trial 0000 starts" in first
+    ended = f"0 of {study.search.trials} ended: 1 running, 0 done, 0 pruned, 0 failed"
+    assert reminder.startswith(f"{ended}; running for 1m15s")
+    assert len(stream.getvalue().splitlines()) == n_lines, "who waits is no news"
+    assert unheard.getvalue() == ""
 
 
 @pytest.mark.parametrize("columns", [80, 160])

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from tuner import waiting
-from tuner.waiting import counting
+from tuner.waiting import counting, reminding
 
 
 class Terminal(io.StringIO):
@@ -64,3 +64,52 @@ def test_a_bar_counts_one_thing_after_another(monkeypatch: pytest.MonkeyPatch) -
     with counting(console=Console(file=piped)) as advance:
         advance("network", 1, 2)
     assert piped.getvalue() == ""
+
+
+def test_a_pipe_hears_of_a_long_count_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(waiting, "SILENCE", 0.2)
+    piped = io.StringIO()
+    with counting(console=Console(file=piped)) as advance:
+        for done in range(5):
+            advance("nomp", done, 5)
+            time.sleep(0.15)
+        advance("nomp", 5, 5)  # the end is for others to tell
+    assert piped.getvalue() == "nomp: 2 of 5\nnomp: 4 of 5\n"
+    unheard = io.StringIO()
+    with counting(console=Console(file=unheard), quiet=True) as advance:
+        time.sleep(0.3)
+        advance("nomp", 1, 5)
+    assert unheard.getvalue() == ""
+
+
+def test_who_has_heard_nothing_for_long_is_reminded() -> None:
+    begun = spoken = time.monotonic()
+    said: list[float] = []
+
+    def say() -> None:
+        nonlocal spoken
+        spoken = time.monotonic()
+        said.append(spoken - begun)
+
+    with reminding(say, lambda: time.monotonic() - spoken, 0.4):
+        time.sleep(0.3)
+        spoken = time.monotonic()  # somebody else has said something
+        time.sleep(1.3)
+    assert len(said) in (2, 3)
+    assert said[0] >= 0.69
+    assert said[1] - said[0] >= 0.39
+    n_said = len(said)
+    time.sleep(0.5)
+    assert len(said) == n_said, "reminded after the end"
+
+
+def test_a_reminder_that_nobody_hears_ends_nothing() -> None:
+    heard: list[int] = []
+
+    def say() -> None:
+        heard.append(1)
+        raise BrokenPipeError
+
+    with reminding(say, lambda: 1.0, 0.05):
+        time.sleep(0.5)
+    assert len(heard) > 1
