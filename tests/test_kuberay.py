@@ -329,7 +329,7 @@ def test_the_image_is_made_of_the_pinned_ray_and_the_sources() -> None:
 def test_lines_to_edit_are_marked() -> None:
     lines = (ROOT / "deploy" / "kuberay.yaml").read_text(encoding="utf-8").splitlines()
     marked = [line for line in lines if re.search(r"# EDIT\b", line)]
-    assert len(marked) == 4
+    assert len(marked) == 6
     assert sum("registry.example.com" in line for line in marked) == 2
 
 

@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 _CONNECT_TIMEOUT = 5.0  # seconds for a TCP connection
 _GREETING_TIMEOUT = 20.0  # seconds for the head's first answer
 _HERE = "local"
+_WANTS_A_TOKEN = "InvalidAuthToken"  # in what a head says to who shows none, or another
 
 
 @dataclass(frozen=True)
@@ -173,6 +174,12 @@ def _choose(address: str | None) -> tuple[str | None, str]:
         return noted, f"the Ray cluster at {noted}"
     if named == "auto":
         raise StudyError(f"--address: no Ray cluster found: {problem}")
+    if noted and problem and _WANTS_A_TOKEN in problem:  # not to be passed over in silence
+        raise StudyError(
+            f"the Ray cluster at {noted} asks for a token that this command does not show: "
+            "export RAY_AUTH_MODE=token, with the cluster's token in ~/.ray/auth_token; or "
+            "--address local, which starts a Ray of its own"
+        )
     if noted:
         logger.info("a Ray head at %s is noted but does not answer: %s", noted, problem)
     return None, here

@@ -88,9 +88,8 @@ def run_distributed(
     resources = study.resources
     scratch = folder.path / _SCRATCH
     shutil.rmtree(scratch, ignore_errors=True)  # of a driver that was killed
-    several = sum(bool(node["Alive"]) for node in ray.nodes()) > 1
     search = LedgerSearch(
-        ledger, progress, folder, device=device, several_nodes=several, stop=stop, after=after
+        ledger, progress, folder, device=device, n_nodes=_n_nodes, stop=stop, after=after
     )
     try:
         search.storage.make()
@@ -129,6 +128,10 @@ def run_distributed(
             raise ledger.database_lost
     if search.cut_short is not None:
         raise search.cut_short
+
+
+def _n_nodes() -> int:
+    return sum(bool(node["Alive"]) for node in ray.nodes())
 
 
 def _trial_name(trial: Trial) -> str:

@@ -16,6 +16,15 @@ from model.network import FAMILIES
 _SPACES = ("float", "int", "categorical")
 _LONGEST = 80
 _MOST = 3  # problems that are said
+# What pydantic says of another kind of value in the words of YAML, where its own are Python's.
+_KINDS = {
+    "tuple_type": "expected a list, such as [1, 2]",
+    "list_type": "expected a list, such as [1, 2]",
+    "dict_type": "expected fields with values, such as {a: 1}",
+    "model_type": "expected fields with values, such as {a: 1}",
+    "model_attributes_type": "expected fields with values, such as {a: 1}",
+}
+_A_SPACE = "expected a kind and its values, such as {type: float, low: 0.1, high: 1}"
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -120,12 +129,19 @@ def _problem(detail: ErrorDetails, model: type[BaseModel]) -> str:
     if detail["type"] == "union_tag_invalid":
         allowed = detail["ctx"]["expected_tags"]
         return f"{where}: got {_short(detail['ctx']['tag'])}; expected one of {allowed}"
-    message = detail["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
-    message = message[:1].lower() + message[1:]
+    message = _KINDS.get(detail["type"]) or _own_words(detail["msg"])
+    if detail["type"] in _KINDS and location[:2] == ("search", "space") and len(location) == 3:
+        message = _A_SPACE
     held = detail["input"]
     if isinstance(held, BaseModel) or (isinstance(held, dict) and detail["type"] == "value_error"):
         return f"{where}: {message}" if where else message
     return f"{where}: got {_short(held)}; {message}"
+
+
+def _own_words(message: str) -> str:
+    """A validator's message without what pydantic puts before it."""
+    message = message.removeprefix("Value error, ").removeprefix("Assertion failed, ")
+    return message[:1].lower() + message[1:]
 
 
 def _short(value: Any) -> str:

@@ -62,7 +62,7 @@ class LedgerSearch(OptunaSearch):
         folder: RunFolder,
         *,
         device: str,
-        several_nodes: bool = False,
+        n_nodes: Callable[[], int] = lambda: 1,
         stop: Callable[[], bool] = lambda: False,
         after: Callable[[], None] = lambda: None,
     ) -> None:
@@ -72,7 +72,7 @@ class LedgerSearch(OptunaSearch):
         self._folder = folder
         self.storage = Storage.of(folder, ledger.config.resources)
         self._device = device
-        self._several_nodes = several_nodes
+        self._n_nodes = n_nodes  # that are there at the time
         self._stop = stop
         self._after = after
         self._orphans = deque(ledger.orphans())
@@ -195,7 +195,7 @@ class LedgerSearch(OptunaSearch):
             reasons.clear()
         reasons.append(reason)
         at_work = len(self._numbers.keys() - self._ended) - 1
-        most = self._ledger.config.resources.max_failures + at_work * (not self._several_nodes)
+        most = self._ledger.config.resources.max_failures + at_work * (self._n_nodes() == 1)
         if len(reasons) > most:
             self.cut_short = storage_error(
                 self._folder.path,

@@ -36,6 +36,9 @@ def test_a_saved_configuration_reads_back_equal(tmp_path: Path) -> None:
         ("nothing_of_that=3", ["nothing_of_that: unknown field; known here: array, blend"]),
         ("training.epochs=0", ["training.epochs: got 0", "greater than or equal to 1"]),
         ("training.epochs=2.5", ["training.epochs: got 2.5", "integer"]),
+        ("scene.azimuth_deg=-50,50", ["scene.azimuth_deg: got '-50,50'", "a list, such as [1, 2]"]),
+        ("scene=3", ["scene: got 3; expected fields with values"]),
+        ("search.space.network.width=8", ["got 8; expected a kind and its values", "{type: float"]),
         ("training.learning_rate=fast", ["training.learning_rate: got 'fast'", "number"]),
         ("training.learning_rate=.nan", ["training.learning_rate: got nan", "finite"]),
         (

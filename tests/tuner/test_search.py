@@ -194,7 +194,9 @@ def test_a_node_that_fails_trial_after_trial_ends_the_session_and_not_the_study(
     tmp_path: Path,
 ) -> None:
     ledger = ledger_in(tmp_path, search={"trials": 30}, resources={"max_failures": 2})
-    search = search_over(ledger, tmp_path, several_nodes=True)
+    n_nodes = 1  # as long as an autoscaler has not added any
+    search = search_over(ledger, tmp_path, n_nodes=lambda: n_nodes)
+    n_nodes = 3
     search.suggest("works")
     for number in range(4):  # elsewhere trials finish epochs, and there now and then
         name = f"now and then {number}"

@@ -21,6 +21,7 @@ from tuner.checkpoints import StorageOut
 from tuner.trainable import (
     BEQUEATHS,
     CHECKPOINT,
+    CONFIG,
     DONOR,
     HOME,
     RESUME,
@@ -76,7 +77,8 @@ def test_a_reused_actor_leaves_nothing_of_the_last_trial_behind(tmp_path: Path) 
 
 
 def test_a_failed_trial_is_done_keeps_no_checkpoint_and_frees_the_actor(tmp_path: Path) -> None:
-    actor = TrialActor(order(tmp_path, 1, data={"shards": str(tmp_path / "absent")}))
+    (tmp_path / "empty").mkdir()
+    actor = TrialActor(order(tmp_path, 1, data={"shards": str(tmp_path / "empty")}))
     result = actor.train()
     assert result["done"]
     assert result["failed"]
@@ -146,7 +148,12 @@ def test_what_cannot_be_brought_here_is_said_by_the_first_step(
     assert actor.reset(order(tmp_path, 3) | {HOME: str(tmp_path / "unmounted" / "0003")})
     with pytest.raises(StorageOut, match="unmounted is not here"):
         actor.step()
-    assert actor.reset(order(tmp_path, 4))
+    no_data = order(tmp_path, 4)
+    no_data[CONFIG]["data"]["shards"] = str(tmp_path / "nowhere")
+    assert actor.reset(no_data)
+    with pytest.raises(StorageOut, match=r"the data folder .*nowhere is not on this machine"):
+        actor.step()
+    assert actor.reset(order(tmp_path, 5))
     assert actor.train()["epoch"] == 1
 
 
