@@ -29,10 +29,8 @@ class CandidateNetworkConfig(AttentionConfig):
     family: Literal["candidate"] = Field(
         "candidate", description="judges matching pursuit's candidates"
     )
-    depth: int = Field(1, ge=1, description="layers of the encoder over candidates")
-    dropout: Adjustable[float] = Field(
-        0.0, ge=0, lt=1, description="share of activations that are zeroed"
-    )
+    depth: int = Field(1, ge=1, description="encoder layers over the candidates")
+    dropout: Adjustable[float] = Field(0.0, ge=0, lt=1, description="dropout rate")
     candidates: CandidateConfig = CandidateConfig()
 
     @property

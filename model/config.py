@@ -43,10 +43,10 @@ class TrialConfig(FrozenModel):
 
     objective: Objective = Field(
         "nmse",
-        description="what is minimised: NMSE of R_pred, 1 - F1, GOSPA [m], or the slots' negative "
-        "log-likelihood [nat]",
+        description="what is minimised; nmse: NMSE of R_pred; f1: 1 - F1; gospa: GOSPA [m]; "
+        "nll: negative log-likelihood of the sources [nat]",
     )
-    seed: int = Field(0, ge=0, description="weights, dropout, shuffling and jitter")
+    seed: int = Field(0, ge=0, description="seed of weights, dropout, shuffling and jitter")
     array: ArrayConfig = ArrayConfig()
     scene: SceneConfig = SceneConfig()
     tikhonov: TikhonovConfig = TikhonovConfig()

@@ -19,18 +19,20 @@ class CustomConfig(FamilyConfig):
 
     method = "a network of the user's own"
 
-    family: Literal["custom"] = Field("custom", description="which network judges scenes")
+    family: Literal["custom"] = Field("custom", description="a network of your own")
     builder: ImportPath = Field(
-        description="package.module:Class, a SourceNetwork of (config, scene, array)",
+        description="package.module:Class, a SourceNetwork, called as (config, scene, array)",
         examples=["examples.extension:SpectrumNetwork"],
     )
-    options: dict[str, Option] = Field({}, description="whatever the network reads; searchable")
-    rank: int = Field(8, ge=1, description="slots; candidates.count where candidates are found")
+    options: dict[str, Option] = Field({}, description="options of the network; can be searched")
+    rank: int = Field(
+        8, ge=1, description="slots; where candidates are found, candidates.count applies instead"
+    )
     candidates: CandidateConfig | None = Field(
-        None, description="what matching pursuit finds beforehand; null: nothing"
+        None, description="candidates that matching pursuit finds beforehand; null: none"
     )
     reads: tuple[Spectrum, ...] = Field(
-        ("incoherent", "coherent"), description="spectra over the dictionary"
+        ("incoherent", "coherent"), description="spectra over the dictionary that the network reads"
     )
 
     @property

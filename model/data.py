@@ -41,23 +41,28 @@ CHUNK = 256  # simulated scenes per seed: the stream does not depend on the batc
 class DataConfig(FrozenModel):
     """Where scenes come from."""
 
-    shards: Path | None = Field(None, description="folder with train/ and val/; null: simulated")
+    shards: Path | None = Field(
+        None, description="folder with train/ and val/; null: scenes are simulated"
+    )
     train_scenes: int = Field(
-        4096, ge=1, description="scenes an epoch; of shards at most all there are"
+        4096, ge=1, description="scenes per epoch; with shards, at most as many as there are"
     )
     val_scenes: int = Field(512, ge=1, description="scenes of the fixed validation set")
     fresh: bool = Field(True, description="simulate new training scenes in every epoch")
-    seed: int = Field(0, ge=0, description="of the simulated scenes; the same for all trials")
+    seed: int = Field(0, ge=0, description="seed of the simulated scenes; the same for all trials")
     simulator: ImportPath | None = Field(
         None, description="package.module:function that makes scenes; null: physics.simulate"
     )
     cache: Path | None = Field(
-        None, description="folder of candidates and images that trials share; null: the user's"
+        None,
+        description="folder of candidates and images that trials share; null: ristune in the "
+        "user's cache folder",
     )
     keep_images: bool = Field(
         True,
-        description="on a CPU spectra of scenes that are the same in every epoch are computed "
-        "once and kept; not where a study searches among more than 8 kinds of them",
+        description="on a CPU, compute the spectra of scenes that are the same in every epoch "
+        "once, and keep them; not done if a study's space has more than 8 variants "
+        "of them",
     )
 
 

@@ -24,7 +24,11 @@ _GRID = torch.arange(0.05, 0.96, 0.025, dtype=torch.float64)  # thresholds that 
 class DecisionConfig(FrozenModel):
     """What the named sources are to be best at."""
 
-    goal: Goal = Field("f1", description="that the threshold and the ranges are chosen for")
+    goal: Goal = Field(
+        "f1",
+        description="measure for which the threshold and the ranges are chosen; count: the "
+        "number of sources",
+    )
 
 
 @dataclass(frozen=True)

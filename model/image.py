@@ -27,14 +27,12 @@ class ImageConfig(FamilyConfig):
     family: Literal["image"] = Field("image", description="reads spectra as an image")
     width: int = Field(48, ge=8, description="channels")
     depth: int = Field(4, ge=1, description="residual blocks")
-    dropout: Adjustable[float] = Field(
-        0.0, ge=0, lt=1, description="share of activations that are zeroed"
-    )
-    azimuth_cells: int = Field(32, ge=2, description="of the images")
-    elevation_cells: int = Field(16, ge=2, description="of the images")
-    range_cells: int = Field(6, ge=1, description="planes of inverse range, which are channels")
-    range_bins: int = Field(24, ge=2, description="of the distribution of range")
-    rank: int = Field(8, ge=1, description="slots: peaks that are looked at")
+    dropout: Adjustable[float] = Field(0.0, ge=0, lt=1, description="dropout rate")
+    azimuth_cells: int = Field(32, ge=2, description="azimuth cells of the images")
+    elevation_cells: int = Field(16, ge=2, description="elevation cells of the images")
+    range_cells: int = Field(6, ge=1, description="planes of inverse range, used as channels")
+    range_bins: int = Field(24, ge=2, description="bins of the range distribution")
+    rank: int = Field(8, ge=1, description="slots: peaks that are considered")
 
     @property
     def slots(self) -> int:

@@ -42,22 +42,31 @@ class LossConfig(FrozenModel):
     """Weights of the terms beside the NMSE of R_blend, whose weight is 1."""
 
     cov_pred: Adjustable[float] = Field(0.03, ge=0, description="NMSE of R_pred alone")
-    subspace_align: Adjustable[float] = Field(0.05, ge=0, description="signal subspace of R_blend")
-    peak_contrast: Adjustable[float] = Field(
-        0.1, ge=0, description="MUSIC energy at sources over decoys"
+    subspace_align: Adjustable[float] = Field(
+        0.05, ge=0, description="alignment of R_blend's signal subspace with the sources"
     )
-    existence: Adjustable[float] = Field(0.1, ge=0, description="which slots hold a source")
+    peak_contrast: Adjustable[float] = Field(
+        0.1, ge=0, description="MUSIC energy at the sources relative to decoys"
+    )
+    existence: Adjustable[float] = Field(0.1, ge=0, description="whether slots hold a source")
     position: Adjustable[float] = Field(0.1, ge=0, description="where the matched slots point")
     decoys: Adjustable[int] = Field(
-        64, ge=1, description="cells that peak_contrast draws a step as decoys; all in evaluation"
+        64,
+        ge=1,
+        description="dictionary cells that peak_contrast draws as decoys in each step; "
+        "evaluation uses all cells",
     )
     schedule: Adjustable[bool] = Field(
-        True, description="subspace_align x0.4/1/1.4 and peak_contrast x0.5/1/1.2 over the phases"
+        True,
+        description="scale subspace_align by 0.4/1/1.4 and peak_contrast by 0.5/1/1.2 in the "
+        "warm-up, main and final phase",
     )
     final_fraction: Adjustable[float] = Field(
         0.2, ge=0, lt=1, description="share of steps in the final phase"
     )
-    extra: dict[TermName, ExtraTerm] = Field({}, description="terms of the user's own, by name")
+    extra: dict[TermName, ExtraTerm] = Field(
+        {}, description="additional terms of your own, by name"
+    )
 
     @field_validator("extra")
     @classmethod

@@ -14,21 +14,23 @@ from physics.config import Adjustable, FrozenModel
 class TrainingConfig(FrozenModel):
     """Optimiser, schedule and stopping rules."""
 
-    epochs: int = Field(10, ge=1, description="budget of a trial")
-    batch_size: int = Field(64, ge=1, description="scenes of an optimiser step")
+    epochs: int = Field(10, ge=1, description="epochs of a trial, its budget")
+    batch_size: int = Field(64, ge=1, description="scenes per optimiser step")
     accumulation: int = Field(
         1,
         ge=1,
-        description="parts in which a step's gradient is computed: less memory, same step "
-        "(dropout is drawn by part)",
+        description="parts in which a step's gradient is computed: less memory, same step (but "
+        "dropout is drawn per part)",
     )
-    learning_rate: Adjustable[float] = Field(1e-3, gt=0, description="peak of the schedule")
-    weight_decay: Adjustable[float] = Field(1e-4, ge=0, description="of AdamW")
+    learning_rate: Adjustable[float] = Field(
+        1e-3, gt=0, description="peak learning rate of the schedule"
+    )
+    weight_decay: Adjustable[float] = Field(1e-4, ge=0, description="weight decay of AdamW")
     warmup_fraction: Adjustable[float] = Field(
-        0.05, ge=0, lt=1, description="share of optimiser steps"
+        0.05, ge=0, lt=1, description="share of optimiser steps used for warm-up"
     )
     final_learning_rate: Adjustable[float] = Field(
-        0.01, ge=0, le=1, description="share of the peak at the end"
+        0.01, ge=0, le=1, description="final learning rate, as a share of the peak"
     )
     gradient_clip: Adjustable[float] = Field(
         1.0, gt=0, description="largest gradient norm of a step"
@@ -36,18 +38,22 @@ class TrainingConfig(FrozenModel):
     ema_decay: Adjustable[float] = Field(
         0.999, ge=0, lt=1, description="decay of the averaged weights"
     )
-    patience: int | None = Field(None, ge=1, description="epochs without a gain before stopping")
+    patience: int | None = Field(
+        None,
+        ge=1,
+        description="epochs without improvement after which a training stops; null: no early stop",
+    )
     max_skipped_steps: int = Field(
-        20, ge=1, description="run of non-finite steps that ends a trial as failed"
+        20, ge=1, description="consecutive non-finite steps after which a trial fails"
     )
     snr_dropout: Adjustable[float] = Field(
         0.1, ge=0, le=1, description="share of training scenes whose SNR is hidden"
     )
-    threads: int = Field(1, ge=1, description="CPU threads of the trial")
+    threads: int = Field(1, ge=1, description="CPU threads of a trial")
     compile: bool = Field(
         False,
-        description="the network's part of a step is compiled before the first, for a minute or "
-        "more: for long trainings",
+        description="compile the network's part of a step before the first one, which can take "
+        "more than a minute: for long trainings",
     )
 
     def warmup_steps(self, total_steps: int) -> int:

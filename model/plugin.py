@@ -82,9 +82,11 @@ class Simulator(Protocol):
 class ExtraTerm(FrozenModel):
     """A term of the user's own in the loss."""
 
-    term: ImportPath = Field(description="package.module:function of prediction and scenes")
+    term: ImportPath = Field(
+        description="package.module:function, called with prediction and scenes"
+    )
     weight: Adjustable[float] = Field(1.0, ge=0)
-    options: dict[str, Option] = Field({}, description="further arguments of the function")
+    options: dict[str, Option] = Field({}, description="additional arguments of the function")
 
     def __call__(self, prediction: Prediction, scenes: Scenes) -> Tensor:
         """Its value.

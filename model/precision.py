@@ -17,7 +17,7 @@ Amp = Literal["auto", "off", "bf16", "fp16"]
 class PrecisionConfig(FrozenModel):
     """Automatic mixed precision."""
 
-    amp: Amp = Field("auto", description="auto: bf16 or fp16 as the GPU has it, off on a CPU")
+    amp: Amp = Field("auto", description="auto: bf16, or fp16 on a GPU without bf16; off on a CPU")
 
 
 class AmpPolicy:

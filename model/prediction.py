@@ -26,13 +26,13 @@ class FamilyConfig(FrozenModel):
     method: ClassVar[str] = ""  # how sources come of it, in a few words
 
     width: int = Field(64, ge=8, description="size of a token (d_model)")
-    depth: int = Field(2, ge=1, description="layers of the encoder")
-    dropout: Adjustable[float] = Field(
-        0.1, ge=0, lt=1, description="share of activations that are zeroed"
+    depth: int = Field(2, ge=1, description="encoder layers")
+    dropout: Adjustable[float] = Field(0.1, ge=0, lt=1, description="dropout rate")
+    azimuth_cells: int = Field(16, ge=2, description="azimuth cells of the position dictionary")
+    elevation_cells: int = Field(8, ge=2, description="elevation cells of the position dictionary")
+    range_cells: int = Field(
+        5, ge=1, description="planes of inverse range of the position dictionary"
     )
-    azimuth_cells: int = Field(16, ge=2, description="of the dictionary of positions")
-    elevation_cells: int = Field(8, ge=2, description="of the dictionary of positions")
-    range_cells: int = Field(5, ge=1, description="planes of inverse range")
 
     @property
     def front_end(self) -> CandidateConfig | None:
@@ -66,7 +66,7 @@ class FamilyConfig(FrozenModel):
 class AttentionConfig(FamilyConfig):
     """Sizes of a network with attention."""
 
-    heads: int = Field(4, ge=1, description="attention heads; width must be a multiple")
+    heads: int = Field(4, ge=1, description="attention heads; width must be a multiple of it")
 
     @model_validator(mode="after")
     def _divisible(self) -> Self:

@@ -22,8 +22,12 @@ class SnapshotConfig(AttentionConfig):
     method: ClassVar[str] = "MUSIC on R_blend, K by the slots"
 
     family: Literal["snapshot"] = Field("snapshot", description="reads the snapshots")
-    conv_channels: int = Field(16, ge=4, description="channels over the surface's elements")
-    image_channels: int = Field(32, ge=4, description="channels over the dictionary's cells")
+    conv_channels: int = Field(
+        16, ge=4, description="channels of the convolution over the surface's elements"
+    )
+    image_channels: int = Field(
+        32, ge=4, description="channels of the CNN over the dictionary's cells"
+    )
     rank: int = Field(8, ge=1, description="slots: columns of the covariance factor")
 
     @property

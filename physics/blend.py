@@ -14,9 +14,11 @@ class BlendConfig(FrozenModel):
     """How the predicted and the measured covariance are blended."""
 
     beta: Adjustable[float] = Field(0.30, ge=0, le=1, description="weight of R_samp in R_blend")
-    jitter: Adjustable[float] = Field(0.05, ge=0, le=1, description="beta +- jitter while training")
+    jitter: Adjustable[float] = Field(
+        0.05, ge=0, le=1, description="in training, beta is drawn within beta +- jitter"
+    )
     shrinkage: Adjustable[float] = Field(
-        0.0, ge=0, le=1, description="R_samp shrunk to identity by this"
+        0.0, ge=0, le=1, description="shrinkage of R_samp towards the identity"
     )
 
 

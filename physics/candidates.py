@@ -34,12 +34,17 @@ _REFUTED = 10.0  # log-likelihood below the best at which a model of the waves i
 class CandidateConfig(FrozenModel):
     """How candidates are found."""
 
-    count: int = Field(6, ge=1, description="sources that the pursuit takes, more than there are")
-    range_cells: int = Field(24, ge=2, description="ranges that each is judged at")
+    count: int = Field(
+        6,
+        ge=1,
+        description="candidates that the pursuit takes per scene, at least scene.max_sources",
+    )
+    range_cells: int = Field(24, ge=2, description="ranges at which each candidate is judged")
     waves: tuple[Literal["spherical", "fresnel", "paraxial"], ...] = Field(
         (),
         max_length=2,
-        description="models of the waves, beside scene.wavefront, that each is judged by too",
+        description="wave models, in addition to scene.wavefront, by which each candidate is "
+        "judged",
     )
     search: PursuitConfig = PursuitConfig()
 

@@ -27,8 +27,12 @@ from physics.scene import SceneConfig
 class NompConfig(PursuitConfig):
     """How matching pursuit searches, and when it ends."""
 
-    final_iterations: int = Field(10, ge=0, description="steps that refine those that are kept")
-    patience: int = Field(1, ge=1, description="picks in a row without a gain that end the pursuit")
+    final_iterations: int = Field(
+        10, ge=0, description="steps that refine the sources that are kept"
+    )
+    patience: int = Field(
+        1, ge=1, description="consecutive picks without a gain that end the pursuit"
+    )
 
 
 @dataclass(frozen=True)

@@ -33,11 +33,15 @@ _BYTES = 2**28  # that their candidates' signals may take
 class PursuitConfig(FrozenModel):
     """How matching pursuit picks and refines."""
 
-    criterion: Criterion = Field("bic", description="that chooses the number of sources")
-    oversampling: float = Field(2.0, gt=0, description="grid points per width of a beam")
+    criterion: Criterion = Field(
+        "bic", description="information criterion that chooses the number of sources"
+    )
+    oversampling: float = Field(2.0, gt=0, description="grid points per beam width")
     candidates: int = Field(128, ge=1, description="grid points whose gain is computed exactly")
     new_iterations: int = Field(3, ge=0, description="steps that refine a new source alone")
-    joint_iterations: int = Field(5, ge=0, description="steps that refine all after each pick")
+    joint_iterations: int = Field(
+        5, ge=0, description="steps that refine all sources after each pick"
+    )
 
 
 def pursuit_grid(scene: SceneConfig, array: PlanarArray, oversampling: float = 2.0) -> PolarGrid:

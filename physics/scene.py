@@ -30,51 +30,66 @@ class SceneConfig(FrozenModel):
     min_sources: int = Field(1, ge=0, description="fewest sources in a scene")
     max_sources: int = Field(5, ge=1, description="most sources in a scene, K")
     azimuth_deg: tuple[float, float] = Field(
-        (-60.0, 60.0), description="between which sources stand [deg]"
+        (-60.0, 60.0), description="bounds of the sources' azimuth [deg]"
     )
     elevation_deg: tuple[float, float] = Field(
-        (-30.0, 30.0), description="between which sources stand [deg]"
+        (-30.0, 30.0), description="bounds of the sources' elevation [deg]"
     )
     range_m: tuple[float, float] = Field(
-        (0.5, 10.0), description="distances from the surface's centre [m]"
+        (0.5, 10.0), description="bounds of the sources' distance from the surface's centre [m]"
     )
-    snr_db: tuple[float, float] = Field((-5.0, 20.0), description="mean |clean y|^2 / sigma^2 [dB]")
+    snr_db: tuple[float, float] = Field(
+        (-5.0, 20.0), description="bounds of the SNR, mean |clean y|^2 / sigma^2 [dB]"
+    )
     wavefront: Wavefront = Field(
-        "spherical", description="exact, second order, (x^2 + y^2) / 2r alone, or plane waves"
+        "spherical",
+        description="wave model; spherical: exact; fresnel: second order; paraxial: (x^2 + y^2) "
+        "/ 2r only; planar: plane waves",
     )
     source_mode: SourceMode = Field(
-        "fluctuating", description="fresh symbols per snapshot, or one symbol per sweep"
+        "fluctuating",
+        description="fluctuating: new symbols in every snapshot; constant: one symbol for all "
+        "snapshots of a scene",
     )
     path_loss_exponent: float = Field(1.0, ge=0, description="amplitude falls as range^-exponent")
-    codebook: Codebook = Field("random", description="phase codes of the snapshots")
-    code_bits: int | None = Field(3, ge=1, le=16, description="phase bits; null: continuous")
+    codebook: Codebook = Field("random", description="kind of phase codes of the snapshots")
+    code_bits: int | None = Field(
+        3, ge=1, le=16, description="phase bits of the codes; null: continuous phases"
+    )
     k_factor_db: float = Field(
         3.0, ge=-100, le=100, description="Rice factor of the BS-RIS channel [dB]"
     )
     base_station_range_m: tuple[float, float] = Field(
-        (20.0, 50.0), description="distances of the base station from the surface [m]"
+        (20.0, 50.0), description="bounds of the base station's distance from the surface [m]"
     )
-    element_jitter: float = Field(0.0, ge=0, description="std of element displacement [m]")
-    phase_error_deg: float = Field(0.0, ge=0, description="std of element phase error [deg]")
-    amplitude_error_db: float = Field(0.0, ge=0, description="std of element amplitude [dB]")
+    element_jitter: float = Field(
+        0.0, ge=0, description="standard deviation of the element displacement [m]"
+    )
+    phase_error_deg: float = Field(
+        0.0, ge=0, description="standard deviation of the element phase error [deg]"
+    )
+    amplitude_error_db: float = Field(
+        0.0, ge=0, description="standard deviation of the element amplitude [dB]"
+    )
     dropout: float = Field(0.0, ge=0, lt=1, description="probability that an element is dead")
     true_wavefront: Wavefront | None = Field(
         None,
-        description="waves that the measurement is made of, where everybody assumes those of "
+        description="wave model of the measurements, while all methods assume that of "
         "wavefront; null: the same",
     )
     error_levels: Literal["fixed", "varied"] = Field(
         "fixed",
-        description="the five errors above in every scene as they are, or in each scene either "
-        "absent or at levels of its own up to these, by even chances (domain randomisation)",
+        description="fixed: every scene has the five errors above as configured; varied: in "
+        "each scene an error is, with equal probability, absent or at a level of "
+        "its own up to the configured one (domain randomisation)",
     )
 
     faultless_share: float = Field(
         0.0,
         ge=0,
         le=1,
-        description="with varied levels: share of scenes whose array has no error at all, beside "
-        "those that chance leaves without",
+        description="with error_levels varied: share of scenes whose array is set to have no "
+        "error at all, in addition to those that have none by chance",
     )
 
     @property

@@ -24,10 +24,12 @@ class TikhonovConfig(FrozenModel):
     """Regularised least squares of R_samp and of the network's ridge solutions."""
 
     regularization: Adjustable[float] = Field(
-        1e-3, ge=0, description="lambda, relative to tr(Phi^H Phi)/N"
+        1e-3, ge=0, description="ridge parameter lambda, relative to tr(Phi^H Phi)/N"
     )
     solver: Solver = Field(
-        "auto", description="auto: the fastest that suits; the SVD where it fails"
+        "auto",
+        description="auto: the fastest suitable solver; scenes on which a solver fails are "
+        "solved again by SVD",
     )
 
 

@@ -6,13 +6,17 @@ import ast
 import re
 import shlex
 from pathlib import Path
+from typing import Annotated, Any
 
 import click
 import pytest
 import typer
 import yaml
+from pydantic import Field
 from ray.scripts.scripts import cli as ray_cli
 
+from model.plugin import ImportPath
+from physics.config import Adjustable
 from tests.pages import LANGUAGES, PAGES, ROOT, Block, blocks, name_of
 from tuner.config import StudyConfig, load_study
 from tuner.explain import field_paths
@@ -26,6 +30,24 @@ def test_the_configuration_page_is_up_to_date() -> None:
     assert PAGE.read_text(encoding="utf-8") == page(), (
         "run python -m tools.configuration_reference --write"
     )
+
+
+@pytest.mark.parametrize(
+    ("annotation", "name"),
+    [
+        (float | None, "number or null"),
+        (Annotated[float, Field(ge=0)] | None, "number or null"),
+        (ImportPath | None, "text or null"),
+        (Adjustable[int], "integer"),
+        (tuple[Annotated[float, Field(ge=0)], ...], "[number, …]"),
+    ],
+)
+def test_the_configuration_page_names_the_type_and_not_how_it_is_annotated(
+    annotation: Any, name: str
+) -> None:
+    from tools.configuration_reference import type_name
+
+    assert type_name(annotation) == name
 
 
 @pytest.mark.parametrize("path", PAGES, ids=name_of)

@@ -11,7 +11,7 @@ import json
 import types
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -27,9 +27,9 @@ HEAD = """# Configuration
 
 <!-- written by python -m tools.configuration_reference --write -->
 
-A study is one YAML file of the sections below. What is left out takes its default; an unknown key
+A study is one YAML file with the sections below. Omitted fields take their defaults. An unknown key
 or a value that is not allowed ends the command with exit code 2 and one line that names the field.
-Any field can be changed on the command line: `--set section.field=VALUE`, the value in YAML.
+Any field can be changed on the command line: `--set section.field=VALUE`, with the value in YAML.
 Fields with a star may change while a network keeps its weights: `search.scheduler: pbt` changes
 those of them that are searched, and `loss.extra.NAME.weight`.
 """
@@ -38,6 +38,8 @@ those of them that are searched, and `loss.extra.NAME.weight`.
 def type_name(annotation: Any) -> str:
     """A reader's name for a type."""
     origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return type_name(arguments[0])
     if origin is Literal:
         return " \\| ".join(f"`{value}`" for value in arguments)
     if origin in (Union, types.UnionType):
@@ -111,7 +113,7 @@ def page() -> str:
     space = [
         "## search.space",
         "",
-        "The space that is searched when a study names none:",
+        "The space that is searched if a study defines none:",
         "",
         "```yaml",
     ]

@@ -36,71 +36,79 @@ class SearchConfig(FrozenModel):
     """What is searched, by whom, and when a trial is stopped."""
 
     trials: int = Field(
-        16, ge=1, description="trials in the whole study; with pbt successors count too"
+        16, ge=1, description="trials of the whole study; with pbt, successors count too"
     )
     time_budget: float | None = Field(
         None,
         gt=0,
-        description="time for all trials, over all sessions: seconds, or as in 90m or 1h30m",
+        description="time for all trials, over all sessions: seconds, or for example 90m or 1h30m",
     )
     target: float | None = Field(
-        None, description="the study ends when a finished trial's objective is this or lower"
+        None, description="end the study when a finished trial's objective is at or below this"
     )
     cost: Literal["flops"] | None = Field(
         None,
-        description="a second objective: operations of the network for a scene; the study then "
-        "has a Pareto front",
+        description="second objective, operations of the network per scene; the study then has "
+        "a Pareto front",
     )
     sampler: Sampler = Field(
         "tpe",
-        description="tpe-univariate: each parameter by itself; gp: a Gaussian process; "
-        "cmaes: moves numbers, leaves choices to chance; grid: every point of a finite space",
+        description="tpe: multivariate; tpe-univariate: each parameter independently; gp: "
+        "Gaussian process; cmaes: adapts numbers, draws categorical choices at "
+        "random; grid: every point of a finite space",
     )
     warm_start: Path | None = Field(
-        None, description="run folder of an earlier study that the sampler learns from"
+        None, description="run folder of an earlier study from which the sampler learns"
     )
     startup_trials: int = Field(8, ge=0, description="random trials before the sampler learns")
     scheduler: Literal["asha", "asha-pausing", "hyperband", "median", "pbt", "none"] = Field(
         "asha",
-        description="asha-pausing: trials wait at a rung, and go on once they are among its best; "
-        "hyperband: asha in brackets that stop ever later; median: stops what is "
-        "worse than the median of the others; pbt: the worst of a population give way to "
-        "successors of the best",
+        description="asha: stops trials that are not among the best at a rung; asha-pausing: "
+        "trials wait at a rung and continue once they are among its best; "
+        "hyperband: asha in several brackets, each of which begins to stop at a "
+        "different rung; median: stops trials that are worse than the median of the "
+        "others; pbt: successors of the best replace the worst of a population",
     )
-    grace_epochs: int = Field(1, ge=1, description="epochs that every trial is given")
-    reduction_factor: int = Field(3, ge=2, description="one in so many goes on at each rung")
+    grace_epochs: int = Field(1, ge=1, description="epochs of every trial before it may be stopped")
+    reduction_factor: int = Field(
+        3, ge=2, description="one trial in this many continues at each rung"
+    )
     least_chance: float = Field(
         0.0,
         ge=0,
         lt=0.5,
-        description="stop a trial, too, whose chance to end better than the best so far is less, "
-        "such as 0.05; 0: no such rule",
+        description="also stop a trial whose chance to end better than the best so far is below "
+        "this, for example 0.05; 0: off",
     )
-    population: int = Field(8, ge=2, description="of pbt: members that live at a time")
+    population: int = Field(8, ge=2, description="pbt: members that are alive at a time")
     perturbation_epochs: int | None = Field(
-        None, ge=1, description="of pbt: epochs between two comparisons; null: a fifth of all"
+        None, ge=1, description="pbt: epochs between two comparisons; null: a fifth of all"
     )
     quantile: float = Field(
-        0.25, gt=0, le=0.5, description="of pbt: share of the population that gives way each time"
+        0.25,
+        gt=0,
+        le=0.5,
+        description="pbt: share of the population that is replaced at each comparison",
     )
     full_epochs: int | None = Field(
-        None, ge=1, description="epochs of the final training; null: the search's"
+        None, ge=1, description="epochs of the final training; null: as in the search"
     )
     promote: int = Field(
         0,
         ge=0,
-        description="so many of the best are trained again at full budget after the search",
+        description="number of best configurations that are trained again at full budget after "
+        "the search",
     )
-    promote_seeds: int = Field(3, ge=1, description="seeds that each of them is trained with")
+    promote_seeds: int = Field(3, ge=1, description="seeds with which each of them is trained")
     include_base: bool = Field(True, description="try the configuration's own values first")
-    enqueue: tuple[dict[str, Value], ...] = Field((), description="points that are tried first")
+    enqueue: tuple[dict[str, Value], ...] = Field((), description="points to try first")
     storage: str | None = Field(
         None,
         description="database of the ledger, postgresql://USER@HOST/NAME, without the password; "
         "null: study.db in the run folder",
     )
     space: SearchSpace = Field(
-        default_factory=default_space, description="what is varied, by dotted path"
+        default_factory=default_space, description="searched parameters, by dotted path"
     )
 
     @field_validator("time_budget", mode="before")
@@ -161,23 +169,27 @@ class ResourcesConfig(FrozenModel):
     """What one trial is given, and how many run side by side."""
 
     gpus_per_trial: float | None = Field(
-        None, ge=0, le=1, description="null: one GPU where there is one, else none"
+        None, ge=0, le=1, description="null: one GPU if there is one, else none"
     )
     cpus_per_trial: int | None = Field(None, ge=1, description="null: training.threads")
-    concurrent: int | None = Field(None, ge=1, description="null: as many as the cluster holds")
+    concurrent: int | None = Field(
+        None, ge=1, description="trials that run in parallel; null: as many as the cluster holds"
+    )
     max_failures: int = Field(
         5,
         ge=0,
-        description="machines that a trial may lose in a row, without an epoch finished between; "
-        "counted anew in every session",
+        description="machines that a trial may lose in a row without finishing an epoch in "
+        "between; counted anew in every session",
     )
     storage: str | None = Field(
-        None, description="folder or URI that all machines reach; null: the run folder"
+        None,
+        description="folder or URI that all machines reach, for the checkpoints; null: the run "
+        "folder",
     )
     device: Literal["auto", "cpu"] = Field(
         "auto",
-        description="auto: a trial's GPU, or the CPU where it is given none; cpu: the CPU, beside "
-        "an idle GPU too (to try out a cluster)",
+        description="auto: a trial's GPU, or the CPU if it has none; cpu: the CPU, even if a "
+        "GPU is reserved (to try out a cluster)",
     )
 
 
@@ -187,7 +199,7 @@ class StudyConfig(TrialConfig):
     name: str = Field(
         "study",
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
-        description="of the study, and of its run folder",
+        description="name of the study and of its run folder",
     )
     search: SearchConfig = Field(default_factory=SearchConfig)
     resources: ResourcesConfig = Field(default_factory=ResourcesConfig)

@@ -47,7 +47,7 @@ class FloatSpace(FrozenModel):
     type: Literal["float"] = Field("float", description="a real number")
     low: float = Field(description="smallest value")
     high: float = Field(description="largest value")
-    log: bool = Field(False, description="equal chances for equal ratios")
+    log: bool = Field(False, description="sample on a logarithmic scale")
     step: float | None = Field(None, gt=0, description="null: every value between the bounds")
 
     @model_validator(mode="after")
@@ -106,8 +106,8 @@ class IntSpace(FrozenModel):
     type: Literal["int"] = Field("int", description="a whole number")
     low: int = Field(description="smallest value")
     high: int = Field(description="largest value")
-    log: bool = Field(False, description="equal chances for equal ratios")
-    step: int = Field(1, ge=1, description="between values")
+    log: bool = Field(False, description="sample on a logarithmic scale")
+    step: int = Field(1, ge=1, description="distance between values")
 
     @model_validator(mode="after")
     def _bounds(self) -> Self:
