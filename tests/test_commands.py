@@ -118,8 +118,11 @@ def manifest(command: str, _: Sandbox) -> None:
     words = shlex.split(command)
     if words[1] == "apply":
         assert (ROOT / words[words.index("-f") + 1]).is_file()
+    elif words[1] in ("get", "describe") and words[2] != "secret":
+        for kind in words[2].split(","):
+            assert kind == "pods" or kind in {held.lower() for held, _ in kinds}, kind
+        assert len(words) == 3 or ("RayJob", words[3]) in kinds, kinds
     elif words[1] == "get":  # KubeRay's secret is called as the cluster
-        assert words[2] == "secret"
         assert ("RayCluster", words[3]) in kinds, kinds
         assert "mode: token" in text
     elif words[1] == "exec":
@@ -129,6 +132,10 @@ def manifest(command: str, _: Sandbox) -> None:
         assert words[words.index("cat") + 1] == f"{out}/report.html"
     elif words[1] == "delete":
         assert ("RayJob", words[3]) in kinds, kinds
+    elif words[1] == "logs" and "-c" in words:
+        assert words[words.index("-c") + 1] == "autoscaler", "KubeRay's name of it"
+        assert "enableInTreeAutoscaling: true" in text
+        assert ("RayCluster", words[2][len("service/") : -len("-head-svc")]) in kinds, kinds
     elif words[1] == "logs":
         job = words[words.index("-l") + 1].removeprefix("job-name=")
         assert ("Job", job) in kinds or ("RayJob", job) in kinds, kinds
@@ -158,19 +165,21 @@ RUN = (
     Run(r"create(user|db) "),
     Run(r"python3 tools/ensure_venv\.py "),  # the copy has its environment: see furnish
     Run(r"ray get-auth-token "),
-    Run(r"(export|mkdir -p) "),
+    Run(r"(export|mkdir -p|chmod) "),
     Run(r"ray job (submit|logs|stop) "),
     Run(r"ray exec \S+\.yaml (--tmux )?'"),  # what is in the quotes, here instead of on the head
 )
 
 ELSEWHERE = (
-    Elsewhere(r"ray (up|down|dashboard|rsync-down|start) ", cluster_file),  # machines or a cloud
+    Elsewhere(
+        r"ray (up|down|dashboard|monitor|rsync-down|start) ", cluster_file
+    ),  # machines or a cloud
     Elsewhere(r"python -m tuner\.run .*--gpus-per-trial ", understood),  # a GPU
     Elsewhere(r"pip install ", installed_by_pip),  # would change the environment of the tests
     Elsewhere(r"tensorboard ", event_files),  # not installed; serves until it is stopped
     Elsewhere(r"optuna-dashboard ", optuna_study),  # the same
     Elsewhere(r"docker (build|push) ", image),
-    Elsewhere(r"kubectl (apply|delete|exec|get|logs|port-forward) ", manifest),
+    Elsewhere(r"kubectl (apply|delete|describe|exec|get|logs|port-forward) ", manifest),
 )
 
 # What a reader has when a page begins, for blocks of Python that use it.
