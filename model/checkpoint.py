@@ -73,6 +73,15 @@ class Checkpoint:
         return cls(parse_config(path, metadata["config"]), tensors, json.loads(metadata["state"]))
 
 
+def exported(folder: Path) -> Path:
+    """The folder of exported weights that is meant: the folder itself, or a run folder's ``best/``.
+
+    Where neither holds any it is the folder itself, for who reads it to say so.
+    """
+    best = folder / "best"
+    return best if not (folder / WEIGHTS).exists() and best.is_dir() else folder
+
+
 def load_weights(folder: Path) -> dict[str, Tensor]:
     """The weights of an exported network.
 

@@ -13,6 +13,7 @@ from model.blending import blended_covariance
 from model.checkpoint import (
     WEIGHTS,
     CheckpointError,
+    exported,
     load_weights,
     read_config,
     read_decision,
@@ -80,18 +81,20 @@ class Localizer:
 
     @classmethod
     def load(cls, folder: Path | str, device: torch.device | str = "cpu") -> Localizer:
-        """Load ``best/`` of a run directory.
+        """Load exported weights.
+
+        Args:
+            folder: that holds them, or the run folder whose ``best/`` does.
+            device: where the network computes.
 
         Raises:
             CheckpointError: a missing or damaged file, or weights of another network.
         """
-        folder = Path(folder)
+        folder = exported(Path(folder))
         if not folder.is_dir():
             raise CheckpointError(
                 f"{folder}: no such folder; expected {WEIGHTS} and config.json, as in RUN_DIR/best"
             )
-        if not (folder / WEIGHTS).exists() and (folder / "best" / WEIGHTS).exists():
-            raise CheckpointError(f"{folder}: a run directory; load its winner, {folder / 'best'}")
         config = read_config(folder)
         network = build_network(config.network, config.scene, config.array.build())
         weights = load_weights(folder)

@@ -244,7 +244,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("snapshots", type=Path, metavar="SNAPSHOTS", help="an .npz or a folder")
     parser.add_argument(
         "--checkpoint", type=Path, metavar="DIR",
-        help="best/ of a run folder; default: a network that comes with the package",
+        help="a run folder or its best/; default: a network that comes with the package",
     )  # fmt: skip
     parser.add_argument("--network", default="fluctuating", help="which of those (%(default)s)")
     parser.add_argument("--out", type=Path, metavar="FILE", help=".json or .csv; default: stdout")
@@ -277,6 +277,7 @@ def _run(asked: argparse.Namespace) -> int:
     import torch
 
     from model.agreement import doubts
+    from model.checkpoint import CheckpointError
     from model.files import write_text
     from model.localizer import Localizer
     from model.wording import counted
@@ -287,11 +288,13 @@ def _run(asked: argparse.Namespace) -> int:
         raise ValueError(f"--device: no device {asked.device!r}; expected cpu or cuda") from None
     if on_gpu and not torch.cuda.is_available():
         raise ValueError(f"--device: {asked.device} asked, but this machine has no GPU")
-    localizer = (
-        Localizer.shipped(asked.network, asked.device)
-        if asked.checkpoint is None
-        else Localizer.load(asked.checkpoint, asked.device)
-    )
+    if asked.checkpoint is None:
+        localizer = Localizer.shipped(asked.network, asked.device)
+    else:
+        try:
+            localizer = Localizer.load(asked.checkpoint, asked.device)
+        except CheckpointError as error:
+            raise ValueError(f"--checkpoint: {error}") from error
     for doubt in doubts(asked.snapshots, localizer.config.scene, localizer.array):
         print(f"warning: not what this network was trained for: {doubt}", file=sys.stderr)
     scenes: list[dict[str, Any]] = []

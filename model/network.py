@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, assert_never
 
 from pydantic import BeforeValidator, Field
 
@@ -49,13 +49,17 @@ def build_network(config: AnyConfig, scene: SceneConfig, array: PlanarArray) -> 
     Raises:
         PluginError: a custom one that cannot be had.
     """
-    if isinstance(config, CustomConfig):
-        return build_custom(config, scene, array)
-    if isinstance(config, CandidateNetworkConfig):
-        return CandidateNetwork(config, scene, array)
-    if isinstance(config, ImageConfig):
-        return ImageNetwork(config, scene, array)
-    return SnapshotNetwork(config, scene, array)
+    match config:
+        case SnapshotConfig():
+            return SnapshotNetwork(config, scene, array)
+        case ImageConfig():
+            return ImageNetwork(config, scene, array)
+        case CandidateNetworkConfig():
+            return CandidateNetwork(config, scene, array)
+        case CustomConfig():
+            return build_custom(config, scene, array)
+        case _:
+            assert_never(config)
 
 
 def check_plugins(config: TrialConfig) -> None:

@@ -155,6 +155,7 @@ def _conventions(
     device: str,
 ) -> tuple[Localizer | None, TrialConfig]:
     """The network, and the configuration that says how scenes are made."""
+    from model.checkpoint import CheckpointError
     from model.localizer import Localizer
     from tuner.config import load_study, load_trial
     from tuner.errors import StudyError
@@ -167,8 +168,10 @@ def _conventions(
         return None, load_trial(study.model_dump(include=set(_trial_fields())))
     if config is not None:
         raise StudyError("--config: a checkpoint says itself how its scenes are made")
-    folder = checkpoint / "best" if (checkpoint / "best").is_dir() else checkpoint
-    localizer = Localizer.load(folder, device)
+    try:
+        localizer = Localizer.load(checkpoint, device)
+    except CheckpointError as error:
+        raise StudyError(f"--checkpoint: {error}") from error
     saved = localizer.config.model_dump()
     if data is None:
         saved["data"]["shards"] = None  # scenes like those that it was trained on

@@ -113,7 +113,7 @@ def evaluate_suite(
     made_by, scene = suite.array(array), suite.scene(config.scene)
     drawn, origin = suite_scenes(config, suite, made_by, n_scenes)
     if snr_known and bool(torch.isnan(drawn.known_snr_db).any()):
-        snr_known, origin = False, f"{origin}; the SNR of some is not known, and told to nobody"
+        snr_known, origin = False, f"{origin}; some have no SNR, so no estimator is told one"
     drawn = drawn.to(device)
     truth = Truth.of(drawn, made_by, scene)
     if suite.told:

@@ -54,7 +54,8 @@ def _place_here(study: StudyConfig, notes: list[str]) -> Place:
             f"{unusable or 'this machine has none'}; ask for 0 to run the trials on the CPU"
         )
     if device == "cpu":
-        notes.append(f"no GPU is used: trials run on the CPU, threads each: {cpus}")
+        threads = counted(cpus or 1, "thread")
+        notes.append(f"no GPU is used: trials run on the CPU with {threads} each")
         notes += [unusable] if unusable else []
     else:
         notes.append(f"trials run on {torch.cuda.get_device_name()}, one after another")

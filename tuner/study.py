@@ -412,11 +412,6 @@ class Ledger:
         """All trials that were started, by number."""
         return [self._record(frozen) for frozen in self._started(self._frozen())]
 
-    def running(self) -> set[int]:
-        """Numbers of the trials that have not ended."""
-        own = self._started(self._frozen())
-        return {trial.number for trial in own if trial.state == TrialState.RUNNING}
-
     def trial(self, number: int) -> TrialRecord:
         """One trial."""
         return self._record(self._storage.get_trial(self._id(number)))

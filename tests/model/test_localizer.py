@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from pathlib import Path
+from shutil import copytree
 
 import pytest
 import torch
@@ -186,11 +187,20 @@ def test_scale_changes_nothing(best: Path, scenes: Scenes, dtype: torch.dtype) -
     assert [len(s) for s in localizer.locate(y, H, codes)] == [len(s) for s in found]  # type: ignore[arg-type]
 
 
+def test_a_run_folder_stands_for_its_winner(best: Path, tmp_path: Path) -> None:
+    of_best, of_run = Localizer.load(best), Localizer.load(best.parent)
+    assert of_run.config == of_best.config
+    for name, weight in of_best.network.state_dict().items():
+        assert torch.equal(of_run.network.state_dict()[name], weight), name
+    copytree(best.parent, tmp_path / "run")
+    (tmp_path / "run" / "best" / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"run/best/model\.safetensors: no such file"):
+        Localizer.load(tmp_path / "run")
+
+
 def test_missing_damaged_or_foreign_weights_are_named(best: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no such folder; expected model\.safetensors"):
         Localizer.load(tmp_path / "nowhere")
-    with pytest.raises(CheckpointError, match=r"a run directory; load its winner, .*best"):
-        Localizer.load(best.parent)
     (tmp_path / "config.json").write_bytes((best / "config.json").read_bytes())
     with pytest.raises(CheckpointError, match=r"model\.safetensors: no such file"):
         Localizer.load(tmp_path)

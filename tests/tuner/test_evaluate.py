@@ -225,7 +225,7 @@ def test_recorded_scenes_of_unknown_snr_are_scored(tmp_path: Path, known: int) -
         )
         write_shards(tmp_path / "data", name, scenes, array, config.scene.wavefront)
     suite = evaluate_suite("nominal", config, None, say=lambda text: None)
-    assert "the SNR of some is not known" in suite["scenes"]
+    assert "some have no SNR, so no estimator is told one" in suite["scenes"]
     assert set(suite["methods"]) == {
         "music",
         "mvdr",

@@ -189,15 +189,15 @@ def _drawn_rungs(
             "have gone on from above the line."
         )
         if material.study.search.least_chance:
-            remark += " Others stopped below it, for want of a chance to win."
+            remark += " Others stopped below it because their chance to win was too small."
     elif material.study.search.scheduler == "asha-pausing":
         remark = (
-            f"Whoever is among the best at a rung, one in {factor}, goes on, as soon as that is so."
+            f"A trial goes on from its rung as soon as it is among the best there, one in {factor}."
         )
     elif material.study.search.scheduler == "pbt":
         remark = (
-            "Whoever stopped here gave way to a successor of one of the best of its population, "
-            "which is first compared at the next rung."
+            "Each trial that stopped here was replaced by a successor of one of the best of its "
+            "population, which is first compared at the next rung."
         )
     else:
         remark = "Hyperband's brackets begin to stop at different rungs: there is no one cut-off."

@@ -29,7 +29,7 @@ _SAMPLERS = {
 }
 _SCHEDULERS = {
     "asha": "ASHA", "asha-pausing": "ASHA with pauses", "hyperband": "Hyperband",
-    "median": "the median rule", "pbt": "population-based training", "none": "nobody",
+    "median": "the median rule", "pbt": "population-based training",
 }  # fmt: skip
 
 
@@ -87,17 +87,16 @@ def _asked(material: Material) -> str:
         f"Asked: the {study.network.family} network with the lowest "
         f"{OBJECTIVES[study.objective]}{target}, over {counted(len(search.space), 'parameter')}; "
         f"{counted(search.trials, 'trial')} of at most {counted(study.training.epochs, 'epoch')}"
-        f"{budget}, proposed by {_SAMPLERS[search.proposer]} and stopped early by "
-        f"{_stoppers(search)}, trained on {data}."
+        f"{budget}, proposed by {_SAMPLERS[search.proposer]}, {_stopped(search)}, "
+        f"trained on {data}."
     )
 
 
-def _stoppers(search: SearchConfig) -> str:
-    who = _SCHEDULERS[search.scheduler]
-    if not search.least_chance:
-        return who
-    rule = f"a chance to win below {100 * search.least_chance:g} %"
-    return rule if search.scheduler == "none" else f"{who} and by {rule}"
+def _stopped(search: SearchConfig) -> str:
+    rules = [_SCHEDULERS[search.scheduler]] if search.scheduler != "none" else []
+    if search.least_chance:
+        rules.append(f"a chance to win below {100 * search.least_chance:g} %")
+    return f"stopped early by {' and by '.join(rules)}" if rules else "none stopped early"
 
 
 def _found(material: Material) -> str:
