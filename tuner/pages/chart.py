@@ -92,7 +92,7 @@ def axis_for(values: list[float], title: str = "", *, log: bool = False) -> dict
     if not log and (ratio < _WIDE or len(finite) < len(values)):
         return {"title": {"text": title}}
     ticks = "D2" if ratio < _DECADES else 1  # 1, 2 and 5, or powers of ten alone
-    return {"title": {"text": title}, "type": "log", "dtick": ticks}
+    return {"title": {"text": title}, "type": "log", "dtick": ticks, "exponentformat": "power"}
 
 
 def opacity_of(count: int) -> float:
