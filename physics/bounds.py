@@ -146,12 +146,21 @@ def crb(
 def scene_crb(
     scenes: Scenes, array: PlanarArray, wavefront: Wavefront, source_mode: SourceMode
 ) -> Tensor:
-    """Bounds (B, K, 3, 3) at the truth of recorded or simulated scenes, as :func:`crb` gives them.
+    """Bounds at the true positions of recorded or simulated scenes, as :func:`crb` gives them.
 
     For constant sources the deterministic bound, at the amplitudes that fit the measurement best
     at the true positions; for fluctuating ones the stochastic bound, at the scenes' powers scaled
-    to the measurement's energy. The noise power follows from the SNR; where that is NaN, not known,
-    the bound is infinite.
+    to the measurement's energy. The noise power follows from the SNR.
+
+    Args:
+        scenes: B of them, of at most K sources.
+        array: the nominal surface.
+        wavefront: the model that the scenes were made with.
+        source_mode: whether symbols fluctuate from snapshot to snapshot.
+
+    Returns:
+        (B, K, 3, 3) real: covariances of azimuth, elevation [rad] and range [m]; infinite where
+        there is no source, and where the SNR is NaN, not known.
     """
     parts = [
         _scene_crb(scenes[slice(start, start + _CHUNK)], array, wavefront, source_mode)

@@ -41,7 +41,19 @@ def random_codes(
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.complex64,
 ) -> Tensor:
-    """Codes (*batch, L, N) with independent uniform phases."""
+    """Codes with independent phases, uniform on [0, 2 pi).
+
+    Args:
+        n_snapshots: L.
+        array: of N elements.
+        batch: leading dimensions.
+        generator: random generator on ``device``; torch's default one if left out.
+        device: where to draw; torch's default device if left out.
+        dtype: complex64 or complex128.
+
+    Returns:
+        (*batch, L, N) complex of unit modulus.
+    """
     phase = torch.rand(
         (*batch, n_snapshots, array.size), generator=generator, device=device, dtype=dtype.to_real()
     )
@@ -50,9 +62,15 @@ def random_codes(
 
 
 def dft_codebook(array: PlanarArray, dtype: torch.dtype = torch.complex64) -> Tensor:
-    """All N two-dimensional DFT codes (N, N): the Kronecker product of two DFT matrices.
+    """All N two-dimensional DFT codes: the Kronecker product of two DFT matrices.
 
-    Row ``v * n_horizontal + h`` steers to spatial frequency (h / n_horizontal, v / n_vertical).
+    Args:
+        array: of N = n_vertical * n_horizontal elements.
+        dtype: complex64 or complex128.
+
+    Returns:
+        (N, N) complex of unit modulus, orthogonal rows. Row ``v * n_horizontal + h`` steers to
+        spatial frequency (h / n_horizontal, v / n_vertical).
     """
 
     def dft(n: int) -> Tensor:
@@ -101,7 +119,14 @@ def _hadamard(order: int) -> Tensor | None:
 
 
 def hadamard_codebook(array: PlanarArray, dtype: torch.dtype = torch.complex64) -> Tensor:
-    """All N Hadamard codes (N, N) of +-1, one construction per side of the array.
+    """All N Hadamard codes, one construction per side of the array.
+
+    Args:
+        array: of N = n_vertical * n_horizontal elements.
+        dtype: complex64 or complex128.
+
+    Returns:
+        (N, N) complex of +-1, orthogonal rows.
 
     Raises:
         ValueError: one of the sides has no Hadamard matrix here.
@@ -126,6 +151,16 @@ def draw_codes(
 
     ``random`` draws every phase; ``dft`` and ``hadamard`` draw L of the N codes without
     replacement (with replacement from the (N+1)-th on).
+
+    Args:
+        kind: of the codebook.
+        n_snapshots: L.
+        array: of N elements.
+        bits: of the phase shifters; None: phases as they are.
+        batch: leading dimensions.
+        generator: random generator on ``device``; torch's default one if left out.
+        device: where to draw; torch's default device if left out.
+        dtype: complex64 or complex128.
 
     Returns:
         (*batch, L, N) complex of unit modulus.

@@ -41,5 +41,11 @@ def test_a_benchmark_that_never_asks_for_a_gpu_files_its_figures_under_the_proce
         assert device == ("device" if asks else "'cpu'"), name
 
 
-def test_nothing_is_written_where_no_file_is_named() -> None:
+def test_nothing_is_written_where_no_file_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     _timing.save({}, None, "cpu")
+    assert not list(tmp_path.iterdir())
+    _timing.save({"figure": 1}, Path("file.json"), "cpu")
+    assert [path.name for path in tmp_path.iterdir()] == ["file.json"]

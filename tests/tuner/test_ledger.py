@@ -109,7 +109,10 @@ def test_a_ledger_of_another_version_is_not_compared(tmp_path: Path) -> None:
     ledger = open_ledger(folder, study)
     ledger.optuna_study.set_user_attr("config", {"gone": {"field": 1}})
     ledger.close()
-    open_ledger(folder, study).close()
+    again = open_ledger(folder, study)
+    assert [trial.number for trial in again.trials()] == [0]
+    assert again.optuna_study.user_attrs["config"] == study.model_dump(mode="json")
+    again.close()
 
 
 def test_the_command_says_it_in_one_line(
