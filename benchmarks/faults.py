@@ -66,7 +66,7 @@ def _be_tuner(arguments: list[str], output: Path, fault: str | None, limit_mb: i
     import tuner.conclusion
     from tuner.run import app
 
-    tuner.conclusion._score_winner = lambda folder, progress: None
+    tuner.conclusion._score_winner = lambda folder, study, progress: None
     if fault == "exception":
         _raise_in_a_trial()
     if limit_mb is not None:

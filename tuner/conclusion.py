@@ -11,6 +11,7 @@ from typing import Any
 
 from model.config import OBJECTIVES
 from tuner.command import DONE, INTERRUPTED, NOTHING_FINISHED
+from tuner.config import StudyConfig
 from tuner.folder import RunFolder
 from tuner.gain import gain_of, untrained_objective
 from tuner.limits import Ended
@@ -19,7 +20,7 @@ from tuner.promotion import Promotion
 from tuner.records import State
 from tuner.report import write_report
 from tuner.results import drop_losers, winners, write_best, write_promoted, write_trials
-from tuner.scenes import ensure_scenes
+from tuner.scenes import ensure_scenes, load_winner
 from tuner.study import Ledger
 from tuner.telemetry import Progress
 
@@ -57,6 +58,8 @@ def conclude(
     drop_losers(folder, ledger, *winners(ledger))
     if promotion is not None:
         write_promoted(folder, promotion)
+    else:  # of a promotion that no longer decides; the ledger keeps its runs
+        folder.promoted_csv.unlink(missing_ok=True)
     scored = best is not None and not interrupted
     if not scored:  # else it is written with the winner's scores
         _draw_report(folder, ledger, progress)
@@ -108,9 +111,10 @@ def conclude(
         progress.say(f"no trial finished{why}", logging.ERROR)
         return NOTHING_FINISHED
     try:
-        _attempt(lambda: _score_winner(folder, progress), progress, "evaluation.json")
+        study = ledger.config
+        _attempt(lambda: _score_winner(folder, study, progress), progress, "evaluation.json")
         with progress.waiting("finding sources in scenes for the report"):
-            _attempt(lambda: ensure_scenes(folder), progress, "scenes.json")
+            _attempt(lambda: ensure_scenes(folder, study), progress, "scenes.json")
     except KeyboardInterrupt:
         progress.say(f"the winner's scoring was interrupted; it is made up for with: {resume}")
     _draw_report(folder, ledger, progress)
@@ -128,13 +132,12 @@ def _draw_report(folder: RunFolder, ledger: Ledger, progress: Progress) -> None:
         _attempt(lambda: write_report(folder, ledger), progress, "report.html")
 
 
-def _score_winner(folder: RunFolder, progress: Progress) -> None:
+def _score_winner(folder: RunFolder, study: StudyConfig, progress: Progress) -> None:
     """evaluation.json: the winner beside NOMP.
 
     Simulated scenes are such as no trial has seen. Of recorded ones the test split is taken, or
     else the validation split, which chose the winner: the result says so.
     """
-    from model.localizer import Localizer
     from tuner.evaluation import evaluate_suite, evaluation_of, write_evaluation
     from tuner.scoreboard import REFERENCE
     from tuner.scoretable import signed
@@ -144,7 +147,7 @@ def _score_winner(folder: RunFolder, progress: Progress) -> None:
     fingerprint = folder.fingerprint()
     found = _scored_before(folder, fingerprint)
     if found is None:
-        localizer = Localizer.load(folder.best)
+        localizer = load_winner(folder, study)
         with progress.counting() as advance:
             found = evaluate_suite(
                 "nominal",

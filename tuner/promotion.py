@@ -64,7 +64,7 @@ class Promoted:
     Args:
         trial: of the search, where it was tried first.
         runs: by their seeds' order, as far as they have begun.
-        seeds: how many there will be.
+        seeds: how many there will be; all that have begun count, whatever is asked for by now.
     """
 
     trial: TrialRecord
@@ -201,7 +201,10 @@ class Promotion(Ledger):
         for frozen in self._by_repeat():
             runs.setdefault(frozen.user_attrs[_PARENT], []).append(self.trial(frozen.number))
         seeds = self._search.config.search.promote_seeds
-        found = [Promoted(trials[parent], tuple(those), seeds) for parent, those in runs.items()]
+        found = [
+            Promoted(trials[parent], tuple(those), max(seeds, len(those)))
+            for parent, those in runs.items()
+        ]
         return sorted(found, key=lambda promoted: promoted._order)
 
     def winner(self) -> Promoted | None:
@@ -249,8 +252,9 @@ class Promotion(Ledger):
         return sorted(self._frozen(), key=lambda frozen: frozen.user_attrs[_REPEAT])
 
     def _origin(self, attrs: Mapping[str, Any]) -> str:
-        seeds = self._search.config.search.promote_seeds
-        return f"trial {attrs[_PARENT]:04d}, seed {attrs[_REPEAT] + 1} of {seeds}"
+        seed = attrs[_REPEAT] + 1
+        seeds = max(seed, self._search.config.search.promote_seeds)
+        return f"trial {attrs[_PARENT]:04d}, seed {seed} of {seeds}"
 
 
 def open_promotion(search: Ledger) -> Promotion | None:

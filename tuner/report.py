@@ -45,7 +45,7 @@ def report(
     ledger = read_ledger(folder, load_study(folder.config))
     try:
         try:
-            ensure_scenes(folder)
+            ensure_scenes(folder, ledger.config)
         except (CheckpointError, DataError) as error:
             logger.warning("scenes are not drawn: %s", error)
         write_report(folder, ledger)

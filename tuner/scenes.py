@@ -19,6 +19,7 @@ from physics.spectrum import PolarGrid, mvdr_spectrum
 
 if TYPE_CHECKING:
     from model.localizer import Localizer
+    from tuner.config import StudyConfig
     from tuner.folder import RunFolder
 
 _LOOKED_AT = 64  # held-out scenes among which the first of each number of sources is drawn
@@ -28,8 +29,25 @@ DEPTH_DB = 40.0  # below its peak a spectrum is drawn as flat
 _LEVELS = 250
 
 
-def ensure_scenes(folder: RunFolder) -> bool:
+def load_winner(folder: RunFolder, study: StudyConfig) -> Localizer:
+    """The network in best/, whose scenes lie where the study says by now.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    from model.localizer import Localizer
+
+    localizer = Localizer.load(folder.best)
+    localizer.config = localizer.config.model_copy(update={"data": study.data})
+    return localizer
+
+
+def ensure_scenes(folder: RunFolder, study: StudyConfig) -> bool:
     """Write scenes.json for the network in best/ unless it is there already.
+
+    Args:
+        folder: the run folder.
+        study: its configuration, which says where recorded scenes lie.
 
     Returns:
         Whether there is a network to draw scenes of.
@@ -45,9 +63,7 @@ def ensure_scenes(folder: RunFolder) -> bool:
             return True
     except (OSError, ValueError, KeyError, TypeError):
         pass  # absent or damaged: made anew
-    from model.localizer import Localizer
-
-    content = {"network": fingerprint, **drawn_scenes(Localizer.load(folder.best))}
+    content = {"network": fingerprint, **drawn_scenes(load_winner(folder, study))}
     write_text(folder.scenes, json.dumps(content, allow_nan=False) + "\n")
     return True
 

@@ -19,7 +19,7 @@ from tuner.folder import Driver, RunFolder
 from tuner.forecast import seconds_left
 from tuner.ledger import mode_of, read_ledger
 from tuner.limits import Ended, Limits, why_ended
-from tuner.promotion import open_promotion
+from tuner.promotion import Promoted, open_promotion
 from tuner.records import TrialRecord
 from tuner.study import Ledger
 
@@ -36,7 +36,8 @@ class Standing:
     state: StudyState
     driver: Driver | None
     trials: tuple[TrialRecord, ...]
-    best: TrialRecord | None
+    best: TrialRecord | None  # of the search
+    promoted: Promoted | None  # the winner of its promotion, once that has ended
     n_new: int  # trials that have not started
     seconds: float  # that trials have run, over all sessions
     seconds_left: float | None  # about; None while nothing tells it
@@ -63,6 +64,8 @@ class Standing:
         if self.state == "running":
             return None
         if self.state == "finished":
+            if self.promoted is not None:  # it has been trained at full budget
+                return f"python -m model.locate SNAPSHOTS --checkpoint {where}/best"
             if self.best is not None:
                 return f"python -m tuner.train --from {where}"
             more = self.ended.remedy if self.ended else None
@@ -77,7 +80,7 @@ class Standing:
 
     def as_json(self) -> dict[str, Any]:
         """The same in plain values; times in seconds."""
-        best, driver = self.best, self.driver
+        best, driver, won = self.best, self.driver, self.promoted
         return {
             "run_dir": str(self.folder.path),
             "study": self.study.name,
@@ -88,8 +91,15 @@ class Standing:
             "best": best and {
                 "trial": best.number,
                 "objective": best.objective,
-                "epoch": best.epoch,
+                "epoch": best.scored.get("epoch", best.epoch),
                 "params": best.params,
+            },
+            "promoted": won and won.best and {
+                "trial": won.trial.number,
+                "mean": won.mean,
+                "std": won.std,
+                "seed": won.best.seed,
+                "objective": won.best.objective,
             },
             "failures": [
                 {"trial": t.number, "epoch": t.epoch, "reason": t.reason}
@@ -120,7 +130,7 @@ def standing(path: Path) -> Standing:
             state: StudyState = "running" if alive else "never started"
             new = study.search.planned_trials(study.training.epochs)
             return Standing(
-                folder, study, state, driver, (), None, new, 0.0, None, None, False, "", now
+                folder, study, state, driver, (), None, None, new, 0.0, None, None, False, "", now
             )
         trials, n_new = tuple(ledger.trials()), ledger.n_new
         ended = why_ended(ledger, Limits(ledger))
@@ -133,6 +143,7 @@ def standing(path: Path) -> Standing:
             driver=driver,
             trials=trials,
             best=ledger.best(),
+            promoted=None if promotion is None else promotion.winner(),
             n_new=n_new,
             seconds=ledger.seconds,
             seconds_left=seconds_left(promotion if promotion and promoting else ledger),

@@ -101,7 +101,10 @@ def _show(look: Standing, console: Console) -> None:
         ]
         say(f"trials: {', '.join(parts)}")
         if look.best is not None:
-            say(f"best: trial {look.best.number:04d}, objective {look.best.objective:.5f}")
+            name = "best" if look.promoted is None else "best in the search"
+            say(f"{name}: trial {look.best.number:04d}, objective {look.best.objective:.5f}")
+    if look.promoted is not None:
+        say(f"promoted: trial {look.promoted.trial.number:04d}: {look.promoted.words}")
     failed = [trial for trial in look.trials if trial.state == "failed"]
     for trial in failed[:_FAILURES]:
         say(f"trial {trial.number:04d} failed after epoch {trial.epoch}: {trial.reason}")

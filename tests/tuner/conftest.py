@@ -28,5 +28,5 @@ def password(monkeypatch: pytest.MonkeyPatch) -> None:
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Trials in no time, in this process."""
     monkeypatch.setattr("tuner.local.TrialRun", FakeRun)
-    monkeypatch.setattr("tuner.conclusion._score_winner", lambda folder, progress: None)
+    monkeypatch.setattr("tuner.conclusion._score_winner", lambda folder, study, progress: None)
     monkeypatch.setattr("tuner.conclusion.write_report", lambda folder, ledger: None)

@@ -38,7 +38,7 @@ def outcomes(folder: Path) -> list[tuple[Any, ...]]:
 def test_a_study_on_a_full_disk_ends_with_a_line_and_goes_on_bit_for_bit(
     tmp_path: Path, file_kb: int, width: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tuner.conclusion._score_winner", lambda folder, progress: None)
+    monkeypatch.setattr("tuner.conclusion._score_winner", lambda folder, study, progress: None)
     config = write_study(
         tmp_path, training={"epochs": 2}, search={"scheduler": "none"}, network={"width": width}
     )

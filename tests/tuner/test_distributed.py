@@ -295,7 +295,7 @@ def test_a_time_budget_on_a_cluster_leaves_trials_that_go_on_and_the_study_can_g
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("tuner.conclusion._score_winner", lambda folder, progress: None)
+    monkeypatch.setattr("tuner.conclusion._score_winner", lambda folder, study, progress: None)
     clock = Clock(monkeypatch)
     config = write_study(
         tmp_path, training={"epochs": 6}, search={"trials": 2, "scheduler": "none"}
@@ -378,7 +378,7 @@ def test_a_promotion_on_a_cluster_survives_a_killed_driver_and_a_killed_actor(
 def test_two_objectives_have_the_same_front_on_a_cluster_as_locally(
     tmp_path: Path, head: Head, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tuner.conclusion._score_winner", lambda folder, progress: None)
+    monkeypatch.setattr("tuner.conclusion._score_winner", lambda folder, study, progress: None)
     config = write_study(
         tmp_path,
         search={
@@ -403,7 +403,7 @@ def test_two_objectives_have_the_same_front_on_a_cluster_as_locally(
 def test_another_scheduler_stops_what_is_worse_on_a_cluster(
     tmp_path: Path, head: Head, monkeypatch: pytest.MonkeyPatch, scheduler: str
 ) -> None:
-    monkeypatch.setattr("tuner.conclusion._score_winner", lambda folder, progress: None)
+    monkeypatch.setattr("tuner.conclusion._score_winner", lambda folder, study, progress: None)
     rates = [1e-2, 2e-2, 3e-2, 1e-6, 2e-6, 3e-6, 4e-6]
     config = write_study(
         tmp_path,
@@ -443,7 +443,7 @@ def test_another_scheduler_stops_what_is_worse_on_a_cluster(
 def test_what_cannot_win_is_stopped_on_a_cluster_as_it_is_locally(
     tmp_path: Path, head: Head, monkeypatch: pytest.MonkeyPatch, scheduler: str
 ) -> None:
-    monkeypatch.setattr("tuner.conclusion._score_winner", lambda folder, progress: None)
+    monkeypatch.setattr("tuner.conclusion._score_winner", lambda folder, study, progress: None)
     rates = [2e-3, 8e-3, 2e-2, 4e-3, 3e-7, 1e-7, 1e-2, 2e-7]
     config = write_study(
         tmp_path,

@@ -99,7 +99,7 @@ def test_a_local_search_stops_what_cannot_win_and_says_why(
     scheduler: str,
 ) -> None:
     monkeypatch.setattr("tuner.local.TrialRun", FakeRun)
-    monkeypatch.setattr("tuner.conclusion._score_winner", lambda folder, progress: None)
+    monkeypatch.setattr("tuner.conclusion._score_winner", lambda folder, study, progress: None)
     betas = [0.08, 0.04, 0.02, 0.5, 0.0, 0.55]  # the lower, the better
     config = write_study(
         tmp_path,

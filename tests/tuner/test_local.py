@@ -121,7 +121,7 @@ def test_other_pruners_stop_what_is_worse_and_never_what_wins(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheduler: str
 ) -> None:
     monkeypatch.setattr("tuner.local.TrialRun", FakeRun)
-    monkeypatch.setattr("tuner.conclusion._score_winner", lambda folder, progress: None)
+    monkeypatch.setattr("tuner.conclusion._score_winner", lambda folder, study, progress: None)
     betas = [0.0, 0.02, 0.04, 0.5, 0.55]  # the lower, the better
     config = write_study(
         tmp_path,

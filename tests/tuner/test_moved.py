@@ -147,6 +147,17 @@ def test_recorded_scenes_may_move_too(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "trial 0000 epoch 1/40" not in said
     (trial,) = trials_of(out)
     assert (trial.state, trial.epoch) == ("done", 40)
+    # The winner is scored and drawn anew where its scenes are by now, and the report knows it.
+    shutil.move(tmp_path / "archive", tmp_path / "attic")
+    for name in ("evaluation.json", "scenes.json"):
+        (out / name).unlink()
+    assert run_here("--resume", out, "--local", "--data", tmp_path / "attic") == 0
+    assert "was not written" not in capsys.readouterr().out
+    assert f"of {tmp_path}/attic/val" in (out / "evaluation.json").read_text()
+    shutil.move(tmp_path / "attic", tmp_path / "archive")
+    for again in range(2):  # the second time all is there already
+        assert run_here("--resume", out, "--local", "--data", tmp_path / "archive") == 0
+        assert "another network than the winner" not in (out / "report.html").read_text(), again
     # What lies there now are other scenes.
     generator = torch.Generator().manual_seed(3)
     others = simulate(8, study.scene, array, generator=generator)

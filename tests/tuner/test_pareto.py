@@ -146,7 +146,7 @@ def test_a_search_of_two_objectives_ends_with_its_front(
     sampler: str,
 ) -> None:
     monkeypatch.setattr("tuner.local.TrialRun", CostlyRun)
-    monkeypatch.setattr("tuner.conclusion._score_winner", lambda folder, progress: None)
+    monkeypatch.setattr("tuner.conclusion._score_winner", lambda folder, study, progress: None)
     monkeypatch.setattr("tuner.results.export_network", lambda trial, place, patience=None: True)
     monkeypatch.setattr("tuner.conclusion.write_report", lambda folder, ledger: None)
     step = 0.2 if sampler == "grid" else None

@@ -42,8 +42,8 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A study that was run without a break."""
     folder = tmp_path_factory.mktemp("pausing")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tuner.conclusion._score_winner", lambda folder, progress: None)
-        patch.setattr("tuner.conclusion.ensure_scenes", lambda folder: None)
+        patch.setattr("tuner.conclusion._score_winner", lambda folder, study, progress: None)
+        patch.setattr("tuner.conclusion.ensure_scenes", lambda folder, study: None)
         asked = ("--config", write_study(folder, **REAL), "--local", "--out", folder / "run")
         assert run_here(*asked) == 0
     return folder / "run"
@@ -52,8 +52,8 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_trial_that_waited_is_trained_as_one_that_did_not(
     searched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tuner.conclusion._score_winner", lambda folder, progress: None)
-    monkeypatch.setattr("tuner.conclusion.ensure_scenes", lambda folder: None)
+    monkeypatch.setattr("tuner.conclusion._score_winner", lambda folder, study, progress: None)
+    monkeypatch.setattr("tuner.conclusion.ensure_scenes", lambda folder, study: None)
     found = trials_of(searched)
     assert sorted(t.epoch for t in found) == [1, 1, 1, 1, 2, 2, 4, 8]
     config = write_study(tmp_path, **REAL | {"search": REAL["search"] | {"scheduler": "none"}})

@@ -73,8 +73,8 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished study of one population."""
     folder = tmp_path_factory.mktemp("pbt")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tuner.conclusion._score_winner", lambda folder, progress: None)
-        patch.setattr("tuner.conclusion.ensure_scenes", lambda folder: None)
+        patch.setattr("tuner.conclusion._score_winner", lambda folder, study, progress: None)
+        patch.setattr("tuner.conclusion.ensure_scenes", lambda folder, study: None)
         assert (
             run_here("--config", write_study(folder, **PBT), "--local", "--out", folder / "run")
             == 0
@@ -187,7 +187,7 @@ def test_a_killed_population_goes_on_to_the_same_end(searched: Path, tmp_path: P
 def test_a_donor_that_begins_anew_leaves_its_heirs_what_they_begin_with(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tuner.conclusion._score_winner", lambda folder, progress: None)
+    monkeypatch.setattr("tuner.conclusion._score_winner", lambda folder, study, progress: None)
     config = write_study(
         tmp_path, **merged(PBT, {"search": {"perturbation_epochs": 2, "trials": 6}})
     )

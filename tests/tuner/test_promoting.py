@@ -52,7 +52,7 @@ class Fickle(FakeRun):
 @pytest.fixture
 def fickle(monkeypatch: pytest.MonkeyPatch) -> type[Fickle]:
     monkeypatch.setattr("tuner.local.TrialRun", Fickle)
-    monkeypatch.setattr("tuner.conclusion._score_winner", lambda folder, progress: None)
+    monkeypatch.setattr("tuner.conclusion._score_winner", lambda folder, study, progress: None)
     monkeypatch.setattr("tuner.results.export_network", lambda trial, place, patience=None: True)
     monkeypatch.setattr("tuner.conclusion.write_report", lambda folder, ledger: None)
     monkeypatch.setattr(Fickle, "doomed", frozenset())
@@ -143,8 +143,12 @@ def test_a_finished_study_is_promoted_later_and_the_search_decides_again_without
     assert len(rows_of(out)) == 6
     assert best_of(out)["promoted"]["seeds"] == 2
     assert run_here("--resume", out, *NOWHERE) == 0, "nothing is left to run"
+    assert (out / "promoted.csv").exists()
     assert run_here("--resume", out, *NOWHERE, "--promote", 0) == 0
     assert best_of(out) == searched
+    assert not (out / "promoted.csv").exists(), "it decides no more"
+    assert run_here("--resume", out, *NOWHERE, "--promote", 3) == 0, "its runs are kept"
+    assert len(rows_of(out)) == 6
 
 
 def test_a_seed_that_fails_is_told_and_costs_the_first_place(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +190,30 @@ def test_a_larger_promotion_keeps_what_has_run(tmp_path: Path) -> None:
     ]
 
 
+def test_seeds_that_have_run_count_where_fewer_are_asked_for_by_now(tmp_path: Path) -> None:
+    promotion = promotion_of(tmp_path, 1.0, 2.0, 3.0, promote=1, promote_seeds=3)
+    for found, objective in zip(asked(promotion), (0.5, 0.6, 0.7), strict=True):
+        end(promotion, found.number, objective)
+    promotion.close()
+    changes = {"trials": 3, "promote": 3, "promote_seeds": 1, "full_epochs": 5}
+    fewer = Promotion(Ledger(tmp_path / "study.db", tiny_study(tmp_path, search=changes)))
+    more = asked(fewer)
+    assert [found.origin for found in more] == [
+        "trial 0001, seed 1 of 1",
+        "trial 0002, seed 1 of 1",
+    ]
+    for found, objective in zip(more, (0.55, 0.65), strict=True):
+        end(fewer, found.number, objective)
+    ranked = fewer.configurations()
+    assert [found.trial.number for found in ranked] == [1, 0, 2], "by mean: 0.55, 0.6, 0.65"
+    assert [found.words.partition(";")[0] for found in ranked] == [
+        "0.55000 (1 seed)",
+        "0.60000 ± 0.10000 (3 seeds)",
+        "0.65000 (1 seed)",
+    ]
+    assert fewer.going_on(2).origin == "trial 0000, seed 3 of 3"
+
+
 def test_mean_and_spread_are_those_of_the_seeds() -> None:
     values = [0.31, 0.29, 0.4, 0.35]
     found = promoted(*values)
@@ -252,5 +277,16 @@ def test_the_report_tells_of_the_promotion(tmp_path: Path) -> None:
     text = text_of(promotion.search)
     assert "Not all runs have ended" not in text
     assert "<tr class='best'><td>1<td class='text'>0.5<td class='text'>0.35" in text
+    found = Material.read(RunFolder(tmp_path), promotion.search)
+    run = promotion.trial(3)
+    assert found.winner == run
+    assert "The best in the search is trial 0000 with 1." in html.unescape(text)
+    assert "that of trial 0001 is the best: 0.50000 ± 0.35355 (2 seeds)" in text
+    assert f"The winner is its network of seed {run.seed}." in text
+    assert f"<dt>Winner<dd>trial 0001, promoted with seed {run.seed}: " in text
+    assert f"The fields of trial 0001, promoted with seed {run.seed} that differ" in text
+    assert found.is_of_winner(promotion.trial_config(run).model_dump(mode="json"))
+    of_search = promotion.search.trial_config(promotion.search.trial(0))
+    assert not found.is_of_winner(of_search.model_dump(mode="json"))
     study = promotion.search.config.replaced({"search.promote": 0})
     assert "Promoted configurations" not in text_of(Ledger(tmp_path / "study.db", study))

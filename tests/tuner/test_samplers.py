@@ -174,7 +174,7 @@ def test_a_grid_study_ends_when_every_point_has_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("tuner.local.TrialRun", FakeRun)
-    monkeypatch.setattr("tuner.conclusion._score_winner", lambda folder, progress: None)
+    monkeypatch.setattr("tuner.conclusion._score_winner", lambda folder, study, progress: None)
     space = {"blend.beta": STEPS["blend.beta"]}
     config = write_study(tmp_path, search={"sampler": "grid", "space": space, "scheduler": "none"})
     out = tmp_path / "run"

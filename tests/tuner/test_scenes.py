@@ -17,6 +17,7 @@ from physics.scene import Scenes
 from physics.steering import steering_vector
 from tests.tuner.pages.support import material, record
 from tests.tuner.pages.test_chart import content
+from tuner.config import load_study
 from tuner.folder import RunFolder
 from tuner.pages.scenes import scenes as section
 from tuner.scenes import DEPTH_DB, drawn_scenes, ensure_scenes
@@ -110,19 +111,19 @@ def test_the_spectra_are_mvdr_of_the_blended_covariance(
 @pytest.mark.slow
 def test_a_drawing_is_kept_until_the_network_changes(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
-    assert not ensure_scenes(folder), "no network, nothing to draw"
+    assert not ensure_scenes(folder, load_study(None)), "no network, nothing to draw"
     shutil.copytree(shipped()["fluctuating"], folder.best)
-    assert ensure_scenes(folder)
+    assert ensure_scenes(folder, load_study(None))
     first = folder.scenes.read_text()
     folder.scenes.write_text(first + " ")
-    assert ensure_scenes(folder)
+    assert ensure_scenes(folder, load_study(None))
     assert folder.scenes.read_text() == first + " ", "drawn again without need"
     decision = folder.best / "decision.json"
     decision.write_text(json.dumps(json.loads(decision.read_text()) | {"threshold": 0.99}))
-    assert ensure_scenes(folder)
+    assert ensure_scenes(folder, load_study(None))
     assert json.loads(folder.scenes.read_text())["network"] != json.loads(first)["network"]
     folder.scenes.write_text("{")
-    assert ensure_scenes(folder)
+    assert ensure_scenes(folder, load_study(None))
     json.loads(folder.scenes.read_text())
 
 

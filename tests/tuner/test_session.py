@@ -33,7 +33,7 @@ NOWHERE = ("--address", "127.0.0.1:1")  # a cluster that is not there: exit 2 wh
 @pytest.fixture(autouse=True)
 def unscored(monkeypatch: pytest.MonkeyPatch) -> None:
     """No winner is compared with NOMP: that takes longer than the trials here."""
-    monkeypatch.setattr("tuner.conclusion._score_winner", lambda folder, progress: None)
+    monkeypatch.setattr("tuner.conclusion._score_winner", lambda folder, study, progress: None)
 
 
 def trials_of(folder: Path) -> list[TrialRecord]:
@@ -324,9 +324,9 @@ def test_a_winner_that_stays_is_scored_once(
     progress = Progress(load_study(out / "config.yaml"), [])
     decision = json.loads((out / "best" / "decision.json").read_text())
     (out / "best" / "decision.json").write_text(json.dumps(decision | {"threshold": 0.9}))
-    SCORE_WINNER(RunFolder(out), progress)
+    SCORE_WINNER(RunFolder(out), load_study(out / "config.yaml"), progress)
     assert len(scored) == 6, "another network"
-    SCORE_WINNER(RunFolder(out), progress)
+    SCORE_WINNER(RunFolder(out), load_study(out / "config.yaml"), progress)
     assert len(scored) == 6
 
 

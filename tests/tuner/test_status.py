@@ -225,7 +225,23 @@ def test_a_search_whose_promotion_is_left_has_not_finished(
             overview = html.unescape(page(Material.read(folder, search)))
             assert f"<dt>Go on, if it was cut<dd><code>{on}</code>" in overview
     search.close()
-    assert looked(capsys, folder.path)["state"] == "finished"
+    found = looked(capsys, folder.path)
+    assert found["state"] == "finished"
+    won = promotion.configurations()[0]
+    assert won.best is not None
+    assert found["promoted"] == {
+        "trial": won.trial.number,
+        "mean": 1.0,
+        "std": 0.0,
+        "seed": won.best.seed,
+        "objective": 1.0,
+    }
+    locate = f"python -m model.locate SNAPSHOTS --checkpoint {folder.path}/best"
+    assert found["next"] == locate, "it has been trained at full budget"
+    assert execute(app, [str(folder.path)]) == 0
+    said = capsys.readouterr().out
+    assert f"best in the search: trial {found['best']['trial']:04d}" in said
+    assert f"promoted: trial {won.trial.number:04d}: 1.00000 ± 0.00000 (2 seeds)" in said
 
 
 def test_a_driver_elsewhere_whose_lock_does_not_show_here_is_known_by_what_it_writes(

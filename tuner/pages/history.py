@@ -235,7 +235,7 @@ def learning_curves(material: Material) -> Markup:
             x=epochs,
             y=values,
             mode="lines+markers",
-            name=f"winner, trial {best.number:04d}",
+            name=f"{'winner' if material.promoted is None else 'best'}, trial {best.number:04d}",
             line={"color": "var(--ink)", "width": 2.5},
             marker={"size": 5},
             hovertemplate="winner, epoch %{x}: %{y:.5g}<extra></extra>",

@@ -10,6 +10,8 @@ from datetime import datetime
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from pydantic import ValidationError
+
 from model.config import OBJECTIVES
 from tuner.pages.timing import Segment, segments_of, slots_of
 
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
     from tuner.config import StudyConfig
     from tuner.folder import RunFolder
     from tuner.limits import Ended
-    from tuner.promotion import Promotion
+    from tuner.promotion import Promoted, Promotion
     from tuner.records import State, TrialRecord
     from tuner.study import Ledger
 
@@ -68,8 +70,33 @@ class Material:
 
     @property
     def best(self) -> TrialRecord | None:
-        """The winner, if any trial finished."""
+        """The best of the search, if any trial finished."""
         return self.ranking[0] if self.ranking else None
+
+    @cached_property
+    def promoted(self) -> Promoted | None:
+        """The configuration that won the promotion, once that has ended."""
+        return None if self.promotion is None else self.promotion.winner()
+
+    @property
+    def winner(self) -> TrialRecord | None:
+        """The trial or the promoted run whose network is in best/."""
+        return self.best if self.promoted is None else self.promoted.best
+
+    @property
+    def winner_study(self) -> StudyConfig:
+        """The study that the winner was trained in: the search, or its promotion."""
+        won = self.promotion if self.promoted is not None else None
+        return self.study if won is None else won.config
+
+    @property
+    def winner_name(self) -> str:
+        """What the winner is called: trial 0007, or the trial that was promoted and the seed."""
+        if self.winner is None:
+            return "none"
+        if self.promoted is None:
+            return f"trial {self.winner.number:04d}"
+        return f"trial {self.promoted.trial.number:04d}, promoted with seed {self.winner.seed}"
 
     @property
     def measure(self) -> str:
@@ -95,15 +122,18 @@ class Material:
         return min(1.0, sum(s.busy for s in self.segments) / (slots * self.seconds))
 
     def is_of_winner(self, config: dict[str, Any]) -> bool:
-        """Whether a saved configuration is the winner's."""
+        """Whether a saved configuration is the winner's, wherever its files lay at the time."""
+        from model.adjustment import undivided
+        from model.config import TrialConfig
         from tuner.records import config_of
 
-        promoted = self.promotion.winner() if self.promotion is not None else None
-        best = promoted.best if promoted is not None else self.best
-        if best is None:
+        if self.winner is None:
             return False
-        study = self.promotion.config if self.promotion and promoted else self.study
-        return config == config_of(study, best).model_dump(mode="json")
+        try:
+            held = undivided(TrialConfig.model_validate(config))
+        except ValidationError:  # of another version
+            return False
+        return held == undivided(config_of(self.winner_study, self.winner))
 
 
 def _json(path: Any) -> dict[str, Any] | None:

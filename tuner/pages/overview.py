@@ -45,7 +45,8 @@ def tiles(material: Material) -> Markup:
     shown = [
         (
             "–" if best is None else f"{short(best.objective, 5)}{unit}",
-            "best objective" + ("" if best is None else f", trial {best.number:04d}"),
+            f"best objective{_of_search(material)}"
+            + ("" if best is None else f", trial {best.number:04d}"),
         ),
         (f"{len(material.trials):,}", f"trials of {material.study.search.trials:,}"),
         (
@@ -64,6 +65,11 @@ def tiles(material: Material) -> Markup:
         for value, name in shown
     )
     return Markup(f"<div class='tiles'>{inside}</div>")
+
+
+def _of_search(material: Material) -> str:
+    """What tells the best of the search from the winner of its promotion."""
+    return "" if material.promoted is None else " in the search"
 
 
 def _beside(scores: dict[str, Any]) -> str:
@@ -108,7 +114,8 @@ def _found(material: Material) -> str:
     if best is None:
         return f"{so_far} No trial has finished, so that there is no winner."
     unit = _UNITS[material.study.objective]
-    text = f"{so_far} The best is trial {best.number:04d} with {short(best.objective, 5)}{unit}"
+    text = f"{so_far} The best{_of_search(material)} is trial {best.number:04d} with "
+    text += f"{short(best.objective, 5)}{unit}"
     untrained = untrained_objective(material.trials)
     if untrained is not None and best.objective is not None:
         change = change_in_words(material.study.objective, untrained, best.objective)
@@ -117,11 +124,19 @@ def _found(material: Material) -> str:
     text += f". {gain}" if gain else "."
     if len(material.trials) > 1:
         text += " It is the best of many on the same validation scenes, and so a little optimistic."
+    it = "it"
+    if material.promoted is not None and material.promoted.best is not None:
+        text += (
+            f" Of the promoted configurations that of trial {material.promoted.trial.number:04d} "
+            f"is the best: {material.promoted.words}. The winner is its network of seed "
+            f"{material.promoted.best.seed}."
+        )
+        it = "the winner"
     scores = _scores(material)
     if scores:
         suite = next(iter(material.evaluation["suites"].values()))  # type: ignore[index]
         where = "the validation" if CHOOSERS in suite["scenes"] else "other"
-        text += f" On {where} scenes ({suite['scenes']}) it finds sources with F1 "
+        text += f" On {where} scenes ({suite['scenes']}) {it} finds sources with F1 "
         text += f"{scores['network']['f1']:.3f} and GOSPA {scores['network']['gospa_m']:.2f} m"
         if other := scores.get("nomp"):
             text += f"; NOMP with {other['f1']:.3f} and {other['gospa_m']:.2f} m"
@@ -147,7 +162,7 @@ def _scores(material: Material) -> dict[str, Any]:
 
 
 def _facts(material: Material) -> Markup:
-    study, best = material.study, material.best
+    study, best = material.study, material.winner
     limit = study.search.time_budget
     rows: list[tuple[str, object]] = [
         ("Objective", f"{OBJECTIVES[study.objective]}, best epoch so far; lower is better"),
@@ -178,7 +193,8 @@ def _facts(material: Material) -> Markup:
             if isinstance(metrics.get(key), float)
             and (key == "f1" or key.removesuffix("_pred") != study.objective)  # said already
         ]
-        rows.append(("Winner", f"trial {best.number:04d}, seed {best.seed}: {', '.join(scores)}"))
+        seed = "" if material.promoted is not None else f", seed {best.seed}"
+        rows.append(("Winner", f"{material.winner_name}{seed}: {', '.join(scores)}"))
     rows += [
         (purpose, Markup(f"<code>{escape(command)}</code>")) for purpose, command in _next(material)
     ]
@@ -196,8 +212,7 @@ def _next(material: Material) -> list[tuple[str, str]]:
     if ended is not None and ended.remedy is not None:
         steps.append(("Search on", f"{on} {ended.remedy}"))
     if material.best is not None:
-        promoted = promotion is not None and promotion.winner() is not None
-        if not promoted and (search.full_epochs or epochs) > epochs:
+        if material.promoted is None and (search.full_epochs or epochs) > epochs:
             train = f"python -m tuner.train --from {material.place}"
             steps.append(("Train the winner at full budget", train))
         locate = f"python -m model.locate SNAPSHOTS --checkpoint {material.place}/best"
@@ -219,7 +234,7 @@ def _scenes(material: Material) -> str:
 
 def winner(material: Material) -> Markup:
     """The winner's configuration, as far as it differs from the defaults."""
-    best, study = material.best, material.study
+    best, study = material.winner, material.winner_study
     if best is None:
         return note("No trial has finished, so that there is no winner.")
     config = config_of(study, best)
@@ -239,7 +254,7 @@ def winner(material: Material) -> Markup:
     usual_too = f" Searched, and at their defaults: {listed(same)}." if same else ""
     by = Counter(str(row[2]).partition(",")[0] for row in rows)
     text = (
-        f"The fields of trial {best.number:04d} that differ from the defaults: the search set "
+        f"The fields of {material.winner_name} that differ from the defaults: the search set "
         f"{by['search']}, the study's own configuration {by['study']}.{usual_too}"
     )
     if best.accumulation is not None:

@@ -170,16 +170,24 @@ def _weights(study: optuna.Study, names: list[str]) -> dict[str, float]:
 
 
 def _too_few(material: Material) -> str:
-    n_done = material.counts["done"]
-    if n_done < _FEWEST:
-        return f"Drawn from {_FEWEST} finished trials on; there are {n_done}."
+    n_drawn, n_done = len(_drawn(material)), material.counts["done"]
+    if n_drawn < _FEWEST:
+        there = f"there are {n_drawn}"
+        if n_drawn < n_done:
+            there += f", beside {n_done - n_drawn} that began with another trial's weights"
+        return f"Drawn from {_FEWEST} finished trials on; {there}."
     if not _varied(material):
         return "No parameter took more than one value in the finished trials."
     return ""
 
 
+def _drawn(material: Material) -> list[TrialRecord]:
+    """Finished trials whose objective is that of their parameters, as `finished()` has them."""
+    return [t for t in material.trials if t.state == "done" and t.heir is None]
+
+
 def _varied(material: Material) -> list[str]:
     """Parameters that took more than one value in the finished trials."""
-    done: list[TrialRecord] = [t for t in material.trials if t.state == "done"]
+    done = _drawn(material)
     paths = list(done[0].params) if done else []
     return [p for p in paths if len({repr(t.params.get(p)) for t in done}) > 1]

@@ -17,17 +17,18 @@ def promoted(material: Material) -> Markup:
     found = promotion.configurations() if promotion is not None else []
     if promotion is None or not found:
         return note("Nothing has been promoted yet: the search goes on, or no trial has finished.")
+    fewest = min(one.seeds for one in found)
     text = (
         "The search's best, trained again over "
         f"{counted(promotion.config.training.epochs, 'epoch')} with "
-        f"{counted(found[0].seeds, 'seed')} each that the search never used; mean and standard "
-        "deviation of the objective on the validation scenes. A configuration with a seed that "
-        "failed ranks below all without. The search's own objective is of one seed and of the best "
-        "of many trials, and so too good."
+        f"{counted(fewest, 'seed')} each that the search never used; mean and standard deviation "
+        "of the objective on the validation scenes. A configuration with a seed that failed ranks "
+        "below all without. The search's own objective is of one seed and of the best of many "
+        "trials, and so too good."
     )
     if promotion.has_work:
         text += " Not all runs have ended yet: the order may change."
-    winner = promotion.winner()
+    winner = material.promoted
     numbers = [one.trial.number for one in found]
     heads = ["trial", "mean", "std", "seeds", "failed", "best seed", "in the search", "reason"]
     rows = [

@@ -22,6 +22,7 @@ from tuner.pages.scenes import scenes
 from tuner.pages.scoreboard import scoreboard
 from tuner.pages.timeline import timeline
 from tuner.pages.trials import trials
+from tuner.records import Heir
 from tuner.suites import CHOOSERS
 
 
@@ -275,6 +276,11 @@ def test_importances_need_three_finished_trials_that_differ(tmp_path: Path) -> N
     few = material(tmp_path, record(0), record(1), record(2, "pruned"))
     assert "from 3 finished trials on; there are 2" in importances(few)
     assert "from 3 finished trials on; there are 2" in parallel(few)
+    heir = Heir(donor=0, epoch=1, location="there", replaces=1, changed={})
+    heirs = material(tmp_path, record(0), *(record(n, heir=heir) for n in range(2, 6)))
+    told = "there are 1, beside 4 that began with another trial's weights"
+    assert told in importances(heirs).replace("&#x27;", "'")
+    assert told in parallel(heirs).replace("&#x27;", "'")
     same = [record(n, params=record(0).params) for n in range(4)]
     assert "No parameter took more than one value" in parallel(material(tmp_path, *same))
     text = importances(material(tmp_path, *(record(n) for n in range(12))))
