@@ -25,7 +25,7 @@ def evaluate(
     checkpoint: Annotated[
         Path | None,
         typer.Option(
-            help="Network: best/ of a run folder. Default: the shipped one for such scenes, if any."
+            help="Network: a run folder or its best/. Default: the shipped one for such scenes."
         ),
     ] = None,
     data: Annotated[

@@ -5,6 +5,7 @@ import html
 import io
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -101,6 +102,19 @@ def test_estimators_told_nothing_of_waves_keep_the_configured_ones() -> None:
     assert content["methods"]["nomp"]["overall"]["f1"] > 0.3
     told = evaluate_suite("origin-paraxial", tiny_config(), None, n_scenes=32, say=len)
     assert told["methods"]["nomp"]["overall"]["f1"] > 0.3
+
+
+def test_the_help_names_every_suite_method_and_number(capsys: pytest.CaptureFixture[str]) -> None:
+    from tuner import evaluate as command
+    from tuner.evaluation import DEFAULT_SCENES
+
+    assert evaluate("--help") == 0
+    shown = set(re.findall(r"[\w+-]+", capsys.readouterr().out))
+    config = tiny_config()
+    asked = config.array.build(), config.scene, config.tikhonov
+    methods = {each.name for each in classical_estimators(*asked, snr_known=True)}
+    assert shown >= {*SUITES, *methods, "network", "network+refinement"}
+    assert command._SCENES == DEFAULT_SCENES
 
 
 def test_a_network_and_its_refinement_stand_beside_the_classical_ones(
