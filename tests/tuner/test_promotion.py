@@ -278,12 +278,12 @@ def test_the_report_tells_of_the_promotion(tmp_path: Path) -> None:
     assert "Not all runs have ended" not in text
     assert "<tr class='best'><td>1<td class='text'>0.5<td class='text'>0.35" in text
     found = Material.read(RunFolder(tmp_path), promotion.search)
-    run = promotion.trial(3)
+    run, measure = promotion.trial(3), "validation NMSE of R_pred"
     assert found.winner == run
     assert "The best in the search is trial 0000 with 1." in html.unescape(text)
     assert "that of trial 0001 is the best: 0.50000 ± 0.35355 (2 seeds)" in text
     assert f"The winner is its network of seed {run.seed}." in text
-    assert f"<dt>Winner<dd>trial 0001, promoted with seed {run.seed}: " in text
+    assert f"<dt>Winner<dd>trial 0001, promoted with seed {run.seed}: {measure} 0.25" in text
     assert f"The fields of trial 0001, promoted with seed {run.seed} that differ" in text
     assert found.is_of_winner(promotion.trial_config(run).model_dump(mode="json"))
     of_search = promotion.search.trial_config(promotion.search.trial(0))

@@ -73,6 +73,7 @@ def test_a_pipe_hears_of_a_long_count_now_and_then(monkeypatch: pytest.MonkeyPat
         for done in range(5):
             advance("nomp", done, 5)
             time.sleep(0.15)
+        time.sleep(0.3)
         advance("nomp", 5, 5)  # the end is for others to tell
     assert piped.getvalue() == "nomp: 2 of 5\nnomp: 4 of 5\n"
     unheard = io.StringIO()
