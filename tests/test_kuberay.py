@@ -326,6 +326,15 @@ def test_the_image_is_made_of_the_pinned_ray_and_the_sources() -> None:
     assert f"ristune:ray-{pinned_ray()} ." in DOCKERFILE
 
 
+def test_the_builder_is_sent_what_the_image_copies() -> None:
+    sent = (ROOT / ".dockerignore").read_text(encoding="utf-8").split()
+    assert sent[sent.index("*") :]
+    copied = re.findall(r"^COPY (?:--\S+ )*(.+) \S+$", DOCKERFILE, re.MULTILINE)
+    sources = {name for line in copied for name in line.split()}
+    assert {"pyproject.toml", "tuner"} <= sources
+    assert sources == {line[1:] for line in sent if line.startswith("!")}
+
+
 def test_lines_to_edit_are_marked() -> None:
     lines = (ROOT / "deploy" / "kuberay.yaml").read_text(encoding="utf-8").splitlines()
     marked = [line for line in lines if re.search(r"# EDIT\b", line)]

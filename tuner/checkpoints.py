@@ -9,6 +9,8 @@ URI that keeps those options.
 from __future__ import annotations
 
 import logging
+import os
+import platform
 import re
 import shlex
 import time
@@ -194,6 +196,20 @@ def _patiently(location: str, work: Callable[[], _T], patience: float | None = N
             logger.warning("%s: trying again: %s", location, error)
             time.sleep(min(pause, left))
             pause = min(2 * pause, _LONGEST_PAUSE)
+
+
+def see_data(folder: Path) -> None:
+    """Make sure that this machine sees the recorded scenes, which may lie on shared storage too.
+
+    Raises:
+        StorageOut: it does not, for PATIENCE.
+    """
+
+    def look() -> None:
+        if not os.path.isdir(folder / "train"):  # noqa: PTH112 - of what cannot be asked, too
+            raise OSError(f"no such data folder on {platform.node()}")
+
+    _patiently(str(folder), look)
 
 
 @contextmanager

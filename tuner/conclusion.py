@@ -14,7 +14,7 @@ from tuner.command import DONE, INTERRUPTED, NOTHING_FINISHED
 from tuner.config import StudyConfig
 from tuner.folder import RunFolder
 from tuner.gain import gain_of, untrained_objective
-from tuner.limits import Ended
+from tuner.limits import Ended, Limits, why_ended
 from tuner.pareto import pareto_front
 from tuner.promotion import Promotion
 from tuner.records import State
@@ -54,7 +54,8 @@ def conclude(
         The exit code.
     """
     write_trials(folder, ledger)
-    best = write_best(folder, ledger, promotion)
+    over = why_ended(ledger, Limits(ledger)) is not None  # or the promotion was of fewer trials
+    best = write_best(folder, ledger, promotion if over else None)
     drop_losers(folder, ledger, *winners(ledger))
     if promotion is not None:
         write_promoted(folder, promotion)

@@ -182,7 +182,7 @@ class LedgerSearch(OptunaSearch):
     def _suspect(self, trial_id: str, result: dict[str, Any]) -> None:
         """End the session where one node fails trial after trial for one reason, at once.
 
-        Such a node (without the data, the compiler, a driver) takes the next trial, and the whole
+        Such a node (without the compiler, a driver) takes the next trial, and the whole
         study with it. What diverges does so anywhere. On the only node there is, as many failures
         more are waited for as trials are at work: these may show that it works.
         """

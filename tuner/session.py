@@ -343,7 +343,10 @@ def _promote(
     )
     runs = folder.promotion()
     limits = Limits(promotion)
-    shown = progress.beside(study, promotion.trials(), lambda: limits.seconds)
+    begun = promotion.trials()
+    # Runs of other seeds, or of who was among the best before, may have begun too.
+    planned = study.replaced({"search.trials": len(begun) + promotion.n_new})
+    shown = progress.beside(planned, begun, lambda: limits.seconds)
     watchers = Watchers(shown, TensorBoardLog(promotion, runs.tensorboard))
 
     def after() -> None:

@@ -64,6 +64,8 @@ class Standing:
         if self.state == "running":
             return None
         if self.state == "finished":
+            if self.promoted is not None and not self.folder.best.exists():
+                return f"python -m tuner.run --resume {where}{self.mode}"  # fetches it
             if self.promoted is not None:  # it has been trained at full budget
                 return f"python -m model.locate SNAPSHOTS --checkpoint {where}/best"
             if self.best is not None:

@@ -259,7 +259,11 @@ class Progress(Watcher):
     def _remind(self) -> None:
         """Say how far it is, in a thread of its own."""
         if any(row.state == "running" and not row.waits for row in list(self._rows.values())):
-            self._print(self._draw().line())
+            line, self._spoken = self._draw().line(), time.monotonic()
+            # Not by the console, which falls silent for good, and ends the thread that speaks,
+            # where nobody listens any more: the thread at work is to find that.
+            self._console.file.write(f"{line}\n")
+            self._console.file.flush()
 
     def _draw(self) -> StudyView:
         # Called by a thread that draws or reminds; events come in another one.

@@ -10,7 +10,7 @@ import ray
 from ray import tune
 
 from model.config import TrialConfig
-from tuner.checkpoints import StorageOut, TrialCheckpoints, starting_points
+from tuner.checkpoints import TrialCheckpoints, see_data, starting_points
 from tuner.gauges import trial_gauges
 from tuner.trial import TrialRun, place_of
 
@@ -68,8 +68,8 @@ class TrialActor(tune.Trainable):
     def _begin(self, trial: TrialConfig, previous: str | None, donor: str | None) -> None:
         """Bring here what the trial goes on from or begins with, and read it."""
         self._kept.reach()
-        if trial.data.shards is not None and not trial.data.shards.exists():
-            raise StorageOut(f"the data folder {trial.data.shards} is not on this machine")
+        if trial.data.shards is not None:
+            see_data(trial.data.shards)
         own, given = self._brought.enter_context(starting_points(previous, donor))
         self._run = TrialRun(trial, self._device, own, given)
         if own or given:

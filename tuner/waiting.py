@@ -103,7 +103,7 @@ def reminding(
         while not over.wait(pause):
             pause = after - silent()
             if pause <= 0.0:
-                with suppress(OSError):  # nobody listens; who works finds that out by himself
+                with suppress(OSError, ValueError):  # nobody listens, or the stream is closed
                     say()
                 pause = after
 

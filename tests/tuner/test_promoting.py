@@ -142,6 +142,7 @@ def test_a_finished_study_is_promoted_later_and_the_search_decides_again_without
     assert "trial 0000 starts" not in said.partition("promotion:")[2]
     assert len(rows_of(out)) == 6
     assert best_of(out)["promoted"]["seeds"] == 2
+    promoted = best_of(out)
     assert run_here("--resume", out, *NOWHERE) == 0, "nothing is left to run"
     assert (out / "promoted.csv").exists()
     assert run_here("--resume", out, *NOWHERE, "--promote", 0) == 0
@@ -149,6 +150,7 @@ def test_a_finished_study_is_promoted_later_and_the_search_decides_again_without
     assert not (out / "promoted.csv").exists(), "it decides no more"
     assert run_here("--resume", out, *NOWHERE, "--promote", 3) == 0, "its runs are kept"
     assert len(rows_of(out)) == 6
+    assert best_of(out) == promoted
 
 
 def test_a_seed_that_fails_is_told_and_costs_the_first_place(

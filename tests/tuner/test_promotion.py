@@ -212,6 +212,8 @@ def test_seeds_that_have_run_count_where_fewer_are_asked_for_by_now(tmp_path: Pa
         "0.65000 (1 seed)",
     ]
     assert fewer.going_on(2).origin == "trial 0000, seed 3 of 3"
+    text = page(Material.read(RunFolder(tmp_path), fewer.search))
+    assert "with 1 to 3 seeds each that the search never used" in text
 
 
 def test_mean_and_spread_are_those_of_the_seeds() -> None:
@@ -288,5 +290,9 @@ def test_the_report_tells_of_the_promotion(tmp_path: Path) -> None:
     assert found.is_of_winner(promotion.trial_config(run).model_dump(mode="json"))
     of_search = promotion.search.trial_config(promotion.search.trial(0))
     assert not found.is_of_winner(of_search.model_dump(mode="json"))
+    longer = promotion.search.config.replaced({"search.trials": 9})
+    goes_on = Material.read(RunFolder(tmp_path), Ledger(tmp_path / "study.db", longer))
+    assert goes_on.promoted is None, "of a search that goes on nothing has been decided"
+    assert goes_on.winner == goes_on.best
     study = promotion.search.config.replaced({"search.promote": 0})
     assert "Promoted configurations" not in text_of(Ledger(tmp_path / "study.db", study))

@@ -237,7 +237,9 @@ def test_a_search_whose_promotion_is_left_has_not_finished(
         "objective": 1.0,
     }
     locate = f"python -m model.locate SNAPSHOTS --checkpoint {folder.path}/best"
-    assert found["next"] == locate, "it has been trained at full budget"
+    assert found["next"] == on, "its network is not in best/ yet"
+    folder.best.mkdir()
+    assert looked(capsys, folder.path)["next"] == locate, "it has been trained at full budget"
     assert execute(app, [str(folder.path)]) == 0
     said = capsys.readouterr().out
     assert f"best in the search: trial {found['best']['trial']:04d}" in said

@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import re
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from rich.console import Console
 from tests.tuner.support import tiny_study
 from tuner import telemetry
 from tuner.records import Assignment
+from tuner.rows import TrialRow
 from tuner.telemetry import Progress, logging_to
 
 
@@ -72,27 +75,52 @@ def test_a_pipe_is_told_who_waits_and_a_trials_parameters_once(tmp_path: Path) -
 def test_a_pipe_is_reminded_of_trials_that_say_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(telemetry, "_SILENCE", 0.2)
+    monkeypatch.setattr(telemetry, "_SILENCE", 0.1)
     study = tiny_study(tmp_path)
     stream, unheard = io.StringIO(), io.StringIO()
     progress = Progress(study, [], stream, clock=lambda: 75.0)
     quiet = Progress(study, [], unheard, verbosity="quiet")
+    begin = Assignment(0, {"training.learning_rate": 1e-3}, seed=0)
+    ended = f"0 of {study.search.trials} ended: 1 running, 0 done, 0 pruned, 0 failed"
     with progress.shown(), quiet.shown():
-        time.sleep(0.3)
-        assert stream.getvalue() == "", "nobody is at work"
-        begin = Assignment(0, {"training.learning_rate": 1e-3}, seed=0)
         for each in (progress, quiet):
             each.started(begin)
-        time.sleep(0.5)
-        progress.handed_back(0)
-        n_lines = len(stream.getvalue().splitlines())
-        time.sleep(0.5)
+        end = time.monotonic() + 60.0
+        while ended not in stream.getvalue() and time.monotonic() < end:
+            time.sleep(0.05)
     first, reminder, *_ = stream.getvalue().splitlines()
     assert "trial 0000 starts" in first
-    ended = f"0 of {study.search.trials} ended: 1 running, 0 done, 0 pruned, 0 failed"
     assert reminder.startswith(f"{ended}; running for 1m15s")
-    assert len(stream.getvalue().splitlines()) == n_lines, "who waits is no news"
     assert unheard.getvalue() == ""
+
+
+def test_who_waits_and_who_has_ended_are_no_news(tmp_path: Path) -> None:
+    stream = io.StringIO()
+    progress = Progress(tiny_study(tmp_path), [], stream)
+    progress._remind()
+    assert stream.getvalue() == "", "nobody is at work"
+    for number in (0, 1):
+        progress.started(Assignment(number, {}, seed=number))
+    progress.handed_back(0)
+    progress.finished(1, "failed", "diverged")
+    said = stream.getvalue()
+    progress._remind()
+    assert stream.getvalue() == said
+
+
+def test_a_reminder_into_a_closed_pipe_leaves_the_console_to_who_works(tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    stream = os.fdopen(writer, "w")
+    try:
+        progress = Progress(tiny_study(tmp_path), [], stream)
+        progress._rows[0] = TrialRow(0, {})
+        with pytest.raises(BrokenPipeError):
+            progress._remind()
+        assert not progress._console.quiet, "all later lines would be lost without a word"
+    finally:
+        with suppress(BrokenPipeError):
+            stream.close()
 
 
 @pytest.mark.parametrize("columns", [80, 160])

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import ast
+import errno
 import platform
 import subprocess
 import sys
@@ -77,7 +78,7 @@ def test_a_reused_actor_leaves_nothing_of_the_last_trial_behind(tmp_path: Path) 
 
 
 def test_a_failed_trial_is_done_keeps_no_checkpoint_and_frees_the_actor(tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "train").mkdir(parents=True)
     actor = TrialActor(order(tmp_path, 1, data={"shards": str(tmp_path / "empty")}))
     result = actor.train()
     assert result["done"]
@@ -137,6 +138,10 @@ def test_a_member_that_begins_anew_leaves_what_heirs_may_begin_with(tmp_path: Pa
     assert there == before | last, "the milestone, and what the ledger may know last"
 
 
+def stale(*arguments: object, **more: object) -> None:
+    raise OSError(errno.ESTALE, "Stale file handle")
+
+
 def test_what_cannot_be_brought_here_is_said_by_the_first_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -151,8 +156,19 @@ def test_what_cannot_be_brought_here_is_said_by_the_first_step(
     no_data = order(tmp_path, 4)
     no_data[CONFIG]["data"]["shards"] = str(tmp_path / "nowhere")
     assert actor.reset(no_data)
-    with pytest.raises(StorageOut, match=r"the data folder .*nowhere is not on this machine"):
+    with pytest.raises(StorageOut, match=rf"nowhere: no such data folder on {platform.node()}"):
         actor.step()
+    # An empty place of a mount that is missing is none either, and one that cannot be asked.
+    (tmp_path / "nowhere").mkdir()
+    assert actor.reset(no_data)
+    with pytest.raises(StorageOut, match="no such data folder"):
+        actor.step()
+    (tmp_path / "nowhere" / "train").mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints.os, "stat", stale)
+        with pytest.raises(StorageOut, match="no such data folder"):
+            checkpoints.see_data(tmp_path / "nowhere")
+    checkpoints.see_data(tmp_path / "nowhere")
     assert actor.reset(order(tmp_path, 5))
     assert actor.train()["epoch"] == 1
 

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import io
+import threading
 import time
+from itertools import pairwise
 
 import pytest
 from rich.console import Console
@@ -67,50 +69,65 @@ def test_a_bar_counts_one_thing_after_another(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_pipe_hears_of_a_long_count_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(waiting, "SILENCE", 0.2)
+    now = 0.0
+    monkeypatch.setattr(waiting.time, "monotonic", lambda: now)
     piped = io.StringIO()
     with counting(console=Console(file=piped)) as advance:
         for done in range(5):
             advance("nomp", done, 5)
-            time.sleep(0.15)
-        time.sleep(0.3)
+            now += 0.75 * waiting.SILENCE
         advance("nomp", 5, 5)  # the end is for others to tell
     assert piped.getvalue() == "nomp: 2 of 5\nnomp: 4 of 5\n"
     unheard = io.StringIO()
     with counting(console=Console(file=unheard), quiet=True) as advance:
-        time.sleep(0.3)
+        now += 3.0 * waiting.SILENCE
         advance("nomp", 1, 5)
     assert unheard.getvalue() == ""
 
 
-def test_who_has_heard_nothing_for_long_is_reminded() -> None:
+def test_who_has_heard_nothing_for_long_is_reminded_again_and_again() -> None:
     begun = spoken = time.monotonic()
     said: list[float] = []
+    enough = threading.Event()
 
     def say() -> None:
         nonlocal spoken
         spoken = time.monotonic()
         said.append(spoken - begun)
+        if len(said) == 3:
+            enough.set()
 
-    with reminding(say, lambda: time.monotonic() - spoken, 0.4):
-        time.sleep(0.3)
-        spoken = time.monotonic()  # somebody else has said something
-        time.sleep(1.3)
-    assert len(said) in (2, 3)
-    assert said[0] >= 0.69
-    assert said[1] - said[0] >= 0.39
-    n_said = len(said)
-    time.sleep(0.5)
+    with reminding(say, lambda: time.monotonic() - spoken, 0.1):
+        assert enough.wait(60.0)
+    n_said, times = len(said), [0.0, *said]
+    assert all(after - before >= 0.1 for before, after in pairwise(times))
+    time.sleep(0.3)
     assert len(said) == n_said, "reminded after the end"
+
+
+def test_who_hears_something_else_is_not_reminded() -> None:
+    said: list[int] = []
+    asked = threading.Event()
+
+    def silent() -> float:
+        asked.set()
+        return 0.0
+
+    with reminding(lambda: said.append(1), silent, 0.05):
+        assert asked.wait(60.0)
+        time.sleep(0.2)
+    assert not said
 
 
 def test_a_reminder_that_nobody_hears_ends_nothing() -> None:
     heard: list[int] = []
+    twice = threading.Event()
 
     def say() -> None:
         heard.append(1)
+        if len(heard) == 2:
+            twice.set()
         raise BrokenPipeError
 
     with reminding(say, lambda: 1.0, 0.05):
-        time.sleep(0.5)
-    assert len(heard) > 1
+        assert twice.wait(60.0)

@@ -230,15 +230,16 @@ def learning_curves(material: Material) -> Markup:
         if chosen:
             _add_curves(figure, chosen, state, colour, most)
     if best is not None:
+        role = "winner" if material.promoted is None else "best of the search"
         epochs, values = zip(*thinned(best.curve, most), strict=True)
         figure.add_scatter(
             x=epochs,
             y=values,
             mode="lines+markers",
-            name=f"{'winner' if material.promoted is None else 'best'}, trial {best.number:04d}",
+            name=f"{role}, trial {best.number:04d}",
             line={"color": "var(--ink)", "width": 2.5},
             marker={"size": 5},
-            hovertemplate="winner, epoch %{x}: %{y:.5g}<extra></extra>",
+            hovertemplate=f"{role}, epoch %{{x}}: %{{y:.5g}}<extra></extra>",
         )
     reached = [value for t in shown for _, value in t.curve]
     figure.update_layout(xaxis_title="epoch", yaxis=axis_for(reached, material.measure))

@@ -75,8 +75,9 @@ class Material:
 
     @cached_property
     def promoted(self) -> Promoted | None:
-        """The configuration that won the promotion, once that has ended."""
-        return None if self.promotion is None else self.promotion.winner()
+        """The configuration that won the promotion, once that and the search have ended."""
+        over = self.promotion is not None and self.ended is not None
+        return self.promotion.winner() if over and self.promotion else None
 
     @property
     def winner(self) -> TrialRecord | None:

@@ -17,14 +17,15 @@ def promoted(material: Material) -> Markup:
     found = promotion.configurations() if promotion is not None else []
     if promotion is None or not found:
         return note("Nothing has been promoted yet: the search goes on, or no trial has finished.")
-    fewest = min(one.seeds for one in found)
+    seeds = sorted({one.seeds for one in found})
+    some = f"{seeds[0]} to " if len(seeds) > 1 else ""
     text = (
         "The search's best, trained again over "
         f"{counted(promotion.config.training.epochs, 'epoch')} with "
-        f"{counted(fewest, 'seed')} each that the search never used; mean and standard deviation "
-        "of the objective on the validation scenes. A configuration with a seed that failed ranks "
-        "below all without. The search's own objective is of one seed and of the best of many "
-        "trials, and so too good."
+        f"{some}{counted(seeds[-1], 'seed')} each that the search never used; mean and standard "
+        "deviation of the objective on the validation scenes. A configuration with a seed that "
+        "failed ranks below all without. The search's own objective is of one seed and of the best "
+        "of many trials, and so too good."
     )
     if promotion.has_work:
         text += " Not all runs have ended yet: the order may change."
