@@ -75,9 +75,9 @@ def test_the_pods_that_kuberay_may_add_are_counted() -> None:
     growth = Growth.of(_derive_autoscaling_config_from_ray_cr(ray_cluster()), n_workers=0)
     there = cluster(Machine(cpus=0), growth=growth)
     assert (there.n_cpus, there.n_gpus_possible) == (0, 8)
-    assert given(there, cpus_per_trial=8) == (1.0, 8)
-    with pytest.raises(StudyError, match=r"9 CPUs a trial asked.* node with a GPU .*has 8"):
-        given(there, cpus_per_trial=9)
+    assert given(there, cpus_per_trial=6) == (1.0, 8)
+    with pytest.raises(StudyError, match=r"7 CPUs a trial asked.* node with a GPU .*has 6"):
+        given(there, cpus_per_trial=7)
 
 
 def test_a_kind_without_a_limit_has_the_clusters() -> None:
