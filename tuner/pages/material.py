@@ -76,8 +76,9 @@ class Material:
     @cached_property
     def promoted(self) -> Promoted | None:
         """The configuration that won the promotion, once that and the search have ended."""
-        over = self.promotion is not None and self.ended is not None
-        return self.promotion.winner() if over and self.promotion else None
+        if self.promotion is None or self.ended is None:
+            return None
+        return self.promotion.winner()
 
     @property
     def winner(self) -> TrialRecord | None:
