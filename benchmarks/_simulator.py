@@ -1,9 +1,9 @@
-"""A search in virtual time: the real ledger, sampler and scheduler, trials that take no time.
+"""A search in virtual time: the real ledger, which proposes and judges, trials that take no time.
 
 A heap holds the ends of epochs on G GPUs. One driver takes them in the order of their time, one
-after the other, as Ray Tune's does: it records the epoch, lets the scheduler judge, and either lets
-the trial go on or ends it and proposes the GPU's next. What that costs passes in virtual time too,
-while the GPU waits.
+after the other, as Ray Tune's does: it records the epoch, hears the ledger's verdict, and either
+lets the trial go on or ends it and proposes the GPU's next. What that costs passes in virtual time
+too, while the GPU waits.
 """
 
 from __future__ import annotations
@@ -14,17 +14,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from optuna.pruners import MedianPruner
 from optuna.storages import InMemoryStorage
 from optuna.trial import TrialState
-from ray.tune.schedulers.trial_scheduler import TrialScheduler
 
 from benchmarks._surrogate import Curve
-from tuner.config import StudyConfig
+from tuner.config import MEDIAN_OVER, StudyConfig
 from tuner.pausing import PausingLedger
 from tuner.records import Assignment, End, TrialRecord
-from tuner.schedulers import make_scheduler
 from tuner.study import Ledger
-from tuner.trainable import NUMBER
 
 CurveOf = Callable[[Assignment], Curve]
 
@@ -56,14 +54,34 @@ class PlainLedger(MemoryLedger):
         return state
 
 
+class MedianPruned(MemoryLedger):
+    """Stops by Optuna's median pruner, as a plain sequential study does."""
+
+    def __init__(self, study: StudyConfig) -> None:
+        super().__init__(study.replaced({"search.scheduler": "none"}))
+        self._pruner = MedianPruner(
+            n_startup_trials=MEDIAN_OVER,
+            n_warmup_steps=study.search.grace_epochs,
+            n_min_trials=MEDIAN_OVER,
+        )
+
+    def report(
+        self, number: int, metrics: Mapping[str, Any], checkpoint: str | None = None
+    ) -> str | None:
+        """Record an epoch; why the trial ends with it, or None."""
+        stopped = super().report(number, metrics, checkpoint)
+        trial = self._storage.get_trial(self._id(number))
+        return stopped or ("pruned" if self._pruner.prune(self._study, trial) else None)
+
+
 class Proposer(Protocol):
     """What a ledger is asked."""
 
     def ask(self) -> Assignment | None:
         """A new trial, or None when there are no more."""
 
-    def report(self, number: int, metrics: Mapping[str, Any], checkpoint: str) -> None:
-        """An epoch has ended."""
+    def report(self, number: int, metrics: Mapping[str, Any], checkpoint: str) -> str | None:
+        """An epoch has ended; why the trial ends with it, or None."""
 
     def settle(self) -> list[TrialRecord]:
         """Trials that end without having run on."""
@@ -75,66 +93,8 @@ class Proposer(Protocol):
         """A trial has ended."""
 
 
-class Judge(Protocol):
-    """Who stops trials."""
-
-    def started(self, number: int) -> None:
-        """A trial begins."""
-
-    def goes_on(self, number: int, epoch: int, objective: float, *, last: bool) -> bool:
-        """Whether a trial goes on after an epoch, which is in the ledger; never after the last."""
-
-
-class Pruner:
-    """The local mode's: Optuna's pruner of the study's scheduler."""
-
-    def __init__(self, ledger: Ledger) -> None:
-        self._ledger = ledger
-
-    def started(self, number: int) -> None:
-        """Nothing: the ledger knows."""
-
-    def goes_on(self, number: int, epoch: int, objective: float, *, last: bool) -> bool:
-        """What tuner.local asks."""
-        pruned = not last and self._ledger.should_prune(number)
-        return not last and not pruned and self._ledger.hopeless(epoch, objective) is None
-
-
-@dataclass(eq=False)  # a key, as Ray's own is
-class _RayTrial:
-    """As much of Ray's trial as schedulers look at."""
-
-    trial_id: str
-    config: dict[str, Any]
-
-
-class Scheduler:
-    """The Ray scheduler of the study, called as Ray calls it."""
-
-    def __init__(self, ledger: Ledger) -> None:
-        self._ledger = ledger
-        self._scheduler: Any = make_scheduler(ledger)
-        self._trials: dict[int, _RayTrial] = {}
-
-    def started(self, number: int) -> None:
-        """A trial is added."""
-        trial = self._trials[number] = _RayTrial(f"ray-{number}", {NUMBER: number})
-        self._scheduler.on_trial_add(None, trial)
-
-    def goes_on(self, number: int, epoch: int, objective: float, *, last: bool) -> bool:
-        """What Ray's controller asks of a result; one that is done is only entered."""
-        result = {"epoch": epoch, "objective": objective, "failed": False}
-        if last or self._ledger.hopeless(epoch, objective) is not None:
-            self._scheduler.on_trial_complete(None, self._trials.pop(number), result)
-            return False
-        decision = self._scheduler.on_trial_result(None, self._trials[number], result)
-        if decision == TrialScheduler.STOP:
-            del self._trials[number]
-        return bool(decision == TrialScheduler.CONTINUE)
-
-
 class Stopped:
-    """Proposer and judge of trials whose ends are known: for what depends on times alone.
+    """Proposer of trials whose ends are known: for what depends on times alone.
 
     Args:
         epochs: that each trial is given.
@@ -151,8 +111,9 @@ class Stopped:
         self._next += 1
         return Assignment(self._next - 1, {}, 0)
 
-    def report(self, number: int, metrics: Mapping[str, Any], checkpoint: str) -> None:
-        """Nothing."""
+    def report(self, number: int, metrics: Mapping[str, Any], checkpoint: str) -> str | None:
+        """A trial ends when its epochs are used."""
+        return None if metrics["epoch"] < self._epochs[number] else "stopped"
 
     def settle(self) -> list[TrialRecord]:
         """None."""
@@ -164,13 +125,6 @@ class Stopped:
     def finish(self, number: int, state: End, *, objective: float | None = None) -> End:
         """Nothing."""
         return state
-
-    def started(self, number: int) -> None:
-        """Nothing."""
-
-    def goes_on(self, number: int, epoch: int, objective: float, *, last: bool) -> bool:
-        """Until its epochs are used."""
-        return epoch < self._epochs[number]
 
 
 @dataclass(frozen=True)
@@ -260,7 +214,6 @@ class _Trial:
 
 def simulate(
     ledger: Proposer,
-    judge: Judge,
     curve_of: CurveOf,
     *,
     gpus: int,
@@ -272,7 +225,6 @@ def simulate(
     Args:
         ledger: a fresh study; its ``search.trials`` bounds the trials, the curves' length a
             trial's epochs.
-        judge: who stops them.
         curve_of: what a trial reports and how long its epochs take.
         gpus: how many trials run side by side.
         cost: of the driver.
@@ -310,7 +262,6 @@ def simulate(
             trial = known.get(found.number)
             if trial is None:
                 work(now, cost.ask(len(known)))
-                judge.started(found.number)
                 trial = known[found.number] = _Trial(found, curve_of(found), free)
             trial.until = found.until
             run.waiting.pop(found.number, None)
@@ -326,9 +277,9 @@ def simulate(
         trial.epoch += 1
         work(now, cost.report)
         metrics = {"epoch": trial.epoch, "objective": objective}
-        ledger.report(number, metrics, f"checkpoint-{trial.epoch:05d}")
+        stopped = ledger.report(number, metrics, f"checkpoint-{trial.epoch:05d}")
         last = trial.epoch == len(trial.curve.objective)
-        goes_on = judge.goes_on(number, trial.epoch, objective, last=last)
+        goes_on = not last and stopped is None
         if goes_on and trial.epoch != trial.until:
             heapq.heappush(ends, (free + trial.next_seconds, gpu))
             continue

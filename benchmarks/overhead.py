@@ -33,7 +33,6 @@ from unittest.mock import patch
 import numpy as np
 import optuna
 import ray
-from optuna.storages import InMemoryStorage
 from optuna.trial import TrialState, create_trial
 
 from benchmarks._timing import parser, save, verdict
@@ -43,9 +42,9 @@ from tuner.folder import RunFolder
 from tuner.ledger import open_ledger
 from tuner.limits import Limits
 from tuner.results import drop_losers, write_best, write_trials
-from tuner.schedulers import LedgerMedian
 from tuner.search import LedgerSearch
 from tuner.space import suggest
+from tuner.stopping import Median
 from tuner.study import Ledger
 from tuner.telemetry import Progress
 from tuner.tensorboard import TensorBoardLog
@@ -123,12 +122,12 @@ def watched(kind: type[Ledger], stretches: list[Seen]) -> Iterator[None]:
 
     seen = LedgerSearch.reported
 
-    def reported(self: LedgerSearch, trial_id: str, result: dict[str, Any]) -> None:
+    def reported(self: LedgerSearch, trial_id: str, result: dict[str, Any]) -> bool:
         trial = running[self._numbers[trial_id]]
         trial.pid = result["pid"]
         trial.epochs += result["epoch_seconds"]
         trial.steps += result["time_this_iter_s"]
-        seen(self, trial_id, result)
+        return seen(self, trial_id, result)
 
     with ExitStack() as stack:
         stack.enter_context(patch.object(LedgerSearch, "reported", reported))
@@ -334,16 +333,16 @@ def judged(sizes: list[int], rounds: int) -> dict[str, float]:
     """The third part: seconds that a report takes under the median rule, by trials, median."""
     study = load_study(FULL, search__scheduler="median")
     epochs = range(1, study.training.epochs + 1)
+    rule = Median(study)
     result: dict[str, float] = {}
     for n in sizes:
-        rule = LedgerMedian(Ledger(InMemoryStorage(), study))
-        for number in range(n):
-            rule._results[f"{number}"] = [{"epoch": e, "objective": number / n} for e in epochs]
-        trial: Any = object()  # known by nothing but itself
+        curves = [dict.fromkeys(epochs, number / n) for number in range(n)]
+        others = [create_trial(state=TrialState.PRUNED, intermediate_values=c) for c in curves]
+        last = len(epochs) - 1  # that it judges: it looks back over all
         seconds = []
         for _ in range(rounds):
             begun = time.perf_counter()
-            rule.on_trial_result(None, trial, {"epoch": 9, "objective": 0.0})
+            rule.stops(n, last, {last: 0.0}, lambda others=others: others)  # type: ignore[misc]
             seconds.append(time.perf_counter() - begun)
         result[str(n)] = statistics.median(seconds)
         told = f"{1e3 * result[str(n)]:.1f} ms a report under the median rule"

@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 
 from benchmarks._checkpoints import drawn
 from benchmarks._curves import CONFIG
-from benchmarks._simulator import MemoryLedger, Scheduler, WaitingLedger, simulate
+from benchmarks._simulator import MemoryLedger, WaitingLedger, simulate
 from benchmarks._timing import parser, save
 from benchmarks.quality import at_full_budget, trained
 from benchmarks.search import CHANCE, bootstrap, study_of
@@ -83,7 +83,6 @@ def searched(seed: int, kind: str, epochs: int) -> tuple[dict[str, Any], StudyCo
     ledger = WaitingLedger(study) if pauses else MemoryLedger(study)
     simulate(
         ledger,
-        Scheduler(ledger),
         partial(Trained, study),  # type: ignore[arg-type]  # as much of a Curve as is looked at
         gpus=1,
         gpu_seconds=float(epochs),

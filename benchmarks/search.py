@@ -5,9 +5,9 @@
     python -m benchmarks.search --only driver
 
 Learning curves come from really trained trials by way of a surrogate (benchmarks/_surrogate.py);
-ledger, sampler, scheduler and pruner are the real ones (benchmarks/_simulator.py), the rungs those
-of configs/full.yaml. The measure is the sequential search with TPE and a median pruner, one GPU,
-``--trials`` trials; the others are let run for ``--beyond`` times its GPU-hours. GPU-hours are
+ledger, sampler and scheduler are the real ones (benchmarks/_simulator.py), the rungs those of
+configs/full.yaml. The measure is the sequential search with TPE and Optuna's median pruner, one
+GPU, ``--trials`` trials; the others are let run for ``--beyond`` times its GPU-hours. GPU-hours are
 those for which GPUs are held, idle or not. Searches with one seed have the same noise for the same
 trial number. The driver's cost is measured, on ledgers in memory and in SQLite, and passes in
 virtual time.
@@ -32,11 +32,10 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from benchmarks._curves import recorded_study
 from benchmarks._simulator import (
     DriverCost,
+    MedianPruned,
     MemoryLedger,
     PlainLedger,
-    Pruner,
     Run,
-    Scheduler,
     Span,
     Stopped,
     WaitingLedger,
@@ -110,9 +109,9 @@ def replayed(curves: Path, seed: int, assignment: Assignment) -> Curve:
 
 
 def sequential(curves: Path, trials: int, seed: int) -> Run:
-    """The measure: TPE and the median pruner on one GPU."""
-    ledger = MemoryLedger(study_of("median", "tpe", trials, seed))
-    return simulate(ledger, Pruner(ledger), partial(replayed, curves, seed), gpus=1)
+    """The measure: TPE and Optuna's median pruner on one GPU."""
+    ledger = MedianPruned(study_of("none", "tpe", trials, seed))
+    return simulate(ledger, partial(replayed, curves, seed), gpus=1)
 
 
 @cache
@@ -138,7 +137,7 @@ def searched(
         ledger_type, scheduler, sampler, search = ARMS[arm]
     ledger = ledger_type(study_of(scheduler, sampler, _ENDLESS, seed, **search))
     curve = partial(replayed, curves, seed)
-    run = simulate(ledger, Scheduler(ledger), curve, gpus=gpus, gpu_seconds=gpu_seconds)
+    run = simulate(ledger, curve, gpus=gpus, gpu_seconds=gpu_seconds)
     return run, missed(run, ledger, curve)
 
 
@@ -389,7 +388,6 @@ def driver(gpu_counts: list[int], sizes: list[int], ray: float) -> dict[str, Any
         for gpus in gpu_counts:
             trials = Stopped(epochs)
             run = simulate(
-                trials,
                 trials,
                 partial(_even, seconds),
                 gpus=gpus,

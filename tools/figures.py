@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
-import optuna
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from optuna.trial import FrozenTrial, TrialState, create_trial
 from torch import Tensor
 
 from model import Localizer
@@ -39,9 +39,9 @@ from physics import (
     to_cartesian,
 )
 from physics.steering import Wavefront
-from tuner.config import SearchConfig
-from tuner.pruners import make_pruner
+from tuner.config import load_study
 from tuner.rungs import rungs_of
+from tuner.stopping import Halving
 
 ROOT = Path(__file__).resolve().parent.parent
 CURVES = ROOT / "benchmarks" / "data" / "curves.json.gz"
@@ -279,25 +279,21 @@ def rungs(n_scenes: int, n_points: int) -> Figure:
     del n_scenes, n_points
     recorded = json.loads(gzip.decompress(CURVES.read_bytes()))
     epochs = recorded["study"]["epochs"]
-    search = SearchConfig(scheduler="asha", grace_epochs=1, reduction_factor=3)
-    study = optuna.create_study(pruner=make_pruner(search, epochs))
+    wanted = {"search__grace_epochs": 1, "search__reduction_factor": 3, "training__epochs": epochs}
+    study = load_study(None, search__scheduler="asha", **wanted)
+    rule, trained = Halving(study), list[FrozenTrial]()
     figure = Figure(figsize=(6.4, 3.8), layout="constrained")
     axis = figure.subplots()
-    for curve in curves_of(recorded):
-        trial = study.ask()
-        last = 0
+    for number, curve in enumerate(curves_of(recorded)):
+        values: dict[int, float] = {}
         for epoch, value in enumerate(curve, start=1):
-            trial.report(value, epoch)
-            last = epoch
-            if trial.should_prune():
+            values[epoch] = value
+            if rule.stops(number, epoch, values, lambda: trained):
                 break
-        stopped = last < epochs
-        study.tell(trial, state=optuna.trial.TrialState.PRUNED if stopped else None,
-                   values=None if stopped else curve[-1])  # fmt: skip
-        steps = range(1, epochs + 1)
-        axis.plot(steps, curve, color=GREY, lw=0.6, alpha=0.5)
-        _run(axis, list(steps)[:last], curve[:last], stopped)
-    for rung in rungs_of(search, epochs):
+        trained.append(create_trial(state=TrialState.PRUNED, intermediate_values=values))
+        axis.plot(range(1, epochs + 1), curve, color=GREY, lw=0.6, alpha=0.5)
+        _run(axis, list(values), list(values.values()), len(values) < epochs)
+    for rung in rungs_of(study.search, epochs):
         axis.axvline(rung, color=GREY, lw=1, ls=":")
     axis.plot([], [], color=BLUE, label="trained")
     axis.plot([], [], "x", color=ORANGE, label="stopped")
@@ -347,7 +343,6 @@ def draw(folder: Path, n_scenes: int, n_points: int, only: str | None = None) ->
     Returns:
         The files.
     """
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
     written = []
     with mpl.rc_context(STYLE):
         for name, make in FIGURES.items():

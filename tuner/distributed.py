@@ -12,10 +12,10 @@ import ray
 from ray import tune
 from ray.tune import CheckpointConfig, FailureConfig, RunConfig, TuneConfig
 from ray.tune.experiment import Trial
+from ray.tune.schedulers import FIFOScheduler
 
 from tuner.checkpoints import StorageOut, storage_error
 from tuner.folder import RunFolder
-from tuner.schedulers import make_scheduler
 from tuner.search import LedgerCallback, LedgerSearch
 from tuner.study import Ledger
 from tuner.trainable import NUMBER, TrialActor
@@ -35,20 +35,18 @@ _QUIET = {
 _SCRATCH = ".ray"  # in the run folder: by what is in it Ray would restore; the ledger does that
 
 
-class StopWish(tune.Stopper):
-    """Ends the whole run in good order when somebody wishes so, and trials that are hopeless."""
+class LedgerStopper(tune.Stopper):
+    """Hands every result to the ledger, whose verdict ends trials; ends the run where wished."""
 
-    def __init__(
-        self, wished: Callable[[], bool], hopeless: Callable[[str, dict[str, Any]], bool]
-    ) -> None:
+    def __init__(self, search: LedgerSearch, wished: Callable[[], bool]) -> None:
+        self._search = search
         self._wished = wished
-        self._hopeless = hopeless
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        return self._hopeless(trial_id, result)
+        return self._search.reported(trial_id, result)
 
     def stop_all(self) -> bool:
-        return self._wished()
+        return self._wished() or self._search.cut_short is not None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (str, (type(self).__name__,))
@@ -99,7 +97,7 @@ def run_distributed(
         tune.with_resources(TrialActor, {"cpu": resources.cpus_per_trial or 1, "gpu": gpus}),
         tune_config=TuneConfig(
             search_alg=search,
-            scheduler=make_scheduler(ledger),
+            scheduler=FIFOScheduler(),  # the ledger judges
             num_samples=-1,
             max_concurrent_trials=concurrent,
             reuse_actors=True,
@@ -112,7 +110,7 @@ def run_distributed(
             failure_config=FailureConfig(max_failures=-1),  # LedgerSearch.lost gives up
             checkpoint_config=CheckpointConfig(checkpoint_at_end=False),  # TrialActor keeps its own
             callbacks=[LedgerCallback(search)],
-            stop=StopWish(lambda: stop() or search.cut_short is not None, search.is_hopeless),
+            stop=LedgerStopper(search, stop),
             verbose=0,
         ),
     )

@@ -126,10 +126,6 @@ def _run_epochs(
         kept.spare()
     elif run.epoch:
         kept.follow(trial.checkpoint)
-        held = ledger.trial(number).epochs.get(run.epoch)
-        # What a driver that died may not have come to ask.
-        if held is not None and _is_stopped(ledger, progress, number, run.epoch, held["objective"]):
-            return
     while True:
         result = run.step()
         if result.pop("failed"):
@@ -137,16 +133,17 @@ def _run_epochs(
             details = {name: result[name] for name in ("reason", "traceback")}
             _end(ledger, progress, number, "failed", **details)
             return
-        finished = result.pop("finished")
+        finished, stopped = result.pop("finished"), None
         if not result.pop("repeated", False):
             metrics = {**result, **place_of(result, device, float(device != "cpu"))}
-            ledger.report(number, metrics, kept.write(result["epoch"], run.save))
+            stopped = ledger.report(number, metrics, kept.write(result["epoch"], run.save))
             kept.forget()
             progress.reported(number, metrics)
         if finished:
             _end(ledger, progress, number, "done", objective=result["objective"])
             return
-        if _is_stopped(ledger, progress, number, result["epoch"], result["objective"]):
+        if stopped:
+            _end(ledger, progress, number, "pruned")
             return
         if trial.until is not None and result["epoch"] >= trial.until:
             ledger.hand_back(number)
@@ -154,19 +151,6 @@ def _run_epochs(
             return
         if stop():
             return
-
-
-def _is_stopped(
-    ledger: Ledger, progress: Watcher, number: int, epoch: int, objective: float
-) -> bool:
-    """Whether a trial ends after an epoch, by the scheduler's rule or for want of a chance."""
-    pruned = ledger.should_prune(number)  # a pruner takes note of whom it is asked about
-    reason = ledger.hopeless(epoch, objective)
-    if not pruned and reason is None:
-        return False
-    reason = reason or f"stopped after epoch {epoch}"
-    _end(ledger, progress, number, "pruned", reason=reason)
-    return True
 
 
 def _end(ledger: Ledger, progress: Watcher, number: int, state: End, **details: Any) -> None:

@@ -34,6 +34,7 @@ _STATES: dict[TrialState, State] = {
 }
 REPORTED = "reported_at"  # beside an epoch's metrics: when they came
 REPEATS = "duplicate_of"  # attribute of a proposal that was not run: the trial that it repeats
+STOPPED = "stopped"  # attribute of a trial that is to end as pruned: why
 HEIR = "heir"  # attribute of a trial that began with the weights of another
 
 
@@ -184,6 +185,13 @@ def ranked(
         if trial.state == "done" and finite(trial.objective) is not None and trial.budget == budget
     ]
     return sorted(ranking, key=lambda t: (t.objective, t.metrics[cost] if cost else 0, t.number))
+
+
+def ranks(frozen: FrozenTrial, budget: int) -> bool:
+    """Whether a trial is one of those that :func:`ranked` names."""
+    if frozen.state != TrialState.COMPLETE or finite(frozen.values[0]) is None:
+        return False
+    return bool(frozen.user_attrs.get("budget") == budget)
 
 
 def is_repetition(frozen: FrozenTrial) -> bool:

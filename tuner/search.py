@@ -83,7 +83,7 @@ class LedgerSearch(OptunaSearch):
         self._failed_on: dict[str, list[str]] = {}  # why trials in a row, by node
         self._alive: set[str] = set()  # that have finished an epoch in this session
         self._given_up: dict[str, str] = {}
-        self._hopeless: dict[str, str] = {}
+        self._stopped: set[str] = set()
         self.closed = False
         self.cut_short: StudyError | None = None  # why trials cannot be saved, if they cannot
         # What the base class keeps; the study is the ledger's own.
@@ -130,7 +130,7 @@ class LedgerSearch(OptunaSearch):
             self._after()
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        """Nothing: :class:`LedgerCallback` records every epoch, the last one too."""
+        """Nothing: :meth:`reported` hears of every epoch, the last one too."""
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
@@ -145,24 +145,13 @@ class LedgerSearch(OptunaSearch):
             self._end(
                 trial_id, "failed", reason=result.get("reason"), traceback=result.get("traceback")
             )
-        elif result.get("paused") and trial_id not in self._hopeless:
+        elif result.get("paused") and trial_id not in self._stopped:
             self._ended.add(trial_id)
             self._ledger.hand_back(self._numbers[trial_id])
             self._watcher.handed_back(self._numbers[trial_id])
         else:
             state: End = "done" if result.get("finished") else "pruned"
-            stopped = self._hopeless.get(trial_id, f"stopped after epoch {result['epoch']}")
-            reason = None if state == "done" else stopped
-            self._end(trial_id, state, objective=result.get("objective"), reason=reason)
-
-    def is_hopeless(self, trial_id: str, result: dict[str, Any]) -> bool:
-        """Whether a trial is stopped after this epoch for want of a chance to win."""
-        if result.get("failed") or result.get("finished"):
-            return False
-        why = self._ledger.hopeless(result["epoch"], result["objective"])
-        if why is not None:
-            self._hopeless[trial_id] = why
-        return why is not None
+            self._end(trial_id, state, objective=result.get("objective"))
 
     def _abandoned(self, trial_id: str) -> None:
         """Ray does not try the trial again, although nobody has given it up.
@@ -242,19 +231,21 @@ class LedgerSearch(OptunaSearch):
         self._given_up[trial_id] = reason
         return {GIVE_UP: reason}
 
-    def reported(self, trial_id: str, result: dict[str, Any]) -> None:
-        """Record an epoch with its checkpoint, which is on disk."""
+    def reported(self, trial_id: str, result: dict[str, Any]) -> bool:
+        """Record an epoch with its checkpoint, which is on disk; whether the trial ends with it."""
         number = self._numbers.get(trial_id)
         if number is None or trial_id in self._ended or self.closed:
-            return
+            return False
         if not result.get("failed") and not result.get("repeated"):
             self._in_a_row.pop(number, None)
             self._failed_on.pop(str(result.get("node_id")), None)
             self._alive.add(trial_id)
             self._counted.discard(trial_id)
             metrics = own_metrics(result)
-            self._ledger.report(number, metrics, result.get(CHECKPOINT))
+            if self._ledger.report(number, metrics, result.get(CHECKPOINT)) is not None:
+                self._stopped.add(trial_id)
             self._watcher.reported(number, metrics)
+        return trial_id in self._stopped
 
     def _end(self, trial_id: str, state: End, **details: Any) -> None:
         number = self._numbers[trial_id]
@@ -278,16 +269,10 @@ class LedgerSearch(OptunaSearch):
 
 
 class LedgerCallback(Callback):
-    """Carries Ray's events to the ledger by way of the searcher."""
+    """Carries lost machines to the ledger by way of the searcher."""
 
     def __init__(self, search: LedgerSearch) -> None:
         self._search = search
-
-    def on_trial_result(
-        self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
-    ) -> None:
-        """An epoch has ended."""
-        self._search.reported(trial.trial_id, result)
 
     def on_trial_recover(
         self, iteration: int, trials: list[Trial], trial: Trial, **info: Any

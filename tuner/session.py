@@ -171,7 +171,7 @@ def run_session(request: Request) -> int:
         for note in [f"run folder: {folder.path}", *notes]:
             progress.note(note)
         if place is not None:
-            keep_mode(ledger, local=request.local)  # whose pruner is another than Ray's
+            keep_mode(ledger, local=request.local)
         resume = f"python -m tuner.run --resume {shlex.quote(str(folder.path))}{mode_of(ledger)}"
         on = f"go on with: {resume}"
         try:

@@ -32,14 +32,13 @@ from tuner import retries
 from tuner.config import StudyConfig
 from tuner.draft import Draft
 from tuner.errors import LedgerLost
-from tuner.extrapolation import Finished
 from tuner.folder import is_before
 from tuner.owned import OwnedStorage
-from tuner.pruners import make_pruner
 from tuner.records import (
     HEIR,
     REPEATS,
     REPORTED,
+    STOPPED,
     Assignment,
     End,
     PriorTrial,
@@ -49,11 +48,13 @@ from tuner.records import (
     is_foreign,
     is_repetition,
     ranked,
+    ranks,
     record_of,
     trial_seed,
 )
 from tuner.samplers import proposal_sampler
 from tuner.space import Value, n_points, same_point, suggest
+from tuner.stopping import Verdicts
 from tuner.storage import patient
 
 logger = logging.getLogger(__name__)
@@ -99,21 +100,24 @@ class Ledger:
             "storage": self._storage,
             "study_name": name or study.name,
             "sampler": proposal_sampler(study, 0),
-            # Samplers must not see a pruner: they would keep to the trial's own bracket.
-            "pruner": optuna.pruners.NopPruner(),
+            "pruner": optuna.pruners.NopPruner(),  # the ledger judges
         }
         if reading:
             self._study = optuna.load_study(**known)
         else:
             directions = [StudyDirection.MINIMIZE] * (1 if study.search.cost is None else 2)
             self._study = optuna.create_study(**known, directions=directions, load_if_exists=True)
-        self._pruner = make_pruner(study.search, study.training.epochs)
+        self._verdicts = Verdicts(study, lambda: self._started(self._frozen()))
         self._ids: dict[int, int] = {}
         self._handed_back: deque[int] = deque()
-        self._finished: Finished | None = None  # once it has been asked for
-        if not reading and not self._started(self._frozen()):
+        if reading:
+            return
+        if not self._started(self._frozen()):
             self._enqueue()
             self._learn(prior())
+        for trial in self._frozen():
+            if trial.state == TrialState.RUNNING and STOPPED in trial.user_attrs:
+                self.finish(trial.number, "pruned")  # its driver died before it could
 
     @property
     def config(self) -> StudyConfig:
@@ -296,19 +300,32 @@ class Ledger:
 
     def report(
         self, number: int, metrics: Mapping[str, Any], checkpoint: str | None = None
-    ) -> None:
-        """Record one epoch, and where the checkpoint lies from which the trial can go on.
+    ) -> str | None:
+        """Record one epoch with its verdict, and the checkpoint from which the trial can go on.
 
-        An epoch that is run again replaces its record.
+        All of it is written together. An epoch that is run again replaces its record, and its
+        verdict stands.
+
+        Returns:
+            Why the trial is to end with this epoch (:meth:`finish` it as pruned), or None.
         """
         epoch = int(metrics["epoch"])
         objective = finite(metrics.get("objective"))
+        values = {} if objective is None else {epoch: objective}
         kept = {k: v for k, v in metrics.items() if isinstance(v, bool | int | float | str)}
-        attrs: dict[str, Any] = {f"epoch/{epoch:05d}": kept | {REPORTED: time.time()}}
+        record = f"epoch/{epoch:05d}"
+        attrs: dict[str, Any] = {record: kept | {REPORTED: time.time()}}
         if checkpoint is not None:
             attrs |= self._checkpoint_attrs(epoch, checkpoint)
-        values = {} if objective is None else {epoch: objective}
-        self._storage.write_together(self._id(number), values, attrs)
+        identifier = self._id(number)
+        known = self._storage.get_trial(identifier)
+        stopped: str | None = known.user_attrs.get(STOPPED)
+        last = epoch >= self._config.training.epochs or bool(metrics.get("early_stopped"))
+        if values and not (stopped or last or record in known.user_attrs):
+            stopped = self._verdicts.of(number, epoch, known.intermediate_values | values)
+            attrs |= {STOPPED: stopped} if stopped else {}
+        self._storage.write_together(identifier, values, attrs)
+        return stopped
 
     def _checkpoint_attrs(self, epoch: int, location: str) -> dict[str, Any]:
         """What a trial's attributes say of its last checkpoint."""
@@ -348,23 +365,7 @@ class Ledger:
 
     def hopeless(self, epoch: int, objective: float) -> str | None:
         """Why a trial that stands so ends by `search.least_chance`, or None where it goes on."""
-        search, budget = self._config.search, self._config.training.epochs
-        if not search.least_chance or epoch < min(search.grace_epochs, budget):
-            return None
-        if self._finished is None:
-            self._finished = Finished(t for t in self._started(self._frozen()) if self._ranks(t))
-        wanted = max(1, search.promote)
-        return self._finished.why_hopeless(epoch, objective, wanted, search.least_chance)
-
-    def _ranks(self, trial: FrozenTrial) -> bool:
-        if trial.state != TrialState.COMPLETE or finite(trial.values[0]) is None:
-            return False
-        return trial.user_attrs.get("budget") == self._config.training.epochs
-
-    def should_prune(self, number: int) -> bool:
-        """Whether Optuna's pruner stops the trial now, for the local loop."""
-        # Not by way of optuna.Trial, which asks the sampler again.
-        return self._pruner.prune(self._study, self._storage.get_trial(self._id(number)))
+        return self._verdicts.hopeless(epoch, objective)
 
     def finish(
         self,
@@ -375,19 +376,23 @@ class Ledger:
         reason: str | None = None,
         traceback: str | None = None,
     ) -> End:
-        """End a trial; a non-finite objective is a failure whatever the caller says."""
+        """End a trial; a non-finite objective is a failure whatever the caller says.
+
+        Of one that is pruned the reason is its verdict, unless there is another.
+        """
         scores = self._scores(number, objective) if state == "done" else {}
         for name, score in scores.items():
             if finite(score) is None:
                 state, reason = "failed", reason or f"{name} is {score}"
         identifier = self._id(number)
+        if state == "pruned":
+            reason = reason or self._storage.get_trial(identifier).user_attrs.get(STOPPED)
         attrs = {"reason": reason, "traceback": traceback and traceback[-_MAX_TRACEBACK:]}
         if said := {name: text for name, text in attrs.items() if text}:
             self._storage.write_together(identifier, {}, said)
         values = list(scores.values()) if state == "done" else None
         self._study.tell(number, values, state=_ENDS[state])
-        if self._finished is not None and self._ranks(ended := self._storage.get_trial(identifier)):
-            self._finished.add(ended)
+        self._verdicts.ended(self._storage.get_trial(identifier))
         return state
 
     def _scores(self, number: int, objective: float | None) -> dict[str, Any]:
@@ -467,7 +472,8 @@ class Ledger:
     def best(self) -> TrialRecord | None:
         """The winner, if any trial finished."""
         # As ranking() has it, without a record of every trial: asked at each trial's end.
-        own = (trial for trial in self._started(self._frozen()) if self._ranks(trial))
+        budget = self._config.training.epochs
+        own = (trial for trial in self._started(self._frozen()) if ranks(trial, budget))
         first = min(own, key=lambda trial: (*trial.values, trial.number), default=None)
         return None if first is None else self._record(first)
 

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import optuna
 import pytest
 from optuna.trial import TrialState
 
 from benchmarks._simulator import (
     DriverCost,
+    MedianPruned,
     MemoryLedger,
     PlainLedger,
-    Pruner,
     Run,
-    Scheduler,
     Span,
     WaitingLedger,
     simulate,
@@ -99,7 +98,7 @@ def test_virtual_time_is_that_of_a_clock_stepped_by_seconds(
     ask, report, end = costs
     ledger = ledger_of(tmp_path, scheduler="none")
     cost = DriverCost(ask=lambda n: ask, report=report, end=lambda n: end)
-    run = simulate(ledger, Scheduler(ledger), curve_of, gpus=gpus, cost=cost)
+    run = simulate(ledger, curve_of, gpus=gpus, cost=cost)
     found = [(s.number, s.gpu, s.start, s.end) for s in run.spans]
     expected = stepped(12, gpus, ask, report, end)
     assert [(n, s, e) for n, _, s, e in sorted(found)] == [
@@ -110,7 +109,7 @@ def test_virtual_time_is_that_of_a_clock_stepped_by_seconds(
 
 def test_one_gpu_and_no_scheduler_cost_the_sum_of_all_epochs(tmp_path: Path) -> None:
     ledger = ledger_of(tmp_path, scheduler="none")
-    run = simulate(ledger, Scheduler(ledger), curve_of, gpus=1)
+    run = simulate(ledger, curve_of, gpus=1)
     total = sum(curve_of(Assignment(number, {}, 0)).seconds.sum() for number in range(12))
     assert run.seconds == run.busy == run.gpu_seconds == total
     assert run.idle == 0
@@ -120,7 +119,7 @@ def test_one_gpu_and_no_scheduler_cost_the_sum_of_all_epochs(tmp_path: Path) -> 
 
 def searched(folder: Path, seed: int = 3, gpus: int = 3, **search: Any) -> Run:
     ledger = ledger_of(folder, seed=seed, scheduler="asha", **{"trials": 40} | search)
-    return simulate(ledger, Scheduler(ledger), curve_of, gpus=gpus)
+    return simulate(ledger, curve_of, gpus=gpus)
 
 
 def test_a_gpu_never_runs_two_trials_at_once_and_every_trial_runs_once(tmp_path: Path) -> None:
@@ -137,7 +136,7 @@ def test_a_gpu_never_runs_two_trials_at_once_and_every_trial_runs_once(tmp_path:
 def test_trials_that_wait_hold_no_gpu_and_pay_for_no_epoch_twice(tmp_path: Path, gpus: int) -> None:
     study = ledger_of(tmp_path, scheduler="asha-pausing", trials=27).config
     ledger = WaitingLedger(study)
-    run = simulate(ledger, Scheduler(ledger), curve_of, gpus=gpus)
+    run = simulate(ledger, curve_of, gpus=gpus)
     assert sorted(span.number for span in run.spans) == list(range(27))
     assert not run.waiting
     trained = {span.number: curve_of(Assignment(span.number, {}, 0)) for span in run.spans}
@@ -151,7 +150,7 @@ def test_trials_that_wait_hold_no_gpu_and_pay_for_no_epoch_twice(tmp_path: Path,
         assert run.gpu_seconds == run.busy
         assert sum(s.epochs > 1 for s in run.spans) in range(9, 13)
     cut = WaitingLedger(study)
-    half = simulate(cut, Scheduler(cut), curve_of, gpus=gpus, gpu_seconds=run.gpu_seconds / 2)
+    half = simulate(cut, curve_of, gpus=gpus, gpu_seconds=run.gpu_seconds / 2)
     ended = {span.number for span in half.spans}
     assert half.waiting.keys() & ended == set()
     assert len(half.waiting) > 3
@@ -162,7 +161,7 @@ def test_a_seed_decides_everything(tmp_path: Path) -> None:
 
     def proposed(seed: int) -> list[Any]:
         ledger = ledger_of(tmp_path, seed=seed, scheduler="asha", **tpe)
-        run = simulate(ledger, Scheduler(ledger), curve_of, gpus=2)
+        run = simulate(ledger, curve_of, gpus=2)
         return [run.spans, [trial.params for trial in ledger.trials()]]
 
     assert proposed(3) == proposed(3)
@@ -176,7 +175,7 @@ def test_stopped_trials_are_told_as_the_ledger_tells_them(
     tmp_path: Path, kind: type[MemoryLedger], told: TrialState
 ) -> None:
     ledger = ledger_of(tmp_path, kind, scheduler="asha", trials=20)
-    run = simulate(ledger, Scheduler(ledger), curve_of, gpus=1)
+    run = simulate(ledger, curve_of, gpus=1)
     states = {trial.number: trial for trial in ledger.optuna_study.trials}
     stopped = [span for span in run.spans if span.state == "pruned"]
     assert stopped
@@ -190,12 +189,30 @@ def test_stopped_trials_are_told_as_the_ledger_tells_them(
     assert run.best() == min(s.objective for s in run.spans if s.epochs == EPOCHS)
 
 
-@pytest.mark.parametrize("judge", [Pruner, Scheduler])
-def test_the_median_rule_saves_epochs(tmp_path: Path, judge: Callable[[MemoryLedger], Any]) -> None:
-    ledger = ledger_of(tmp_path, scheduler="median", trials=20)
-    run = simulate(ledger, judge(ledger), curve_of, gpus=1)
+@pytest.mark.parametrize("kind", [MemoryLedger, MedianPruned])
+def test_a_median_rule_saves_epochs(tmp_path: Path, kind: type[MemoryLedger]) -> None:
+    ledger = ledger_of(tmp_path, kind, scheduler="median", trials=20)
+    run = simulate(ledger, curve_of, gpus=1)
     assert 0 < sum(span.state == "pruned" for span in run.spans) < 20
     assert run.seconds == sum(span.busy for span in run.spans)
+
+
+def test_the_measure_stops_whom_optunas_median_pruner_does(tmp_path: Path) -> None:
+    ledger = ledger_of(tmp_path, MedianPruned, scheduler="median", trials=20)
+    simulate(ledger, curve_of, gpus=1)
+    plain = optuna.create_study(pruner=optuna.pruners.MedianPruner(3, 1, n_min_trials=3))
+    expected = []
+    for number in range(20):
+        trial, last = plain.ask(), 0
+        for last, value in enumerate(curve_of(Assignment(number, {}, 0)).objective, start=1):
+            trial.report(value, last)
+            if last < EPOCHS and trial.should_prune():
+                plain.tell(trial, state=TrialState.PRUNED)
+                break
+        else:
+            plain.tell(trial, value)
+        expected.append(last)
+    assert [trial.epoch for trial in ledger.trials()] == expected
 
 
 def test_the_time_that_a_target_takes_counts_all_gpus_and_finished_trials_only(
@@ -217,7 +234,7 @@ def test_time_that_is_used_up_cuts_what_runs(tmp_path: Path) -> None:
     whole = searched(tmp_path)
     ledger = ledger_of(tmp_path, scheduler="asha", trials=40)
     half = whole.gpu_seconds / 2
-    cut = simulate(ledger, Scheduler(ledger), curve_of, gpus=3, gpu_seconds=half)
+    cut = simulate(ledger, curve_of, gpus=3, gpu_seconds=half)
     assert cut.gpu_seconds == pytest.approx(half)
     assert cut.spans == [span for span in whole.spans if span.end <= half / 3]
     assert cut.busy == pytest.approx(half)  # without a driver's cost nobody waits

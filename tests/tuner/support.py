@@ -102,9 +102,10 @@ class Clock:
         self.now = 0.0
         report = Ledger.report
 
-        def reported(ledger: Ledger, *of_epoch: Any) -> None:
-            report(ledger, *of_epoch)
+        def reported(ledger: Ledger, *of_epoch: Any) -> str | None:
+            stopped = report(ledger, *of_epoch)
             self.now += 60.0
+            return stopped
 
         monkeypatch.setattr(Ledger, "report", reported)
         monkeypatch.setattr("tuner.limits.monotonic", lambda: self.now)

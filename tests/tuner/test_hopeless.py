@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from optuna.storages import InMemoryStorage
 
-from benchmarks._simulator import Pruner, Scheduler
 from tests.tuner.support import (
     FakeRun,
     run_here,
@@ -17,7 +15,6 @@ from tests.tuner.support import (
     trials_of,
     write_study,
 )
-from tuner.config import load_study
 from tuner.errors import ConfigError
 from tuner.promotion import Promotion
 from tuner.records import End
@@ -121,46 +118,22 @@ def test_a_local_search_stops_what_cannot_win_and_says_why(
         assert "its chance to end below 0.2" in str(trials[number].reason)
         assert trials[number].epoch == 1
     assert [t.epoch for t in trials if t.state == "done"] == [5] * 4
-    if scheduler == "asha":  # Optuna's notes, by which it judges those who come after
-        ledger = Ledger(tmp_path / "run" / "study.db", load_study(tmp_path / "run" / "config.yaml"))
-        noted = [t.system_attrs.get("completed_rung_0") for t in ledger.optuna_study.trials]
-        assert noted == [pytest.approx(t.curve[0][1]) for t in trials]
     said = " ".join(capsys.readouterr().out.split())
     assert "trial 0003 pruned after epoch 1: its chance to end below 0.22 was " in said
 
 
-@pytest.mark.parametrize("judge", [Pruner, Scheduler])
-def test_benchmarks_stop_whom_a_search_would(
-    tmp_path: Path, judge: Callable[[Ledger], Any]
-) -> None:
-    ledger = ledger_in(tmp_path, *THREE)
-    judging = judge(ledger)
-    for objective, on in ((1.9, True), (30.0, False)):
-        trial = ledger.ask()
-        assert trial is not None
-        judging.started(trial.number)
-        ledger.report(trial.number, {"epoch": 1, "objective": objective})
-        assert judging.goes_on(trial.number, 1, objective, last=False) == on
-
-
-@pytest.mark.parametrize("judge", [Pruner, Scheduler])
-def test_who_is_stopped_so_is_at_its_rung_for_those_who_come_after(
-    tmp_path: Path, judge: Callable[[Ledger], Any]
-) -> None:
-    """Ray's ASHA and Optuna's alike."""
+def test_who_is_stopped_so_is_at_its_rung_for_those_who_come_after(tmp_path: Path) -> None:
     search = {"trials": 99, "scheduler": "asha", "least_chance": 0.05, "reduction_factor": 3}
     study = tiny_study(tmp_path, search=search, training={"epochs": 9})
     ledger = Ledger(InMemoryStorage(), study)
-    judging = judge(ledger)
 
     def goes_on(*values: float) -> int:
         """A trial that reports these; how many epochs it was let train."""
         trial = ledger.ask()
         assert trial is not None
-        judging.started(trial.number)
         for epoch, value in enumerate(values, start=1):
-            ledger.report(trial.number, {"epoch": epoch, "objective": value})
-            if not judging.goes_on(trial.number, epoch, value, last=epoch == 9):
+            stopped = ledger.report(trial.number, {"epoch": epoch, "objective": value})
+            if stopped or epoch == 9:
                 state: End = "done" if epoch == 9 else "pruned"
                 ledger.finish(trial.number, state, objective=value if epoch == 9 else None)
                 return epoch

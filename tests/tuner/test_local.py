@@ -98,7 +98,7 @@ def test_a_search_says_when_training_did_not_help(
     assert "training did not help" not in capsys.readouterr().out
 
 
-def test_optuna_prunes_in_the_local_mode(tmp_path: Path) -> None:
+def test_the_local_mode_stops_trials(tmp_path: Path) -> None:
     config = write_study(
         tmp_path,
         search={
@@ -117,7 +117,7 @@ def test_optuna_prunes_in_the_local_mode(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("scheduler", ["hyperband", "median"])
-def test_other_pruners_stop_what_is_worse_and_never_what_wins(
+def test_other_rules_stop_what_is_worse_and_never_what_wins(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheduler: str
 ) -> None:
     monkeypatch.setattr("tuner.local.TrialRun", FakeRun)
@@ -145,7 +145,7 @@ def test_other_pruners_stop_what_is_worse_and_never_what_wins(
 
 
 @pytest.mark.parametrize("least_chance", [0.0, 0.3])
-def test_a_driver_that_died_before_it_judged_an_epoch_judges_it_first(
+def test_a_driver_that_died_after_an_epoch_goes_on_as_if_it_had_lived(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, least_chance: float
 ) -> None:
     """After every epoch in turn: the study ends as one whose driver lived."""
@@ -165,18 +165,19 @@ def test_a_driver_that_died_before_it_judged_an_epoch_judges_it_first(
     class Dead(BaseException):
         pass
 
-    whole, prune, met = go(InMemoryStorage(), "whole"), Ledger.should_prune, 0
+    whole, report, met = go(InMemoryStorage(), "whole"), Ledger.report, 0
     assert any(state == "pruned" for _, state, _, _ in whole)
     for at in range(sum(len(curve) for _, _, curve, _ in whole)):
         storage, left = InMemoryStorage(), [at]
 
-        def dying(ledger: Ledger, number: int, left: list[int] = left) -> bool:
+        def dying(ledger: Ledger, *told: Any, left: list[int] = left) -> str | None:
+            stopped = report(ledger, *told)
             left[0] -= 1
             if left[0] == -1:
                 raise Dead
-            return prune(ledger, number)
+            return stopped
 
-        monkeypatch.setattr(Ledger, "should_prune", dying)
+        monkeypatch.setattr(Ledger, "report", dying)
         try:
             go(storage, f"cut-{at}")
         except Dead:

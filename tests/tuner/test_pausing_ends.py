@@ -240,10 +240,9 @@ def test_on_ray_too_a_trial_without_a_chance_ends_at_its_rung(
             CHECKPOINT: f"at-{name}",
         }  # fmt: skip
         monkeypatch.setattr(
-            ledger, "hopeless", lambda *_, name=name: "no chance" * (name == "b") or None
+            ledger._verdicts, "hopeless", lambda *_, name=name: "no chance" * (name == "b") or None
         )
-        search.is_hopeless(name, result)
-        search.reported(name, result)
+        assert search.reported(name, result) == (name == "b")
         search.on_trial_complete(name, result)
     assert [(t.state, t.reason) for t in ledger.trials()] == [
         ("running", None), ("pruned", "no chance"),

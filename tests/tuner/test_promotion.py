@@ -102,8 +102,7 @@ def test_runs_have_the_full_budget_and_nobody_stops_them(tmp_path: Path) -> None
     assert promotion.config.trial_config(good.params, good.seed).training.epochs == 5
     for number, objective in ((good.number, 1.0), (bad.number, 9.0)):
         for epoch in (1, 2, 3, 4):
-            promotion.report(number, {"epoch": epoch, "objective": objective})
-            assert not promotion.should_prune(number)
+            assert promotion.report(number, {"epoch": epoch, "objective": objective}) is None
     assert promotion.trial(good.number).budget == 5
 
 

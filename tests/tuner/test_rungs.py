@@ -23,7 +23,7 @@ from tuner.rungs import cut_off, rungs_of
 )
 def test_rungs_are_those_at_which_asha_stops(grace: int, factor: int, epochs: int) -> None:
     search = SearchConfig(grace_epochs=grace, reduction_factor=factor)
-    bracket = _Bracket(min(grace, epochs), epochs, factor, 0)  # as tuner.schedulers asks for it
+    bracket = _Bracket(min(grace, epochs), epochs, factor, 0)  # Ray's own
     milestones = sorted(milestone for milestone, _ in bracket._rungs)
     assert rungs_of(search, epochs) == [m for m in milestones if m < epochs]
 

@@ -71,7 +71,6 @@ def test_a_resume_continues_what_the_sampler_would_have_proposed(
         ledger = ledger_in(tmp_path / "cut", **changes)
         for trial in ledger.orphans():
             ledger.report(trial.number, {"epoch": 1, "objective": distance(trial.params)})
-            ledger.should_prune(trial.number)
             ledger.finish(trial.number, "done", objective=distance(trial.params))
             cut.append(trial.params)
         cut += propose(ledger, count - 1)

@@ -7,7 +7,7 @@ from typing import Any
 from ray.tune.search import Searcher
 
 from tests.tuner.support import tiny_study
-from tuner.distributed import StopWish
+from tuner.distributed import LedgerStopper
 from tuner.folder import RunFolder
 from tuner.members import PopulationLedger
 from tuner.search import LedgerSearch
@@ -34,18 +34,17 @@ def test_a_trial_without_a_chance_ends_with_the_reason_and_a_failed_one_is_not_a
 ) -> None:
     ledger = ledger_in(tmp_path, search={"trials": 9, "scheduler": "none", "least_chance": 0.05})
     search = search_over(ledger, tmp_path)
-    stop = StopWish(lambda: False, search.is_hopeless)
+    stop = LedgerStopper(search, lambda: False)
     for name, first, last in (("a", 2.0, 1.0), ("b", 2.2, 1.2), ("c", 2.4, 1.401)):
         search.suggest(name)
         for result in (epoch(1, first), epoch(2, last, finished=True)):
             assert not stop(name, result)
-            search.reported(name, result)
         search.on_trial_complete(name, result)
     search.suggest("d")
     assert not stop("d", {"failed": True, "reason": "diverged"})
-    assert not stop("d", epoch(1, 1.9))
     assert stop("d", epoch(1, 30.0))
-    search.reported("d", epoch(1, 30.0))
+    search.suggest("e")
+    assert not stop("e", epoch(1, 1.9))
     search.on_trial_complete("d", epoch(1, 30.0))
     ended = ledger.trial(3)
     assert (ended.state, ended.epoch) == ("pruned", 1)
@@ -61,6 +60,19 @@ def test_a_trial_that_asha_stops_is_pruned_with_its_steps(tmp_path: Path) -> Non
     frozen = ledger.optuna_study.trials[0]
     assert frozen.state.name == "PRUNED"
     assert frozen.intermediate_values == {1: 2.0}
+
+
+def test_who_was_stopped_before_the_driver_died_is_not_issued_again(tmp_path: Path) -> None:
+    ledger = ledger_in(tmp_path)
+    before = search_over(ledger, tmp_path)
+    before.suggest("a"), before.suggest("b")
+    assert not before.reported("a", epoch(1, 1.0, checkpoint="/kept/a"))
+    assert before.reported("b", epoch(1, 2.0, checkpoint="/kept/b"))
+    ledger.close()
+    again = ledger_in(tmp_path)
+    after = search_over(again, tmp_path)
+    assert [after.suggest(name)[NUMBER] for name in ("c", "d")] == [0, 2]
+    assert [trial.state for trial in again.trials()] == ["running", "pruned", "running"]
 
 
 def test_a_nan_ends_a_trial_as_failed_and_leaves_nothing_running(tmp_path: Path) -> None:

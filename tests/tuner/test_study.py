@@ -221,20 +221,6 @@ def test_running_trials_come_back_with_number_parameters_seed_and_checkpoint(
     assert [orphan.number for orphan in again.orphans()] == [second.number]
 
 
-def test_optuna_stops_a_trial_that_is_worse_than_its_rung(tmp_path: Path) -> None:
-    changes = {"search": {"grace_epochs": 1, "reduction_factor": 2}, "training": {"epochs": 4}}
-    ledger = ledger_in(tmp_path, **changes)
-    good = run(ledger, 1.0)
-    assert not ledger.should_prune(good)
-    assert ledger.should_prune(run(ledger, 2.0))
-
-
-def test_nothing_is_stopped_without_a_scheduler(tmp_path: Path) -> None:
-    ledger = ledger_in(tmp_path, search={"scheduler": "none"})
-    run(ledger, 1.0)
-    assert not ledger.should_prune(run(ledger, 2.0))
-
-
 def test_judging_and_resuming_a_trial_ask_the_sampler_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -245,7 +231,7 @@ def test_judging_and_resuming_a_trial_ask_the_sampler_nothing(
         raise AssertionError("the sampler was asked for a trial that has its parameters")
 
     monkeypatch.setattr(ledger.optuna_study.sampler, "infer_relative_search_space", asked_again)
-    ledger.should_prune(number)
+    ledger.report(number, {"epoch": 2, "objective": 1.0})
     assert [orphan.number for orphan in ledger.orphans()] == [number]
 
 
