@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -26,6 +27,7 @@ from tuner.device import check_precision
 from tuner.disk import full_disk_said
 from tuner.errors import ConfigError, StudyError
 from tuner.folder import RunFolder
+from tuner.head import watched_head
 from tuner.ledger import (
     keep_mode,
     ledger_note,
@@ -174,12 +176,22 @@ def run_session(request: Request) -> int:
             keep_mode(ledger, local=request.local)
         resume = f"python -m tuner.run --resume {shlex.quote(str(folder.path))}{mode_of(ledger)}"
         on = f"go on with: {resume}"
+
+        def leave(why: str) -> None:
+            """End at once: nothing that Ray does would return, and the ledger is whole."""
+            progress.last_words(f"{why}; {on}")
+            os._exit(INTERRUPTED)
+
         try:
-            if ended is None and place is not None:
-                with progress.shown():
-                    _run_trials(place, ledger, folder, watchers, limits, interruption)
-            if promotion is not None and place is not None and not interruption.wished:
-                _promote(place.cluster, promotion, folder, progress, interruption)
+            with ExitStack() as asking:
+                if cluster is not None and cluster.head is not None:
+                    head = watched_head(cluster.head, lambda: interruption.wished, leave)
+                    asking.enter_context(head)
+                if ended is None and place is not None:
+                    with progress.shown():
+                        _run_trials(place, ledger, folder, watchers, limits, interruption)
+                if promotion is not None and place is not None and not interruption.wished:
+                    _promote(place.cluster, promotion, folder, progress, interruption)
         except KeyboardInterrupt:
             interruption.wished = True
         except Exception:

@@ -127,6 +127,12 @@ class Progress(Watcher):
         logger.log(level, text)
         self._console.print(text, markup=False)
 
+    def last_words(self, text: str) -> None:
+        """A line before the process ends at once, amid whatever is drawn."""
+        self._console.show_cursor()
+        self.say(text, logging.ERROR)
+        self._console.file.flush()
+
     def note(self, text: str) -> None:
         """A line to the log, and to a user who has not asked for quiet."""
         if self._verbosity == "quiet":
