@@ -28,7 +28,8 @@ class TrialRow:
     note: str = ""
     survived: str = ""  # stays in the note while the trial runs on
     waiting_since: float | None = None  # monotonic: no epoch of this session has been reported
-    waits: bool = False  # whether it has made room and is to be run on later
+    waits: bool = False  # whether it is to be run, or to be run on, later
+    is_next: bool = False  # whether it is so as soon as a machine has room
     ended: float | None = None  # monotonic or unix time, to tell who ended before whom
 
     @classmethod
@@ -52,12 +53,10 @@ class TrialRow:
             self.seconds[self.epoch] = float(metrics["epoch_seconds"])
         self.metrics, self.note, self.waiting_since = dict(metrics), self.survived, None
 
-    def wait(self) -> None:
-        """The trial has made room, and is to be run on later."""
-        self.waits, self.note = (
-            True,
-            "; ".join(["waits", *([self.survived] if self.survived else [])]),
-        )
+    def wait(self, what_for: str = "") -> None:
+        """The trial is to be run, or to be run on, later."""
+        said = f"waits {what_for}".rstrip()
+        self.waits, self.note = True, "; ".join([said, *([self.survived] if self.survived else [])])
 
     def end(self, state: State, reason: str | None) -> None:
         """The trial is over."""

@@ -24,7 +24,7 @@ from tuner.checkpoints import Storage, StorageOut, storage_error
 from tuner.disk import disk_error, speaks_of_full_disk
 from tuner.errors import StudyError
 from tuner.folder import RunFolder
-from tuner.records import End
+from tuner.records import Assignment, End
 from tuner.retries import exhausted_reason
 from tuner.study import Ledger
 from tuner.trainable import (
@@ -77,6 +77,7 @@ class LedgerSearch(OptunaSearch):
         self._after = after
         self._orphans = deque(ledger.orphans())
         self._numbers: dict[str, int] = {}
+        self._proposed: dict[str, Assignment] = {}  # that no machine has taken yet
         self._ended: set[str] = set()
         self._in_a_row: dict[int, int] = {}  # losses without a finished epoch between them
         self._counted: set[str] = set()  # whose last loss is dealt with, with no epoch after it
@@ -104,14 +105,16 @@ class LedgerSearch(OptunaSearch):
                 # A trial that runs may be handed back yet.
                 return None if self._numbers.keys() - self._ended else Searcher.FINISHED
             self._numbers[trial_id] = found.number
-            self._watcher.started(found)
             try:
                 config = self._ledger.trial_config(found)
             except ValueError as error:
+                self._watcher.started(found)
                 self._end(trial_id, "failed", reason=f"configuration: {error}")
                 self._ended.discard(trial_id)
                 del self._numbers[trial_id]  # the next one takes Ray's trial
                 continue
+            self._proposed[trial_id] = found
+            self._watcher.proposed(found)
             return {
                 NUMBER: found.number,
                 STUDY: self._ledger.config.name,
@@ -128,6 +131,12 @@ class LedgerSearch(OptunaSearch):
         for ended in self._ledger.settle():
             self._watcher.finished(ended.number, ended.state, ended.reason)
             self._after()
+
+    def began(self, trial_id: str) -> None:
+        """A machine has taken a trial, for the first time or again."""
+        found = self._proposed.pop(trial_id, None)
+        if found is not None:
+            self._watcher.started(found)
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Nothing: :meth:`reported` hears of every epoch, the last one too."""
@@ -269,10 +278,16 @@ class LedgerSearch(OptunaSearch):
 
 
 class LedgerCallback(Callback):
-    """Carries lost machines to the ledger by way of the searcher."""
+    """Carries Ray's events to the ledger by way of the searcher."""
 
     def __init__(self, search: LedgerSearch) -> None:
         self._search = search
+
+    def on_trial_start(
+        self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
+    ) -> None:
+        """A machine has room for a trial."""
+        self._search.began(trial.trial_id)
 
     def on_trial_recover(
         self, iteration: int, trials: list[Trial], trial: Trial, **info: Any

@@ -183,11 +183,19 @@ class Progress(Watcher):
 
     # Events
 
+    def proposed(self, assignment: Assignment) -> None:
+        """A trial waits for a machine."""
+        row = self._rows.get(assignment.number) or TrialRow(assignment.number, assignment.params)
+        row.wait("for a machine")
+        row.is_next = True
+        self._rows[assignment.number] = row
+        logger.info("%s %04d waits for a machine", self._noun, assignment.number)
+
     def started(self, assignment: Assignment) -> None:
         """A trial begins, or goes on."""
         row = self._rows.get(assignment.number) or TrialRow(assignment.number, assignment.params)
         row.epoch, row.waiting_since = assignment.epoch, time.monotonic()
-        row.waits, row.note = False, row.survived
+        row.waits, row.is_next, row.note = False, False, row.survived
         if assignment.accumulation is not None:
             row.note = row.survived = f"batches in {assignment.accumulation} parts"
         elif assignment.origin is not None:
@@ -264,7 +272,8 @@ class Progress(Watcher):
 
     def _remind(self) -> None:
         """Say how far it is, in a thread of its own."""
-        if any(row.state == "running" and not row.waits for row in list(self._rows.values())):
+        rows = list(self._rows.values())
+        if any(row.state == "running" and (row.is_next or not row.waits) for row in rows):
             line, self._spoken = self._draw().line(), time.monotonic()
             # Not by the console, which falls silent for good, and ends the thread that speaks,
             # where nobody listens any more: the thread at work is to find that.

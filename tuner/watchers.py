@@ -10,6 +10,9 @@ from tuner.records import Assignment, State
 class Watcher:
     """Is told of trials, and does nothing; who derives from it does what concerns them."""
 
+    def proposed(self, assignment: Assignment) -> None:
+        """A trial is to begin, or to go on, as soon as a machine has room for it."""
+
     def started(self, assignment: Assignment) -> None:
         """A trial begins, or goes on."""
 
@@ -34,6 +37,10 @@ class Watchers(Watcher):
 
     def __init__(self, *watchers: Watcher) -> None:
         self._watchers = watchers
+
+    def proposed(self, assignment: Assignment) -> None:
+        for watcher in self._watchers:
+            watcher.proposed(assignment)
 
     def started(self, assignment: Assignment) -> None:
         for watcher in self._watchers:

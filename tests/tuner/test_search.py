@@ -2,15 +2,17 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
 from ray.tune.search import Searcher
 
 from tests.tuner.support import tiny_study
 from tuner.distributed import LedgerStopper
 from tuner.folder import RunFolder
 from tuner.members import PopulationLedger
-from tuner.search import LedgerSearch
+from tuner.search import LedgerCallback, LedgerSearch
 from tuner.study import Ledger
 from tuner.telemetry import Progress
 from tuner.trainable import CONFIG, DONOR, NUMBER, RESUME, UNTIL
@@ -101,6 +103,20 @@ def test_trials_that_were_cut_are_issued_first_and_from_their_checkpoints(tmp_pa
     assert issued[1] == second | {RESUME: "/kept/checkpoint-00001"}
     assert issued[2][NUMBER] == 2
     assert issued[3] is None, "none is left, but those that run may be handed back"
+
+
+def test_a_trial_begins_when_a_machine_has_taken_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    search = search_over(ledger_in(tmp_path), tmp_path)
+    callback: Any = LedgerCallback(search)
+    for name in ("a", "b"):
+        search.suggest(name)
+    assert capsys.readouterr().out == ""
+    callback.on_trial_start(0, [], SimpleNamespace(trial_id="b"))
+    assert capsys.readouterr().out.startswith("trial 0001 starts: ")
+    callback.on_trial_start(0, [], SimpleNamespace(trial_id="b"))  # on another, after it was lost
+    assert capsys.readouterr().out == ""
 
 
 def test_nothing_is_proposed_once_the_run_is_to_stop(tmp_path: Path) -> None:

@@ -108,6 +108,20 @@ def test_who_waits_and_who_has_ended_are_no_news(tmp_path: Path) -> None:
     assert stream.getvalue() == said
 
 
+def test_a_trial_for_which_there_is_no_machine_yet_has_not_begun(tmp_path: Path) -> None:
+    stream = io.StringIO()
+    progress = Progress(tiny_study(tmp_path), [], stream)
+    turn = Assignment(0, {}, seed=0)
+    progress.proposed(turn)
+    assert stream.getvalue() == ""
+    assert "waits for a machine" in drawn(progress)
+    progress._remind()
+    assert stream.getvalue().startswith("0 of 3 ended: 1 running (1 of them waiting), ")
+    progress.started(turn)
+    assert stream.getvalue().splitlines()[1].startswith("trial 0000 starts")
+    assert "waits" not in drawn(progress)
+
+
 def test_a_reminder_into_a_closed_pipe_leaves_the_console_to_who_works(tmp_path: Path) -> None:
     reader, writer = os.pipe()
     os.close(reader)
