@@ -34,7 +34,7 @@ def study_in(folder: Path) -> Path:
         folder,
         training=LONG,
         search={"trials": 1, "scheduler": "none"},
-        data={"train_scenes": 128},
+        data={"train_scenes": 64},
     )
 
 
@@ -49,6 +49,13 @@ def goes_on(out: Path, said: str, process_code: int | None) -> None:
     ]
 
 
+@pytest.fixture
+def unscored(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tuner.conclusion._score_winner", lambda folder, study, progress: None)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("unscored")
 def test_a_signal_to_all_processes_at_once_ends_the_search_with_the_way_to_go_on(
     tmp_path: Path,
 ) -> None:
@@ -71,6 +78,7 @@ def test_a_signal_to_all_processes_at_once_ends_the_search_with_the_way_to_go_on
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("unscored")
 def test_a_head_that_is_killed_ends_the_search_with_the_way_to_go_on(tmp_path: Path) -> None:
     seconds = {"RAY_gcs_rpc_server_reconnect_timeout_s": "20"}
     with started_head(**seconds) as head:
