@@ -55,10 +55,10 @@ class PlainLedger(MemoryLedger):
 
 
 class MedianPruned(MemoryLedger):
-    """Stops by Optuna's median pruner, as a plain sequential study does."""
+    """Stops by Optuna's median pruner, as a plain sequential study does; has no scheduler."""
 
     def __init__(self, study: StudyConfig) -> None:
-        super().__init__(study.replaced({"search.scheduler": "none"}))
+        super().__init__(study)
         self._pruner = MedianPruner(
             n_startup_trials=MEDIAN_OVER,
             n_warmup_steps=study.search.grace_epochs,

@@ -10,7 +10,7 @@ that the driver can see are timed where they happen, and the rest is Ray's: the 
 messages. Building a trial, scoring its untrained network and writing its checkpoints are the
 trial's own, but no epoch's, and are counted. The second part fills ledgers with ended trials
 (minutes for 10,000) and times what the driver does for the next one; the disk's share is wall less
-CPU. The third times a report under Ray's median rule, which looks at all epochs of all trials.
+CPU. The third times a report under the median rule, which looks at all epochs of all trials.
 """
 
 from __future__ import annotations
@@ -342,7 +342,7 @@ def judged(sizes: list[int], rounds: int) -> dict[str, float]:
         seconds = []
         for _ in range(rounds):
             begun = time.perf_counter()
-            rule.stops(n, last, {last: 0.0}, lambda others=others: others)  # type: ignore[misc]
+            rule.stops(n, last, {last: 0.0}, lambda trials=others: trials)  # type: ignore[misc]
             seconds.append(time.perf_counter() - begun)
         result[str(n)] = statistics.median(seconds)
         told = f"{1e3 * result[str(n)]:.1f} ms a report under the median rule"

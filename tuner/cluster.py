@@ -39,7 +39,6 @@ class Cluster:
     dashboard: str | None
     token_file: Path | None
     is_here: bool = False  # Ray is started on this machine, for this run
-    head: str | None = None  # where the head answers, of a cluster that is connected
 
     @property
     def n_cpus(self) -> float:
@@ -239,7 +238,6 @@ def _look(description: str, dashboard: str | None, *, may_grow: bool) -> Cluster
         ),
         dashboard=f"http://{dashboard}" if dashboard else None,
         token_file=_token_file(),
-        head=ray.get_runtime_context().gcs_address,
     )
 
 

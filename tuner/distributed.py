@@ -10,11 +10,13 @@ from typing import Any
 
 import ray
 from ray import tune
+from ray.exceptions import RayError
 from ray.tune import CheckpointConfig, FailureConfig, RunConfig, TuneConfig
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler
 
 from tuner.checkpoints import StorageOut, storage_error
+from tuner.errors import HeadLost
 from tuner.folder import RunFolder
 from tuner.search import LedgerCallback, LedgerSearch
 from tuner.study import Ledger
@@ -32,6 +34,7 @@ _QUIET = {
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
     "TUNE_MAX_PENDING_TRIALS_PG": "auto",
 }
+_OTHER_HEAD = "WrongClusterID"  # in what a head says that has restarted without its state
 _SCRATCH = ".ray"  # in the run folder: by what is in it Ray would restore; the ledger does that
 
 
@@ -118,6 +121,10 @@ def run_distributed(
     logging.getLogger("ray.tune.analysis").setLevel(logging.ERROR)
     try:
         tuner.fit()
+    except RayError as error:
+        if _OTHER_HEAD not in str(error):
+            raise
+        raise HeadLost("Ray's head has restarted and no longer knows this run") from error
     finally:
         search.closed = True
         shutil.rmtree(scratch, ignore_errors=True)

@@ -24,3 +24,9 @@ class LedgerLost(StudyError):
     def __init__(self, text: str, *, no_room: bool = False) -> None:
         super().__init__(text)
         self.no_room = no_room
+
+
+class HeadLost(StudyError):
+    """Ray's head has restarted without its state: the run was interrupted and can be resumed."""
+
+    code = 130

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shlex
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -27,7 +28,6 @@ from tuner.device import check_precision
 from tuner.disk import full_disk_said
 from tuner.errors import ConfigError, StudyError
 from tuner.folder import RunFolder
-from tuner.head import watched_head
 from tuner.ledger import (
     keep_mode,
     ledger_note,
@@ -58,6 +58,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_LAST_WORDS = 5.0  # seconds in which the user can be told something before the process ends
 _BETWEEN_WRITES = 9  # times what writing the results took: the driver has more to do
 
 _CONFIGS = Path(__file__).resolve().parent / "studies"  # of an installed package
@@ -107,6 +108,7 @@ def run_session(request: Request) -> int:
         _refuse_early(request)
     with ExitStack() as stack:
         interruption = stack.enter_context(Interruption().watched())
+        connection = stack.enter_context(ExitStack())  # to Ray, which the results do not need
         cluster: Cluster | None = None
         folder: RunFolder | None = None
         ledger: Ledger | None = None
@@ -115,7 +117,7 @@ def run_session(request: Request) -> int:
             folder, study = _reopen(stack, request, request.resume, notes)
         else:
             if request.config is None and not request.local:
-                cluster = _connect(stack, request)
+                cluster = _connect(connection, request)
             study = _load(request, cluster, notes)
         told = sampler_note(study.search), population_note(study)
         notes += [note for note in told if note]
@@ -139,7 +141,7 @@ def run_session(request: Request) -> int:
             if study.network.front_end is not None:
                 notes.append("the candidates of all scenes are found first, once for all trials")
             if cluster is None and not request.local:
-                cluster = _connect(stack, request, plugins_of(study))
+                cluster = _connect(connection, request, plugins_of(study))
             interruption.take()
             place = choose_place(study, cluster, notes)
         else:
@@ -179,14 +181,21 @@ def run_session(request: Request) -> int:
 
         def leave(why: str) -> None:
             """End at once: nothing that Ray does would return, and the ledger is whole."""
-            progress.last_words(f"{why}; {on}")
-            os._exit(INTERRUPTED)
+            ending = threading.Timer(_LAST_WORDS, os._exit, [INTERRUPTED])
+            ending.daemon = True
+            ending.start()  # a reader may be gone, or stand still
+            try:
+                progress.last_words(f"{why}; {on}")
+            finally:
+                os._exit(INTERRUPTED)
 
         try:
             with ExitStack() as asking:
-                if cluster is not None and cluster.head is not None:
-                    head = watched_head(cluster.head, lambda: interruption.wished, leave)
-                    asking.enter_context(head)
+                if place is not None and cluster is not None:
+                    from tuner.head import Head, watched_head
+
+                    watch = watched_head(Head().answers, lambda: interruption.wished, leave)
+                    asking.enter_context(watch)
                 if ended is None and place is not None:
                     with progress.shown():
                         _run_trials(place, ledger, folder, watchers, limits, interruption)
@@ -199,6 +208,8 @@ def run_session(request: Request) -> int:
             progress.say(f"cut short by an error; {on}")
             raise
         interruption.settle()
+        connection.close()
+        interruption.take()  # leaving Ray, too, sets other handlers
         early = limits.reached() if place is not None and ledger.has_work else None
         wished = interruption.wished
         try:

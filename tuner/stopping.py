@@ -25,20 +25,20 @@ from tuner.extrapolation import Finished
 from tuner.records import ranks
 from tuner.rungs import cut_off, rungs_of
 
-Others = Callable[[], Sequence[FrozenTrial]]
+Started = Callable[[], Sequence[FrozenTrial]]
 
 
 class Rule(Protocol):
     """Who stops trials."""
 
-    def stops(self, number: int, epoch: int, curve: Mapping[int, float], others: Others) -> bool:
+    def stops(self, number: int, epoch: int, curve: Mapping[int, float], started: Started) -> bool:
         """Whether a trial ends with an epoch that is not its last.
 
         Args:
             number: the trial's.
             epoch: that it has just finished.
             curve: its objectives by epoch, this one's too; less is better.
-            others: gives the study's other trials that have started, whatever became of them.
+            started: gives all trials of the study that have started, this one and failed ones too.
         """
 
 
@@ -81,15 +81,17 @@ class Halving:
             self._brackets[number] = int(drawn)
         return self._brackets[number]
 
-    def stops(self, number: int, epoch: int, curve: Mapping[int, float], others: Others) -> bool:
+    def stops(self, number: int, epoch: int, curve: Mapping[int, float], started: Started) -> bool:
         """See :class:`Rule`."""
         bracket = self.bracket_of(number)
         if epoch not in self._rungs[bracket:]:
             return False
         reached = [
             trial.intermediate_values[epoch]
-            for trial in others()
-            if epoch in trial.intermediate_values and self.bracket_of(trial.number) == bracket
+            for trial in started()
+            if trial.number != number
+            and epoch in trial.intermediate_values
+            and self.bracket_of(trial.number) == bracket
         ]
         wanted = cut_off(reached, self._factor)
         return wanted is not None and curve[epoch] > wanted
@@ -105,12 +107,12 @@ class Median:
     def __init__(self, study: StudyConfig) -> None:
         self._grace = min(study.search.grace_epochs, study.training.epochs)
 
-    def stops(self, number: int, epoch: int, curve: Mapping[int, float], others: Others) -> bool:
+    def stops(self, number: int, epoch: int, curve: Mapping[int, float], started: Started) -> bool:
         """See :class:`Rule`."""
         if epoch < self._grace:
             return False
-        curves = (trial.intermediate_values for trial in others())
-        means = [self._mean(known, epoch) for known in curves if epoch in known]
+        others = (trial.intermediate_values for trial in started() if trial.number != number)
+        means = [self._mean(known, epoch) for known in others if epoch in known]
         return len(means) >= MEDIAN_OVER and min(curve.values()) > float(np.median(means))
 
     def _mean(self, curve: Mapping[int, float], epoch: int) -> float:
@@ -142,13 +144,8 @@ class Verdicts:
             curve: its objectives by epoch, this one's too.
         """
         why = self.hopeless(epoch, curve[epoch])
-        if why is None and self._rule is not None:
-
-            def others() -> list[FrozenTrial]:
-                return [trial for trial in self._started() if trial.number != number]
-
-            if self._rule.stops(number, epoch, curve, others):
-                why = f"stopped after epoch {epoch}"
+        if why is None and self._rule and self._rule.stops(number, epoch, curve, self._started):
+            why = f"stopped after epoch {epoch}"
         return why
 
     def hopeless(self, epoch: int, objective: float) -> str | None:

@@ -189,16 +189,18 @@ def test_stopped_trials_are_told_as_the_ledger_tells_them(
     assert run.best() == min(s.objective for s in run.spans if s.epochs == EPOCHS)
 
 
-@pytest.mark.parametrize("kind", [MemoryLedger, MedianPruned])
-def test_a_median_rule_saves_epochs(tmp_path: Path, kind: type[MemoryLedger]) -> None:
-    ledger = ledger_of(tmp_path, kind, scheduler="median", trials=20)
+@pytest.mark.parametrize(("kind", "scheduler"), [(MemoryLedger, "median"), (MedianPruned, "none")])
+def test_a_median_rule_saves_epochs(
+    tmp_path: Path, kind: type[MemoryLedger], scheduler: str
+) -> None:
+    ledger = ledger_of(tmp_path, kind, scheduler=scheduler, trials=20)
     run = simulate(ledger, curve_of, gpus=1)
     assert 0 < sum(span.state == "pruned" for span in run.spans) < 20
     assert run.seconds == sum(span.busy for span in run.spans)
 
 
 def test_the_measure_stops_whom_optunas_median_pruner_does(tmp_path: Path) -> None:
-    ledger = ledger_of(tmp_path, MedianPruned, scheduler="median", trials=20)
+    ledger = ledger_of(tmp_path, MedianPruned, scheduler="none", trials=20)
     simulate(ledger, curve_of, gpus=1)
     plain = optuna.create_study(pruner=optuna.pruners.MedianPruner(3, 1, n_min_trials=3))
     expected = []

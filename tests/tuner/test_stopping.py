@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from optuna.distributions import FloatDistribution
 from optuna.storages import InMemoryStorage
+from optuna.trial import create_trial
 from ray.tune.schedulers import AsyncHyperBandScheduler, MedianStoppingRule
 from ray.tune.schedulers.trial_scheduler import TrialScheduler
 
 from tests.tuner.support import tiny_study
 from tuner.config import StudyConfig
-from tuner.records import PriorTrial
 from tuner.stopping import Halving, rule_of
 from tuner.study import Ledger
 
@@ -282,13 +283,39 @@ def test_a_failed_trial_is_compared_with_as_far_as_it_came(tmp_path: Path) -> No
 
 
 def test_trials_of_an_earlier_study_are_in_no_rung(tmp_path: Path) -> None:
-    prior = [PriorTrial(f"x#{i}", {"blend.beta": i / 10}, 0.1) for i in range(3)]
     beta = {"space": {"blend.beta": {"type": "float", "low": 0.0, "high": 0.6}}}
-    study = study_in(tmp_path, "asha", **beta)
-    ledger = Ledger(tmp_path / "study.db", study, lambda: prior)
-    for frozen in ledger.optuna_study.trials:  # as if they had been reported
-        if "prior" in frozen.user_attrs:
-            frozen.intermediate_values[1] = 0.1
+    ledger = Ledger(tmp_path / "study.db", study_in(tmp_path, "asha", **beta))
+    for index in range(3):
+        ledger.optuna_study.add_trial(
+            create_trial(
+                value=0.1,
+                params={"blend.beta": index / 10},
+                distributions={"blend.beta": FloatDistribution(0.0, 0.6)},
+                user_attrs={"prior": f"x#{index}"},
+                intermediate_values={1: 0.1},
+            )
+        )
     found = ledger.ask()
     assert found is not None
     assert ledger.report(found.number, {"epoch": 1, "objective": 5.0}) is None
+
+
+def test_an_epoch_is_written_with_its_checkpoint_and_verdict_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger = Ledger(tmp_path / "study.db", study_in(tmp_path, "asha"))
+    numbers = []
+    for _ in range(2):
+        found = ledger.ask()
+        assert found is not None
+        numbers.append(found.number)
+    ledger.report(numbers[0], {"epoch": 1, "objective": 1.0}, "kept")
+    written: list[tuple[dict[int, float], set[str]]] = []
+
+    def write_together(trial_id: int, values: dict[int, float], attrs: dict[str, Any]) -> None:
+        written.append((values, set(attrs)))
+
+    monkeypatch.setattr(ledger._storage, "write_together", write_together)
+    monkeypatch.setattr(ledger._storage, "set_trial_user_attr", None)
+    assert ledger.report(numbers[1], {"epoch": 1, "objective": 9.0}, "kept")
+    assert written == [({1: 9.0}, {"epoch/00001", "checkpoint", "stopped"})]
