@@ -1,4 +1,4 @@
-"""What a network that was trained is worth beside its F1: for the parts of benchmarks.quality."""
+"""Further scores of a trained network besides its F1, for the parts of benchmarks.quality."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from physics.scene import Scenes
 from tuner.suites import SUITES
 
 BATCH = 256
-# Suites that change nothing that an estimator is told.
+# Suites that change none of the information given to an estimator.
 HARDWARE = [
     name
     for name, suite in SUITES.items()
@@ -40,9 +40,9 @@ HARDWARE = [
 
 
 def drawn(config: TrialConfig, split: Split, n_scenes: int) -> Batch:
-    """Scenes of a configuration, with candidates where its family takes them.
+    """Scenes of a configuration, with candidates if its family uses them.
 
-    Those of the split ``test`` no training and no validation draws.
+    Scenes of the split ``test`` are never drawn by training or validation.
     """
     front_end = CandidateSearch.of(config)
     parts: list[Batch] = []
@@ -57,7 +57,7 @@ def drawn(config: TrialConfig, split: Split, n_scenes: int) -> Batch:
 
 
 def by_nomp(config: TrialConfig, scenes: Scenes) -> Detections:
-    """NOMP told the SNR and the nominal model."""
+    """Result of NOMP given the SNR and the nominal model."""
     result = nomp(
         scenes.y,
         scenes.H,
@@ -70,7 +70,7 @@ def by_nomp(config: TrialConfig, scenes: Scenes) -> Detections:
 
 
 def covariances(args: argparse.Namespace) -> dict[str, Any]:
-    """NMSE of the three covariances, and what spectra find in them."""
+    """NMSE of the three covariances, and F1 of MUSIC and MVDR on them."""
     localizer = Localizer.load(args.checkpoint)
     config = localizer.config
     batch = drawn(config, "test", args.scenes)
@@ -112,7 +112,7 @@ def covariances(args: argparse.Namespace) -> dict[str, Any]:
 def predictions(
     localizer: Localizer, batch: Batch
 ) -> Iterator[tuple[Scenes, Features, Prediction]]:
-    """What a network sees and says of scenes, some at a time."""
+    """Yield scenes with the network's features and predictions, one batch at a time."""
     for start in range(0, len(batch), BATCH):
         part = batch[slice(start, start + BATCH)]
         features = compute_features(
@@ -129,7 +129,7 @@ def predictions(
 
 
 def calibration(args: argparse.Namespace) -> dict[str, Any]:
-    """Existence probabilities against frequencies, and coverage of the ellipsoids."""
+    """Compare existence probabilities with frequencies, and measure the ellipsoids' coverage."""
     localizer = Localizer.load(args.checkpoint)
     batch = drawn(localizer.config, "test", args.scenes)
     scenes = batch.scenes
@@ -162,7 +162,7 @@ def calibration(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def goals(args: argparse.Namespace) -> dict[str, Any]:
-    """What each goal's own threshold gives, beside NOMP told the SNR, in scenes of a suite."""
+    """Scores with each goal's own threshold and of NOMP given the SNR, on scenes of a suite."""
     localizer = Localizer.load(args.checkpoint)
     config = localizer.config
     config = config.model_copy(update={"scene": SUITES[args.suite].scene(config.scene)})

@@ -23,7 +23,7 @@ from tuner.run import app
 
 
 def main() -> int:
-    """Confine this process, then be `python -m tuner.run`."""
+    """Limit this process, then run `python -m tuner.run` in it."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -35,20 +35,20 @@ def main() -> int:
     if asked.memory_mb is not None:
         confine_memory(asked.memory_mb)
     if asked.file_kb is not None:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # the write fails, the process lives
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # the write fails, the process survives
         resource.setrlimit(resource.RLIMIT_FSIZE, (asked.file_kb * 1024,) * 2)
     return execute(app, arguments)
 
 
 def confine_memory(megabytes: int) -> None:
-    """Let this process have so much more memory than a small training has needed."""
+    """Limit this process to the memory of a small training plus the given amount."""
     _warm_up()
     limit = _address_space() + megabytes * 2**20
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
 def _warm_up() -> None:
-    """Take what every training takes once: imports, threads, scratch space."""
+    """Allocate what every training allocates once: imports, threads, scratch space."""
     import plotly.offline  # noqa: F401
     import sqlalchemy.dialects.sqlite  # noqa: F401
 

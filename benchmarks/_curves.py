@@ -40,7 +40,7 @@ def recorded_study(
     enqueue: tuple[dict[str, Value], ...] = (),
     objective: Objective | None = None,
 ) -> StudyConfig:
-    """The study whose trials are recorded; its objective is the quickstart's if none is named."""
+    """The study to record, with the quickstart's objective if none is given."""
     return load_study(
         CONFIG,
         objective=objective,
@@ -57,18 +57,18 @@ def recorded_study(
 
 
 class CpuClock(Watcher):
-    """Appends an epoch's CPU seconds to a file, a line each."""
+    """Appends the CPU seconds of each epoch to a file, one line per epoch."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._before = time.process_time()
 
     def started(self, assignment: Assignment) -> None:
-        """A trial's building is not an epoch's time."""
+        """Restart the clock, since building a trial does not count for an epoch."""
         self._before = time.process_time()
 
     def reported(self, number: int, metrics: dict[str, Any]) -> None:
-        """An epoch has ended."""
+        """Record the time of the epoch that ended."""
         now = time.process_time()
         line = {"trial": number, "epoch": metrics["epoch"], "cpu_seconds": now - self._before}
         with self._path.open("a", encoding="utf-8") as file:
@@ -77,7 +77,7 @@ class CpuClock(Watcher):
 
 
 def record(path: Path, study: StudyConfig) -> None:
-    """Train what is missing in the run folder."""
+    """Train the trials that are missing in the run folder."""
     folder = RunFolder(path)
     folder.path.mkdir(parents=True, exist_ok=True)
     folder.config.write_text(study.to_yaml(), encoding="utf-8")
@@ -88,7 +88,7 @@ def record(path: Path, study: StudyConfig) -> None:
 
 
 def kept(path: Path) -> list[dict[str, Any]]:
-    """The finished trials of a run folder: parameters, objective and CPU seconds by epoch."""
+    """The finished trials of a run folder: parameters, objective and CPU seconds per epoch."""
     folder = RunFolder(path)
     ledger = Ledger(folder.database, load_study(folder.config))
     trials = [trial for trial in ledger.trials() if trial.state == "done"]
@@ -106,7 +106,7 @@ def kept(path: Path) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """Record curves, or keep what was recorded."""
+    """Record curves, or write recorded curves to a file."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -134,10 +134,10 @@ def main() -> None:
         "study": {"epochs": EPOCHS, "train_scenes": TRAIN_SCENES, "objective": study.objective},
         "space": study.model_dump(mode="json")["search"]["space"],
         "trials": trials,
-        # Of one configuration and several seeds: the first folder's first and those made like it.
+        # One configuration with several seeds: the first folder's first trial and its repeats.
         "repeats": trials[:1] + [kept(folder)[0] for folder in args.repeats],
     }
-    # No time of writing in the file: the same trials give the same bytes.
+    # No modification time in the file: the same trials give the same bytes.
     packed = gzip.compress(json.dumps(content).encode(), mtime=0)
     args.out.write_bytes(packed)
     print(f"{len(trials)} trials of {EPOCHS} epochs in {args.out} ({len(packed) / 1e3:.0f} kB)")

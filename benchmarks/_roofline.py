@@ -1,12 +1,12 @@
-"""How close a call comes to what its operations must take on this machine.
+"""Lower bound on the time of a call's operations on this machine.
 
 Every operation that PyTorch dispatches must at least be launched, move its operands and results
 through memory, and do its arithmetic. With the machine's rates measured in the same process, the
-largest of the three is the operation's bound, and their sum is the call's: a roofline taken
-operation by operation (Williams, Waterman and Patterson, "Roofline: an insightful visual
+largest of the three is the operation's bound, and the sum over the operations is the call's: a
+roofline per operation (Williams, Waterman and Patterson, "Roofline: an insightful visual
 performance model", CACM 2009), with the launch as a third ceiling.
 
-The bound is that of the operations as they are written. Fusing them could go below it.
+The bound holds for the operations as written. Fusing them could go below it.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 _COPY_BYTES = [2**k for k in range(16, 29, 2)]  # 64 KiB to 256 MiB: from the caches to memory
-_MATRICES = (256, 512, 1024, 2048)  # sizes of the products that measure arithmetic
-_CHANNELS = (16, 64, 128)  # of the convolutions that do
+_MATRICES = (256, 512, 1024, 2048)  # sizes of the matrix products that measure the arithmetic rate
+_CHANNELS = (16, 64, 128)  # of the convolutions that measure it
 _LAUNCHES = 2000
-_COMPLEX_MULTIPLY_ADD = 4  # real ones in a complex one
-_ELEMENTS = 2**16  # of the vectors that measure functions: they stay in the cache
+_COMPLEX_MULTIPLY_ADD = 4  # real multiply-adds per complex one
+_ELEMENTS = 2**16  # length of the vectors that measure functions, which stay in the cache
 # fmt: off
 _FUNCTIONS = {
     "atan2", "cos", "erf", "exp", "expm1", "gelu", "gelu_backward", "log", "log1p",
@@ -44,7 +44,7 @@ _DRAWS = {"bernoulli_", "exponential_", "multinomial", "normal_", "rand", "randn
 
 @dataclass(frozen=True)
 class Machine:
-    """What this machine reaches at best, measured."""
+    """Measured peak rates of this machine."""
 
     launch: float  # [s] of the smallest operation
     copy_bytes: list[int]  # sizes of operands and results together
@@ -56,7 +56,7 @@ class Machine:
 
     @classmethod
     def measured(cls, device: torch.device) -> Machine:
-        """Measure with the threads that are set now."""
+        """Measure with the current number of threads."""
         launch = _launch(device)
         rates = [_copy_rate(size, launch, device) for size in _COPY_BYTES]
         flops, convolutions = _flops(device), _convolution_flops(device)
@@ -66,14 +66,14 @@ class Machine:
         return cls(launch, _COPY_BYTES, rates, flops, convolutions, functions, draws)
 
     def rate(self, n_bytes: int) -> float:
-        """Bytes a second of an operation that touches so many."""
+        """Bytes per second of an operation that touches ``n_bytes``."""
         index = min(bisect_left(self.copy_bytes, n_bytes), len(self.copy_bytes) - 1)
         return self.copy_rates[index]
 
 
 @dataclass
 class Work:
-    """What a call's operations need."""
+    """Work of a call's operations."""
 
     n_operations: int = 0
     n_bytes: int = 0
@@ -84,17 +84,17 @@ class Work:
 
     @property
     def bound(self) -> str:
-        """What most of the time has to be spent on."""
+        """The resource that accounts for most of the least time."""
         return max(self.seconds, key=lambda name: self.seconds[name])
 
     @property
     def least(self) -> float:
-        """Seconds below which these operations cannot go."""
+        """Lower bound of the time of these operations in seconds."""
         return sum(self.seconds.values())
 
 
 class _Tally(TorchDispatchMode):
-    """Adds up the work of every operation; views cost nothing."""
+    """Sums the work of all operations; views count as free."""
 
     def __init__(self, machine: Machine) -> None:
         super().__init__()
@@ -129,7 +129,7 @@ class _Tally(TorchDispatchMode):
         return self.machine.convolutions if "convolution" in name else self.machine.flops
 
     def _element_seconds(self, name: str, made: list[Tensor]) -> float:
-        """Of functions and random numbers, which take many cycles an element."""
+        """Seconds of functions and random numbers, which take many cycles per element."""
         n_elements = sum(t.numel() * (2 if t.is_complex() else 1) for t in made)
         if name in _DRAWS:
             return n_elements / self.machine.draws
@@ -137,16 +137,16 @@ class _Tally(TorchDispatchMode):
 
 
 def work_of(call: Callable[[], object], machine: Machine) -> Work:
-    """Operations, traffic and arithmetic of one call, and the least time that they take."""
+    """Operations, memory traffic and arithmetic of one call, and their least time."""
     with _Tally(machine) as tally:
         call()
     return tally.work
 
 
 def flops_of(name: str, args: Any, made: list[Tensor]) -> float:
-    """Real operations of one dispatched operation: those of matrices by their textbook counts.
+    """Real operations of one dispatched operation, with textbook counts for matrix operations.
 
-    Everything else counts one a real number made. Source of the counts: Golub and Van Loan,
+    Everything else counts one per real number produced. Source of the counts: Golub and Van Loan,
     "Matrix computations", 4th ed. 2013.
     """
     tensors = [a for a in args if isinstance(a, Tensor)]
@@ -161,7 +161,7 @@ def flops_of(name: str, args: Any, made: list[Tensor]) -> float:
     if name == "convolution":
         weight = tensors[1]
         return 2.0 * factor * out.numel() * math.prod(weight.shape[1:])
-    if name == "convolution_backward":  # of the image and of the weights, each as much as forward
+    if name == "convolution_backward":  # for the image and for the weights, each as much as forward
         output, _, weight = tensors[:3]
         n_products = sum(gradient.ndim > 1 for gradient in made)
         return 2.0 * factor * output.numel() * math.prod(weight.shape[1:]) * n_products
@@ -181,7 +181,7 @@ def flops_of(name: str, args: Any, made: list[Tensor]) -> float:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was told."""
+    """Wait until the device has finished all queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -209,7 +209,7 @@ def _launch(device: torch.device) -> float:
 
 
 def _copy_rate(n_bytes: int, launch: float, device: torch.device) -> float:
-    """Of an operation whose operand and result hold so many bytes, its launch apart."""
+    """Copy rate for operand and result of ``n_bytes`` together, without the launch time."""
     source = torch.ones(n_bytes // 8, device=device)
     target = torch.empty_like(source)
     repeats = max(1, 2**24 // n_bytes)
@@ -219,14 +219,14 @@ def _copy_rate(n_bytes: int, launch: float, device: torch.device) -> float:
             target.copy_(source)
 
     each = _median_seconds(many, device, 7) / repeats
-    # A copy no longer than a launch hides behind it; then half of it is the least that is known.
+    # A copy shorter than a launch is hidden by it; half the measured time is then used instead.
     return n_bytes / max(each - launch, 0.5 * each)
 
 
 def _element_rate(
     function: Callable[[Tensor], Tensor], launch: float, device: torch.device
 ) -> float:
-    """Elements a second of a function of each."""
+    """Elements per second of an element-wise function."""
     x = torch.linspace(0.1, 6.0, _ELEMENTS, device=device)
 
     def many() -> None:
@@ -238,7 +238,7 @@ def _element_rate(
 
 
 def _flops(device: torch.device) -> float:
-    """The best of products of several sizes, since none is the fastest on every machine."""
+    """Best rate of products of several sizes, since no size is the fastest on every machine."""
     generator = torch.Generator(device).manual_seed(0)
     best = 0.0
     for dtype, factor in ((torch.float32, 1), (torch.complex64, _COMPLEX_MULTIPLY_ADD)):
@@ -253,7 +253,7 @@ def _flops(device: torch.device) -> float:
 
 
 def _convolution_flops(device: torch.device) -> float:
-    """The best of 3 x 3 convolutions of several widths, which take other ways than products."""
+    """Best rate of 3 x 3 convolutions of several widths, whose kernels differ from products."""
     generator = torch.Generator(device).manual_seed(0)
     best = 0.0
     for width in _CHANNELS:

@@ -1,9 +1,9 @@
-"""A search in virtual time: the real ledger, which proposes and judges, trials that take no time.
+"""A search in virtual time: the real ledger proposes and stops trials that take no time.
 
-A heap holds the ends of epochs on G GPUs. One driver takes them in the order of their time, one
-after the other, as Ray Tune's does: it records the epoch, hears the ledger's verdict, and either
-lets the trial go on or ends it and proposes the GPU's next. What that costs passes in virtual time
-too, while the GPU waits.
+A heap holds the ends of epochs on G GPUs. One driver processes them one at a time in order of
+time, as Ray Tune's does: it records the epoch, gets the ledger's decision, and either lets the
+trial continue or ends it and proposes the next trial of the GPU. The driver's own time passes in
+virtual time too, while the GPU waits.
 """
 
 from __future__ import annotations
@@ -28,24 +28,24 @@ CurveOf = Callable[[Assignment], Curve]
 
 
 class MemoryLedger(Ledger):
-    """The ledger without a disk."""
+    """The ledger in memory."""
 
     def __init__(self, study: StudyConfig) -> None:
         super().__init__(InMemoryStorage(), study)
 
 
 class WaitingLedger(PausingLedger):
-    """The ledger of trials that wait at rungs, without a disk."""
+    """The ledger of trials that wait at rungs, in memory."""
 
     def __init__(self, study: StudyConfig) -> None:
         super().__init__(InMemoryStorage(), study)
 
 
 class PlainLedger(MemoryLedger):
-    """Tells Optuna COMPLETE with the last value for a stopped trial, as plain Ray Tune does."""
+    """Reports a stopped trial to Optuna as COMPLETE with its last value, as Ray Tune does."""
 
     def finish(self, number: int, state: End, **details: Any) -> End:
-        """End a trial; a stopped one as if that had been its budget."""
+        """End a trial, treating a stopped one as if it had used its budget."""
         if state != "pruned":
             return super().finish(number, state, **details)
         trial = self._storage.get_trial(self._id(number))
@@ -55,7 +55,10 @@ class PlainLedger(MemoryLedger):
 
 
 class MedianPruned(MemoryLedger):
-    """Stops by Optuna's median pruner, as a plain sequential study does; has no scheduler."""
+    """Stops trials with Optuna's median pruner, as a plain sequential study does.
+
+    The study is one without a scheduler.
+    """
 
     def __init__(self, study: StudyConfig) -> None:
         super().__init__(study)
@@ -68,36 +71,36 @@ class MedianPruned(MemoryLedger):
     def report(
         self, number: int, metrics: Mapping[str, Any], checkpoint: str | None = None
     ) -> str | None:
-        """Record an epoch; why the trial ends with it, or None."""
+        """Record an epoch; return the reason why the trial ends with it, or None."""
         stopped = super().report(number, metrics, checkpoint)
         trial = self._storage.get_trial(self._id(number))
         return stopped or ("pruned" if self._pruner.prune(self._study, trial) else None)
 
 
 class Proposer(Protocol):
-    """What a ledger is asked."""
+    """The methods of a ledger that the simulation calls."""
 
     def ask(self) -> Assignment | None:
-        """A new trial, or None when there are no more."""
+        """Return a new trial, or None if there are no more."""
 
     def report(self, number: int, metrics: Mapping[str, Any], checkpoint: str) -> str | None:
-        """An epoch has ended; why the trial ends with it, or None."""
+        """Record the end of an epoch; return the reason why the trial ends with it, or None."""
 
     def settle(self) -> list[TrialRecord]:
-        """Trials that end without having run on."""
+        """Return trials that end without running further."""
 
     def hand_back(self, number: int) -> None:
-        """A trial has come as far as it was to."""
+        """Hand back a trial that has reached the epoch it was to run to."""
 
     def finish(self, number: int, state: End, *, objective: float | None = None) -> End:
-        """A trial has ended."""
+        """Record the end of a trial."""
 
 
 class Stopped:
-    """Proposer of trials whose ends are known: for what depends on times alone.
+    """Proposer of trials with known numbers of epochs, for figures that depend only on times.
 
     Args:
-        epochs: that each trial is given.
+        epochs: number of epochs of each trial.
     """
 
     def __init__(self, epochs: Sequence[int]) -> None:
@@ -105,36 +108,36 @@ class Stopped:
         self._next = 0
 
     def ask(self) -> Assignment | None:
-        """The next trial, without parameters."""
+        """Return the next trial, without parameters."""
         if self._next == len(self._epochs):
             return None
         self._next += 1
         return Assignment(self._next - 1, {}, 0)
 
     def report(self, number: int, metrics: Mapping[str, Any], checkpoint: str) -> str | None:
-        """A trial ends when its epochs are used."""
+        """End a trial when its epochs are used up."""
         return None if metrics["epoch"] < self._epochs[number] else "stopped"
 
     def settle(self) -> list[TrialRecord]:
-        """None."""
+        """Return no trials."""
         return []
 
     def hand_back(self, number: int) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def finish(self, number: int, state: End, *, objective: float | None = None) -> End:
-        """Nothing."""
+        """Do nothing."""
         return state
 
 
 @dataclass(frozen=True)
 class DriverCost:
-    """Seconds in which the driver does nothing else.
+    """Seconds for which the driver is busy.
 
     Args:
-        ask: of a proposal, by the trials that were proposed before.
-        report: of an epoch.
-        end: of a trial's end, by the trials that were proposed.
+        ask: for a proposal, by the number of trials proposed before.
+        report: for an epoch.
+        end: for a trial's end, by the number of trials proposed.
     """
 
     ask: Callable[[int], float] = lambda n: 0.0
@@ -144,7 +147,7 @@ class DriverCost:
 
 @dataclass(frozen=True)
 class Span:
-    """A trial on its GPU."""
+    """The time of a trial on its GPU."""
 
     number: int
     gpu: int
@@ -158,14 +161,14 @@ class Span:
 
 @dataclass
 class Run:
-    """What happened.
+    """Result of a simulated search.
 
     Attributes:
         spans: ended trials in the order of their ends.
-        seconds: virtual time from the first proposal to the last end, or to the budget's.
-        driver: seconds in which the driver was at work.
-        busy: seconds in which GPUs computed, summed over them, trials that were cut included.
-        waiting: since when trials wait that have not ended, by number.
+        seconds: virtual time from the first proposal to the last end, or to the end of the budget.
+        driver: seconds for which the driver was busy.
+        busy: seconds for which GPUs computed, summed over GPUs and including interrupted trials.
+        waiting: start of waiting by number, for waiting trials that have not ended.
     """
 
     gpus: int
@@ -182,15 +185,15 @@ class Run:
 
     @property
     def idle(self) -> float:
-        """Share of the held time in which GPUs waited."""
+        """Share of the held time for which GPUs waited."""
         return max(0.0, 1.0 - self.busy / self.gpu_seconds)
 
     def done(self) -> Iterator[Span]:
-        """Trials of the whole budget: those that rank."""
+        """Trials that used the whole budget; only these are ranked."""
         return (span for span in self.spans if span.state == "done")
 
     def best(self) -> float:
-        """The lowest objective of a finished trial; infinite where none has finished."""
+        """The lowest objective of a finished trial; infinite if none has finished."""
         return min((span.objective for span in self.done()), default=math.inf)
 
     def gpu_seconds_to(self, target: float) -> float:
@@ -220,16 +223,16 @@ def simulate(
     cost: DriverCost = DriverCost(),
     gpu_seconds: float = math.inf,
 ) -> Run:
-    """Run the ledger's study on G GPUs until its trials are used up, or the time is.
+    """Run the ledger's study on G GPUs until its trials or the time are used up.
 
     Args:
-        ledger: a fresh study; its ``search.trials`` bounds the trials, the curves' length a
-            trial's epochs.
-        curve_of: what a trial reports and how long its epochs take.
-        gpus: how many trials run side by side.
+        ledger: a fresh study; its ``search.trials`` bounds the number of trials, the curves' length
+            the epochs of a trial.
+        curve_of: gives the reports of a trial and the duration of its epochs.
+        gpus: number of trials that run in parallel.
         cost: of the driver.
         gpu_seconds: held GPU time after which nothing is counted any more: trials that are running
-            then are cut, as by ``search.time_budget``.
+            then are interrupted, as by ``search.time_budget``.
     """
     run = Run(gpus)
     until = gpu_seconds / gpus
@@ -251,7 +254,7 @@ def simulate(
         run.waiting.pop(number, None)
 
     def begin(now: float) -> None:
-        """Give idle GPUs trials, as long as there are some to be had."""
+        """Assign trials to idle GPUs while the ledger proposes any."""
         while idle:
             for record in ledger.settle():
                 ended(known[record.number], idle[0], now, "pruned")
@@ -295,7 +298,7 @@ def simulate(
         del running[gpu]
         idle.append(gpu)
         begin(free)
-    if ends:  # cut: the time is used up, and epochs under way were computed in vain
+    if ends:  # the time is used up, and the epochs in progress are lost
         run.seconds = until
         for end, gpu in ends:
             run.busy += max(0.0, until - (end - running[gpu].next_seconds))

@@ -1,14 +1,15 @@
-"""Learning curves of any configuration, from those that were recorded.
+"""Learning curves of any configuration, modelled from recorded ones.
 
-A recorded curve is its last value, and how far above it each epoch was, as a share of it. (Where
-objectives may be below zero, as a likelihood is, the value itself takes the place of its logarithm
-below, and the standard deviation of the values that of the value in the share.) The logarithm of
-the one and the first principal components of the logarithms of the others are Gaussian processes
-over the unit cube of parameters (squared-exponential kernel, a length for every parameter, marginal
-likelihood maximised). A replayed trial has the posterior mean and noise: its last value that which
-one configuration was found to vary by from seed to seed, its shape the fitted nuggets. Curves are
-the best epoch so far, as trials report them. Seconds an epoch are the same construction on one
-number. ``leave_one_out`` says how good it is.
+A recorded curve is described by its last value and by how far above it each epoch was, relative to
+that value. (Where objectives may be below zero, as a likelihood is, the value itself is used below
+instead of its logarithm, and the standard deviation of the values instead of the value as the
+scale.) The logarithm of the last value, and the first principal components of the logarithms of the
+relative distances, are modelled as Gaussian processes over the unit cube of parameters
+(squared-exponential kernel, one length per parameter, marginal likelihood maximised). A replayed
+trial is the posterior mean plus noise: for the last value the measured variation of one
+configuration from seed to seed, for the shape the fitted nuggets. Curves are the best epoch so far,
+as trials report them. Seconds per epoch are modelled in the same way as a single number.
+``leave_one_out`` measures the accuracy.
 """
 
 from __future__ import annotations
@@ -31,14 +32,14 @@ from tuner.space import CategoricalSpace, SearchSpace, Value
 
 Array = NDArray[np.float64]
 RECORDED = Path(__file__).resolve().parent / "data" / "curves.json.gz"
-_EXPLAINED = 0.95  # of the variance of the curves' shapes, by the components that are kept
-_RESOLVED = 1e-3  # share of the last value: what lies nearer to it counts as equal
-_BOUNDS = (0.1, 20.0)  # of lengths, in edges of the cube
+_EXPLAINED = 0.95  # share of the variance of the curves' shapes that the kept components explain
+_RESOLVED = 1e-3  # share of the last value; smaller distances to it count as 0
+_BOUNDS = (0.1, 20.0)  # of the lengths, relative to the cube's edge
 
 
 @dataclass(frozen=True)
 class Curve:
-    """What a trial would report."""
+    """Simulated reports of a trial."""
 
     objective: Array  # (epochs,) real, the best so far
     seconds: Array  # (epochs,) [s]
@@ -46,7 +47,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Recorded:
-    """Trials that were really trained."""
+    """Recorded trials, which were actually trained."""
 
     space: SearchSpace
     params: tuple[dict[str, Value], ...]
@@ -56,7 +57,7 @@ class Recorded:
 
     @classmethod
     def load(cls, path: Path = RECORDED) -> Self:
-        """Read what `benchmarks._curves keep` wrote."""
+        """Read a file written by `benchmarks._curves keep`."""
         content = json.loads(gzip.decompress(path.read_bytes()))
         trials: list[dict[str, Any]] = content["trials"]
         return cls(
@@ -69,7 +70,7 @@ class Recorded:
 
 
 def unit_cube(space: SearchSpace, points: Sequence[Mapping[str, Value]]) -> Array:
-    """Parameters in [0, 1], logarithmic where they are searched so; ordered choices by rank."""
+    """Parameters scaled to [0, 1]: logarithmic if searched so, ordered choices by rank."""
     columns = []
     for path, parameter in space.items():
         values = [point[path] for point in points]
@@ -84,21 +85,21 @@ def unit_cube(space: SearchSpace, points: Sequence[Mapping[str, Value]]) -> Arra
 
 
 class Process:
-    """A Gaussian process with one length a dimension, fitted by its marginal likelihood."""
+    """A Gaussian process with one length per dimension, fitted by its marginal likelihood."""
 
     def __init__(self, x: Array, y: Array) -> None:
         self._x, self._mean = x, float(y.mean())
         self._scale = float(y.std()) or 1.0
         self._y = (y - self._mean) / self._scale
         n = x.shape[1]
-        # Logarithms of the lengths, of the signal's and of the noise's deviation. A weak prior on
-        # the lengths (about the cube's edge times sqrt(dimensions)) keeps few points from fitting
-        # noise.
+        # Logarithms of the lengths and of the standard deviations of signal and noise. A weak prior
+        # on the lengths (about the cube's edge times sqrt(dimensions)) keeps a fit of few points
+        # from following noise.
         start = np.concatenate([np.full(n, np.log(np.sqrt(n))), [0.0, np.log(0.5)]])
         bounds = [tuple(np.log(_BOUNDS))] * n + [(-3.0, 2.0), (np.log(0.03), 0.5)]
         found = minimize(self._loss, start, jac=True, method="L-BFGS-B", bounds=bounds)
         self.lengths = np.exp(found.x[:n])
-        self.noise = float(np.exp(found.x[-1])) * self._scale  # deviation of the nugget
+        self.noise = float(np.exp(found.x[-1])) * self._scale  # standard deviation of the nugget
         kernel, _ = self._kernel(found.x)
         self._factor = cho_factor(kernel, lower=True)
         self._weights = cho_solve(self._factor, self._y)
@@ -133,7 +134,7 @@ class Process:
         return self._mean + self._scale * (self._signal * np.exp(-0.5 * squares) @ self._weights)
 
     def leave_one_out(self) -> Array:
-        """What each point would have been predicted as from the others (lengths kept)."""
+        """Prediction of each point from the others, with the same lengths."""
         inverse = cho_solve(self._factor, np.eye(len(self._y)))
         return self._mean + self._scale * (self._y - self._weights / np.diag(inverse))
 
@@ -148,7 +149,7 @@ class Surrogate:
         self._is_positive = bool((recorded.objective > 0).all())
         self._spread = float(last.std())
         self._last = Process(x, self._modelled(last))
-        # What seeds alone change was measured; a few points tell the processes little of it.
+        # The variation between seeds was measured; a few points do not determine it.
         self._noise = float(self._modelled(recorded.repeats[:, -1]).std(ddof=1))
         above = (recorded.objective[:, :-1] - last[:, None]) / self._unit(last)[:, None]
         shapes = np.log(above + _RESOLVED)
@@ -158,7 +159,7 @@ class Surrogate:
         self._directions = directions[: int(np.searchsorted(share, _EXPLAINED)) + 1]  # (k, ...)
         scores = (shapes - self._centre) @ self._directions.T  # (n, k)
         self._shape = [Process(x, column) for column in scores.T]
-        # The first epoch holds the building of the trial beside an epoch.
+        # The time of the first epoch includes the building of the trial.
         steady = np.median(recorded.seconds[:, 1:], axis=1)
         self._speed = Process(x, np.log(steady))
         self._building = float(np.median(recorded.seconds[:, 0] - steady))
@@ -178,7 +179,7 @@ class Surrogate:
         return self.recorded.objective.shape[1]
 
     def curve(self, params: Mapping[str, Value], noise: np.random.Generator | None) -> Curve:
-        """A trial of this configuration; without `noise` what is expected of it."""
+        """A simulated trial of this configuration; without `noise` the expected one."""
         x = unit_cube(self.recorded.space, [params])
 
         def drawn(process: Process, deviation: float) -> float:
@@ -194,14 +195,14 @@ class Surrogate:
         return Curve(last + self._unit(last) * above, seconds)
 
     def expected(self, points: Sequence[Mapping[str, Value]]) -> Array:
-        """Last objectives (n,) that are expected of configurations."""
+        """Expected last objectives (n,) of configurations."""
         return self._value(self._last.mean(unit_cube(self.recorded.space, points)))
 
     def leave_one_out(self) -> dict[str, float]:
-        """How well the last values of recorded trials are predicted from the other trials'.
+        """Accuracy of predicting the last value of each recorded trial from the other trials.
 
         ``explained`` is one minus the error's variance over the values' own: 0 is no better than
-        the mean. What the seed alone decides can be predicted by nobody.
+        the mean. Variation caused by the seed alone cannot be predicted.
         """
         truth = self.recorded.objective[:, -1]
         predicted = self._value(self._last.leave_one_out())

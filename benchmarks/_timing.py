@@ -20,11 +20,11 @@ from torch.utils._pytree import tree_leaves
 
 
 def alternate(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each call, one after the other in every round.
+    """Seconds of each call, with all calls alternating in every round.
 
-    Alternating shares slow spells of the machine among the calls, so that the ratio of medians
-    of one run stands on a busy machine too. Every timed call follows an untimed one of its own,
-    so that none pays for the caches and the memory that the other left behind.
+    Alternating spreads slow periods of the machine over the calls, so that the ratio of medians of
+    a run is reliable on a busy machine too. Every timed call follows an untimed one of the same
+    function, so that it is not affected by the caches and the memory left by the others.
     """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
@@ -42,9 +42,9 @@ def median_ratio(slow: list[float], fast: list[float]) -> float:
 
 
 class PeakMemory(TorchDispatchMode):
-    """Tallies bytes of the tensors that live at once, beyond those from before the block.
+    """Tracks the bytes of tensors alive at the same time, beyond those from before the block.
 
-    Results count, the scratch space inside a LAPACK call does not.
+    Results of operations are counted, the scratch space inside a LAPACK call is not.
     """
 
     def __init__(self) -> None:
@@ -80,14 +80,14 @@ class PeakMemory(TorchDispatchMode):
 
 
 def peak_bytes(call: Callable[[], object]) -> int:
-    """Bytes that a call holds at its peak beyond its arguments."""
+    """Peak memory of a call in bytes, beyond its arguments."""
     with PeakMemory() as memory:
         call()
     return memory.peak
 
 
 def parser(description: str) -> argparse.ArgumentParser:
-    """Arguments that all benchmarks take."""
+    """Parser with the arguments of all benchmarks."""
     p = argparse.ArgumentParser(description=description)
     p.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE too")
     p.add_argument("--threads", type=int, default=2, help="CPU threads (default: %(default)s)")
@@ -96,7 +96,7 @@ def parser(description: str) -> argparse.ArgumentParser:
 
 
 def machine_name(device: torch.device) -> str:
-    """The GPU's name, or the processor's and its cores."""
+    """Name of the GPU, or name and number of cores of the processor."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
@@ -109,10 +109,10 @@ def machine_name(device: torch.device) -> str:
 
 
 def save(figures: dict[str, Any], path: Path | None, device: torch.device | str) -> None:
-    """Write the figures, with what they were measured on.
+    """Write the figures with a description of the machine.
 
     Args:
-        device: where it was computed; a GPU beside a benchmark of the processor has no part in it.
+        device: where the figures were computed; a GPU does not appear in CPU benchmarks.
     """
     if path is not None:
         machine = {

@@ -2,9 +2,9 @@
 
     python -m benchmarks.compare OLD.json NEW.json [--tolerance 0.15]
 
-Compares every figure whose name says which way is better: `_ms`, `_seconds`, `_mb`, `_mib` the
-lower, `_per_second`, `ratio`, `speedup` the higher. Exit status 1 where anything regressed, 2
-where the two cannot be compared.
+Compares every figure with a name that tells which direction is better: lower for `_ms`,
+`_seconds`, `_mb` and `_mib`, higher for `_per_second`, `ratio` and `speedup`. The exit status is 1
+if anything regressed, and 2 if the two cannot be compared.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 TOLERANCE = 0.15
 _LOWER = ("_ms", "_seconds", "_mb", "_mib")
 _HIGHER = ("_per_second", "ratio", "speedup")
-_NOT_OURS = ("machine", "limits")  # what the machine can do is no result
+_NOT_OURS = ("machine", "limits")  # properties of the machine are not results
 
 
 @dataclass(frozen=True)
@@ -33,12 +33,12 @@ class Change:
 
     @property
     def slower(self) -> float:
-        """By which factor it got worse; below 1 it got better."""
+        """Factor by which the figure got worse; below 1 it improved."""
         return self.old / self.new if self.name.endswith(_HIGHER) else self.new / self.old
 
 
 def figures(result: Any, path: str = "") -> Iterator[tuple[str, float]]:
-    """Every figure of a result that can be compared, by its path."""
+    """Yield every comparable figure of a result with its path."""
     if isinstance(result, dict):
         for key, value in result.items():
             if key not in _NOT_OURS:
@@ -51,7 +51,7 @@ def figures(result: Any, path: str = "") -> Iterator[tuple[str, float]]:
 
 
 def compare(old: Any, new: Any) -> list[Change]:
-    """The figures that both results have, worst change first."""
+    """The figures in both results, worst change first."""
     before, after = dict(figures(old)), dict(figures(new))
     shared = [Change(name, before[name], after[name]) for name in before if name in after]
     return sorted(shared, key=lambda change: -change.slower)
@@ -83,7 +83,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Compare two files and print it."""
+    """Compare two files and print the report."""
     arguments = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     arguments.add_argument("old", type=Path)
     arguments.add_argument("new", type=Path)

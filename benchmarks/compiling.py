@@ -22,7 +22,7 @@ from model.data import Batch
 
 
 def built(config: TrialConfig, *, compiled: bool, device: str) -> tuple[Trainer, Batch, float]:
-    """A trainer after its first step, the batch of it, and the step's seconds."""
+    """A trainer after its first step, with the batch and the seconds of that step."""
     training = config.training.model_copy(update={"compile": compiled})
     trainer = Trainer(config.model_copy(update={"training": training}), device)
     trainer.network.train()
@@ -33,7 +33,7 @@ def built(config: TrialConfig, *, compiled: bool, device: str) -> tuple[Trainer,
 
 
 def step(trainer: Trainer, batch: Batch) -> None:
-    """One training step, to its end."""
+    """Run one training step to completion."""
     trainer._train_step(trainer._prepared(batch))
     if trainer.device.type == "cuda":
         torch.cuda.synchronize()
@@ -57,7 +57,7 @@ def compared(config: TrialConfig, device: str, rounds: int) -> dict[str, float]:
 
 
 def main() -> None:
-    """Run the benchmark and print it."""
+    """Run the benchmark and print the result."""
     arguments = parser(__doc__ or "")
     arguments.set_defaults(threads=1)
     arguments.add_argument("--families", nargs="+", default=["candidate", "image", "snapshot"])

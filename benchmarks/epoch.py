@@ -36,7 +36,7 @@ OTHER = "optimizer, clipping and rest of the step"
 
 
 class Stopwatch:
-    """Time by part; that of a part within another is taken from the outer one."""
+    """Measures time per part; the time of a nested part is subtracted from the outer one."""
 
     def __init__(self, device: torch.device) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
@@ -52,7 +52,7 @@ class Stopwatch:
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Count the block for a part."""
+        """Count the time of the block for a part."""
         self._note()
         self._stack.append(name)
         try:
@@ -62,17 +62,17 @@ class Stopwatch:
             self._stack.pop()
 
     def start(self) -> None:
-        """Forget what was counted."""
+        """Reset all counts and start."""
         self._note()
         self.seconds.clear()
 
     def stop(self) -> dict[str, float]:
-        """Seconds of every part."""
+        """Return the seconds of every part."""
         self._note()
         return dict(self.seconds)
 
     def watched(self, call: Callable[..., Any], name: str) -> Callable[..., Any]:
-        """The call, counted for a part."""
+        """Wrap a call so that its time counts for a part."""
 
         def run(*args: Any, **kwargs: Any) -> Any:
             with self.part(name):
@@ -81,7 +81,7 @@ class Stopwatch:
         return run
 
     def iterated(self, call: Callable[..., Iterator[Any]], name: str) -> Callable[..., Any]:
-        """The iterator that a call returns, each item of it counted for a part."""
+        """Wrap a call that returns an iterator so that each item's time counts for a part."""
 
         def run(*args: Any, **kwargs: Any) -> Iterator[Any]:
             items = call(*args, **kwargs)
@@ -97,7 +97,7 @@ class Stopwatch:
 
 
 def watch(trainer: Trainer, watch: Stopwatch) -> None:
-    """Count the parts of a trainer's epochs."""
+    """Instrument the parts of a trainer's epochs."""
     source: Any = trainer.source
     source.train_batches = watch.iterated(source.train_batches, "scenes")
     patched: Any = trainer
@@ -113,7 +113,7 @@ def watch(trainer: Trainer, watch: Stopwatch) -> None:
 
 
 def main() -> None:
-    """Run the benchmark and print it."""
+    """Run the benchmark and print the result."""
     arguments = parser(__doc__ or "")
     arguments.set_defaults(rounds=3)
     arguments.add_argument("--config", type=Path, default=Path("configs/quickstart.yaml"))
@@ -126,7 +126,7 @@ def main() -> None:
 
 
 def measured(args: argparse.Namespace, cache: Path, device: torch.device) -> dict[str, Any]:
-    """The figures; what is found in a first epoch is kept below ``cache``, and nothing is there."""
+    """Measure all figures; ``cache`` must be empty, and the first epoch fills it."""
     overrides = [
         f"data.cache={cache}",
         *args.overrides,
@@ -172,7 +172,7 @@ def measured(args: argparse.Namespace, cache: Path, device: torch.device) -> dic
 
 
 def epoch_seconds(trainer: Trainer, rounds: int) -> float:
-    """Median over some epochs."""
+    """Median seconds of an epoch over some epochs."""
     seconds = []
     for _ in range(rounds):
         synchronize(trainer.device)

@@ -59,7 +59,7 @@ Outcome = list[tuple[Any, ...]]
 
 
 def _be_tuner(arguments: list[str], output: Path, fault: str | None, limit_mb: int | None) -> None:
-    """`python -m tuner.run` in a forked process."""
+    """Run `python -m tuner.run` in a forked process."""
     with output.open("a", encoding="utf-8", buffering=1) as stream:
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
@@ -77,7 +77,7 @@ def _be_tuner(arguments: list[str], output: Path, fault: str | None, limit_mb: i
 
 
 def _raise_in_a_trial() -> None:
-    """The user's own code, which is wrong in the second trial's third epoch."""
+    """Simulate an error in user code, in the third epoch of the second trial."""
     whole = Trainer.run_epoch
 
     def wrong(self: Trainer) -> dict[str, Any]:
@@ -97,7 +97,7 @@ def _seed_of_second() -> int:
 
 @dataclass(frozen=True)
 class Run:
-    """A study's folder, and how the tuner is started on it."""
+    """A study's folder, and how to start the tuner on it."""
 
     folder: Path
     config: Path
@@ -108,7 +108,7 @@ class Run:
         return self.folder.with_name(self.folder.name + ".txt")
 
     def start(self, *, fault: str | None = None, limit_mb: int | None = None) -> Any:
-        """Begin the study, or go on with it."""
+        """Start the study, or resume it."""
         begun = (self.folder / "config.yaml").exists()
         source = ("--resume", self.folder) if begun else ("--config", self.config)
         target = () if begun else ("--out", self.folder)
@@ -120,7 +120,7 @@ class Run:
         return process
 
     def finish(self, **faults: Any) -> int:
-        """Run to the end; the exit code."""
+        """Run to the end and return the exit code."""
         process = self.start(**faults)
         process.join(_LATEST)
         if process.exitcode is None:
@@ -129,11 +129,11 @@ class Run:
         return int(process.exitcode)
 
     def said(self) -> str:
-        """What it has printed."""
+        """The output so far."""
         return self.output.read_text(encoding="utf-8") if self.output.exists() else ""
 
     def trials(self) -> list[TrialRecord]:
-        """What the ledger holds; nothing where it was not made yet."""
+        """The trials in the ledger; empty if there is no ledger yet."""
         if not (self.folder / "study.db").exists() or not (self.folder / "config.yaml").exists():
             return []
         ledger = Ledger(self.folder / "study.db", load_study(self.folder / "config.yaml"))
@@ -144,15 +144,15 @@ class Run:
 
 
 def outcome(trials: list[TrialRecord]) -> Outcome:
-    """What must be the same with and without a fault."""
+    """The data that must be the same with and without a fault."""
     return [(t.number, t.state, t.seed, t.params, t.curve) for t in trials]
 
 
-# What is lost
+# Losses
 
 
 def losses(before: list[TrialRecord], after: list[TrialRecord], calm: Outcome) -> list[str]:
-    """In what a study that met a fault differs from one that did not."""
+    """Differences between a study with a fault and one without."""
     found = []
     if any(trial.state == "running" for trial in after):
         found.append("a trial is left running")
@@ -177,11 +177,11 @@ def _resumed(run: Run, calm: Outcome) -> list[str]:
     return found + losses(before, run.trials(), calm)
 
 
-# Faults: each tries once and returns what was lost, or None where it came too late
+# Faults: each is tried once and returns the losses, or None if it came too late
 
 
 class Bench:
-    """The peaceful run, and every way to disturb it."""
+    """The undisturbed run, and all faults."""
 
     def __init__(self, folder: Path, random_: random.Random) -> None:
         self.folder, self.random = folder, random_
@@ -224,7 +224,7 @@ class Bench:
         return _resumed(run, self.calm)
 
     def worker_killed(self) -> list[str] | None:
-        """At a random moment of the trials; the driver goes on by itself."""
+        """Kill the workers at a random moment of the trials; the driver must continue by itself."""
         assert self.head is not None
         run = self._on_ray()
         process = run.start()
@@ -242,7 +242,7 @@ class Bench:
         return found + losses([], run.trials(), self.calm)
 
     def killed_in_checkpoint(self) -> list[str] | None:
-        """Counted where the kill left an unfinished file."""
+        """Kill a process that saves checkpoints; counted if it left an unfinished file."""
         folder = self.folder / f"checkpoint-{self._count}"
         self._count += 1
         process = _FORKS.Process(target=_save_for_ever, args=(folder, self.config), daemon=True)
@@ -261,7 +261,7 @@ class Bench:
         return []
 
     def disk_full(self) -> list[str] | None:
-        """A disk of a random size, which grows before the study goes on."""
+        """Run on a disk of a random size, which is enlarged before the study is resumed."""
         with _small_disk(self.folder / f"disk-{self._count}", self.random.randint(80, 400)) as disk:
             if disk is None:
                 raise PermissionError("no file system may be mounted here")
@@ -278,7 +278,7 @@ class Bench:
             return found + _resumed(run, self.calm)
 
     def file_too_large(self) -> list[str] | None:
-        """The kernel refuses to let a file grow, which every user may ask it to."""
+        """Limit the size of files with a resource limit, which needs no privileges."""
         run = self._run()
         process = run.start()
         limit = self.random.randint(8, 300) * 1024
@@ -303,7 +303,7 @@ class Bench:
         if [(t.number, t.reason) for t in failed] != [(1, "ZeroDivisionError: the user's own")]:
             found.append("another end of the trial than its exception")
         found += [] if failed and "Traceback" in str(failed[0].traceback) else ["no traceback"]
-        found += _resumed(run, outcome(trials))  # which runs nothing again
+        found += _resumed(run, outcome(trials))  # resuming runs no trial again
         if outcome(trials)[0] != self.calm[0]:
             found.append("another trial differs")
         return found
@@ -326,9 +326,9 @@ class Bench:
         return found + _resumed(run, outcome(trials))
 
     def out_of_memory(self) -> list[str] | None:
-        """Compared to a millionth part: the parts of a batch are summed in another order.
+        """Limit the memory; compare to one part in a million, as batch parts change the summation.
 
-        Without dropout, whose draws differ between a batch and its parts.
+        Dropout is off, since its draws differ between a batch and its parts.
         """
         big = {
             "data": {"train_scenes": 512, "val_scenes": 8},
@@ -361,7 +361,7 @@ def _save_for_ever(folder: Path, config: Path) -> None:
 
 @contextmanager
 def _small_disk(place: Path, size_kb: int) -> Iterator[tuple[Path, Callable[[], None]] | None]:
-    """A file system in memory, and what makes it larger; None where none may be mounted."""
+    """Yield a file system in memory and a function that enlarges it; None if mounting fails."""
     place.mkdir(parents=True)
     size = f"size={size_kb}k"
     mount = ["mount", "-t", "tmpfs", "-o", size, "tmpfs", str(place)]
@@ -394,7 +394,7 @@ _FAULTS: dict[str, tuple[Callable[[Bench], list[str] | None], int]] = {
 
 
 def tried(fault: Callable[[Bench], list[str] | None], bench: Bench, times: int) -> list[list[str]]:
-    """What each try lost; those that came too late do not count."""
+    """The losses of each try; tries that came too late do not count."""
     found: list[list[str]] = []
     for _ in range(10 * times):
         if len(found) == times:
@@ -406,7 +406,7 @@ def tried(fault: Callable[[Bench], list[str] | None], bench: Bench, times: int) 
 
 
 def main() -> int:
-    """Print the table; 1 where anything was lost."""
+    """Print the table; return 1 if anything was lost."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -45,7 +45,7 @@ _FAMILIES: dict[str, dict[str, Any]] = {
 
 
 def physics_calls(batch: int, device: torch.device) -> dict[str, Call]:
-    """The physics on default scenes."""
+    """Calls of the physics on default scenes."""
     scene = SceneConfig()
     array = TrialConfig().array.build()
     generator = torch.Generator(device).manual_seed(0)
@@ -58,7 +58,7 @@ def physics_calls(batch: int, device: torch.device) -> dict[str, Call]:
     R = sample_covariance(y, H, codes)
     truth = scenes.covariance(array, scene.wavefront)
     grid = PolarGrid.covering(scene, 61, 31, 8)
-    grid.steering(array)  # kept between calls
+    grid.steering(array)  # cached between calls
     return {
         "simulate": lambda: simulate(batch, scene, array, generator=generator, device=device),
         "steering_vector": lambda: steering_vector(scenes.position, array),
@@ -79,7 +79,7 @@ def physics_calls(batch: int, device: torch.device) -> dict[str, Call]:
 
 
 def training_calls(family: str, batch: int, threads: int, device: torch.device) -> dict[str, Call]:
-    """The parts of a training step of one family, and the whole step."""
+    """Calls of the parts of a training step of one family, and of the whole step."""
     config = TrialConfig.model_validate(
         {
             "network": _FAMILIES[family],
@@ -142,7 +142,7 @@ def measured(call: Call, machine: Machine, device: torch.device, rounds: int) ->
 
 
 def main() -> None:
-    """Run the benchmark and print it."""
+    """Run the benchmark and print the result."""
     arguments = parser(__doc__ or "")
     arguments.add_argument("--batch", type=int, default=64, help="scenes (default: %(default)s)")
     arguments.add_argument("--only", default="", help="functions whose name holds this")

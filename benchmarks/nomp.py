@@ -25,7 +25,7 @@ from physics import PlanarArray, SceneConfig, Scenes, nomp, scene_crb, simulate
 from physics.bootstrap import f1_interval
 from physics.metrics import crb_gated, errors, match, normalized_errors
 
-TARGET = 60.0  # scenes a second on two cores
+TARGET = 60.0  # scenes per second on two cores
 CONVENTIONS: dict[str, tuple[PlanarArray, SceneConfig]] = {
     "origin": (
         PlanarArray(offset=(-0.075, -0.075)),
@@ -49,7 +49,7 @@ def recorded(folder: Path, array: PlanarArray, config: SceneConfig) -> Scenes:
 def measure(
     array: PlanarArray, config: SceneConfig, scenes: Scenes, batch: int, rounds: int
 ) -> dict[str, Any]:
-    """Speed over batches, and the scores of all scenes."""
+    """Measure the speed over batches, and the scores of all scenes."""
     n_scenes, device = len(scenes), scenes.y.device.type
     options: dict[str, Any] = {"array": array, "scene": config}
 
@@ -89,7 +89,7 @@ def measure(
 
 
 def main() -> None:
-    """Run the benchmark and print it."""
+    """Run the benchmark and print the result."""
     arguments = parser(__doc__ or "")
     arguments.add_argument("--batch", type=int, default=64, help="scenes a call (%(default)s)")
     arguments.add_argument("--scenes", type=int, default=1536, help="scenes (%(default)s)")

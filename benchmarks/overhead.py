@@ -51,7 +51,7 @@ from tuner.tensorboard import TensorBoardLog
 from tuner.watchers import Watchers
 
 TARGET = 0.1  # seconds a trial
-ENDS = ("finish", "hand_back")  # of a trial's work, for good or for now
+ENDS = ("finish", "hand_back")  # methods that end a trial's work, permanently or for now
 FULL = Path(__file__).resolve().parent.parent / "configs" / "full.yaml"
 _SMALL: dict[str, Any] = {
     "array__n_horizontal": 4,
@@ -85,7 +85,7 @@ _SMALL: dict[str, Any] = {
 
 @dataclass
 class Seen:
-    """What the driver saw of one trial, or of one stretch of a trial that waits at rungs."""
+    """Times that the driver observed of a trial, or of one stretch of a trial waiting at rungs."""
 
     pid: int = 0
     ended: float = 0.0
@@ -96,7 +96,7 @@ class Seen:
 
 @contextmanager
 def watched(kind: type[Ledger], stretches: list[Seen]) -> Iterator[None]:
-    """Time the driver's methods, stretch by stretch in the order of their ends."""
+    """Time the driver's methods and append the stretches in the order of their ends."""
     running: dict[int, Seen] = {}
 
     def timed(owner: type, name: str, number_of: Callable[..., int | None]) -> Any:
@@ -110,7 +110,7 @@ def watched(kind: type[Ledger], stretches: list[Seen]) -> Iterator[None]:
             number = number_of(result, *args)
             if name == "ask" and number is not None:
                 running[number] = Seen()
-            # A trial that ends while it waits is in no stretch.
+            # A trial that ends while waiting belongs to no stretch.
             if number is not None and number in running:
                 running[number].parts[name] += spent
                 if name in ENDS:
@@ -141,7 +141,7 @@ def watched(kind: type[Ledger], stretches: list[Seen]) -> Iterator[None]:
 def run_study(
     folder: Path, trials: int, epochs: int, concurrent: int, scheduler: str
 ) -> list[Seen]:
-    """Trials on Ray, or their stretches, in the order of their ends."""
+    """Run trials on Ray; return them, or their stretches, in the order of their ends."""
     options = {
         "search__trials": trials,
         "search__scheduler": scheduler,
@@ -183,7 +183,7 @@ def run_study(
 
 
 def overhead(trials: list[Seen]) -> dict[str, float]:
-    """Medians over all trials but the first of each actor, in seconds."""
+    """Medians in seconds over all trials except the first of each actor."""
     before: dict[int, Seen] = {}
     rows: dict[str, list[float]] = defaultdict(list)
     for trial in trials:
@@ -209,9 +209,9 @@ def overhead(trials: list[Seen]) -> dict[str, float]:
 
 
 def on_ray(trials: int, concurrent: list[int], scheduler: str) -> dict[str, Any]:
-    """The first part."""
+    """Run the first part of the benchmark."""
     result: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory(prefix="rt", dir="/tmp") as folder:  # short: sockets lie in it
+    with tempfile.TemporaryDirectory(prefix="rt", dir="/tmp") as folder:  # short, for socket paths
         ray.init(
             address="local",
             num_cpus=max(concurrent),
@@ -248,7 +248,7 @@ def on_ray(trials: int, concurrent: list[int], scheduler: str) -> dict[str, Any]
 
 
 def filled(folder: RunFolder, study: StudyConfig, n: int) -> Ledger:
-    """A ledger of n trials that ended as ASHA ends them: one in three goes on at every rung."""
+    """A ledger of n trials that ended as under ASHA: one in three is promoted at every rung."""
     ledger = Ledger(folder.database, study)
     random = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     rng = np.random.default_rng(0)
@@ -259,7 +259,7 @@ def filled(folder: RunFolder, study: StudyConfig, n: int) -> Ledger:
         epochs = min(27, 3 ** (int(rng.geometric(2 / 3)) - 1))
         curve = np.sort(rng.normal(0.5, 0.05, epochs))[::-1]
         values = {epoch: float(value) for epoch, value in enumerate(curve, start=1)}
-        # As many numbers as a trial's epoch has.
+        # As many numbers as an epoch of a trial reports.
         metrics = {f"metric_{index}": 0.123456789 for index in range(20)}
         epoch_attrs = {
             f"epoch/{epoch:05d}": metrics | {"epoch": epoch, "objective": value}
@@ -283,7 +283,7 @@ def filled(folder: RunFolder, study: StudyConfig, n: int) -> Ledger:
 
 
 def grown(n: int, rounds: int) -> dict[str, tuple[float, float]]:
-    """Wall and CPU seconds of what the driver does, after n trials: medians."""
+    """Median wall and CPU seconds of the driver's tasks after n trials."""
     study = load_study(FULL, search__trials=10**6)
     seconds: dict[str, list[tuple[float, float]]] = defaultdict(list)
 
@@ -317,7 +317,7 @@ def grown(n: int, rounds: int) -> dict[str, tuple[float, float]]:
 
 
 def growth(sizes: list[int], rounds: int) -> dict[str, Any]:
-    """The second part."""
+    """Run the second part of the benchmark."""
     result: dict[str, Any] = {}
     for n in sizes:
         found = result[str(n)] = grown(n, rounds)
@@ -330,7 +330,7 @@ def growth(sizes: list[int], rounds: int) -> dict[str, Any]:
 
 
 def judged(sizes: list[int], rounds: int) -> dict[str, float]:
-    """The third part: seconds that a report takes under the median rule, by trials, median."""
+    """Run the third part: median seconds of a report under the median rule, by trials."""
     study = load_study(FULL, search__scheduler="median")
     epochs = range(1, study.training.epochs + 1)
     rule = Median(study)
@@ -338,7 +338,7 @@ def judged(sizes: list[int], rounds: int) -> dict[str, float]:
     for n in sizes:
         curves = [dict.fromkeys(epochs, number / n) for number in range(n)]
         others = [create_trial(state=TrialState.PRUNED, intermediate_values=c) for c in curves]
-        last = len(epochs) - 1  # that it judges: it looks back over all
+        last = len(epochs) - 1  # the epoch to judge, which considers all earlier ones
         seconds = []
         for _ in range(rounds):
             begun = time.perf_counter()
@@ -351,7 +351,7 @@ def judged(sizes: list[int], rounds: int) -> dict[str, float]:
 
 
 def main() -> None:
-    """Run the benchmark and print it."""
+    """Run the benchmark and print the result."""
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     arguments = parser(__doc__ or "")

@@ -50,16 +50,16 @@ from physics.steering import steering_vector
 from tuner.config import StudyConfig, load_study
 from tuner.space import suggest
 
-# A run's number of scenes, and its score (R,) on resampled ones (R, S).
+# Number of scenes of a run, and a function for its score (R,) on resampled scenes (R, S).
 Resampled = tuple[int, Callable[[Tensor], Tensor]]
 
 METRICS = ("gospa", "f1", "count_accuracy", "nll", "nmse_blend", "nmse_pred", "subspace_error")
-_GAINS = ("f1", "count_accuracy")  # of which more is better
+_GAINS = ("f1", "count_accuracy")  # higher is better
 
 
 @torch.no_grad()
 def located(trainer: Trainer, batch: Batch) -> Detections:
-    """What the best weights of a training name, by the threshold chosen on its validation."""
+    """Sources reported by a training's best weights, with the threshold from its validation."""
     trainer._set_weights(trainer.best_weights)
     trainer.network.eval()
     decision, config = trainer.best_decision, trainer.config
@@ -77,7 +77,7 @@ def located(trainer: Trainer, batch: Batch) -> Detections:
 
 
 def trained(config: TrialConfig, n_scenes: int) -> Detections:
-    """What a training of a configuration finds in held-out scenes, with one thread."""
+    """Train a configuration with one thread; return the sources found in held-out scenes."""
     torch.set_num_threads(1)
     trainer = Trainer(config)
     while not trainer.finished:
@@ -86,14 +86,14 @@ def trained(config: TrialConfig, n_scenes: int) -> Detections:
 
 
 def random_point(study: StudyConfig, number: int) -> TrialConfig:
-    """A random point of the space, the same for the same number."""
+    """A random point of the space, determined by the number."""
     quiet = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=1000 + number))
     return study.trial_config(suggest(study.search.space, quiet.ask()), seed=number)
 
 
 @torch.no_grad()
 def subspace_error_of(trainer: Trainer) -> float:
-    """Validation subspace error of R_blend, which no study reports, of the averaged weights."""
+    """Validation subspace error of R_blend with averaged weights, which no study reports."""
     validation = trainer.source.validation()
     raw = {name: value.detach().clone() for name, value in trainer.network.named_parameters()}
     trainer._set_weights(trainer.average.weights)
@@ -139,7 +139,7 @@ def objectives(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def tuning(args: argparse.Namespace) -> dict[str, Any]:
-    """Default, winner and random points, seeds apart, beside NOMP."""
+    """Compare default, winner and random points, over several seeds, with NOMP."""
     from tuner.folder import RunFolder
 
     folder = RunFolder.existing(args.study, lock=False)
@@ -194,7 +194,7 @@ def tuning(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def at_full_budget(config: TrialConfig, epochs: int) -> TrialConfig:
-    """The configuration with as many epochs."""
+    """The configuration with the given number of epochs."""
     training = config.training.model_copy(update={"epochs": epochs})
     return config.model_copy(update={"training": training})
 
@@ -214,11 +214,12 @@ def _mean_of(values: Tensor) -> Resampled:
 def paired(one: list[Resampled], two: list[Resampled]) -> tuple[float, float, float]:
     """Difference of the means of two sets of runs, with its 95 % interval.
 
-    Scenes are drawn again, the same for all runs, and so are the runs of either set: the interval
-    holds both the choice of scenes and that of seeds or points. Drawn runs lie farther from their
-    set's mean by sqrt(n / (n - 1)), since n drawn of n vary less than n new ones (Davison and
-    Hinkley, "Bootstrap methods and their application", 1997, section 2.3); of three or four seeds
-    an interval remains somewhat narrow, as a normal one beside Student's.
+    Scenes are resampled, identically for all runs, and so are the runs of either set: the interval
+    covers the choice of scenes as well as that of seeds or points. Deviations of resampled runs
+    from their set's mean are scaled by sqrt(n / (n - 1)), since n resampled from n vary less than n
+    new ones (Davison and Hinkley, "Bootstrap methods and their application", 1997, section 2.3).
+    For three or four seeds the interval remains somewhat narrow, like a normal one compared with
+    Student's.
     """
     generator = np.random.default_rng(0)
     n_scenes = one[0][0]
@@ -240,7 +241,7 @@ def paired(one: list[Resampled], two: list[Resampled]) -> tuple[float, float, fl
 
 
 def main() -> None:
-    """Run what is asked for."""
+    """Run the requested part."""
     parser = argparse.ArgumentParser(description=__doc__)
     every = {
         "objectives": objectives,

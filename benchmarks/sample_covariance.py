@@ -2,11 +2,12 @@
 
     python -m benchmarks.sample_covariance [--json FILE] [--threads 2]
 
-First B=64 scenes, L=16 snapshots, M=16 antennas, N=144 elements, complex64, on the CPU: `auto`
+First, for B=64 scenes, L=16 snapshots, M=16 antennas, N=144 elements, complex64, on the CPU: `auto`
 against least squares on the augmented matrix (`lstsq`) and against a Cholesky factorisation of the
-N x N normal equations (`gram`), and against what no dual form can avoid: H H^H, the Cholesky factor
-of the M x M kernel, two triangular solutions and the product with H^H. Then one size after the
-other grows, and at N=1,024 the other forms are timed on one scene, since 512 do not fit in memory.
+N x N normal equations (`gram`), and against the operations that every dual form needs: H H^H, the
+Cholesky factor of the M x M kernel, two triangular solves and the product with H^H. Then the sizes
+grow one at a time, and at N=1,024 the other forms are timed on one scene, since 512 do not fit in
+memory.
 Prints times, memory and errors with their targets; a missed target changes no exit status.
 """
 
@@ -27,7 +28,7 @@ from model.memory import keep_freed_memory
 from physics import PlanarArray, random_codes, rician_channel, sample_covariance, tikhonov_solve
 from physics.tikhonov import Solver
 
-_PER_ROUND = 20  # calls of a millisecond for each of the others
+_PER_ROUND = 20  # rounds of the millisecond calls per round of the solvers
 SPEEDUP = {"unit-modulus": 150.0, "general": 30.0}
 EXTRA_MB = 25.0
 RELATIVE_ERROR = 1e-4
@@ -66,17 +67,17 @@ def measurement(kind: str, sizes: Sizes) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def unavoidable(y: Tensor, H: Tensor, codes: Tensor) -> Tensor:
-    """The matrix operations of the dual form with unit-modulus codes and nothing else."""
+    """Only the matrix operations of the dual form with unit-modulus codes."""
     kernel = H @ H.mH
     kernel.diagonal(dim1=-2, dim2=-1).add_(1.0)
     cholesky, _ = torch.linalg.cholesky_ex(kernel)
     z = torch.linalg.solve_triangular(cholesky, y.mT, upper=False)
     z = torch.linalg.solve_triangular(cholesky.mH, z, upper=True)
-    return z.mH @ H  # conjugated: that comes with the product with the codes
+    return z.mH @ H  # conjugated; the product with the codes would undo that
 
 
 def largest_error(scenes: tuple[Tensor, Tensor, Tensor], solver: Solver) -> float:
-    """Largest over the scenes of ||a - a*|| / ||a*||, a* by SVD in complex128."""
+    """Largest ||a - a*|| / ||a*|| over the scenes, with a* by SVD in complex128."""
     y, H, codes = (t.to(torch.complex128) for t in scenes)
     exact, _ = tikhonov_solve(y, H, codes, solver="svd")
     a, _ = tikhonov_solve(*scenes, solver=solver)
@@ -89,7 +90,7 @@ def _ms(seconds: list[float]) -> float:
 
 
 def against_other_forms(kind: str, rounds: int) -> dict[str, Any]:
-    """Times, memory and errors of the solvers, alternating."""
+    """Times, memory and errors of the solvers, with alternating calls."""
     scenes = measurement(kind, Sizes())
     solvers: tuple[Solver, ...] = ("auto", "gram", "lstsq")
     calls: dict[str, Callable[[], object]] = {
@@ -115,7 +116,7 @@ def against_other_forms(kind: str, rounds: int) -> dict[str, Any]:
 
 
 def against_the_unavoidable(scenes: tuple[Tensor, Tensor, Tensor], rounds: int) -> dict[str, float]:
-    """The solution's time, beside what of it nobody can avoid; both take about a millisecond."""
+    """Time of the solution and of its unavoidable part; both take about a millisecond."""
     solve, least = partial(tikhonov_solve, *scenes), partial(unavoidable, *scenes)
     seconds = alternate({"solve": solve, "unavoidable": least}, rounds)
     return {
@@ -126,7 +127,7 @@ def against_the_unavoidable(scenes: tuple[Tensor, Tensor, Tensor], rounds: int) 
 
 
 def growth(rounds: int) -> dict[str, Any]:
-    """Time of `auto` as one size grows, with the exponent that the ends of the row imply."""
+    """Time of `auto` as one size grows, with the exponent from the smallest and largest size."""
     figures: dict[str, Any] = {}
     print(f"\n{'auto, unit-modulus codes, from ' + str(Sizes()):<44}{'exponent':>9}")
     for name, values in GROWTH.items():
@@ -142,7 +143,7 @@ def growth(rounds: int) -> dict[str, Any]:
 
 
 def large(rounds: int) -> dict[str, Any]:
-    """N=1,024: 512 scenes by `auto`, and one scene by the others."""
+    """Times for N=1,024: 512 scenes with `auto`, and one scene with the others."""
     many, one = Sizes(B=512, N=1024), Sizes(B=1, N=1024)
     scenes = measurement("unit-modulus", many)
     figures: dict[str, Any] = {

@@ -45,7 +45,7 @@ _ENDLESS = 10**6
 
 
 class Trained:
-    """A learning curve that is trained as far as it is looked at; every epoch counts as 1 s."""
+    """A learning curve that is trained lazily as it is read; every epoch counts as 1 s."""
 
     def __init__(self, study: StudyConfig, assignment: Assignment) -> None:
         self._run = TrialRun(study.trial_config(assignment.params, assignment.seed))
@@ -54,7 +54,7 @@ class Trained:
 
     @property
     def objective(self) -> Trained:
-        """Its values, the best so far."""
+        """The values of the curve, each the best so far."""
         return self
 
     def __len__(self) -> int:
@@ -68,7 +68,7 @@ class Trained:
 
 
 def searched(seed: int, kind: str, epochs: int) -> tuple[dict[str, Any], StudyConfig]:
-    """One search of one kind, and the quickstart's study by the same objective."""
+    """Result of one search of one kind, and the quickstart's study with the same objective."""
     torch.set_num_threads(1)
     objective, _, how = kind.rpartition(":")
     sampler, *more = how.split("+")
@@ -83,7 +83,7 @@ def searched(seed: int, kind: str, epochs: int) -> tuple[dict[str, Any], StudyCo
     ledger = WaitingLedger(study) if pauses else MemoryLedger(study)
     simulate(
         ledger,
-        partial(Trained, study),  # type: ignore[arg-type]  # as much of a Curve as is looked at
+        partial(Trained, study),  # type: ignore[arg-type]  # has the parts of a Curve that are used
         gpus=1,
         gpu_seconds=float(epochs),
     )
@@ -114,7 +114,7 @@ def found_by(study: StudyConfig, params: dict[str, Value], seed: int, scenes: in
 
 
 def main() -> None:
-    """Run the benchmark and print it."""
+    """Run the benchmark and print the result."""
     arguments = parser(__doc__ or "")
     arguments.add_argument("--seeds", type=int, default=6, help="of searches (%(default)s)")
     arguments.add_argument("--epochs", type=int, default=240, help="of a search (%(default)s)")
@@ -151,7 +151,7 @@ def main() -> None:
 
 
 def _compared(one: str, two: str, scored: bool) -> list[str]:
-    """What two kinds can be compared by: their objectives only where they are the same."""
+    """Fields by which two kinds can be compared; objective values only if it is the same."""
     same = one.rpartition(":")[0] == two.rpartition(":")[0]
     return ["best", "proposed"] * same + ["f1", "gospa"] * scored
 

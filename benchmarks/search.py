@@ -51,7 +51,7 @@ from tuner.study import Ledger
 TARGET = 1.0 / 3.0
 _LARGE = 10_000  # trials of the driver's part
 _ENDLESS = 10**6
-# Ledger, scheduler and sampler of each kind of search, and what else it is told.
+# Ledger, scheduler, sampler and further settings of each kind of search.
 ASHA = "ASHA + TPE"
 PLAIN = "ASHA + TPE, stopped told COMPLETE"
 PAUSING = "ASHA with pauses + TPE"
@@ -70,9 +70,9 @@ ARMS: dict[str, tuple[type[MemoryLedger | WaitingLedger], str, str, dict[str, An
     "ASHA + random": (MemoryLedger, "asha", "random", {}),
     "TPE, nobody stopped": (MemoryLedger, "none", "tpe", {}),
 }
-# No search: what one could do that knew the best of the space from the beginning.
+# Not a real search: a bound that knows the best part of the space from the beginning.
 ORACLE = "ASHA + the best 2 % of the space"
-_DRAWN, _BEST = 20_000, 400  # points of the space, and those of them that are best in expectation
+_DRAWN, _BEST = 20_000, 400  # random points of the space, and how many of the best are kept
 
 
 def study_of(scheduler: str, sampler: str, trials: int, seed: int, **search: Any) -> StudyConfig:
@@ -95,12 +95,12 @@ def study_of(scheduler: str, sampler: str, trials: int, seed: int, **search: Any
 
 @cache
 def surrogate(curves: Path = RECORDED) -> Surrogate:
-    """Fitted once a process."""
+    """The surrogate, fitted once per process."""
     return Surrogate(Recorded.load(curves))
 
 
 def replayed(curves: Path, seed: int, assignment: Assignment) -> Curve:
-    """A trial's curve, its noise by seed and number."""
+    """A trial's curve, with noise determined by seed and number."""
     noise = np.random.default_rng([seed, assignment.number])
     return surrogate(curves).curve(assignment.params, noise)
 
@@ -109,14 +109,14 @@ def replayed(curves: Path, seed: int, assignment: Assignment) -> Curve:
 
 
 def sequential(curves: Path, trials: int, seed: int) -> Run:
-    """The measure: TPE and Optuna's median pruner on one GPU."""
+    """The baseline: TPE and Optuna's median pruner on one GPU."""
     ledger = MedianPruned(study_of("none", "tpe", trials, seed))
     return simulate(ledger, partial(replayed, curves, seed), gpus=1)
 
 
 @cache
 def best_points(curves: Path) -> list[dict[str, Any]]:
-    """Points whose last objective is the lowest in expectation, of many random ones."""
+    """The points with the lowest expected last objective among many random ones."""
     space = study_of("none", "random", 1, 0).search.space
     random = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     points = [suggest(space, random.ask()) for _ in range(_DRAWN)]
@@ -126,7 +126,7 @@ def best_points(curves: Path) -> list[dict[str, Any]]:
 def searched(
     curves: Path, arm: str, gpus: int, seed: int, gpu_seconds: float
 ) -> tuple[Run, tuple[int, int]]:
-    """One search of another kind, and what was :func:`missed` by it."""
+    """Result of one search of another kind, with the trials it :func:`missed`."""
     if arm == ORACLE:
         order = np.random.default_rng(seed).permutation(_BEST)
         known = [best_points(curves)[i] for i in order]
@@ -142,7 +142,7 @@ def searched(
 
 
 def missed(run: Run, ledger: Ledger, curve: Callable[[Assignment], Curve]) -> tuple[int, int]:
-    """Stopped trials whose end would have been the best by then, and all since there was a best."""
+    """Stopped trials that would have become the best, and all stopped since there was a best."""
     params = {trial.number: trial.params for trial in ledger.trials()}
     best, of, would = math.inf, 0, 0
     for span in run.spans:
@@ -157,7 +157,7 @@ def missed(run: Run, ledger: Ledger, curve: Callable[[Assignment], Curve]) -> tu
 def compared(
     seed: int, curves: Path, trials: int, counts: list[int], beyond: float, arms: list[str]
 ) -> dict[str, Any]:
-    """The measure and all other searches with one seed."""
+    """Results of the baseline and of all other searches with one seed."""
     measure = sequential(curves, trials, seed)
     compute, target = measure.gpu_seconds, measure.best()
     found: dict[str, Any] = {
@@ -184,13 +184,13 @@ def compared(
 
 
 def told(run: Run) -> Iterable[tuple[str, int]]:
-    """Ends by their state."""
+    """Numbers of ended trials by state."""
     for state in ("done", "pruned"):
         yield state, sum(span.state == state for span in run.spans)
 
 
 def bootstrap(values: np.ndarray, draws: int = 4000) -> tuple[float, float, float]:
-    """Mean and its 95 % interval, seeds drawn with replacement."""
+    """Mean and its 95 % interval, with seeds resampled with replacement."""
     rng = np.random.default_rng(0)
     means = values[rng.integers(len(values), size=(draws, len(values)))].mean(1)
     low, high = np.quantile(means, (0.025, 0.975))
@@ -198,13 +198,13 @@ def bootstrap(values: np.ndarray, draws: int = 4000) -> tuple[float, float, floa
 
 
 def quantiles(values: Iterable[float]) -> list[float]:
-    """Quartiles; infinite where the target was not reached by so many seeds."""
+    """Quartiles; infinite where too few seeds reached the target."""
     ordered = np.array(sorted(values))
     return [float(np.quantile(ordered, q, method="inverted_cdf")) for q in (0.25, 0.5, 0.75)]
 
 
 def summary(rows: list[dict[str, Any]], counts: list[int], beyond: float) -> dict[str, Any]:
-    """Figures over the seeds, printed."""
+    """Summarise the figures over the seeds and print them."""
     result: dict[str, Any] = {
         "gpu_seconds": statistics.median(row["gpu_seconds"] for row in rows),
         "best": statistics.median(row["best"] for row in rows),
@@ -271,7 +271,7 @@ def summary(rows: list[dict[str, Any]], counts: list[int], beyond: float) -> dic
 
 
 def ended(study: StudyConfig, n: int) -> list[FrozenTrial]:
-    """Trials as ASHA ends them: one in three goes on at every rung."""
+    """Trials that ended as under ASHA: one in three is promoted at every rung."""
     random = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     rng = np.random.default_rng(0)
     trials = []
@@ -295,7 +295,7 @@ def ended(study: StudyConfig, n: int) -> list[FrozenTrial]:
 
 
 def seconds_of(call: Callable[[], Any], times: int = 7) -> float:
-    """CPU seconds: the median."""
+    """Median CPU seconds of a call."""
     spent = []
     for _ in range(times):
         start = time.process_time()
@@ -305,9 +305,9 @@ def seconds_of(call: Callable[[], Any], times: int = 7) -> float:
 
 
 def ask_seconds(n: int, sampler: str = "tpe") -> float:
-    """Of a proposal after n trials, on a ledger in memory.
+    """Seconds of a proposal after n trials, on a ledger in memory.
 
-    Those that were made stay running, as on a cluster.
+    Proposed trials stay running, as on a cluster.
     """
     study = study_of("asha", sampler, _ENDLESS, 0)
     ledger = MemoryLedger(study)
@@ -316,9 +316,9 @@ def ask_seconds(n: int, sampler: str = "tpe") -> float:
 
 
 def database_seconds(running: int) -> dict[str, float]:
-    """What SQLite adds to a proposal, and what an epoch and an end take there, by CPU.
+    """CPU seconds that SQLite adds to a proposal, and those of an epoch and an end with SQLite.
 
-    After 100 trials, while others run that have reported some epochs each.
+    They are measured after 100 trials, with others running that have reported some epochs each.
     """
     study = study_of("asha", "tpe", _ENDLESS, 0)
     with tempfile.TemporaryDirectory() as folder:
@@ -350,7 +350,7 @@ def database_seconds(running: int) -> dict[str, float]:
 
 
 def driver(gpu_counts: list[int], sizes: list[int], ray: float) -> dict[str, Any]:
-    """What a proposal costs, and the GPUs that wait for it."""
+    """Cost of a proposal, and the resulting idle time of GPUs."""
     measured = {n: ask_seconds(n) for n in sizes}
     for n, seconds in measured.items():
         print(f"TPE, a proposal after {n} trials: {1e3 * seconds:.1f} ms")
@@ -393,8 +393,8 @@ def driver(gpu_counts: list[int], sizes: list[int], ray: float) -> dict[str, Any
                 gpus=gpus,
                 cost=DriverCost(ask=ask, report=report, end=lambda n: database["end"]),
             )
-            # Until the last trial has begun: GPUs that find no more trials are no fault of the
-            # driver's.
+            # Until the last trial has begun: afterwards GPUs are idle for lack of trials, not
+            # because of the driver.
             full = max(s.start for s in run.spans)
             busy = sum(_overlap(s, full) for s in run.spans)
             idle = max(0.0, 1.0 - busy / (gpus * full))
@@ -406,22 +406,22 @@ def driver(gpu_counts: list[int], sizes: list[int], ray: float) -> dict[str, Any
 
 
 def rungs(rng: np.random.Generator, n: int) -> list[int]:
-    """Epochs of n trials of which one in three goes on at each rung."""
+    """Epochs of n trials of which one in three is promoted at each rung."""
     return [min(27, 3 ** (int(k) - 1)) for k in rng.geometric(2 / 3, n)]
 
 
 def _even(seconds: float, assignment: Assignment) -> Curve:
-    """A trial whose epochs take these seconds."""
+    """A trial with epochs of the given duration."""
     return Curve(np.ones(27), np.full(27, seconds))
 
 
 def _overlap(span: Span, until: float) -> float:
-    """Seconds of a trial's epochs before a time, even over its stay."""
+    """Seconds of a trial's epochs before a time, assuming them evenly spread over its span."""
     return span.busy * max(0.0, min(span.end, until) - span.start) / (span.end - span.start)
 
 
 def main() -> None:
-    """Run the benchmark and print it."""
+    """Run the benchmark and print the result."""
     arguments = parser(__doc__ or "")
     arguments.add_argument("--seeds", type=int, default=24, help="of searches (%(default)s)")
     arguments.add_argument("--trials", type=int, default=100, help="of the measure (%(default)s)")

@@ -19,7 +19,7 @@ from physics import SceneConfig, simulate
 from physics.scene import SourceMode
 
 BATCHES = (64, 256, 1024)
-TARGET = 1000.0  # scenes a second
+TARGET = 1000.0  # scenes per second
 
 
 def main() -> None:

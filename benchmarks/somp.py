@@ -25,7 +25,7 @@ OVERSAMPLING = (2.0, 3.0, 4.0)
 
 
 def main() -> None:
-    """Run the benchmark and print it."""
+    """Run the benchmark and print the result."""
     arguments = parser(__doc__ or "")
     arguments.add_argument("--scenes", type=int, default=500, help="scenes (%(default)s)")
     arguments.add_argument("--seed", type=int, default=77, help="of the scenes (%(default)s)")

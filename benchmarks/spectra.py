@@ -3,8 +3,8 @@
     python -m benchmarks.spectra [--json FILE]
 
 R_samp of rank 16 (N=144, K of 1 to 5, complex64) on a grid of 121 x 61 x 16 points of the exact
-spherical wavefront, on the CPU. The dense form has fewer scenes, so that it ends. Prints scenes
-per second with their targets; a missed target changes no exit status.
+spherical wavefront, on the CPU. The dense form uses fewer scenes, so that it finishes in time.
+Prints scenes per second with their targets; a missed target does not change the exit status.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from physics.search import SpectralForm, climb, music_form, mvdr_form
 B, B_DENSE, ARRAY, LOADING = 64, 2, PlanarArray(), 1e-2
 GRID = PolarGrid.covering(SceneConfig(), 121, 61, 16)
 TARGET = {"MUSIC": 50.0, "MVDR": 20.0}
-ALL = 100  # local maxima a scene that stand for all
+ALL = 100  # local maxima per scene, taken as all of them
 SAME = 0.95  # |a^H b|^2 above which two searches found the same peak
 
 
@@ -68,8 +68,8 @@ def dense_mvdr(matrix: Tensor, a: Tensor) -> list[Tensor]:
 def agreement(mode: SourceMode) -> dict[str, dict[str, float]]:
     """Shares of the K highest peaks of the full grid that each search found.
 
-    These are all local maxima of the full grid, moved to the tops of the spectrum: parabolas and
-    cells alone give some tops twice and miss others.
+    The peaks are all local maxima of the full grid, moved to the maxima of the spectrum: parabolas
+    and cells alone give some maxima twice and miss others.
     """
     shares = {}
     R, scenes = measured(B, mode)
@@ -101,14 +101,14 @@ def agreement(mode: SourceMode) -> dict[str, dict[str, float]]:
 
 
 def overlap(one: Detections, other: Detections) -> Tensor:
-    """Whether detections are the same peak (B, P, P)."""
+    """Which pairs of detections (B, P, P) are the same peak."""
     a, b = (steering_vector(d.position, ARRAY) for d in (one, other))
     close = (a @ b.mH).abs().square() > SAME
     return close & one.present.unsqueeze(2) & other.present.unsqueeze(1)
 
 
 def height_of(form: SpectralForm, found: Detections) -> Tensor:
-    """The spectrum (B, P) at detections."""
+    """Values (B, P) of the spectrum at detections."""
     seen = steering_vector(found.position, ARRAY) @ form.rows.mT
     return form.height(seen.abs().square().sum(-1))
 
@@ -116,7 +116,7 @@ def height_of(form: SpectralForm, found: Detections) -> Tensor:
 def main() -> None:
     arguments = parser(__doc__.splitlines()[0]).parse_args()
     torch.set_num_threads(arguments.threads)
-    # Seconds a call: three rounds of the five alternating ones make half a minute.
+    # A call takes seconds: three rounds of the five alternating calls take half a minute.
     rounds = min(arguments.rounds, 3)
     R, scenes = measured(B, "fluctuating")
     few = R.normalized().dense()[:B_DENSE]

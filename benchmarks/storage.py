@@ -2,12 +2,12 @@
 
     python -m benchmarks.storage [--trials 100 1000] [--kills 20] [--json FILE]
 
-For each, with 0 and 4 processes that read the whole ledger all the time, as the report and
-dashboards do: a report (an epoch's metrics and its checkpoint), a proposal with its end (drawn at
-random, so that the storage is timed and not the sampler), and opening the ledger and reading it.
-Then a writing process is killed with kill -9 again and again, or its file may grow no further, as
-on a full disk: is the ledger readable, is anything gone that was said to be written, and how long
-does it take until it can be written again?
+Each storage is timed with 0 and 4 processes that read the whole ledger continuously, as the report
+and dashboards do: a report (an epoch's metrics and its checkpoint), a proposal with its end (drawn
+at random, so that the storage is timed and not the sampler), and opening and reading the ledger.
+Then a writing process is repeatedly killed with kill -9, or its file is not allowed to grow, as on
+a full disk. The benchmark checks whether the ledger is readable, whether any acknowledged write is
+lost, and how long it takes until the ledger can be written again.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ from tuner.study import Ledger
 
 EPOCHS = 16
 READERS = 4
-_FILLED = 100  # trials that are written one by one, before they are multiplied
-_PAUSE = 2.0  # seconds between two readings of a reader
+_FILLED = 100  # trials that are written one by one before they are copied
+_PAUSE = 2.0  # seconds between two reads of a reader
 _METRICS = ("loss", "nmse_pred", "nmse_blend", "f1", "gospa", "count_accuracy", "grad_norm",
             "grad_norm_max", "learning_rate", "epoch_seconds", "gpu_seconds", "scenes_per_second",
             "loss_cov_pred", "loss_existence", "loss_position", "untrained_objective")  # fmt: skip
@@ -56,7 +56,7 @@ def _sqlite(folder: Path) -> PatientStorage:
 
 def _wal(folder: Path) -> PatientStorage:
     with sqlite3.connect(folder / "study.db") as connection:
-        connection.execute("PRAGMA journal_mode = WAL")  # kept in the file
+        connection.execute("PRAGMA journal_mode = WAL")  # stored in the file
     return _sqlite(folder)
 
 
@@ -75,7 +75,7 @@ STORAGES: dict[str, Callable[[Path], PatientStorage]] = {
 
 
 def study(trials: int) -> StudyConfig:
-    """The default search space with enough trials to ask for."""
+    """The default search space with enough trials to propose."""
     changes = {"search.sampler": "random", "search.trials": trials, "search.include_base": False}
     return StudyConfig().replaced(changes)
 
@@ -91,7 +91,7 @@ def opened(name: str, folder: Path) -> Ledger:
 
 
 def fill(ledger: Ledger, trials: int) -> None:
-    """Finished trials with all their epochs."""
+    """Add finished trials with all their epochs."""
     drawing = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     for number in range(trials):
         drawn = drawing.ask()
@@ -112,7 +112,7 @@ def fill(ledger: Ledger, trials: int) -> None:
 
 
 def multiply(database: Path, times: int) -> None:
-    """Copies of all trials: by way of Optuna a thousand take minutes."""
+    """Copy all trials in the database, since a thousand take minutes through Optuna."""
     tables = ("trial_params", "trial_values", "trial_user_attributes", "trial_intermediate_values")
     with sqlite3.connect(database) as connection:
         (count,) = connection.execute("SELECT max(trial_id) FROM trials").fetchone()
@@ -133,7 +133,7 @@ def multiply(database: Path, times: int) -> None:
 
 
 def _processes() -> multiprocessing.context.ForkServerContext:
-    """Processes that begin with everything imported, so that what is timed is no import."""
+    """Context of processes that start with all imports done, so that imports are not timed."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tuner.study", "optuna.storages.journal"])
     return context
@@ -155,7 +155,7 @@ def _read(name: str, folder: Path, stop: Any, errors: Any, readings: Any) -> Non
 
 @contextmanager
 def reading(name: str, folder: Path, count: int) -> Iterator[tuple[Any, Any]]:
-    """Processes that read the ledger all the time."""
+    """Run processes that read the ledger continuously."""
     context = _processes()
     stop, errors, readings = context.Event(), context.Value("i", 0), context.Value("i", 0)
     arguments = (name, folder, stop, errors, readings)
@@ -192,7 +192,7 @@ def timed(call: Callable[[], Any], count: int) -> list[float]:
 
 
 def speed(name: str, folder: Path, readers: int, rounds: int) -> dict[str, Any]:
-    """What is timed at the ledger's size."""
+    """Times of all operations at the ledger's size."""
     outages = _Outages()
     log = logging.getLogger("tuner.storage")
     log.addHandler(outages)
@@ -236,7 +236,7 @@ def speed(name: str, folder: Path, readers: int, rounds: int) -> dict[str, Any]:
 
 
 def _write(name: str, folder: Path, pipe: Any, room: int | None) -> None:
-    logging.disable()  # a ledger that waits for its disk says so
+    logging.disable()  # a ledger that waits for its disk logs it
     ledger = opened(name, folder)
     trial = ledger.ask()
     assert trial is not None
@@ -255,7 +255,7 @@ def _write(name: str, folder: Path, pipe: Any, room: int | None) -> None:
 
 
 def _ended(name: str, folder: Path, room: int | None, after: float) -> tuple[int, int]:
-    """Number and last written epoch of a trial whose writer ended."""
+    """Number and last written epoch of a trial after its writer ended."""
     context = _processes()
     mine, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_write, args=(name, folder, theirs, room))
@@ -273,9 +273,9 @@ def _ended(name: str, folder: Path, room: int | None, after: float) -> tuple[int
 
 
 def ends(name: str, count: int, *, full: bool) -> dict[str, Any]:
-    """Writers that end in the middle: by kill -9, or by a file that may grow no further.
+    """Interrupt writers by kill -9, or by a file that is not allowed to grow further.
 
-    Where a file may not grow, as on a full disk, the last write is cut off after some bytes.
+    In the latter case, as on a full disk, the last write is cut off after some bytes.
     """
     generator = np.random.default_rng(1)
     readable = lost = 0

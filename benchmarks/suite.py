@@ -2,9 +2,9 @@
 
     python -m benchmarks.suite [--json FILE] [--write] [--only NAME] [--threads 2]
 
-Each benchmark runs in a process of its own. The JSON lies in benchmarks/results/ under the
+Each benchmark runs in its own process. The JSON is written to benchmarks/results/ under the
 machine's name, for `python -m benchmarks.compare`; `--write` puts the table into
-docs/performance.md. Run it on a machine that does nothing else.
+docs/performance.md. Run it on an otherwise idle machine.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "performance.md"
 RESULTS = ROOT / "benchmarks" / "results"
-# Those of speed; what they find is measured by benchmarks.quality and others.
+# Benchmarks of speed; accuracy is measured by benchmarks.quality and others.
 SUITE = ("hot", "sample_covariance", "simulate", "spectra", "train_step", "epoch", "nomp")
 BEGIN, END = "<!-- suite: begin -->", "<!-- suite: end -->"
 _PACKAGES = ("torch", "numpy", "scipy")
 
 
 def run(name: str, threads: int) -> dict[str, Any]:
-    """The figures of one benchmark; what it prints goes to the terminal."""
+    """Run one benchmark and return its figures; its output goes to the terminal."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "figures.json"
         command = [sys.executable, "-m", f"benchmarks.{name}", "--json", str(path)]
@@ -40,17 +40,17 @@ def run(name: str, threads: int) -> dict[str, Any]:
 
 
 def beside(machine: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
-    """Figures without their machine, unless it is not the suite's: the processor beside a GPU."""
+    """Figures without their machine, unless it differs from the suite's (a CPU next to a GPU)."""
     return {k: v for k, v in found.items() if k != "machine" or v != machine}
 
 
 def slug(text: str) -> str:
-    """A file name of a machine's name."""
+    """A machine's name as a file name."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
 def commit() -> str:
-    """The commit that was measured, with a mark where the tree has changes."""
+    """The measured commit, with a mark if the tree has changes."""
     described = subprocess.run(
         ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
     )
@@ -58,7 +58,7 @@ def commit() -> str:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Markdown: the machine, its limits, and every hot function beside them."""
+    """Markdown table of the machine, its limits, and every hot function."""
     machine, hot = result["machine"], result.get("hot")
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     measured = f"Measured {result['date']} by `{result['command']}` at {result['commit']}"
@@ -100,12 +100,12 @@ def table(result: dict[str, Any]) -> str:
 
 
 def digits(value: float) -> str:
-    """Three digits or all before the point: 0.0519, 84.1, 1,052."""
+    """Format with three digits, or all before the decimal point: 0.0519, 84.1, 1,052."""
     return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def written_into(page: str, text: str) -> str:
-    """The page with the text between its marks.
+    """Return the page with the text inserted between its marks.
 
     Raises:
         ValueError: a page without the marks.
@@ -118,7 +118,7 @@ def written_into(page: str, text: str) -> str:
 
 
 def main() -> int:
-    """Run what is asked for and keep it."""
+    """Run the requested benchmarks and save the results."""
     arguments = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     arguments.add_argument("--json", type=Path, metavar="FILE", help="in place of results/")
     arguments.add_argument("--write", action="store_true", help=f"renew {PAGE.name}")

@@ -30,7 +30,7 @@ SPEEDUP = 20.0
 def dense_loss(
     trainer: Trainer, factor: Tensor, ridge: Tensor, scenes: Scenes, decoys: Tensor
 ) -> Tensor:
-    """The loss's covariance terms from dense (B, N, N) matrices, R_blend included."""
+    """The loss's covariance terms from dense (B, N, N) matrices, including R_blend."""
     config, array = trainer.config, trainer.array
     n, beta = array.size, config.blend.beta
 
@@ -78,7 +78,7 @@ def dense_loss(
 
 
 def synchronize() -> None:
-    """Wait for the GPU, where there is one."""
+    """Wait for the GPU, if there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
@@ -124,7 +124,7 @@ def losses(trainer: Trainer, batch: Batch, rounds: int) -> dict[str, float]:
 
 
 def steps(config: TrialConfig, device: str, rounds: int) -> dict[str, Any]:
-    """Steps a second of the whole training step, and the memory it peaks at."""
+    """Steps per second of the whole training step, and its peak memory."""
     trainer = Trainer(config, device)
     batch = next(iter(trainer.source.train_batches(0, config.training.batch_size, 0)))
     trainer.network.train()
@@ -152,7 +152,7 @@ def steps(config: TrialConfig, device: str, rounds: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Run the benchmark and print it."""
+    """Run the benchmark and print the result."""
     arguments = parser(__doc__ or "")
     arguments.add_argument("--batch", type=int, default=64, help="scenes (default: %(default)s)")
     args = arguments.parse_args()
@@ -189,7 +189,7 @@ def main() -> None:
     trainer = Trainer(config, device)
     batch = trainer.source.validation()
     result["loss"] = {}
-    # One thread is what a trial has by default; the others show what more of them change.
+    # A trial uses one thread by default; the others show the effect of more threads.
     for threads in sorted({1, args.threads}):
         torch.set_num_threads(threads)
         loss = result["loss"][f"{threads} threads"] = losses(trainer, batch, args.rounds)

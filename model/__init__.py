@@ -1,4 +1,4 @@
-"""The network, its losses, data and training; knows physics, not Ray."""
+"""The network, its losses, data and training; depends on physics, not on Ray."""
 
 from model.candidate import CandidateNetwork, CandidateNetworkConfig
 from model.checkpoint import CheckpointError, export_best

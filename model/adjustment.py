@@ -1,4 +1,4 @@
-"""What may change in a configuration while a training keeps its weights, and what may not."""
+"""Which configuration fields may change while a training keeps its weights."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from physics.config import AmidTraining
 
 
 def adjustable_paths(config: BaseModel, prefix: str = "") -> Iterator[str]:
-    """Dotted paths of the fields that are marked as adjustable, in the configuration's own kinds.
+    """Dotted paths of the fields marked as adjustable, for the configuration's actual types.
 
     Args:
-        config: with the network's family that it has, and the loss terms that it has.
-        prefix: of the paths.
+        config: determines the network family and the loss terms.
+        prefix: prepended to the paths.
     """
     for name, field in type(config).model_fields.items():
         path, value = prefix + name, getattr(config, name)
@@ -31,10 +31,10 @@ def adjustable_paths(config: BaseModel, prefix: str = "") -> Iterator[str]:
 
 
 def undivided(config: TrialConfig) -> dict[str, Any]:
-    """The configuration in plain values, without what changes no result.
+    """The configuration as plain values, with the fields that change no result normalised.
 
-    A step's parts are a matter of memory, its threads of time, and scenes are the same wherever
-    they lie.
+    The number of parts of a step affects only memory, the number of threads only time, and scenes
+    are the same wherever they are stored.
     """
     data = config.model_dump()
     data["training"] |= {"accumulation": 1, "threads": 1}
@@ -43,9 +43,9 @@ def undivided(config: TrialConfig) -> dict[str, Any]:
 
 
 def lasting(config: TrialConfig) -> dict[str, Any]:
-    """What must be the same for one training to take over the weights of another.
+    """The fields that must agree for one training to take over the weights of another.
 
-    All but the seed and the adjustable fields.
+    These are all fields except the seed and the adjustable ones.
     """
     data = undivided(config)
     del data["seed"]
@@ -59,7 +59,7 @@ def lasting(config: TrialConfig) -> dict[str, Any]:
 
 
 def first_difference(theirs: Mapping[str, Any], ours: Mapping[str, Any], prefix: str = "") -> str:
-    """The first field in which two configurations in plain values differ, for messages."""
+    """Describe the first field in which two configurations (plain values) differ, for messages."""
     for name in dict.fromkeys([*theirs, *ours]):
         path = prefix + name
         there, here = theirs.get(name), ours.get(name)

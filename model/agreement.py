@@ -1,8 +1,8 @@
-"""Whether recorded measurements hold the sources that are named beside them.
+"""Checks that recorded measurements contain the sources listed with them.
 
-The true covariance that lies with recorded scenes is often made from the positions, and agrees with
-them whatever they are. What was measured does not: positions in degrees, a transposed or conjugated
-array, codes in degrees leave nothing in y that the sources would explain.
+The true covariance stored with recorded scenes is often computed from the positions, and agrees
+with them even if they are wrong. The measurements do not: with positions in degrees, a transposed
+or conjugated array, or codes in degrees, the sources explain nothing of y.
 """
 
 from __future__ import annotations
@@ -26,22 +26,23 @@ from physics.scaling import power
 from physics.scene import SceneConfig, Scenes, SourceMode
 from physics.steering import Wavefront, steering_vector
 
-CONVENTION_SHARE = 0.999  # of R that the sources' steering vectors explain
-_SCENES = 64  # that are looked at, evenly over a split
-_LEAST = 0.2  # of what the sources should explain beyond chance, that they have to
-_NOTHING = 0.05  # of it, where no other reading would do: what is left of hardware that is far off
-_ENOUGH = 0.45  # of it, with which nothing is said: hardware's faults leave more (tests)
-_ASSUMED = 10.0  # dB, where no SNR is known; nothing is refused or told for that alone
-_TELLS = 0.1  # share of the energy that they should explain beyond chance; less tells nothing
-_ALIKE = 0.9  # of what free symbols explain, with which those of one snapshot are all snapshots'
-_LIKELY = 0.5  # of it, at which another reading of the data is taken to be the right one
+CONVENTION_SHARE = 0.999  # smallest share of R that the sources' steering vectors must explain
+_SCENES = 64  # scenes examined, spread evenly over a split
+# The next three are fractions of the energy that the sources should explain beyond chance.
+_LEAST = 0.2  # below it the data are refused, if another reading explains them
+_NOTHING = 0.05  # the same if no other reading does: even very wrong hardware leaves more
+_ENOUGH = 0.45  # above it nothing is reported: hardware errors leave more (tests)
+_ASSUMED = 10.0  # dB, where no SNR is known; that alone causes no error and no note
+_TELLS = 0.1  # smallest share of the energy to be explained beyond chance; less is inconclusive
+_ALIKE = 0.9  # fraction of the free symbols' result above which symbols count as constant
+_LIKELY = 0.5  # fraction from which another reading of the data is taken to be the right one
 
 
 def check_convention(splits: list[ShardSplit], per_shard: int = 4) -> None:
     """Check that array and wavefront are those that the shards' R was made with.
 
     Raises:
-        DataError: a share of R outside the sources' steering vectors, with what to set.
+        DataError: a share of R lies outside the sources' steering vectors; it says what to set.
     """
     for split in splits:
         for start, shard in split.starts():
@@ -62,22 +63,22 @@ def check_convention(splits: list[ShardSplit], per_shard: int = 4) -> None:
 
 
 def check_agreement(split: ShardSplit, scene: SceneConfig) -> list[str]:
-    """Check that the measurements of a split hold its sources' signals.
+    """Check that the measurements of a split contain its sources' signals.
 
-    Each y is fitted by the signals of the sources that are named, with free amplitudes, and by
-    those of another scene's sources through the same channel and codes. With noise at the SNR that
-    is named the first explain more, by a known amount.
+    Each y is fitted by the signals of its listed sources, with free amplitudes, and by those of
+    another scene's sources through the same channel and codes. With noise at the recorded SNR, the
+    former explain more by a known amount.
 
     Args:
         split: recorded scenes.
-        scene: which says how the symbols are and where sources stand.
+        scene: source mode and field of view.
 
     Returns:
-        What a user should know of them, a line each.
+        Notes for the user, one line each.
 
     Raises:
-        DataError: the sources explain hardly more of y than another scene's would; with another
-            reading of the data by which they would, if there is one.
+        DataError: the sources explain hardly more of y than another scene's would. The message
+            names another reading of the data with which they would, if there is one.
     """
     chosen = np.unique(np.linspace(0, len(split) - 1, _SCENES).astype(np.int64))
     scenes = split.read(chosen)
@@ -126,12 +127,12 @@ def check_agreement(split: ShardSplit, scene: SceneConfig) -> list[str]:
 
 
 def doubts(path: Path, scene: SceneConfig, array: PlanarArray) -> list[str]:
-    """Why recorded scenes may be none that a network was trained for, a line each.
+    """Reasons why recorded scenes may not match a network's training, one line each.
 
     Args:
-        path: of a shard or a folder of them; only of those, which name their sources, it is known.
-        scene: that the network was trained with.
-        array: its surface.
+        path: a shard or a folder of shards; other files list no sources and give no reasons.
+        scene: the scene configuration of the network's training.
+        array: the surface of the network.
     """
     folder = path.absolute() if path.is_dir() else path.absolute().parent
     which = "*.npz" if path.is_dir() else escape(path.name)
@@ -150,11 +151,11 @@ def doubts(path: Path, scene: SceneConfig, array: PlanarArray) -> list[str]:
 
 
 def _agreement(scenes: Scenes, array: PlanarArray, wavefront: Wavefront, mode: SourceMode) -> float:
-    """What the sources explain of y beyond chance, over what they should; NaN where nothing tells.
+    """Energy of y that the sources explain beyond chance, over its expectation; NaN if unclear.
 
-    They should explain the signal, and of the noise a part as large as their signals' span. What
-    sources of another scene explain is chance: nearly as much where all stand close together, or
-    a strong path hides the surface. An SNR that is not known is taken to be 10 dB.
+    They should explain the signal and the part of the noise that lies in their signals' span. The
+    energy that sources of another scene explain is chance: nearly as much where all are close
+    together, or where a strong path dominates the surface. An unknown SNR is taken as 10 dB.
     """
     own = _explained(scenes, array, wavefront, mode)
     order = torch.arange(len(scenes)).roll(len(scenes) // 2)
@@ -186,7 +187,7 @@ def _explained(
 
 
 def _readings(scenes: Scenes) -> Iterator[tuple[str, Scenes]]:
-    """The same scenes, had they been written with a usual mistake."""
+    """The scenes reinterpreted as if written with each of several common mistakes."""
     angles, distance = scenes.position[..., :2], scenes.position[..., 2:]
     places = {
         "angles read as degrees (ptr holds radians)": [torch.deg2rad(angles), distance],
@@ -211,7 +212,7 @@ def _readings(scenes: Scenes) -> Iterator[tuple[str, Scenes]]:
 
 
 def gaps(split: ShardSplit) -> Iterator[str]:
-    """Whether a shard is missing, by the others' numbers: a line, or none."""
+    """Yield a line if the numbers of the shards have gaps."""
     found = (re.fullmatch(r"shard_(\d+)", shard.path.stem) for shard in split.shards)
     numbers = {int(match[1]) for match in found if match}
     missing = sorted(set(range(min(numbers, default=0), max(numbers, default=0))) - numbers)
@@ -222,7 +223,7 @@ def gaps(split: ShardSplit) -> Iterator[str]:
 
 
 def _outside(scenes: Scenes, scene: SceneConfig) -> Iterator[str]:
-    """Whether sources stand where no estimator would look for them."""
+    """Yield a line for each coordinate in which sources lie outside the searched field."""
     names = ("azimuth_deg", "elevation_deg", "range_m")
     position = scenes.position.double()
     values = torch.rad2deg(position[..., 0]), torch.rad2deg(position[..., 1]), position[..., 2]

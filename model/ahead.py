@@ -1,4 +1,4 @@
-"""A host that stays ahead of its device: it looks at values once it has asked for more work."""
+"""Asynchronous reads: the host queues more work on the device before it reads earlier values."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ T = TypeVar("T")
 
 
 class Look:
-    """Values on their way from a device to the host.
+    """Values being copied asynchronously from a device to the host.
 
-    They set out when this is made, behind all that the device's current stream was asked for
-    before. Who reads them waits until they have come, and for nothing that was asked for since.
+    Construction queues the copy on the device's current stream, after all work queued before.
+    Reading waits for the copy, but not for work queued after it.
 
     Args:
         values: (n,), on a CPU or a CUDA device.
     """
 
     def __init__(self, values: Tensor) -> None:
-        # Into pinned memory, which PyTorch takes for copies to the host that nobody waits for.
+        # PyTorch uses pinned memory for non-blocking copies to the host.
         self._values = values.to("cpu", non_blocking=True)
         self._come: torch.cuda.Event | None = None
         if values.device.type != "cpu":
@@ -31,7 +31,7 @@ class Look:
             self._come.record(torch.cuda.current_stream(values.device))
 
     def read(self) -> list[float]:
-        """The n values."""
+        """Wait for the copy and return the n values."""
         if self._come is not None:
             self._come.synchronize()
         values: list[float] = self._values.tolist()
@@ -39,12 +39,12 @@ class Look:
 
 
 def ahead_of(device: torch.device) -> int:
-    """Batches and steps that a device is asked for before the host looks at the ones before."""
+    """Number of batches and steps queued on a device before the host reads earlier results."""
     return 0 if device.type == "cpu" else 1
 
 
 def delayed(items: Iterable[T], by: int) -> Iterator[T]:
-    """Each of the items when ``by`` more have been made after it, or there are no more."""
+    """Yield each item once ``by`` later ones have been produced, or the input is exhausted."""
     waiting: deque[T] = deque()
     for item in items:
         waiting.append(item)

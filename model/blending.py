@@ -1,4 +1,4 @@
-"""R_blend: the one function that training, validation and inference build it with."""
+"""R_blend: the function with which training, validation and inference build it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def jittered_beta(n_scenes: int, config: BlendConfig, generator: torch.Generator
 
     Args:
         n_scenes: B, of the whole step.
-        config: beta and jitter; None is returned where there is no jitter.
+        config: beta and jitter; without jitter None is returned.
         generator: CPU generator of the training.
     """
     if not config.jitter:
@@ -34,8 +34,8 @@ def blended_covariance(
         prediction: the network's.
         features: of the same scenes; R_samp comes from their ridge solutions.
         config: beta and shrinkage.
-        beta: (B,) of a training, on the CPU, see :func:`jittered_beta`; None takes beta as it is,
-            as inference does.
+        beta: (B,) of a training step, on the CPU, see :func:`jittered_beta`; None uses
+            ``config.beta``, as inference does.
     """
     measured = features.measured_covariance(config.shrinkage)
     return blend(prediction.covariance, measured, config.beta if beta is None else beta)

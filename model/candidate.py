@@ -1,4 +1,4 @@
-"""The candidate network: sources that matching pursuit proposes, judged once more."""
+"""The candidate network: it rates the sources that matching pursuit proposes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from physics.geometry import PlanarArray
 from physics.precision import full_precision
 from physics.scene import SceneConfig
 
-_FARTHEST = math.radians(9.0)  # that a direction is moved
+_FARTHEST = math.radians(9.0)  # largest correction of a direction
 
 
 class CandidateNetworkConfig(AttentionConfig):
@@ -40,27 +40,27 @@ class CandidateNetworkConfig(AttentionConfig):
 
     @property
     def spectra(self) -> tuple[Spectrum, ...]:
-        """None: it reads its candidates."""
+        """Empty: the network reads candidates instead."""
         return ()
 
     @property
     def slots(self) -> int:
-        """Sources that it can tell of."""
+        """Largest number of sources that the network can predict."""
         return self.candidates.count
 
 
 class CandidateNetwork(SourceNetwork):
-    """Judges the candidates of an overcomplete matching pursuit, each beside the others.
+    """Rates the candidates of an overcomplete matching pursuit, each in the context of the others.
 
-    A slot is a candidate. The network says whether a source stands in its direction, tempers and
+    A slot is a candidate. The network predicts whether a source lies in its direction, tempers and
     tilts the likelihood of its range, corrects its power, widens or narrows the ellipse of its
-    direction and the interval of its range, and moves the direction, in the fit's own standard
-    deviations and by 9 degrees at most: where the model is wrong, what fits best lies beside the
-    source. A small transformer encoder lets the candidates of a scene see one another: what one
-    source may be depends on how strong and how near the others are.
+    direction and the interval of its range, and shifts the direction, in units of the fit's
+    standard deviations and by at most 9 degrees: where the model is wrong, the best fit lies beside
+    the source. A small transformer encoder lets the candidates of a scene attend to one another,
+    since the interpretation of one depends on how strong and how near the others are.
 
-    Where candidates were fitted with other models of the waves too, direction and likelihood of
-    range are those of all models, each with its probability: the posterior one by the fits'
+    Where candidates were also fitted with other wave models, direction and range likelihood are
+    mixtures over all models, weighted by their probabilities: the posterior ones from the fits'
     deviances, tempered and shifted by the network.
 
     The factor of R_pred is the posterior mean on the manifold: column i is
@@ -96,16 +96,16 @@ class CandidateNetwork(SourceNetwork):
             layer, config.depth, norm=nn.LayerNorm(width), enable_nested_tensor=False
         )
         self.existence = nn.Linear(width, 1)
-        # Sharpness of the likelihood; centre, weight and slope of a prior on log range; power;
-        # standard deviations of direction and range over those that fit and posterior predict;
-        # the direction's step, scale and two coordinates; sharpness of the evidence for the other
-        # waves and what is added to it.
+        # Outputs: sharpness of the likelihood; centre, weight and slope of a prior on log range;
+        # power; standard deviations of direction and range relative to those of fit and posterior;
+        # the direction's step, as scale and two coordinates; sharpness of the evidence for the
+        # other wave models and the offsets added to it.
         self.judgement = nn.Linear(width, 10 + (1 + n_others if n_others else 0))
         nn.init.zeros_(self.judgement.weight)
         nn.init.zeros_(self.judgement.bias)
 
     def forward(self, features: Features) -> Prediction:
-        """Predict B scenes. Runs under autocast; what leaves it is in full precision."""
+        """Predict B scenes. Runs under autocast and returns full precision."""
         found = features.candidates
         if found is None:
             raise ValueError("features hold no candidates; this network needs find_candidates")
@@ -129,7 +129,7 @@ class CandidateNetwork(SourceNetwork):
                 * functional.softplus(weight.unsqueeze(-1) - 2.0)
                 * (log_range - 1.5 - centre.unsqueeze(-1)).square()
             )
-            # softplus(0.54) is 1: the likelihood as it is.
+            # softplus(0.54) is 1, which leaves the likelihood unchanged.
             sharpness = functional.softplus(sharpness.unsqueeze(-1) + 0.54)
             log_share = _log_shares(found, judgement[..., 10:])  # (B, P, 1 + W)
             evidence = torch.cat(
@@ -156,19 +156,19 @@ class CandidateNetwork(SourceNetwork):
 
 
 def _cells(direction: Tensor, ranges: Tensor) -> Tensor:
-    """Azimuth, elevation [rad], range [m] (B, P, S, 3) of every candidate's cells."""
+    """Azimuth, elevation [rad] and range [m] (B, P, S, 3) of every candidate's cells."""
     directions = direction.unsqueeze(-2).expand(*ranges.shape, 2)
     return torch.cat([directions, ranges.unsqueeze(-1)], dim=-1)
 
 
 def _std_of(found: Candidates) -> Tensor:
-    """Standard deviations (B, P, 2) of the directions [rad] by the fit, as far as a step goes."""
+    """The fit's standard deviations (B, P, 2) of the directions [rad], at most the largest step."""
     variance = found.covariance[..., :2, :2].diagonal(dim1=-2, dim2=-1)
     return variance.clamp_min(0.0).sqrt().clamp_max(_FARTHEST)
 
 
 def _mixed(found: Candidates, share: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean (B, P, 2) and covariance (B, P, 2, 2) of the directions by all models of the waves.
+    """Mean (B, P, 2) and covariance (B, P, 2, 2) of the directions over all wave models.
 
     Args:
         found: candidates.
@@ -182,14 +182,14 @@ def _mixed(found: Candidates, share: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _log_shares(found: Candidates, said: Tensor) -> Tensor:
-    """Log probabilities (B, P, 1 + W) of the models of the waves, the nominal one first.
+    """Log probabilities (B, P, 1 + W) of the wave models, the nominal one first.
 
-    Where nothing is said, those that the fits have if all models are as likely beforehand.
+    Where ``said`` is zero, these are the fits' posterior probabilities under a uniform prior.
 
     Args:
         found: candidates.
-        said: (B, P, 1 + W): sharpness, and what is added for each of the others; nothing
-            where there are none.
+        said: (B, P, 1 + W): sharpness, and an offset for each of the other models; empty if there
+            are none.
     """
     sharpness = functional.softplus(said[..., :1] + 0.54)
     logit = sharpness * _wave_evidence(found).unsqueeze(1) + said[..., 1:]
@@ -198,7 +198,7 @@ def _log_shares(found: Candidates, said: Tensor) -> Tensor:
 
 
 def _wave_evidence(found: Candidates) -> Tensor:
-    """Log-likelihood ratios (B, W) of the other models of the waves, within +-20."""
+    """Log-likelihood ratios (B, W) of the other wave models, clamped to +-20."""
     return found.wave_evidence.clamp(-20.0, 20.0)
 
 
@@ -207,12 +207,12 @@ def _log(value: Tensor) -> Tensor:
 
 
 def _compressed(value: Tensor) -> Tensor:
-    """Logarithmic in either direction, linear around 0."""
+    """Compress values: logarithmic for large ones of either sign, linear around 0."""
     return value.sign() * torch.log1p(value.abs())
 
 
 def _of_candidates(found: Candidates) -> Tensor:
-    """Inputs (B, P, 20 + S + P) of order 1, by candidate."""
+    """Inputs (B, P, 20 + S + P) of order 1, per candidate."""
     log_likelihood = torch.log_softmax(found.range_evidence, dim=-1)
     n_candidates = found.power.shape[1]
     azimuth, elevation, inverse_range = found.coordinates.unbind(-1)
@@ -264,7 +264,7 @@ def _of_scenes(found: Candidates, snr_db: Tensor) -> Tensor:
 
 
 def _of_others(found: Candidates) -> Tensor:
-    """Inputs (B, P, W (5 + S)) of order 1: what the other models of the waves say."""
+    """Inputs (B, P, W (5 + S)) of order 1: the fits with the other wave models."""
     away = found.other_coordinates - found.coordinates.unsqueeze(2)
     moved = _compressed(away[..., :2] / _std_of(found).clamp_min(1e-5).unsqueeze(2)) / 2.0
     bent = _log(found.other_coordinates[..., 2]) - _log(found.coordinates[..., 2]).unsqueeze(2)

@@ -1,4 +1,4 @@
-"""Checkpoints: one safetensors file each, replaced in one step; never pickle."""
+"""Checkpoints: one safetensors file each, replaced atomically; never pickle."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ DECISION = "decision.json"
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be used, and why, in one line."""
+    """A checkpoint cannot be used; the message gives the reason in one line."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Checkpoint:
     state: dict[str, Any]
 
     def save(self, folder: Path) -> None:
-        """Write ``checkpoint.safetensors``; what was there before is replaced in one step."""
+        """Write ``checkpoint.safetensors``, atomically replacing an existing one."""
         flat = {f"{g}/{n}": t for g, group in self.tensors.items() for n, t in group.items()}
         save_tensors(
             Path(folder) / CHECKPOINT,
@@ -74,9 +74,9 @@ class Checkpoint:
 
 
 def exported(folder: Path) -> Path:
-    """The folder of exported weights that is meant: the folder itself, or a run folder's ``best/``.
+    """The folder of exported weights: the given folder, or ``best/`` of a run folder.
 
-    Where neither holds any it is the folder itself, for who reads it to say so.
+    If neither holds weights, the given folder is returned, and reading it reports the error.
     """
     best = folder / "best"
     return best if not (folder / WEIGHTS).exists() and best.is_dir() else folder
@@ -113,7 +113,7 @@ def has_checkpoint(folder: Path) -> bool:
 
 
 def check_shapes(saved: dict[str, Tensor], own: dict[str, Tensor]) -> None:
-    """Refuse weights that are not those of a network, whose own these are.
+    """Check that saved weights match a network's own weights in name and shape.
 
     Raises:
         CheckpointError: a name that only one of them has, or another shape.
@@ -131,12 +131,12 @@ def check_shapes(saved: dict[str, Tensor], own: dict[str, Tensor]) -> None:
 def save_tensors(
     path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
 ) -> None:
-    """Write tensors as safetensors, in one step."""
+    """Write tensors as safetensors, atomically."""
     whole = {
         name: tensor.detach().resolve_conj().resolve_neg().contiguous().cpu()
         for name, tensor in tensors.items()
     }
-    # The bytes of safetensors.torch.save_file, which looks at each tensor far longer.
+    # Same bytes as safetensors.torch.save_file, which spends much more time per tensor.
     specs = {
         name: TensorSpec(
             dtype=str(t.dtype).removeprefix("torch."),
@@ -184,7 +184,7 @@ def parse_config(path: Path, text: str) -> TrialConfig:
 
 
 def read_config(folder: Path) -> TrialConfig:
-    """Read the ``config.json`` beside exported weights.
+    """Read the ``config.json`` next to exported weights.
 
     Raises:
         CheckpointError: missing, damaged, or of another version.
@@ -199,10 +199,10 @@ def read_config(folder: Path) -> TrialConfig:
 
 
 def read_decision(folder: Path) -> Decision:
-    """Read the ``decision.json`` beside exported weights; the defaults where there is none.
+    """Read the ``decision.json`` next to exported weights; the defaults if there is none.
 
     Raises:
-        CheckpointError: damaged, or a threshold or spread that no training chooses.
+        CheckpointError: damaged, or a threshold or spread that no training can choose.
     """
     path = Path(folder) / DECISION
     try:
@@ -225,10 +225,10 @@ def export_best(checkpoint: Path, out: Path) -> None:
 
     Args:
         checkpoint: folder of a checkpoint of :class:`model.training.Trainer`.
-        out: folder that gets ``model.safetensors``, ``config.json`` and ``decision.json``.
+        out: folder for ``model.safetensors``, ``config.json`` and ``decision.json``.
 
     Raises:
-        CheckpointError: the checkpoint is damaged, or no epoch of it was scored.
+        CheckpointError: the checkpoint is damaged, or none of its epochs was scored.
     """
     loaded = Checkpoint.load(checkpoint)
     if not loaded.tensors.get("best"):

@@ -1,4 +1,4 @@
-"""One trial's whole configuration, composed of the sections of physics and model."""
+"""The complete configuration of a trial, composed of the sections of physics and model."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _METRICS: dict[Objective, str] = {"nmse": "nmse_pred", "gospa": "gospa", "nll": 
 
 
 def score(objective: Objective, metrics: Mapping[str, Any]) -> float:
-    """What is minimised, of an epoch's validation metrics."""
+    """The value to minimise, computed from an epoch's validation metrics."""
     if objective == "f1":
         return 1.0 - metrics["f1"]
     return metrics[_METRICS[objective]]

@@ -1,4 +1,4 @@
-"""What a network costs to use, as a number that is the same on every machine."""
+"""The cost of running a network, as a number that is the same on every machine."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from model.config import TrialConfig
 from model.features import Features
 from model.prediction import SourceNetwork
 
-_COUNTED: dict[str, int] = {}  # by what gives a network its shape
+_COUNTED: dict[str, int] = {}  # by the configuration that determines a network's shape
 
 
 def trial_flops(config: TrialConfig, network: SourceNetwork, features: Features) -> int:
-    """:func:`forward_flops` of a trial's network, counted once for all of its shape.
+    """:func:`forward_flops` of a trial's network, cached by the network's shape.
 
-    The counting takes some forward passes' time, and an actor takes one trial after another.
+    Counting takes the time of some forward passes, and an actor runs one trial after another.
 
     Args:
         config: of the trial.
-        network: its own.
+        network: of the trial.
         features: of a batch.
     """
     fixed = lasting(config)
@@ -36,19 +36,19 @@ def trial_flops(config: TrialConfig, network: SourceNetwork, features: Features)
 def forward_flops(network: SourceNetwork, features: Features) -> int:
     """Floating-point operations of one scene's forward pass.
 
-    Matrix products and convolutions are counted, two operations a multiply-add, those of complex
-    numbers like those of real ones; what is done element by element is not, nor what precedes the
-    network (ridge solutions, spectra, candidates). The number follows from shapes alone: neither
-    from weights, scenes and precision, nor from the device.
+    Matrix products and convolutions are counted, with two operations per multiply-add and complex
+    operations counted like real ones. Element-wise operations are not counted, nor is the
+    computation before the network (ridge solutions, spectra, candidates). The number depends on
+    shapes only, not on weights, scenes, precision or device.
 
     Args:
-        network: left as it was; its dropout draws nothing here.
+        network: left unchanged; its dropout draws nothing here.
         features: of a batch of B scenes, B at least 1.
     """
     was_training = network.training
     network.eval()
-    # Attention's fused kernels are opaque to the counter: without gradients the encoder takes
-    # one for a whole layer, and on a CPU one for the attention.
+    # The counter cannot see into fused attention kernels: without gradients the encoder uses one
+    # for a whole layer, and on a CPU one for the attention.
     try:
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as n:
             network(features)

@@ -1,4 +1,4 @@
-"""A network of the user's own, in the place of a family."""
+"""A user-defined network, used instead of a built-in family."""
 
 from __future__ import annotations
 
@@ -37,26 +37,26 @@ class CustomConfig(FamilyConfig):
 
     @property
     def front_end(self) -> CandidateConfig | None:
-        """Candidates, where they are asked for."""
+        """The candidate search, if the configuration requests it."""
         return self.candidates
 
     @property
     def spectra(self) -> tuple[Spectrum, ...]:
-        """Those that are asked for."""
+        """The spectra that the configuration requests."""
         return self.reads
 
     @property
     def slots(self) -> int:
-        """Sources that it can tell of."""
+        """Largest number of sources that the network can predict."""
         return self.candidates.count if self.candidates else self.rank
 
 
 def build_custom(config: CustomConfig, scene: SceneConfig, array: PlanarArray) -> SourceNetwork:
-    """The network that the import path makes.
+    """Build the network named by the import path.
 
     Raises:
-        PluginError: it cannot be imported, is no SourceNetwork, or holds a persistent buffer:
-            parameters alone are averaged, saved and exported.
+        PluginError: it cannot be imported, is not a SourceNetwork, or holds a persistent buffer:
+            only parameters are averaged, saved and exported.
     """
     network = load_plugin(config.builder)(config, scene, array)
     if not isinstance(network, SourceNetwork):

@@ -68,13 +68,13 @@ class DataConfig(FrozenModel):
 
 @dataclass(frozen=True)
 class Batch:
-    """Scenes, and what a network is told of them beside the measurement."""
+    """Scenes, with the network's inputs other than the measurement."""
 
     scenes: Scenes
     snr_db: Tensor  # (B,) real; NaN where it is hidden, -inf where there is no signal
-    candidates: Candidates | None = None  # of the networks that judge them
-    images: Images | None = None  # what is kept of the spectra that the network reads
-    unit_modulus: bool | None = None  # what is known of all codes; None: they are looked at
+    candidates: Candidates | None = None  # for networks that rate them
+    images: Images | None = None  # cached spectra that the network reads
+    unit_modulus: bool | None = None  # whether all codes have unit modulus; None: check them
 
     def __len__(self) -> int:
         return len(self.scenes)
@@ -131,10 +131,10 @@ def simulate_split(
     epoch: int = 0,
     device: torch.device | str = "cpu",
 ) -> Iterator[Scenes]:
-    """Chunks of the simulated scenes of a split, ``n_scenes`` in all.
+    """Yield the simulated scenes of a split in chunks, ``n_scenes`` in all.
 
     Raises:
-        PluginError: a simulator that cannot be imported, or what it made is refused
+        PluginError: the simulator cannot be imported, or its scenes are refused
             (:func:`model.plugin.check_scenes`).
     """
     simulate = simulator_of(config.simulator)
@@ -143,22 +143,22 @@ def simulate_split(
         generator.manual_seed(simulation_seed(config.seed, split, epoch, chunk))
         scenes = simulate(CHUNK, scene, array, generator=generator, device=device)
         if config.simulator is not None:
-            # Values of the first alone: to look at them waits for the device.
+            # Check the values of the first chunk only: reading them waits for the device.
             check_scenes(config.simulator, scenes, CHUNK, scene, array, values=chunk == 0)
         yield scenes[slice(0, min(CHUNK, n_scenes - start))]
 
 
 class FrontEnds:
-    """What is known of scenes beside the measurement: the SNR of some, candidates, images.
+    """Network inputs other than the measurement: the SNR of some scenes, candidates, images.
 
     Args:
         config: the trial.
-        dictionary: of its network; None: no images are kept.
+        dictionary: of its network; None disables the caching of images.
     """
 
     def __init__(self, config: TrialConfig, dictionary: Tensor | None = None) -> None:
         self.seed, self.hidden = config.data.seed, config.training.snr_dropout
-        # Codes of shards, and of a simulator of the user's own, may have any amplitude.
+        # Codes from shards or from a user-defined simulator may have any amplitude.
         own = config.data.shards is not None or config.data.simulator is not None
         self._unit_modulus = None if own else True
         self._search = CandidateSearch.of(config)
@@ -166,11 +166,11 @@ class FrontEnds:
 
     @property
     def wanted(self) -> bool:
-        """Whether anything is computed of scenes, and kept."""
+        """Whether anything is computed from scenes and cached."""
         return self._search is not None or self._imaging is not None
 
     def examine(self, scenes: Scenes, split: Split, epoch: int, chunk: int) -> Batch:
-        """A batch of one chunk of a split, always the same."""
+        """A batch of one chunk of a split; the same arguments give the same batch."""
         snr_db = scenes.known_snr_db
         if split == "train" and self.hidden:
             sequence = np.random.SeedSequence(self.seed, spawn_key=(4, epoch, chunk))
@@ -182,7 +182,7 @@ class FrontEnds:
         return Batch(scenes, snr_db, found, unit_modulus=self._unit_modulus)
 
     def images(self, scenes: Scenes) -> Images | None:
-        """What is kept of scenes that are the same in every epoch; None where nothing can be."""
+        """Cached images of scenes that are the same in every epoch; None without a cache."""
         if self._imaging is None or self._imaging.cache is None:
             return None
         found = self._imaging(scenes.y, scenes.H, scenes.codes, scenes.snr_db)
@@ -191,8 +191,8 @@ class FrontEnds:
     def fixed(self, chunks: list[Scenes], split: Split) -> FixedScenes:
         """All chunks of a set that is the same in every epoch.
 
-        Processes begin at different chunks: those that compute for the same scenes at the same
-        time share the work.
+        Each process starts at a different chunk, so that processes that need the same scenes at the
+        same time share the work through the cache.
         """
         first = os.getpid() % len(chunks)
         order = [*range(first, len(chunks)), *range(first)]
@@ -207,13 +207,13 @@ class FrontEnds:
 
 @dataclass(frozen=True)
 class FixedScenes:
-    """Scenes that are the same in every epoch; images that were read stay in their files."""
+    """Scenes that are the same in every epoch; images read from files stay memory-mapped."""
 
     batch: Batch
     images: Chunks[Images] | None
 
     def whole(self) -> Batch:
-        """All of them."""
+        """All scenes as one batch."""
         if self.images is None:
             return self.batch
         return replace(self.batch, images=Images.concatenate(self.images.parts))
@@ -301,7 +301,7 @@ class ShardScenes:
         self._front_ends = front_ends
         count = min(len(self.val), config.val_scenes)
         self._validation = Batch.concatenate(list(self._kept("val", count)))
-        # What is known of the training scenes is small or in files; they themselves stay on disk.
+        # SNR and candidates of the training scenes are small, images in files, scenes on disk.
         snr_db: list[Tensor] = []
         found: list[Candidates] = []
         images: list[Images] = []
@@ -322,7 +322,7 @@ class ShardScenes:
         for number, start in enumerate(range(0, len(order), batch_size)):
             index = order[start : start + batch_size]
             scenes = self.train.read(index.numpy())
-            unit_modulus = is_unit_modulus(scenes.codes)  # while the host has them
+            unit_modulus = is_unit_modulus(scenes.codes)  # while they are on the host
             scenes, here = scenes.to(self.device), sent(index, self.device)
             if self._known is None:
                 batch = self._front_ends.examine(scenes, "train", epoch, number)
@@ -336,7 +336,7 @@ class ShardScenes:
         return self._validation
 
     def _kept(self, split: Split, count: int) -> Iterator[Batch]:
-        """Chunks of a split with all that is kept of them."""
+        """Yield chunks of a split with their SNR, candidates and images."""
         shards, front_ends = self.train if split == "train" else self.val, self._front_ends
         for start in range(0, count, CHUNK):
             index = np.arange(start, min(start + CHUNK, count), dtype=np.int64)
@@ -382,7 +382,7 @@ def open_source(
     Args:
         config: the trial.
         device: of its scenes.
-        dictionary: (G, N) of its network, whose spectra are then kept; None: none are.
+        dictionary: (G, N) of its network, whose spectra are then cached; None disables caching.
 
     Raises:
         DataError: shards that cannot be used.
@@ -393,12 +393,12 @@ def open_source(
 
 
 class SceneCounts(NamedTuple):
-    """How many scenes a trial meets.
+    """How many scenes a trial uses.
 
     Attributes:
-        epoch: to train with in an epoch.
-        validation: to validate with.
-        train: of which those of the epochs are, where they are the same in every epoch.
+        epoch: training scenes per epoch.
+        validation: validation scenes.
+        train: scenes of the set that the epochs draw from, where it is the same in every epoch.
     """
 
     epoch: int
@@ -407,7 +407,7 @@ class SceneCounts(NamedTuple):
 
 
 def count_scenes(config: TrialConfig) -> SceneCounts:
-    """As many as are asked for, of shards at most as many as there are.
+    """The configured numbers of scenes, limited to the available ones for shards.
 
     Raises:
         DataError: shards that cannot be used.
@@ -421,7 +421,7 @@ def count_scenes(config: TrialConfig) -> SceneCounts:
 
 
 def images_bytes(config: TrialConfig) -> int:
-    """What the images that a trial keeps take on disk, if nobody has kept them before.
+    """Disk space of the images that a trial caches, if none of them are cached yet.
 
     Raises:
         DataError: shards that cannot be used.

@@ -1,4 +1,4 @@
-"""What is verified of a study's data before it starts."""
+"""Verification of a study's data before it starts."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from model.wording import counted
 
 @dataclass(frozen=True)
 class CheckedData:
-    """Data that a study may start with.
+    """Data that passed the checks.
 
     Attributes:
-        said: one line that describes it.
-        notes: what a user should know of it, a line each.
-        digests: of the recorded scenes of each split; of simulated ones there are none.
+        said: a description in one line.
+        notes: notes for the user, one line each.
+        digests: of the recorded scenes of each split; empty for simulated scenes.
     """
 
     said: str
@@ -36,7 +36,7 @@ def check_data(config: TrialConfig) -> CheckedData:
 
     Raises:
         DataError: missing, damaged, foreign, non-finite or leaking data, or another convention.
-        PluginError: a simulator that cannot be had, or that makes no scenes.
+        PluginError: a simulator that cannot be imported, or that makes no scenes.
     """
     if config.data.shards is None:
         if config.data.simulator is not None:
@@ -68,10 +68,10 @@ def check_data(config: TrialConfig) -> CheckedData:
 
 
 def _dead(split: ShardSplit) -> Iterator[str]:
-    """Read every scene; a line where some with sources have received nothing, or none.
+    """Read every scene; yield a line if y is zero in some scenes with sources.
 
     Raises:
-        DataError: a value that no scene can have.
+        DataError: a value that is invalid in any scene.
     """
     dead: list[int] = []
     for start in range(0, len(split), 256):

@@ -1,4 +1,4 @@
-"""From judged candidates to sources: where each stands, and which of them are named."""
+"""From rated candidates to sources: the position of each, and which of them are reported."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from physics.rows import Rows
 from physics.scene import Scenes
 
 _LEVEL = 0.9  # of the ellipsoids that are calibrated
-_GRID = torch.arange(0.05, 0.96, 0.025, dtype=torch.float64)  # thresholds that are tried
+_GRID = torch.arange(0.05, 0.96, 0.025, dtype=torch.float64)  # thresholds to try
 
 
 class DecisionConfig(FrozenModel):
@@ -36,9 +36,9 @@ class Decision:
     """Threshold and calibration, chosen on validation scenes.
 
     Attributes:
-        goal: what they are chosen for.
-        threshold: a candidate is named where its score is above it.
-        spread: the predicted covariances of positions are multiplied by it.
+        goal: the metric that they optimise.
+        threshold: candidates with a score above it are reported.
+        spread: factor on the predicted covariances of positions.
     """
 
     goal: Goal = "f1"
@@ -48,12 +48,12 @@ class Decision:
 
 @dataclass(frozen=True)
 class Judged(Rows):
-    """Candidates of B scenes as a decision sees them."""
+    """Rated candidates of B scenes, the input of a decision."""
 
     position: Tensor  # (B, r, 3) azimuth, elevation [rad], range [m]
     covariance: Tensor  # (B, r, 3, 3) of its errors
     score: Tensor  # (B, r) in [0, 1]
-    probability: Tensor  # (B, r) that a source stands in its direction
+    probability: Tensor  # (B, r) that there is a source in its direction
 
     def named(self, decision: Decision) -> Detections:
         """The candidates above the threshold."""
@@ -66,9 +66,9 @@ class Judged(Rows):
 def judge(prediction: Prediction, goal: Goal) -> Judged:
     """Range, ellipsoid and score of slots that have cells of their own.
 
-    The range is where the posterior expects the most of a worth that falls with the square of the
-    error and is 0 beyond the goal's reach. The score is the existence times what is expected
-    there; for ``count`` the existence alone.
+    The range maximises the posterior expectation of a utility that falls with the square of the
+    error and is 0 beyond the goal's reach. The score is the existence probability times that
+    expected utility; for ``count`` it is the existence probability alone.
 
     Args:
         prediction: of B scenes, with cells.
@@ -90,10 +90,10 @@ def judge(prediction: Prediction, goal: Goal) -> Judged:
 
 
 def choose(judged: Judged, scenes: Scenes, goal: Goal) -> Decision:
-    """The threshold that is best for the goal on scenes, and the calibration of the ellipsoids.
+    """Choose the threshold that is best for the goal, and calibrate the ellipsoids.
 
     Args:
-        judged: candidates of S scenes, judged for the same goal.
+        judged: candidates of S scenes, rated for the same goal.
         scenes: their truth.
         goal: see :class:`DecisionConfig`.
     """
@@ -104,7 +104,7 @@ def choose(judged: Judged, scenes: Scenes, goal: Goal) -> Decision:
 
 
 def _spread(found: Detections, matching: Matching, position: Tensor) -> float:
-    """Factor on the covariances that puts nine in ten of the hits into their 90 % ellipsoid."""
+    """Factor on the covariances with which 90 % of the hits lie in their 90 % ellipsoid."""
     distance = squared_mahalanobis(found, matching, position)
     distance = distance[torch.isfinite(distance)]
     if not len(distance):
@@ -113,7 +113,10 @@ def _spread(found: Detections, matching: Matching, position: Tensor) -> float:
 
 
 def _best_for_f1(judged: Judged, scenes: Scenes) -> float:
-    """Candidates are taken by falling score: every threshold is a prefix of that order."""
+    """Threshold of the best F1: candidates are taken in order of falling score, and each is tried.
+
+    Every threshold corresponds to a prefix of that order.
+    """
     order = judged.score.argsort(dim=-1, descending=True)
     score = judged.score.gather(-1, order)
     position = judged.position.gather(1, order.unsqueeze(-1).expand(-1, -1, 3))
@@ -130,11 +133,11 @@ def _best_for_f1(judged: Judged, scenes: Scenes) -> float:
     hit = torch.stack(hits, dim=-1).flatten()[ranked].double().cumsum(0)
     found = torch.arange(1, len(ranked) + 1, device=hit.device)
     levels = torch.cat([score.flatten()[ranked], score.new_zeros(1)])
-    # Equal scores are named together or not at all.
+    # Candidates of equal score are reported together or not at all.
     f1 = 2.0 * hit / (found + scenes.n_sources.sum()) * (levels[:-1] > levels[1:])
     best = int(f1.argmax())
     if not f1[best] > 0:
-        return 1.0  # no score is above it: silence is no worse
+        return 1.0  # no score is above it: reporting nothing is no worse
     return float(levels[best : best + 2].mean())
 
 

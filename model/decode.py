@@ -1,4 +1,4 @@
-"""From a prediction to sources: as many as the slots say, where MUSIC on R_blend has its peaks."""
+"""From a prediction to sources: MUSIC peaks of R_blend, as many as the slots predict."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ def detect(
     """The highest peaks of the MUSIC spectrum of R_blend, highest first.
 
     Args:
-        prediction: of B scenes; the slots whose existence is more likely than not are counted.
+        prediction: of B scenes; slots with an existence probability above 1/2 are counted.
         blended: their R_blend.
         grid: where the spectrum is computed; peaks are interpolated between its points.
         array: the surface.
         wavefront: model of the steering vectors.
 
     Returns:
-        As many sources a scene as it has slots and the spectrum peaks.
+        For each scene, as many sources as it has such slots, limited by the number of peaks.
     """
-    if wavefront == "planar":  # a plane wave has no range: each cell of it is the same peak
+    if wavefront == "planar":  # a plane wave has no range: all range cells hold the same peak
         grid = PolarGrid(grid.azimuth, grid.elevation, grid.inverse_range[:1])
     counts = (prediction.existence > 0).sum(-1)
     most = max(1, int(counts.max())) if len(counts) else 1

@@ -1,4 +1,4 @@
-"""What is wrong with scenes that somebody else made: shapes, kinds and numbers."""
+"""Validation of externally produced scenes: shapes, dtypes and values."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from physics.scene import Scenes
 
 
 class Sizes(NamedTuple):
-    """What scenes are to be of."""
+    """Expected sizes of scenes."""
 
     n_scenes: int
     n_snapshots: int
@@ -21,12 +21,12 @@ class Sizes(NamedTuple):
 
 
 def first_fault(scenes: Scenes, sizes: Sizes, *, values: bool = True) -> str | None:
-    """The first fault of scenes, in words that go on after "made" or "got"; None where none is.
+    """Describe the first fault of scenes, as a phrase to follow "made" or "got"; None if valid.
 
     Args:
-        scenes: of whatever shapes and kinds.
-        sizes: that are expected.
-        values: look at the numbers too, which waits once for the scenes' device.
+        scenes: of any shapes and dtypes.
+        sizes: the expected sizes.
+        values: also check the values, which waits once for the scenes' device.
     """
     B, L, M, N, K = sizes
     expected = {

@@ -1,4 +1,4 @@
-"""What the network sees: physics computed from a measurement, in full precision."""
+"""Inputs of the network: physics computed from a measurement, in full precision."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from physics.tikhonov import TikhonovConfig, solve_trusting, solve_unchecked, ze
 
 Spectrum = Literal["incoherent", "coherent", "adaptive"]
 
-_QUIET, _LOUD = -30.0, 50.0  # dB beyond which an SNR says no more
+_QUIET, _LOUD = -30.0, 50.0  # dB to which an SNR is clamped
 _LOADING = 0.1  # of the adaptive spectrum, relative to the mean diagonal
 
 
 @dataclass(frozen=True)
 class Features:
-    """Input of the network for B scenes; everything is free of the scale of H and y."""
+    """Input of the network for B scenes; all of it is independent of the scale of H and y."""
 
     ridge: Tensor  # (B, L, N) complex, ridge solutions of unit mean power
     codes: Tensor  # (B, L, N) complex
     y: Tensor  # (B, L, M) complex, unit mean power
     H: Tensor  # (B, M, N) complex, unit mean power
-    spectrum: Tensor  # (B, S, G) logarithms of the spectra asked for on the dictionary, mean 0
+    spectrum: Tensor  # (B, S, G) logarithms of the requested spectra on the dictionary, mean 0
     snr_db: Tensor  # (B,) real; NaN where unknown
-    fell_back: Tensor  # (B,) bool, scenes that the solver's SVD fallback served, or has to
-    candidates: Candidates | None = None  # of the networks that judge them
+    fell_back: Tensor  # (B,) bool, scenes that used, or need, the solver's SVD fallback
+    candidates: Candidates | None = None  # for networks that rate them
 
     def measured_covariance(self, shrinkage: float = 0.0) -> LowRankCovariance:
         """R_samp of the same ridge solutions, trace N."""
@@ -41,7 +41,7 @@ class Features:
 
 
 def moderate_level(snr_db: Tensor, known: Tensor) -> Tensor:
-    """SNR (B,) in tens of dB as networks read it: within -3..5, and 0 where it is not known.
+    """SNR (B,) in tens of dB, as input of networks: within -3..5, and 0 where it is unknown.
 
     Args:
         snr_db: (B,) [dB].
@@ -68,8 +68,8 @@ def compute_features(
 ) -> Features:
     """Ridge solutions and their spectra over a dictionary of positions.
 
-    The spectra of matched filters are the incoherent ``mean_l |a_g^H a_l|^2``, the statistic of
-    fluctuating sources, and the coherent ``|a_g^H mean_l a_l|^2``, the one of constant sources.
+    The matched-filter spectra are the incoherent ``mean_l |a_g^H a_l|^2``, the statistic for
+    fluctuating sources, and the coherent ``|a_g^H mean_l a_l|^2``, the one for constant sources.
     The adaptive one is MVDR's, ``1 / a_g^H (R_samp + I/10)^-1 a_g`` with R_samp at trace N. All
     enter as logarithms around their mean. NaN and Inf of a measurement count as zeros.
 
@@ -80,12 +80,12 @@ def compute_features(
         snr_db: (B,) real; NaN where unknown.
         dictionary: (G, N) complex steering vectors.
         tikhonov: how the ridge solutions are computed.
-        unit_modulus: what is known of the codes; None looks.
-        candidates: of the same scenes, where the network judges them.
-        spectra: those that are computed, in their order.
-        spectrum: (B, S, G) of :func:`compute_spectra`, where it is known already.
-        trusting: do not wait to see whether the SVD fallback is needed. Features of the scenes
-            that need it hold anything then; where there are some, compute all without this.
+        unit_modulus: whether the codes are known to have unit modulus; None checks them.
+        candidates: of the same scenes, if the network rates them.
+        spectra: the spectra to compute, in order.
+        spectrum: (B, S, G) from :func:`compute_spectra`, if already computed.
+        trusting: do not wait to check whether the SVD fallback is needed. Features of scenes that
+            need it are then undefined; if there are any, recompute all features without this.
     """
     how = tikhonov.regularization, tikhonov.solver, unit_modulus
     if trusting:
@@ -93,7 +93,7 @@ def compute_features(
     else:
         ridge, report = solve_unchecked(y, H, codes, *how)
         fell_back = report.fell_back
-        if report.n_fallbacks:  # it may be for NaN or Inf, which count as zeros here too
+        if report.n_fallbacks:  # possibly because of NaN or Inf, which count as zeros here too
             y, H, codes = (zero_non_finite(t) for t in (y, H, codes))
     ridge, y, H = _unit_power(ridge), _unit_power(y), _unit_power(H)
     if spectrum is None:
@@ -120,7 +120,7 @@ def compute_spectra(
     tikhonov: TikhonovConfig,
     spectra: tuple[Spectrum, ...],
 ) -> Tensor:
-    """The spectra (B, S, G) of :func:`compute_features` alone, by the same arguments."""
+    """Only the spectra (B, S, G) of :func:`compute_features`, with the same arguments."""
     ridge, _ = solve_unchecked(y, H, codes, tikhonov.regularization, tikhonov.solver)
     return _log_spectra(_unit_power(ridge), dictionary, spectra)
 
@@ -148,7 +148,7 @@ def _coherent(ridge: Tensor, matched: Tensor) -> Tensor:
 def _adaptive(ridge: Tensor, matched: Tensor) -> Tensor:
     """MVDR spectrum (B, G) of R_samp loaded by a tenth of its mean diagonal.
 
-    With ``R = F F^H`` of the L ridge solutions, ``a^H (R + d I)^-1 a`` is
+    With ``R = F F^H`` from the L ridge solutions, ``a^H (R + d I)^-1 a`` is
     ``(1 - (F^H a)^H (F^H F + d I)^-1 F^H a) / d`` (Woodbury), for ``|a| = 1``.
     """
     n_snapshots = ridge.shape[-2]

@@ -1,4 +1,4 @@
-"""Files that are whole or absent: a reader never meets half of one."""
+"""Atomic file writes: a reader never sees a partially written file."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-PART = ".part"  # ends the name of what is not whole yet; a process that is killed leaves it
+PART = ".part"  # suffix of unfinished files; a killed process leaves them behind
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A new file beside ``path`` that takes its place in one step, once it is whole and on disk.
+    """Yield a new file that atomically replaces ``path`` once it is complete and on disk.
 
-    A crash, a full disk or a power cut before that leaves the old file as it was. The folder is
-    made if it is missing.
+    A crash, a full disk or a power cut before that leaves the old file unchanged. A missing folder
+    is created.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -34,13 +34,13 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file in one step."""
+    """Write a text file atomically."""
     with replacing(path) as fresh:
         fresh.write_text(text, encoding="utf-8", newline="")
 
 
 def sync(path: Path) -> None:
-    """Have a file, or a folder's list of files, on disk when this returns."""
+    """Flush a file, or a folder's list of files, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

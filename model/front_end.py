@@ -1,4 +1,4 @@
-"""What is computed of scenes before a network sees them, once for all trials of a machine."""
+"""Computations on scenes before the network, cached for all trials of a machine."""
 
 from __future__ import annotations
 
@@ -34,44 +34,45 @@ R = TypeVar("R", bound=Rows)
 
 
 def default_cache() -> Path:
-    """``$XDG_CACHE_HOME/ristune``, by default below ``~/.cache``."""
+    """``$XDG_CACHE_HOME/ristune``, by default in ``~/.cache``."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "ristune"
 
 
 class FrontEnd(ABC, Generic[R]):
-    """Computes something of scenes, or reads what an earlier call has computed.
+    """Computes a result from scenes, or reads the cached result of an earlier call.
 
     A file holds the result of one call. Its name is a hash of the measurements and of every
-    setting that the result depends on, so that no change of data or configuration can meet the
-    wrong one; weights, losses and schedules are no part of it, and all trials of a study share
-    it. A trial that asks for what another one is computing waits for it. Files are memory-mapped.
+    setting that the result depends on, so that a change of data or configuration never reads the
+    wrong file. Weights, losses and schedules do not enter the hash, and all trials of a study share
+    the file. A trial that needs a result which another one is computing waits for it. Files are
+    memory-mapped.
 
     Args:
-        cache: folder of the files; None keeps nothing.
+        cache: folder of the files; None disables caching.
     """
 
-    folder: str  # below the cache of all front ends, and what its files hold in words
+    folder: str  # subfolder of the cache; it also names the content in messages
 
     def __init__(self, cache: Path | None = None) -> None:
         self.cache = cache
 
     @abstractmethod
     def compute(self, y: Tensor, H: Tensor, codes: Tensor, snr_db: Tensor) -> R:
-        """The result of a call, computed anew."""
+        """Compute the result of a call."""
 
     @abstractmethod
     def read(self, tensors: dict[str, Tensor]) -> R:
-        """The result of a call that a file holds."""
+        """Build the result of a call from a file's tensors."""
 
     @abstractmethod
     def settings(self) -> dict[str, Any]:
-        """All that the result depends on beside the measurement."""
+        """Everything that the result depends on, except for the measurement."""
 
     def measurement(
         self, y: Tensor, H: Tensor, codes: Tensor, snr_db: Tensor
     ) -> tuple[Tensor, ...]:
-        """What the result depends on of a measurement."""
+        """The parts of a measurement that the result depends on."""
         return y, H, codes, snr_db
 
     def __call__(self, y: Tensor, H: Tensor, codes: Tensor, snr_db: Tensor) -> R:
@@ -81,7 +82,7 @@ class FrontEnd(ABC, Generic[R]):
             y: (B, L, M) complex.
             H: (B, M, N) complex.
             codes: (B, L, N) complex.
-            snr_db: (B,) real [dB]; NaN where it is not known.
+            snr_db: (B,) real [dB]; NaN where it is unknown.
         """
         if self.cache is None:
             return self.compute(y, H, codes, snr_db)
@@ -98,7 +99,7 @@ class FrontEnd(ABC, Generic[R]):
                     with replacing(path) as fresh:
                         save_file(tensors, fresh)
             Path(lock.lock_file).unlink(missing_ok=True)
-        except (OSError, SafetensorError) as error:  # the latter of a full disk
+        except (OSError, SafetensorError) as error:  # SafetensorError: a full disk
             log.warning("%s are not kept in %s: %s", self.folder, self.cache, error)
             self.cache = None
         if kept is None:
@@ -106,7 +107,7 @@ class FrontEnd(ABC, Generic[R]):
         return kept.to(y.device)
 
     def _kept(self, path: Path) -> R | None:
-        """What a file holds; nothing where it is missing or damaged."""
+        """The result stored in a file; None if it is missing or damaged."""
         if not path.exists():
             return None
         try:
@@ -131,7 +132,7 @@ class CandidateSearch(FrontEnd[Candidates]):
     Args:
         config: how candidates are found.
         array: the nominal surface.
-        scene: the nominal model: field of view, wavefront, source mode and the most sources.
+        scene: the nominal model: field of view, wavefront, source mode, maximum number of sources.
         cache: see :class:`FrontEnd`.
     """
 
@@ -149,7 +150,7 @@ class CandidateSearch(FrontEnd[Candidates]):
 
     @classmethod
     def of(cls, config: TrialConfig, *, keep: bool = True) -> CandidateSearch | None:
-        """What a trial's network needs; None where it judges no candidates."""
+        """The search that a trial's network needs; None if the network rates no candidates."""
         wanted = config.network.front_end
         if wanted is None:
             return None
@@ -178,9 +179,9 @@ class CandidateSearch(FrontEnd[Candidates]):
         return Candidates(**tensors)
 
     def compute(self, y: Tensor, H: Tensor, codes: Tensor, snr_db: Tensor) -> Candidates:
-        """The pursuit is told the noise in some scenes, and estimates it in the others.
+        """Find candidates, with the given noise where the SNR is known and an estimate elsewhere.
 
-        NaN and Inf of a measurement count as zeros, as for the ridge solutions.
+        NaN and Inf in a measurement count as zeros, as for the ridge solutions.
         """
         y, H, codes = (zero_non_finite(t) for t in (y, H, codes))
         known = ~torch.isnan(snr_db)
@@ -213,14 +214,14 @@ class Imaging(FrontEnd[Images]):
     """Computes the spectra that a network reads.
 
     Args:
-        spectra: which, in their order.
+        spectra: the spectra to compute, in order.
         dictionary: (G, N) complex steering vectors.
         tikhonov: how the ridge solutions are computed.
         cache: see :class:`FrontEnd`.
     """
 
     folder = "images"
-    version = 1  # raised when spectra of the same scenes change
+    version = 1  # increment when the spectra of the same scenes change
 
     def __init__(
         self,
@@ -234,9 +235,9 @@ class Imaging(FrontEnd[Images]):
 
     @classmethod
     def of(cls, config: TrialConfig, dictionary: Tensor) -> Imaging | None:
-        """What a trial keeps of its spectra over its network's dictionary; None: nothing.
+        """The cached spectra of a trial over its network's dictionary; None if nothing is cached.
 
-        A GPU computes them, some 60 MFLOP a scene, rather than wait for them.
+        On a GPU they are recomputed, at some 60 MFLOP per scene, instead of waiting for files.
         """
         spectra = config.network.spectra
         if not spectra or not config.data.keep_images or dictionary.is_cuda:
@@ -269,20 +270,20 @@ def _cache_of(config: TrialConfig, folder: str) -> Path:
 
 
 class Chunks(Generic[R]):
-    """What was computed of consecutive chunks of scenes, by scene.
+    """Results of consecutive chunks of scenes, indexed by scene.
 
-    Of chunks that were read from files no more is in memory than is asked for.
+    Of chunks that were read from files, only the requested scenes are loaded into memory.
 
     Args:
-        parts: of the chunks, each of ``size`` scenes but the last.
-        size: scenes of a chunk.
+        parts: results of the chunks, each of ``size`` scenes except the last.
+        size: scenes per chunk.
     """
 
     def __init__(self, parts: list[R], size: int) -> None:
         self.parts, self.size = parts, size
 
     def __getitem__(self, index: Tensor) -> R:
-        """Of the scenes (n,) int64."""
+        """Results of the scenes with indices (n,) int64."""
         chunk = index // self.size
         order = chunk.argsort(stable=True)
         found = [

@@ -1,4 +1,4 @@
-"""The image network: spectra over azimuth, elevation and planes of inverse range, read by a CNN."""
+"""The image network: a CNN on spectra over azimuth, elevation and planes of inverse range."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from physics.geometry import PlanarArray
 from physics.precision import full_precision
 from physics.scene import SceneConfig
 
-_RARE = -4.0  # logit of a source in a direction before anything is learned
+_RARE = -4.0  # initial logit of a source in a direction
 
 
 class ImageConfig(FamilyConfig):
@@ -36,11 +36,11 @@ class ImageConfig(FamilyConfig):
 
     @property
     def slots(self) -> int:
-        """Sources that it can tell of."""
+        """Largest number of sources that the network can predict."""
         return self.rank
 
     def check_slots(self, scene: SceneConfig) -> None:
-        """Raise ValueError where there may be more sources than slots, or than directions."""
+        """Raise ValueError if there may be more sources than slots, or than directions."""
         super().check_slots(scene)
         azimuths, elevations, _ = self.grid(scene).shape
         if azimuths * elevations < scene.max_sources:
@@ -52,16 +52,16 @@ class ImageConfig(FamilyConfig):
 
     @property
     def spectra(self) -> tuple[Spectrum, ...]:
-        """Those of matched filters and the adaptive one."""
+        """The matched-filter spectra and the adaptive one."""
         return "incoherent", "coherent", "adaptive"
 
 
 class ImageNetwork(SourceNetwork):
-    """Finds sources as peaks of a map over directions; no search, no iteration.
+    """Finds sources as peaks of a map over directions, without search or iteration.
 
-    Every direction of the grid gets a logit that a source stands there, an offset within its
-    cell with a standard deviation, a distribution over bins of range, and a power. The slots are
-    the highest local peaks of the map. The factor of R_pred is the posterior mean on the
+    The network predicts for every direction of the grid a logit that there is a source, an offset
+    within its cell with a standard deviation, a distribution over range bins, and a power. The
+    slots are the highest local peaks of the map. The factor of R_pred is the posterior mean on the
     manifold, as for candidates.
 
     Args:
@@ -69,7 +69,7 @@ class ImageNetwork(SourceNetwork):
         scene: field of view and SNR.
         array: the surface.
 
-    Source: peaks of a map as objects follow Zhou, Wang and Krahenbuhl, "Objects as points", 2019.
+    Source: objects as peaks of a map follow Zhou, Wang and Krahenbuhl, "Objects as points", 2019.
     """
 
     gated = True
@@ -92,13 +92,13 @@ class ImageNetwork(SourceNetwork):
         self.detail = nn.Conv2d(width, 5 + config.range_bins, 1)
 
     def forward(self, features: Features) -> Prediction:
-        """Predict B scenes. Runs under autocast; what leaves it is in full precision."""
+        """Predict B scenes. Runs under autocast and returns full precision."""
         hidden = self.stem(self._images(features))
         for block in self.blocks:
             hidden = block(hidden)
         detail = self.detail(hidden)  # (B, D, A, E)
         with full_precision():
-            # Neighbours that are as strong to bfloat16's three digits are told apart.
+            # In float32: neighbours that are equal to bfloat16's three digits remain distinct.
             heat = self.heat(hidden.float()).squeeze(1)  # (B, A, E)
             detail = detail.float()
             index = self._peaks(heat.detach())  # (B, r)
@@ -124,7 +124,7 @@ class ImageNetwork(SourceNetwork):
             log_weight = functional.logsigmoid(existence) + log_power.squeeze(-1)
             factor = self.manifold_factor(cells, pointer, log_weight)
             inverse_range = (pointer / self.bins).sum(-1, keepdim=True)
-            # A quarter of a cell before anything is learned.
+            # Initially a quarter of a cell.
             within = (2.0 * log_spread).exp().unsqueeze(-1) * torch.diag(
                 (self.cell_size[:2] / 4.0).square()
             )
@@ -140,7 +140,7 @@ class ImageNetwork(SourceNetwork):
         )
 
     def _images(self, features: Features) -> Tensor:
-        """(B, 3 Q + 4, A, E): spectra of every plane, the directions, and the SNR."""
+        """Inputs (B, 3 Q + 4, A, E): spectra of every plane, the directions, and the SNR."""
         spectrum = features.spectrum.unflatten(-1, self.grid.shape).permute(0, 1, 4, 2, 3)
         image = spectrum.flatten(1, 2) / 2.0
         known = ~torch.isnan(features.snr_db)
@@ -156,7 +156,7 @@ class ImageNetwork(SourceNetwork):
         )
 
     def _peaks(self, heat: Tensor) -> Tensor:
-        """Cells (B, r) int64 of the highest local maxima; of others where there are too few."""
+        """Cells (B, r) int64 of the highest local maxima, padded with others if too few."""
         top = functional.max_pool2d(heat.unsqueeze(1), 3, stride=1, padding=1).squeeze(1)
         span = heat.amax((1, 2), keepdim=True) - heat.amin((1, 2), keepdim=True) + 1.0
         ranked = torch.where(heat >= top, heat, heat - span).flatten(1)

@@ -43,17 +43,18 @@ class Source:
     elevation_deg: float
     range_m: float
     power: float  # share of R_blend's trace that the source explains, by non-negative fit
-    probability: float  # that a source stands in this direction, by the slot that points at it
-    # Of the errors of azimuth, elevation [rad] and range [m]; None from peaks of a spectrum.
+    probability: float  # that there is a source in this direction, from the slot pointing at it
+    # Of the errors of azimuth, elevation [rad] and range [m]; None for peaks of a spectrum.
     covariance: tuple[tuple[float, ...], ...] | None = None
 
 
 class Localizer:
     """A trained network with everything needed to use it.
 
-    A network that judges candidates names those above the threshold of its decision. Otherwise
-    sources are the highest peaks of the MUSIC spectrum of R_blend, built by the very function that
-    training used; as many as slots say that they hold a source.
+    With a network that rates candidates, sources are the candidates above the threshold of its
+    decision. Otherwise they are the highest peaks of the MUSIC spectrum of R_blend, which is built
+    by the same function as in training; their number is that of the slots predicted to hold a
+    source.
 
     Args:
         config: of the training.
@@ -84,7 +85,7 @@ class Localizer:
         """Load exported weights.
 
         Args:
-            folder: that holds them, or the run folder whose ``best/`` does.
+            folder: folder of the weights, or a run folder with them in ``best/``.
             device: where the network computes.
 
         Raises:
@@ -98,7 +99,7 @@ class Localizer:
         config = read_config(folder)
         network = build_network(config.network, config.scene, config.array.build())
         weights = load_weights(folder)
-        known = dict(network.named_parameters())  # one that has two names is kept under the first
+        known = dict(network.named_parameters())  # shared ones go by their first name
         try:
             network.load_state_dict(weights, strict=weights.keys() != known.keys())
         except RuntimeError as error:
@@ -111,10 +112,10 @@ class Localizer:
 
     @classmethod
     def shipped(cls, name: str = "fluctuating", device: torch.device | str = "cpu") -> Localizer:
-        """A network that comes with the package.
+        """Load a network that is shipped with the package.
 
         Raises:
-            CheckpointError: there is none of that name.
+            CheckpointError: there is no network of that name.
         """
         known = shipped()
         if name not in known:
@@ -135,8 +136,8 @@ class Localizer:
 
         Raises:
             TypeError, ValueError: as :func:`physics.checks.check_measurement`, sizes that the
-                network was not trained for, codes beyond single precision, or a network whose
-                answer is not finite.
+                network was not trained for, codes beyond single precision, or a prediction that is
+                not finite.
         """
         check_measurement(y, H, codes)
         self._check_sizes(y, H)
@@ -147,7 +148,7 @@ class Localizer:
                 "expected a batch (B, L, M) of scenes (locate takes one scene too)"
             )
         y, H, codes = (t.expand(*batch, *t.shape[-2:]) for t in (y, H, codes))
-        # Only their scale, which changes nothing, may be beyond single precision.
+        # y and H may exceed single precision only in their scale, which does not affect the result.
         y, H = (divide(t, divisor(peak(t))[..., None, None]) for t in (y, H))
         given = codes
         y, H, codes = (t.to(self.device, torch.complex64) for t in (y, H, codes))
@@ -191,7 +192,7 @@ class Localizer:
     def detect(
         self, y: Tensor, H: Tensor, codes: Tensor, snr_db: float | Tensor | None = None
     ) -> tuple[Detections, Prediction, LowRankCovariance]:
-        """The sources of a batch in padded form, with the prediction and R_blend behind them.
+        """The sources of a batch in padded form, with the underlying prediction and R_blend.
 
         Arguments and errors are those of :meth:`predict`.
         """
@@ -244,7 +245,7 @@ class Localizer:
                 continue
             a = steering_vector(kept, self.array, wavefront)
             single = LowRankCovariance(blended.factor[item], blended.loading[item])
-            # a_k^H R a_k = sum_j |a_k^H a_j|^2 p_j: neighbours share what they both see.
+            # a_k^H R a_k = sum_j |a_k^H a_j|^2 p_j: neighbouring sources share common power.
             seen = single.quadratic(a) / self.array.size
             power, _ = nnls((a.conj() @ a.mT).abs().square().cpu().numpy(), seen.cpu().numpy())
             if prediction.cells is not None:
@@ -271,7 +272,7 @@ class Localizer:
         return result
 
     def _probabilities(self, prediction: Prediction, item: int, steering: Tensor) -> list[float]:
-        """Existence of the slot that points at each source; no slot speaks for two sources."""
+        """Existence probability of the slot that points at each source; each slot is used once."""
         existing = (prediction.existence[item] > 0).nonzero().squeeze(-1)
         overlap = (self.network.dictionary @ steering.mH).abs().square()  # (G, K)
         pointing = prediction.log_pointer[item][existing].exp() @ overlap

@@ -78,7 +78,7 @@ def _read(path: Path) -> Measurement:
         with path.open("rb") as file:
             start = file.read(6)
         if not zipfile.is_zipfile(path) and start != b"\x93NUMPY":
-            # NumPy takes whatever it does not know for a pickle, and tells how to load one.
+            # NumPy takes any unknown format for a pickle, and its message tells how to load one.
             raise DataError(
                 f"{path}: is no .npz file, or cut off; one with y, H and codes is expected"
             )
@@ -183,10 +183,11 @@ def located(
 
 
 def described(source: Source) -> dict[str, Any]:
-    """A source in plain values; lengths in metres, angles in degrees.
+    """A source as plain values, with lengths in metres and angles in degrees.
 
-    ``ellipsoid_90`` holds the true position nine times in ten: its half axes, longest first, and
-    their directions (x, y, z). It is that of the polar errors, carried over to first order.
+    ``ellipsoid_90`` contains the true position with a probability of 90 %; it is given by its half
+    axes, longest first, and their directions (x, y, z). It follows from the polar errors to first
+    order.
     """
     import numpy as np
     import torch
@@ -221,7 +222,7 @@ def described(source: Source) -> dict[str, Any]:
 
 
 def table(scenes: list[dict[str, Any]]) -> str:
-    """CSV: one line a source; a scene without sources has none."""
+    """CSV with one line per source; a scene without sources has none."""
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow(_COLUMNS)

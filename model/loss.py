@@ -1,4 +1,4 @@
-"""The training loss: every term in factored form, nothing N x N."""
+"""The training loss: every term in factored form, without N x N matrices."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from physics.transfer import sent
 
 Phase = Literal["warmup", "main", "final"]
 
-# Share of a weight that each phase uses: 0.02/0.05/0.07 and 0.05/0.10/0.12 at the default weights.
+# Fraction of a weight used in each phase: 0.02/0.05/0.07 and 0.05/0.10/0.12 at default weights.
 _SCHEDULE: dict[Phase, dict[str, float]] = {
     "warmup": {"subspace_align": 0.4, "peak_contrast": 0.5},
     "main": {"subspace_align": 1.0, "peak_contrast": 1.0},
@@ -34,7 +34,7 @@ _SCHEDULE: dict[Phase, dict[str, float]] = {
 }
 
 _TERMS = ("cov_pred", "subspace_align", "peak_contrast", "existence", "position")
-MISSED = 0.1  # sources a scene that the likelihood expects outside all slots
+MISSED = 0.1  # expected number of sources per scene outside all slots, in the likelihood
 TermName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
 
 
@@ -99,12 +99,12 @@ class LossValue:
 
 @dataclass(frozen=True)
 class Counts:
-    """What the terms of a batch are means over."""
+    """Numbers by which the terms of a batch are divided."""
 
     scenes: int
     occupied: Tensor  # scalar: scenes that hold a source
     sources: Tensor  # scalar
-    matched: Tensor  # scalar: slots that stand for a source
+    matched: Tensor  # scalar: slots matched to a source
 
     def __add__(self, other: Counts) -> Counts:
         return Counts(
@@ -121,22 +121,22 @@ class ScenesLoss:
     Terms (see docs/conventions.md for the weights' names and schedule):
 
     - ``nmse``: ||R_blend - R_true||^2 / ||R_true||^2, both at trace N, over scenes with sources;
-    - ``cov_pred``: the same of R_pred, so that R_samp cannot hide a lazy network;
+    - ``cov_pred``: the same for R_pred, so that R_samp cannot hide a poor prediction;
     - ``subspace_align``: ``1 - ||U_K^H Q||^2 / K``, with U_K the dominant subspace of R_blend and
       Q an orthonormal basis of the sources' steering vectors;
-    - ``peak_contrast``: cross-entropy that picks a source's steering vector out of the decoys of
+    - ``peak_contrast``: cross-entropy of identifying a source's steering vector among the decoys of
       the dictionary by its energy in U_K, at temperature 0.1; decoys that overlap a source of the
-      scene by more than a half do not count;
+      scene by more than a half are excluded;
     - ``existence``: binary cross-entropy of the slots after matching, and of the map over
       directions where there is one;
     - ``position``: cross-entropy of a matched slot's pointer to the cells around its source, plus
-      the Huber distance of its position or direction, and with cells of its own the quantile losses
-      of its ellipsoid (:mod:`model.pointing`);
+      the Huber distance of its position or direction and, for slots with cells of their own, the
+      quantile losses of the ellipsoid (:mod:`model.pointing`);
     - those of ``loss.extra``, at their weights in every phase (:mod:`model.plugin`).
 
     Every term is a sum over scenes, sources or slots divided by their number. Given the numbers of
-    a larger batch, the loss of a part of it is the part's share: the shares of all parts add up to
-    the loss of the whole.
+    a larger batch, the loss of a part is its contribution to the whole: the losses of all parts add
+    up to the loss of the batch.
 
     Args:
         config: weights.
@@ -144,7 +144,7 @@ class ScenesLoss:
         wavefront: model of the steering vectors.
         dictionary: (G, N) complex steering vectors of the network's cells.
         cell_size: (3,) size of a cell [rad, rad, 1/m].
-        directions: (A, E, 2) of a network with a map over them.
+        directions: (A, E, 2), if the network has a map over them.
     """
 
     temperature = 0.1
@@ -176,15 +176,15 @@ class ScenesLoss:
         decoys: Tensor | None = None,
         whole: Counts | None = None,
     ) -> LossValue:
-        """Loss of the prediction and of ``blended``, the R_blend that inference would use.
+        """Loss of the prediction and of ``blended``, built as the R_blend of inference.
 
         Args:
             prediction: of B scenes.
             blended: their R_blend.
             scenes: their truth.
             phase: of the training.
-            decoys: (G', N) of a training step, see :meth:`draw_decoys`; None takes every cell.
-            whole: counts of the batch that these scenes are a part of; None: they are all.
+            decoys: (G', N) of a training step, see :meth:`draw_decoys`; None uses every cell.
+            whole: counts of the batch that these scenes are part of; None: they are the batch.
         """
         steering = steering_vector(scenes.position, self.array, self.wavefront)  # (B, K, N)
         truth = source_covariance(steering, scenes.power)
@@ -194,9 +194,9 @@ class ScenesLoss:
         blended = blended.normalized()
         predicted = prediction.covariance
         projected = blended.project(steering)  # (B, r, K)
-        # Of the terms that are means over scenes.
+        # Factor of the terms that are means over scenes.
         share = 1.0 if whole is None else len(scenes) / whole.scenes
-        # R_pred has the trace N whatever there is: of an empty scene its error says nothing.
+        # R_pred always has trace N, so its error is meaningless for an empty scene.
         occupied = present.any(-1)
         n_occupied = occupied.sum() if whole is None else whole.occupied
         terms = {
@@ -245,12 +245,12 @@ class ScenesLoss:
     @in_full_precision
     @torch.no_grad()
     def counts(self, scenes: Scenes, prediction: Prediction | None = None) -> Counts:
-        """What the terms of these scenes are means over.
+        """Numbers by which the terms of these scenes are divided.
 
         Args:
             scenes: of the batch.
-            prediction: of a network whose slots may not stand for every source
-                (:attr:`SourceNetwork.gated`); those of the others stand for all.
+            prediction: given for a network whose slots may not match every source
+                (:attr:`SourceNetwork.gated`); None counts every source as matched.
         """
         present = scenes.present
         sources = present.sum()
@@ -264,19 +264,19 @@ class ScenesLoss:
     @in_full_precision
     @torch.no_grad()
     def nll(self, prediction: Prediction, scenes: Scenes, config: SceneConfig) -> Tensor:
-        """Negative log-likelihood (B,) of scenes [nat], free of every weight.
+        """Negative log-likelihood (B,) of scenes [nat], independent of the loss weights.
 
-        Each slot holds a source or none, and where it says that one is has a density; other
-        sources stand anywhere, MISSED of them a scene on average. Densities are relative to that
-        of a source anywhere, so that what no slot is of, or of none that is worth it, costs the
-        same whoever missed it. Below zero is better than knowing nothing but how many.
+        Each slot holds a source or none, with a density over the source's position; further sources
+        are uniform over the field, MISSED of them per scene on average. Densities are relative to
+        the uniform one, so that a source costs the same for every network if no slot matches it, or
+        only one that would cost more. A value below zero is better than knowing only the number.
 
         Args:
             prediction: of B scenes.
-            scenes: their truth.
-            config: which says where sources stand.
+            scenes: their true sources.
+            config: gives the field over which sources are uniform.
 
-        Source: of a Poisson multi-Bernoulli density, Pinto, Xia, Svensson and Wymeersch, "An
+        Source: for a Poisson multi-Bernoulli density, Pinto, Xia, Svensson and Wymeersch, "An
         uncertainty-aware performance measure for multi-object tracking", IEEE Signal Processing
         Letters 28, 2021; slots and sources are paired by :func:`match_slots`.
         """
@@ -295,7 +295,7 @@ class ScenesLoss:
         """Steering vectors (G', N) of the decoys of a training step.
 
         Args:
-            phase: of the training; None is returned where its weights want no decoys.
+            phase: of the training; None is returned if its weights need no decoys.
             generator: CPU generator of the training.
         """
         weights = self.config.weights(phase)
@@ -330,7 +330,7 @@ class ScenesLoss:
         level = torch.logsumexp(
             (at_decoy / self.temperature).masked_fill(near, -torch.inf), dim=-1, keepdim=True
         )
-        # a drawn share of the decoys stands for all of them
+        # a random subset of the decoys represents all of them
         level = level + math.log(self.dictionary.shape[0] / at_decoy.shape[-1])
         loss = functional.softplus(level - at_source / self.temperature)
         loss = torch.where(present, loss, 0.0)
@@ -352,7 +352,7 @@ class ScenesLoss:
 
 
 def _mean_of(value: Tensor, counts: Tensor, count: Tensor) -> Tensor:
-    """Mean of the values that count (bool, as many), ``count`` in all."""
+    """Sum of the values selected by the mask ``counts``, divided by ``count``."""
     return torch.where(counts, value, torch.zeros_like(value)).sum() / count.clamp_min(1)
 
 

@@ -1,4 +1,4 @@
-"""Memory of a training on the CPU: what one step frees, the next one takes again."""
+"""CPU memory of a training: memory freed by one step is reused by the next."""
 
 from __future__ import annotations
 
@@ -8,22 +8,23 @@ from functools import cache
 
 # Parameters of glibc's mallopt(3).
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-_LARGEST_KEPT = 32 * 2**20  # bytes of a block that comes from the heap; glibc allows no more
+_LARGEST_KEPT = 32 * 2**20  # largest block in bytes that is allocated on the heap; glibc's maximum
 _CHOSEN = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
 _MOST_KEPT = 2**30  # free bytes at the top of the heap
 
 
 @cache
 def keep_freed_memory() -> bool:
-    """Let glibc keep large blocks that are freed, in place of giving them back to the system.
+    """Make glibc keep freed large blocks instead of returning them to the system.
 
-    A step allocates and frees tensors of some megabytes by the dozen. Given back, each comes
-    again as zeroed pages, a page fault every 4 KiB. The process keeps up to 1 GiB for that.
-    Blocks beyond 32 MiB go back as before. Who has set glibc's limits in the environment
-    (``MALLOC_MMAP_THRESHOLD_``, ``MALLOC_TRIM_THRESHOLD_``, ``GLIBC_TUNABLES``) keeps them.
+    A step allocates and frees dozens of tensors of some megabytes. Memory returned to the system
+    comes back as zeroed pages, with a page fault every 4 KiB. The process keeps up to 1 GiB to
+    avoid that. Blocks above 32 MiB are returned as before. Limits of glibc that are set in the
+    environment (``MALLOC_MMAP_THRESHOLD_``, ``MALLOC_TRIM_THRESHOLD_``, ``GLIBC_TUNABLES``) take
+    precedence.
 
     Returns:
-        Whether the C library took the setting; others than glibc have none.
+        Whether the C library accepted the setting; libraries other than glibc have none.
     """
     tuned = "glibc.malloc." in os.environ.get("GLIBC_TUNABLES", "")
     if tuned or not os.environ.keys().isdisjoint(_CHOSEN):

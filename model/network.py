@@ -22,7 +22,7 @@ FAMILIES = ("snapshot", "image", "candidate", "custom")
 
 
 def dotted(location: tuple[int | str, ...]) -> str:
-    """Path of a field that pydantic names, without the family that it puts in between."""
+    """Dotted path of a field from a pydantic location, without the family inserted by pydantic."""
     parts = [
         str(part)
         for index, part in enumerate(location)
@@ -32,7 +32,7 @@ def dotted(location: tuple[int | str, ...]) -> str:
 
 
 def _with_family(value: Any) -> Any:
-    """``network.family`` may be left out: it is then ``snapshot``."""
+    """Set ``network.family`` to ``snapshot`` where it is left out."""
     return {"family": "snapshot"} | value if isinstance(value, dict) else value
 
 
@@ -44,10 +44,10 @@ NetworkConfig = Annotated[
 
 
 def build_network(config: AnyConfig, scene: SceneConfig, array: PlanarArray) -> SourceNetwork:
-    """The network that a configuration asks for, with fresh weights.
+    """Build the network of a configuration, with fresh weights.
 
     Raises:
-        PluginError: a custom one that cannot be had.
+        PluginError: a custom network that cannot be built.
     """
     match config:
         case SnapshotConfig():
@@ -63,10 +63,10 @@ def build_network(config: AnyConfig, scene: SceneConfig, array: PlanarArray) -> 
 
 
 def check_plugins(config: TrialConfig) -> None:
-    """Try what a configuration names by import path, before a study starts.
+    """Check the import paths of a configuration before a study starts.
 
     Raises:
-        PluginError: something that cannot be imported, or a network that is none.
+        PluginError: an object that cannot be imported, or that is not a network.
     """
     for path in plugins_of(config):
         load_plugin(path)

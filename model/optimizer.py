@@ -64,7 +64,7 @@ class TrainingConfig(FrozenModel):
 def make_optimizer(
     network: nn.Module, config: TrainingConfig, device: torch.device
 ) -> torch.optim.AdamW:
-    """AdamW that decays matrices and kernels but neither biases, gains nor norms.
+    """AdamW with weight decay on matrices and kernels, but not on biases, gains and norms.
 
     Source: Loshchilov and Hutter, "Decoupled weight decay regularization", ICLR 2019.
     """
@@ -82,7 +82,7 @@ def make_optimizer(
 def learning_rate(config: TrainingConfig, step: int, total_steps: int) -> float:
     """Rate of optimiser step ``step`` (from 0): linear warm-up, then a cosine to the final rate.
 
-    The schedule counts optimiser steps, and is read before each of them.
+    The schedule counts optimiser steps, and is evaluated before each of them.
     """
     warmup = config.warmup_steps(total_steps)
     if step < warmup:
@@ -94,7 +94,7 @@ def learning_rate(config: TrainingConfig, step: int, total_steps: int) -> float:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Give every parameter group this rate."""
+    """Set the learning rate of every parameter group."""
     for group in optimizer.param_groups:
         group["lr"] = rate
 
@@ -103,12 +103,12 @@ class WeightAverage:
     """Exponential moving average of a network's weights over optimiser steps.
 
     The decay of step t is ``min(decay, (1 + t) / (10 + t))``, so that short trainings are not
-    dragged back to the initial weights. A step that was skipped counts like others: the host need
-    not know of it.
+    pulled back to the initial weights. Skipped steps count like the others, so that the host need
+    not know about them.
 
     Args:
-        network: whose weights are followed.
-        decay: decay once warmed up; 0 follows exactly.
+        network: network with the weights to average.
+        decay: decay after warm-up; 0 copies the weights exactly.
     """
 
     def __init__(self, network: nn.Module, decay: float) -> None:
@@ -118,14 +118,14 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, network: nn.Module) -> None:
-        """Take one optimiser step into the average."""
+        """Update the average after an optimiser step."""
         self.steps += 1
         decay = min(self.decay, (1.0 + self.steps) / (10.0 + self.steps))
         current = [p.detach() for _, p in network.named_parameters()]
         torch._foreach_lerp_(list(self.weights.values()), current, 1.0 - decay)
 
     def load(self, weights: dict[str, Tensor], steps: int) -> None:
-        """Take over saved weights."""
+        """Restore saved averages."""
         self.steps = steps
         for name, value in self.weights.items():
             value.copy_(weights[name])

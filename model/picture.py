@@ -18,7 +18,7 @@ _STYLE = (
 
 
 class _Panel:
-    """A plane of the scene: what lies across it to the right, the distance z upwards."""
+    """A plane of the scene, with one lateral axis to the right and the distance z upwards."""
 
     def __init__(self, left: float, axis: str, centre: float, scale: float, bottom: float) -> None:
         self.left, self.axis, self.centre, self.scale, self.bottom = (
@@ -31,10 +31,10 @@ class _Panel:
 
 
 def draw_scene(scene: dict[str, Any], config: TrialConfig) -> str:
-    """SVG of a scene's sources with their 90 % ellipsoids' shadows, the surface and its view.
+    """SVG of a scene's sources, the projections of their 90 % ellipsoids, the surface and its view.
 
     Args:
-        scene: of :mod:`model.locate`: file, scene and sources.
+        scene: as from :mod:`model.locate`: file, scene and sources.
         config: of the network, for the surface and the field of view.
     """
     sources = scene["sources"]
@@ -120,7 +120,7 @@ def _panel(
 
 
 def _shadow(panel: _Panel, source: dict[str, Any], centre: tuple[float, float], colour: str) -> str:
-    """The outline of the ellipsoid on the panel's plane."""
+    """Outline of the ellipsoid projected on the panel's plane."""
     ellipsoid = source["ellipsoid_90"]
     if ellipsoid is None:
         return ""

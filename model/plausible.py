@@ -1,4 +1,4 @@
-"""Whether an array can see what a field of view asks of it: mistakes of units show here."""
+"""Checks whether an array suits a field of view, which reveals mistakes of units."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import math
 from physics.geometry import PlanarArray
 from physics.scene import SceneConfig
 
-_AMBIGUOUS = 1.01  # wavelengths of path between two elements over the field, above which it repeats
+_AMBIGUOUS = 1.01  # wavelengths; a larger change of path between elements is ambiguous
 
 
 def array_notes(array: PlanarArray, scene: SceneConfig) -> list[str]:
-    """What a user should know of an array before anything is trained for it, a line each.
+    """Notes for the user on an array before a training starts, one line each.
 
     Args:
         array: the surface.

@@ -1,8 +1,9 @@
-"""Code of a user's own, named in the configuration by its import path.
+"""User-defined code, named in the configuration by its import path.
 
-Three things can be given: a network (``network.family: custom``), further terms of the loss
+There are three kinds: a network (``network.family: custom``), additional terms of the loss
 (``loss.extra``) and a simulator of scenes (``data.simulator``). Each is a callable of a protocol
-below. Whoever reads the configuration must be able to import it: on a cluster every worker.
+below. Every process that reads the configuration must be able to import it, including every worker
+of a cluster.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ ImportPath = Annotated[
 
 
 class PluginError(ValueError):
-    """An import path that leads nowhere, or to what does not do its part."""
+    """An import path that cannot be resolved, or an object that violates its protocol."""
 
 
 class NetworkFactory(Protocol):
@@ -52,7 +53,7 @@ class NetworkFactory(Protocol):
 
 
 class LossTerm(Protocol):
-    """A further term of the loss."""
+    """An additional term of the loss."""
 
     def __call__(self, prediction: Prediction, scenes: Scenes, **options: Option) -> Tensor:
         """A real scalar that can be differentiated: the mean over the B scenes."""
@@ -71,10 +72,10 @@ class Simulator(Protocol):
         generator: torch.Generator,
         device: torch.device | str,
     ) -> Scenes:
-        """Scenes that depend on the generator's state and the arguments alone.
+        """Make scenes that depend only on the generator's state and the arguments.
 
-        Splits, epochs and trials differ by the generator's seed, and by nothing else: whoever
-        draws from another source of chance leaks scenes or makes trials incomparable.
+        Splits, epochs and trials differ only in the generator's seed: drawing from any other source
+        of randomness leaks scenes between splits or makes trials incomparable.
         """
         ...
 
@@ -89,10 +90,10 @@ class ExtraTerm(FrozenModel):
     options: dict[str, Option] = Field({}, description="additional arguments of the function")
 
     def __call__(self, prediction: Prediction, scenes: Scenes) -> Tensor:
-        """Its value.
+        """The value of the term.
 
         Raises:
-            PluginError: it cannot be imported, or gives no real scalar.
+            PluginError: it cannot be imported, or does not return a real scalar.
         """
         found: Any = load_plugin(self.term)(prediction, scenes, **self.options)
         if not isinstance(found, Tensor) or found.ndim or found.is_complex():
@@ -105,16 +106,16 @@ class ExtraTerm(FrozenModel):
 
 
 def load_plugin(path: str) -> Callable[..., Any]:
-    """What an import path names.
+    """The callable named by an import path.
 
     Raises:
-        PluginError: no such module, one that fails while it is imported, or no such callable.
+        PluginError: no such module, a module that fails on import, or no such callable.
     """
     module_name, _, name = path.partition(":")
     try:
         module = importlib.import_module(module_name)
     except Exception as error:
-        # Whatever a user's module raises while it is imported is theirs to read.
+        # A user's module may raise anything on import; report it to the user.
         advice = (
             "; start from its folder, or put that on PYTHONPATH"
             if isinstance(error, ModuleNotFoundError)
@@ -141,7 +142,7 @@ def plugins_of(config: TrialConfig) -> list[str]:
 
 
 def simulator_of(path: str | None) -> Simulator:
-    """The simulator that a configuration names; the physics' own without one.
+    """The simulator named in a configuration, or :func:`physics.simulate` if there is none.
 
     Raises:
         PluginError: see :func:`load_plugin`.
@@ -158,18 +159,18 @@ def check_scenes(
     *,
     values: bool = True,
 ) -> None:
-    """Refuse what a user's simulator made where it is not what was asked for.
+    """Check that a user-defined simulator returned what was requested.
 
     Args:
         path: of the simulator, for messages.
-        scenes: what it made.
-        n_scenes: that it was asked for.
+        scenes: what it returned.
+        n_scenes: requested number of scenes.
         scene: M, L and K of the scenes.
         array: the surface, N elements.
-        values: look at the numbers too, which waits once for the scenes' device.
+        values: also check the values, which waits once for the scenes' device.
 
     Raises:
-        PluginError: no scenes, a tensor of another shape or kind, and with ``values`` NaN or Inf,
+        PluginError: no scenes, a tensor of another shape or dtype, and with ``values`` NaN or Inf,
             a number of sources out of bounds, a source without a range or a negative power.
     """
     if not isinstance(scenes, Scenes):

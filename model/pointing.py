@@ -1,4 +1,4 @@
-"""Where slots point: which source each slot speaks for, and how far off it is."""
+"""Pointing of slots: which source each slot is matched to, and how large its error is."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from model.prediction import Prediction
 from model.ranging import REACH, named_range
 from physics.assignment import FEW, assign, assign_few
 
-_SHARPNESS = 20.0  # of the target over shared cells
-_GATE = math.radians(5.0)  # a candidate farther from a source in either angle is not of it
-_LEVEL = 0.9  # of the ellipses and intervals that directions and ranges are to lie in
+_SHARPNESS = 20.0  # of the target distribution over shared cells
+_GATE = math.radians(5.0)  # a candidate farther from a source in either angle cannot match it
+_LEVEL = 0.9  # nominal coverage of the ellipses of direction and the intervals of range
 _REACH = REACH["f1"]  # error beyond which a range is a miss, whatever the decision's goal [m]
-_BEYOND = 1e3  # cost beyond what all other pairs of a scene can cost together
-Extent = tuple[float, float, float]  # of where sources stand: two angles [rad], range [m]
-_SLACK = 1e-5  # part of a range by which a source may be beyond the cells by rounding
-_SMALL = 1e-9  # squared error and variance of a range that count as none [m^2]
+_BEYOND = 1e3  # cost above the total that all other pairs of a scene can have
+Extent = tuple[float, float, float]  # of the field of view: two angles [rad], range [m]
+_SLACK = 1e-5  # fraction of a range by which rounding may put a source beyond the cells
+_SMALL = 1e-9  # floor of the squared error and the variance of a range [m^2]
 # Their squared radii: chi-square quantiles of two degrees of freedom and of one.
 _ELLIPSE, _INTERVAL = (float(chi2.ppf(_LEVEL, df=degrees)) for degrees in (2, 1))
 
@@ -34,26 +34,26 @@ class SharedCells:
     overlap: Tensor  # (B, G, K) |a_g^H a_k|^2
     position: Tensor  # (B, K, 3) true azimuth, elevation [rad], range [m]
     cell_size: Tensor  # (3,) [rad, rad, 1/m]
-    share: Tensor  # (G,) part of the field in each cell
+    share: Tensor  # (G,) fraction of the field in each cell
 
     def score(self) -> Tensor:
         """The pointer's mean overlap (B, r, K) with each source's steering vector."""
         return self.prediction.log_pointer.exp() @ self.overlap
 
     def cross_entropy(self, source: Tensor) -> Tensor:
-        """Of the cells (B, r) that overlap the sources (B, r) int64."""
+        """Cross-entropy (B, r) with the cells that overlap the sources (B, r) int64."""
         return -(self._wanted(source) * self.prediction.log_pointer).sum(-1)
 
     def _wanted(self, source: Tensor) -> Tensor:
-        """Shares (B, r, G) of the cells in the sources (B, r) int64."""
+        """Target distributions (B, r, G) over the cells for the sources (B, r) int64."""
         target = torch.softmax(_SHARPNESS * self.overlap.mT, dim=-1)  # (B, K, G)
         return target.gather(1, source.unsqueeze(-1).expand(-1, -1, target.shape[-1]))
 
     def log_density(self, source: Tensor, extent: Extent) -> Tensor:
-        """Log density (B, r) at the sources (B, r) int64, less that of a source anywhere [nat].
+        """Log density (B, r) at the sources (B, r) int64, relative to the uniform one [nat].
 
-        Within a cell a source is anywhere. It is a density nearly: cells overlap, and what a source
-        has of each is not the cell's volume.
+        Sources are uniform within a cell. It is only approximately a density: cells overlap, and a
+        source's target weights do not follow their volumes.
         """
         relative = self.prediction.log_pointer - torch.log(self.share)
         return (self._wanted(source) * relative).sum(-1)
@@ -61,7 +61,7 @@ class SharedCells:
     def loss(self, source: Tensor) -> Tensor:
         """Loss (B, r) of the slots if they hold the sources (B, r) int64.
 
-        The cross-entropy, and the Huber distance in cells.
+        It is the cross-entropy plus the Huber distance in units of cells.
         """
         truth = self.position.clone()
         truth[..., 2].reciprocal_()
@@ -81,9 +81,9 @@ class OwnCells:
     position: Tensor  # (B, K, 3)
 
     def score(self) -> Tensor:
-        """Nearness (B, r, K) in angle, 1 where the directions agree; -inf beyond the gate.
+        """Score (B, r, K) of the angular distance: 1 for equal directions, -inf beyond the gate.
 
-        Of several in the gate the one whose range is more likely gains up to 1.
+        A likely range adds up to 1, which decides between several slots within the gate.
         """
         directions = self.cells[:, :, 0, :2]
         apart = (directions.unsqueeze(2) - self.position[:, None, :, :2]).abs()
@@ -94,7 +94,7 @@ class OwnCells:
         return (near + likely).masked_fill((apart > _GATE).any(-1), -torch.inf)
 
     def cross_entropy(self, source: Tensor) -> Tensor:
-        """Of the two cells (B, r) around the range, evenly spaced, of the sources (B, r) int64."""
+        """Cross-entropy (B, r) with the two cells around the range of the sources (B, r) int64."""
         truth = self.position[..., 2].gather(1, source).unsqueeze(-1)
         ranges, step = self.cells[..., 2], self._step()
         last = ranges.shape[-1] - 1
@@ -107,16 +107,16 @@ class OwnCells:
         return -((1.0 - share) * below + share * above).squeeze(-1)
 
     def _step(self) -> Tensor:
-        """Between two cells (B, r, 1) [m]."""
+        """Spacing of the cells (B, r, 1) [m]."""
         ranges = self.cells[..., 2]
         return ((ranges[..., -1:] - ranges[..., :1]) / (ranges.shape[-1] - 1)).clamp_min(1e-6)
 
     def log_density(self, source: Tensor, extent: Extent) -> Tensor:
-        """Log density (B, r) at the sources (B, r) int64, less that of a source anywhere [nat].
+        """Log density (B, r) at the sources (B, r) int64, relative to the uniform one [nat].
 
-        Normal in direction. In range the pointer's weights, log-linear between the cells and zero
-        beyond them: -inf there. An angle in which sources stand within the gate counts as one as
-        wide as the gate, a range within a cell as a cell.
+        It is normal in direction. In range it follows the pointer's weights, log-linear between the
+        cells and -inf beyond them. An angular field narrower than the gate counts as wide as the
+        gate, a range field narrower than a cell as wide as a cell.
         """
         truth = self.position.gather(1, source.unsqueeze(-1).expand(-1, -1, 3))
         off = (self.prediction.position[..., :2] - truth[..., :2]).double()
@@ -138,9 +138,9 @@ class OwnCells:
     def loss(self, source: Tensor) -> Tensor:
         """Loss (B, r) of the slots if they hold the sources (B, r) int64.
 
-        The cross-entropy of the range; the quantile losses that put nine in ten directions inside
-        their 90 % ellipse, and nine in ten ranges that are within reach inside their 90 % interval;
-        and the Huber distance of the directions, in gates.
+        It is the sum of the cross-entropy of the range; the quantile losses that put 90 % of the
+        directions inside their 90 % ellipse, and 90 % of the ranges within reach inside their 90 %
+        interval; and the Huber distance of the directions, in units of the gate.
 
         Source: Koenker and Bassett, "Regression quantiles", Econometrica 46(1), 1978.
         """
@@ -155,13 +155,13 @@ class OwnCells:
         )
 
     def _off_ellipse(self, off: Tensor) -> Tensor:
-        """Quantile loss (B, r) of the Mahalanobis distance of errors (B, r, 2) in gates."""
+        """Quantile loss (B, r) of the Mahalanobis distance of errors (B, r, 2), in gate units."""
         assert self.prediction.angle_covariance is not None
         form, determinant = _adjugate_form(self.prediction.angle_covariance / _GATE**2, off)
         return _quantile_loss(torch.log(form) - torch.log(determinant), _ELLIPSE)
 
     def _off_interval(self, truth: Tensor) -> Tensor:
-        """Quantile loss (B, r) of the errors of range within reach, truth (B, r) [m]."""
+        """Quantile loss (B, r) of the range errors within reach, for true ranges (B, r) [m]."""
         spread = self.prediction.range_spread
         if spread is None:
             return torch.zeros_like(truth)
@@ -173,7 +173,7 @@ class OwnCells:
 
 
 def _log_mean(a: Tensor, b: Tensor) -> Tensor:
-    """Mean of what is log-linear from ``exp(a)`` to ``exp(b)``: ``(e^b - e^a) / (b - a)``."""
+    """Mean of a log-linear function from ``exp(a)`` to ``exp(b)``: ``(e^b - e^a) / (b - a)``."""
     apart = (b - a).abs().clamp_min(torch.finfo(a.dtype).tiny)
     return torch.maximum(a, b).exp() * -torch.expm1(-apart) / apart
 
@@ -191,7 +191,7 @@ def _adjugate_form(covariance: Tensor, off: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _quantile_loss(log_distance: Tensor, squared_radius: float) -> Tensor:
-    """Loss of squared distances that is least where nine in ten are below a squared radius."""
+    """Loss of squared distances that is least if 90 % are below a squared radius."""
     excess = log_distance - math.log(squared_radius)
     return torch.maximum(_LEVEL * excess, (_LEVEL - 1.0) * excess)
 
@@ -205,15 +205,15 @@ def heat_loss(
 ) -> Tensor:
     """Cross-entropy of a map over directions, per source.
 
-    The cell nearest to a source holds it; the cells beside that one are left out, since either
-    answer would do there.
+    The target is the cell nearest to a source; its neighbours are excluded, since either answer is
+    acceptable there.
 
     Args:
         heat: (B, A, E) logits.
         directions: (A, E, 2) azimuth, elevation [rad].
         position: (B, K, 3) of the sources.
         present: (B, K) bool.
-        n_sources: that it is a mean over; None: those that are present.
+        n_sources: number that the sum is divided by; None: the number of sources present.
     """
     apart = directions[:, :, None] - position[:, None, None, :, :2]  # (B, A, E, K, 2)
     distance = torch.linalg.vector_norm(apart, dim=-1).flatten(1, 2)  # (B, A E, K)
@@ -232,13 +232,12 @@ def heat_loss(
 def match_slots(prediction: Prediction, score: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
     """Pair slots with sources, one to one, by an optimal assignment.
 
-    A pair costs minus its score and minus half the probability that the slot holds a source.
-    Sources left over, because there are more of them than slots or none may be theirs, stay
-    unmatched.
+    The cost of a pair is minus its score minus half the probability that the slot holds a source.
+    Sources stay unmatched if there are more of them than slots, or if no slot may match them.
 
     Args:
         prediction: r slots.
-        score: (B, r, K); -inf where a slot cannot be of a source.
+        score: (B, r, K); -inf where a slot cannot match a source.
         present: (B, K) bool.
 
     Returns:

@@ -23,16 +23,16 @@ class PrecisionConfig(FrozenModel):
 class AmpPolicy:
     """Autocast of the network and loss scaling for one device.
 
-    ``auto`` takes bf16 on a GPU that has it, fp16 with a gradient scaler on another GPU, and
-    nothing on a CPU, where it would only be slower. The physics and the losses leave autocast by
-    :func:`physics.precision.full_precision`.
+    ``auto`` uses bf16 on a GPU that supports it, fp16 with a gradient scaler on other GPUs, and no
+    autocast on a CPU, where it would only be slower. The physics and the losses disable autocast
+    with :func:`physics.precision.full_precision`.
 
     Args:
-        config: the wanted precision.
+        config: the requested precision.
         device: where the network runs.
 
     Raises:
-        ValueError: fp16 on a CPU, which has no gradient scaling worth the name.
+        ValueError: fp16 on a CPU, which has no useful gradient scaling.
     """
 
     def __init__(self, config: PrecisionConfig, device: torch.device) -> None:
@@ -71,16 +71,16 @@ class AmpPolicy:
         self.scaler.scale(loss).backward()
 
     def unscale(self, optimizer: torch.optim.Optimizer) -> None:
-        """Bring the gradients back to their true scale, before they are clipped."""
+        """Restore the gradients to their true scale before clipping."""
         self.scaler.unscale_(optimizer)
 
     def step(self, optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
-        """Step the optimiser where the step is finite, and let the scaler learn.
+        """Step the optimiser if the step is finite, and update the scaler.
 
-        A fused optimiser's kernel reads for itself whether to step, so that the host need not.
+        The kernel of a fused optimiser reads the flag on the device, so that the host need not.
 
         Args:
-            optimizer: whose gradients have been brought back to their scale.
+            optimizer: optimiser with unscaled gradients.
             finite: () bool.
         """
         if optimizer.defaults["fused"]:

@@ -1,4 +1,4 @@
-"""What every network says of a scene, and what all networks share."""
+"""Prediction of a network for a scene, and the base class of all networks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from physics.steering import steering_vector
 class FamilyConfig(FrozenModel):
     """Sizes that the networks of every family have."""
 
-    method: ClassVar[str] = ""  # how sources come of it, in a few words
+    method: ClassVar[str] = ""  # how sources are obtained, in a few words
 
     width: int = Field(64, ge=8, description="size of a token (d_model)")
     depth: int = Field(2, ge=1, description="encoder layers")
@@ -36,7 +36,7 @@ class FamilyConfig(FrozenModel):
 
     @property
     def front_end(self) -> CandidateConfig | None:
-        """What is computed of a measurement beside the ridge solutions, once and kept."""
+        """Computation on a measurement besides the ridge solutions, whose result is cached."""
         return None
 
     @property
@@ -46,11 +46,11 @@ class FamilyConfig(FrozenModel):
 
     @property
     def slots(self) -> int:
-        """Sources that it can tell of."""
+        """Largest number of sources that the network can predict."""
         raise NotImplementedError
 
     def check_slots(self, scene: SceneConfig) -> None:
-        """Raise ValueError where there may be more sources than slots."""
+        """Raise ValueError if there may be more sources than slots."""
         if self.slots < scene.max_sources:
             name = "candidates.count" if self.front_end else "rank"
             raise ValueError(
@@ -80,10 +80,10 @@ class AttentionConfig(FamilyConfig):
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a network says of B scenes, in full precision.
+    """Prediction of a network for B scenes, in full precision.
 
-    Slots are an unordered set of possible sources. Each has a probability to hold one and a
-    distribution over cells of position: those of the network's dictionary, or cells of its own.
+    Slots are an unordered set of possible sources. Each has a probability of holding a source and a
+    distribution over position cells: those of the network's dictionary, or cells of its own.
     """
 
     factor: Tensor  # (B, N, r) complex: factor of R_pred, any scale
@@ -93,13 +93,13 @@ class Prediction:
     cells: Tensor | None = None  # (B, r, G, 3) azimuth, elevation [rad], range [m]; None: shared
     angle_covariance: Tensor | None = None  # (B, r, 2, 2) [rad^2] of the direction's error
     range_spread: Tensor | None = (
-        None  # (B, r) on the std of range that the pointer leaves; None: 1
+        None  # (B, r) factor on the pointer's standard deviation of range; None: 1
     )
-    heat: Tensor | None = None  # (B, A, E) logit that a source stands in a direction of the grid
+    heat: Tensor | None = None  # (B, A, E) logit of a source in each direction of the grid
 
     @property
     def covariance(self) -> LowRankCovariance:
-        """R_pred, trace N; computed once, and again where gradients are wanted later."""
+        """R_pred, trace N; computed once, and again if gradients are needed later."""
         kept: LowRankCovariance | None = self.__dict__.get("_covariance")
         wanted = torch.is_grad_enabled() and self.factor.requires_grad
         if kept is None or (wanted and not kept.requires_grad):
@@ -115,9 +115,9 @@ class SourceNetwork(nn.Module, ABC):
         dictionary: (G, N) complex steering vectors of the cells of a coarse grid.
         cells: (G, 3) their azimuth, elevation [rad] and inverse range [1/m].
         cell_size: (3,) [rad, rad, 1/m].
-        cell_share: (G,) part of the field in each cell, in azimuth, elevation and range.
+        cell_share: (G,) fraction of the field in each cell, in azimuth, elevation and range.
         directions: (A, E, 2) azimuth and elevation [rad] of the grid.
-        gated: whether a source may be too far from all slots to be any slot's.
+        gated: whether a source may be too far from all slots to match any.
     """
 
     gated: ClassVar[bool] = False
@@ -143,7 +143,7 @@ class SourceNetwork(nn.Module, ABC):
             "dictionary", self.grid.steering(array, scene.wavefront).clone(), persistent=False
         )
         spans = [values[-1] - values[0] for values in (self.grid.azimuth, self.grid.elevation)]
-        # A single plane stands for all ranges; an axis without extent is measured in its unit.
+        # A single plane represents all ranges; an axis without extent gets a cell size of 1.
         spans.append(1.0 / scene.range_m[0] - 1.0 / scene.range_m[1])
         cell_size = [s / max(1, n - 1) or 1.0 for s, n in zip(spans, self.grid.shape, strict=True)]
         self.register_buffer("cell_size", torch.tensor(cell_size), persistent=False)
@@ -157,7 +157,7 @@ class SourceNetwork(nn.Module, ABC):
             log_weight: (B, r) logarithm of existence times power, on any scale.
 
         Returns:
-            (B, N, r) complex, the largest weight 1.
+            (B, N, r) complex, scaled to a largest weight of 1.
         """
         a = steering_vector(cells, self.array, self.scene.wavefront)  # (B, r, S, N)
         column = (pointer.unsqueeze(-2).to(a.dtype) @ a).squeeze(-2)
@@ -166,4 +166,4 @@ class SourceNetwork(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, features: Features) -> Prediction:
-        """Predict B scenes. Runs under autocast; what leaves it is in full precision."""
+        """Predict B scenes. Runs under autocast and returns full precision."""

@@ -1,4 +1,4 @@
-"""Which range a slot is said to stand at, and how far off that may be."""
+"""The range reported for a slot, and its uncertainty."""
 
 from __future__ import annotations
 
@@ -10,34 +10,34 @@ from torch import Tensor
 
 Goal = Literal["f1", "gospa", "count"]
 
-# What a range error d is worth is 1 - (d / reach)^2 within the reach, and 0 beyond: the GOSPA
-# cutoff of 2 m makes this the cost that GOSPA saves; for F1 it is a smooth tolerance of 1 m.
+# The utility of a range error d is 1 - (d / reach)^2 within the reach, and 0 beyond. With the GOSPA
+# cutoff of 2 m as reach it is the cost that GOSPA saves; for F1 it is a smooth tolerance of 1 m.
 REACH: dict[Goal, float] = {"f1": 1.25, "gospa": 2.0, "count": 2.0}
-_ASCENTS = 4  # steps that move a range to the mean of what lies within reach
+_ASCENTS = 4  # steps that move a range to the posterior mean within reach
 
 
 @dataclass(frozen=True)
 class NamedRange:
-    """The range of each slot, by its distribution over cells."""
+    """The range of each slot, from its distribution over cells."""
 
     at: Tensor  # (B, r) [m]
-    worth: Tensor  # (B, r) in [0, 1], expected there
-    variance: Tensor  # (B, r) [m^2] of what lies within reach
+    worth: Tensor  # (B, r) in [0, 1], expected utility
+    variance: Tensor  # (B, r) [m^2] of the distribution within reach
 
 
 @torch.no_grad()
 def named_range(log_pointer: Tensor, ranges: Tensor, reach: float) -> NamedRange:
-    """The range where most is expected of a worth that falls with the square of the error.
+    """The range that maximises the expectation of a utility quadratic in the error.
 
     Args:
         log_pointer: (B, r, S) log probabilities of the cells.
         ranges: (B, r, S) of the cells, at least two, evenly spaced from near to far [m].
-        reach: error beyond which a range is worth nothing [m].
+        reach: error beyond which the utility is 0 [m].
     """
     weight = log_pointer.exp()
 
     def worth(at: Tensor) -> Tensor:
-        """Of every range in ``at`` (B, r, T)."""
+        """Expected utility of every range in ``at`` (B, r, T)."""
         off = (ranges.unsqueeze(-2) - at.unsqueeze(-1)) / reach
         return ((1.0 - off.square()).clamp_min(0.0) * weight.unsqueeze(-2)).sum(-1)
 

@@ -1,4 +1,4 @@
-"""Scenes written as shards, in the format of :mod:`model.shards`."""
+"""Writes scenes as shards, in the format of :mod:`model.shards`."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ def write_shards(
     """Write scenes as shards in the origin's format.
 
     Args:
-        folder: data folder; the split's folder is made in it.
+        folder: data folder; the split's folder is created in it.
         name: ``train``, ``val`` or ``test``.
         scenes: what to write.
         array: the surface of the true covariance R.
         wavefront: its steering model.
-        shard_size: scenes in a file.
+        shard_size: scenes per file.
 
     Returns:
         The files written.
 
     Raises:
-        ValueError: an unknown split, a shard size below 1, or scenes of which a tensor has another
-            shape or kind, or holds what no scene can: nothing is written then.
+        ValueError: an unknown split, a shard size below 1, or scenes with a tensor of another shape
+            or dtype or with invalid values; nothing is written then.
         FileExistsError: the split already holds shards.
     """
     if name not in SPLITS:
@@ -78,10 +78,10 @@ def write_shards(
 
 
 def _checked(scenes: Scenes, array: PlanarArray) -> Scenes:
-    """Scenes as they are written, in single precision.
+    """Validate scenes and convert them to single precision, as they are written.
 
     Raises:
-        ValueError: what is wrong with them.
+        ValueError: the scenes are invalid.
     """
     single = {}
     for name, value in vars(scenes).items():
@@ -108,7 +108,7 @@ def _checked(scenes: Scenes, array: PlanarArray) -> Scenes:
 
 
 def _dense(covariance: LowRankCovariance, scenes: Scenes) -> Tensor:
-    """R (n, N, N), zero for scenes without sources, as the format has it."""
+    """R (n, N, N), zero for scenes without sources, as the format requires."""
     return covariance.dense() * (scenes.n_sources > 0)[:, None, None]
 
 

@@ -11,17 +11,17 @@ import numpy as np
 Split = Literal["train", "val", "test"]
 _BRANCH: dict[Split, int] = {"train": 0, "val": 1, "test": 2}
 _BEFORE: dict[Split, tuple[Split, ...]] = {"val": (), "test": ("val",), "train": ("val", "test")}
-_HELD_OUT = 1024  # chunks of validation and of test that no other split meets
-_WORD = 2**32 - 1  # of a seed, what a CPU's generator keeps
+_HELD_OUT = 1024  # chunks of validation and of test whose seeds no other split uses
+_WORD = 2**32 - 1  # mask of the bits of a seed that a CPU generator keeps
 
 
 def simulation_seed(seed: int, split: Split, epoch: int, chunk: int) -> int:
     """Seed of one chunk of simulated scenes.
 
     Splits, epochs and chunks are branches of one ``numpy.random.SeedSequence`` per study seed
-    (seed + i would share streams). On a CPU a ``torch.Generator`` keeps 32 bits of a seed: after
-    some 65,000 chunks two of a training may be the same by chance. None is ever one of the first
-    of validation or test, nor of these one of the other.
+    (seed + i would share streams). On a CPU a ``torch.Generator`` keeps 32 bits of a seed, so after
+    some 65,000 chunks two chunks of a training may coincide by chance. No training chunk ever
+    coincides with one of the first chunks of validation or test, and these two never coincide.
     """
     held_out = [_first_words(seed, other) for other in _BEFORE[split]]
     drawn = (_drawn(seed, split, epoch, chunk, attempt) for attempt in count())
@@ -36,5 +36,5 @@ def _drawn(seed: int, split: Split, epoch: int, chunk: int, attempt: int) -> int
 
 @lru_cache(maxsize=64)
 def _first_words(seed: int, split: Split) -> frozenset[int]:
-    """What a CPU's generator keeps of the seeds of a split's first chunks."""
+    """The 32 bits that a CPU generator keeps of the seeds of a split's first chunks."""
     return frozenset(simulation_seed(seed, split, 0, chunk) & _WORD for chunk in range(_HELD_OUT))

@@ -1,4 +1,4 @@
-"""The origin's shard format: reader and writer.
+"""The origin's shard format and its reader.
 
 A shard is an uncompressed ``.npz`` in ``{train,val,test}/shard_%03d.npz``, float32 with a trailing
 [re, im] axis for complex arrays:
@@ -39,18 +39,18 @@ from physics.scene import Scenes
 from physics.steering import Wavefront, steering_vector
 
 GAIN = 1000.0
-_ROWS = 8  # of R that are read to find the sources' powers
+_ROWS = 8  # rows of R that are read to determine the sources' powers
 KEYS = ("y", "H", "H_full", "codes", "ptr", "K", "snr", "R", "R_samp")
 READ = ("y", "H_full", "codes", "ptr", "K", "snr", "R")
 SPLITS = ("train", "val", "test")
 
 
 class DataError(ValueError):
-    """Data that cannot be used, and why, in one line."""
+    """Data that cannot be used; the message gives the reason in one line."""
 
 
 def open_npz(path: Path) -> dict[str, NDArray[np.generic]]:
-    """Memory-map the arrays of an uncompressed ``.npz``; nothing is read but the headers.
+    """Memory-map the arrays of an uncompressed ``.npz``, reading only the headers.
 
     All arrays are views of one map, which holds one open file.
 
@@ -70,8 +70,8 @@ def open_npz(path: Path) -> dict[str, NDArray[np.generic]]:
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
     except Exception as error:
-        # What zipfile and NumPy raise of damaged bytes is of many kinds: NotImplementedError of a
-        # flag, tokenize.TokenError of a header, and theirs may change.
+        # For damaged bytes zipfile and NumPy raise many kinds of errors, which may change:
+        # NotImplementedError for a flag, tokenize.TokenError for a header.
         size = path.stat().st_size
         raise DataError(
             f"{path}: not a readable npz archive of {size} bytes ({in_one_line(error)}); "
@@ -103,7 +103,7 @@ def _map_member(
             else (npy_format.read_array_header_2_0)
         )
         shape, fortran, dtype = read(handle)
-    except Exception as error:  # of many kinds, as in open_npz
+    except Exception as error:  # many kinds of errors, as in open_npz
         raise DataError(f"{path}: member {name} is no npy array ({in_one_line(error)})") from error
     if dtype.hasobject:
         raise DataError(
@@ -142,8 +142,8 @@ class ShardSplit:
         wavefront: the steering model that they were made with.
         n_antennas: M that the configuration expects.
         n_snapshots: L that it expects.
-        max_sources: K that a scene may hold.
-        which: of the folder's files.
+        max_sources: largest number K of sources in a scene.
+        which: glob pattern of the files to read.
 
     Raises:
         DataError: a missing folder, or a shard that is damaged, foreign or of other sizes.
@@ -193,7 +193,7 @@ class ShardSplit:
             raise DataError(
                 f"{path}: foreign archive, without {', '.join(missing)}; expected {', '.join(KEYS)}"
             )
-        # How many scenes and slots there are; what the shapes of the others are compared with.
+        # These give the numbers of scenes and slots, with which the other shapes are compared.
         for key, ndim, fits in (
             ("K", 1, "('n',), one number a scene"),
             ("ptr", 2, "('n', 3 K): the azimuths, the elevations and the ranges of K slots"),
@@ -236,7 +236,7 @@ class ShardSplit:
     def _gather(
         self, key: str, indices: NDArray[np.int64], part: NDArray[np.int64] | None = None
     ) -> NDArray[np.generic]:
-        """Scenes of one key (or a part of each), in the order asked, read shard by shard."""
+        """Values of one key (or a part of them) in the requested order, read shard by shard."""
         owner = np.searchsorted(self._starts, indices, side="right") - 1
         first = self.shards[0].arrays[key]
         shape = first.shape[1:] if part is None else (len(part), *first.shape[2:])
@@ -254,11 +254,11 @@ class ShardSplit:
         return f"{self.shards[shard].path} scene {index - self._starts[shard]}"
 
     def read(self, indices: NDArray[np.int64]) -> Scenes:
-        """Read scenes in the order asked.
+        """Read scenes in the requested order.
 
         Raises:
-            DataError: a non-finite value (but a NaN in snr, which is not known then) or a source
-                without a range, naming file and scene.
+            DataError: a non-finite value (except NaN in snr, which means unknown) or a source
+                without a range; the message names file and scene.
         """
         values = {key: self._gather(key, indices) for key in READ if key != "R"}
         for key in ("y", "H_full", "codes", "ptr"):
@@ -317,7 +317,7 @@ class ShardSplit:
     def _source_power(
         self, indices: NDArray[np.int64], position: Tensor, present: Tensor
     ) -> Tensor:
-        """Powers p_k of ``R = sum p_k a_k a_k^H`` by least squares, read once a scene."""
+        """Powers p_k of ``R = sum p_k a_k a_k^H`` by least squares, computed once per scene."""
         known = ~np.isnan(self._power[indices]).any(1)
         if not known.all():
             todo = torch.from_numpy(~known)
@@ -341,7 +341,7 @@ class ShardSplit:
         return steering_vector(position, self.array, self.wavefront)
 
     def subspace_share(self, indices: NDArray[np.int64]) -> Tensor:
-        """``||P_A R||_F / ||R||_F`` of scenes, P_A projecting on their steering vectors.
+        """``||P_A R||_F / ||R||_F`` of scenes, where P_A projects on their steering vectors.
 
         It is 1 where array and wavefront are those that the data were made with.
         """
@@ -360,10 +360,10 @@ class ShardSplit:
         ]
 
     def fingerprints(self) -> Iterator[tuple[int, str, bytes]]:
-        """Index, what was hashed, and hash: of every measurement and of every set of sources.
+        """Yield index, kind and hash of every measurement and of every set of sources.
 
-        As they are read: in single precision, whatever the file's precision, its slots for
-        sources and the order of the sources in them.
+        The hashed values are those that are read: in single precision, regardless of the file's
+        precision, number of source slots and order of the sources.
         """
         for start, shard in self.starts():
             y, ptr, counts = (shard.arrays[key] for key in ("y", "ptr", "K"))
@@ -376,7 +376,7 @@ class ShardSplit:
                     yield start + row, "set of sources", _digest(sources[:, order])
 
     def beside(self) -> Iterator[bytes]:
-        """What is read of each scene beside y and ptr: channel, codes, SNR, rows of R."""
+        """Yield the other data read for each scene: channel, codes, SNR and rows of R."""
         few = _few_rows(self.array.size)
         for _, shard in self.starts():
             parts = [shard.arrays[key] for key in ("H_full", "codes", "snr")]
@@ -386,7 +386,7 @@ class ShardSplit:
 
 
 def _few_rows(n_elements: int) -> NDArray[np.int64]:
-    """Rows of R that determine the K powers; the whole would be 166 kB a scene."""
+    """Rows of R that determine the K powers; all of R would be 166 kB per scene."""
     return np.linspace(0, n_elements - 1, min(n_elements, _ROWS), dtype=np.int64)
 
 
@@ -399,13 +399,13 @@ def _complex(pairs: NDArray[np.generic]) -> Tensor:
 
 
 def refuse_leaks(splits: list[ShardSplit]) -> dict[str, str]:
-    """Refuse a scene that stands in two splits.
+    """Check that no scene occurs in two splits.
 
     Returns:
-        A digest of all that is read of each split's scenes, in their order, by its name.
+        For each split's name, a digest of all data read for its scenes, in order.
 
     Raises:
-        DataError: naming both places.
+        DataError: a scene occurs in two splits; the message names both places.
     """
     seen: dict[tuple[str, bytes], tuple[ShardSplit, int]] = {}
     digests = {}

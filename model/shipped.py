@@ -1,4 +1,4 @@
-"""Trained networks that come with the package."""
+"""Trained networks that are shipped with the package."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from model.checkpoint import read_config
 from model.config import TrialConfig
 
 _FOLDER = Path(__file__).resolve().parent / "networks"
-# What a network is trained for: with another value it sees what it has never seen.
+# Settings that a network is trained for: with other values its inputs are out of distribution.
 _CONVENTIONS = ("n_antennas", "n_snapshots", "wavefront", "source_mode", "codebook")
 
 
 def shipped() -> dict[str, Path]:
-    """Folders of the networks by name, each as ``RUN_DIR/best`` with a card beside it."""
+    """Folders of the networks by name, each laid out like ``RUN_DIR/best``, plus a model card."""
     folders = sorted(path.parent for path in _FOLDER.glob("*/config.json"))
     return {folder.name: folder for folder in folders}
 
 
 def shipped_for(config: TrialConfig) -> Path | None:
-    """The network for scenes of this configuration; None where none was trained for them.
+    """The network for scenes of this configuration; None if none was trained for them.
 
     Array, antennas, snapshots, wavefront, source mode and codebook must be those of its training.
     """

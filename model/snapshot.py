@@ -32,7 +32,7 @@ class SnapshotConfig(AttentionConfig):
 
     @property
     def slots(self) -> int:
-        """Sources that it can tell of."""
+        """Largest number of sources that the network can predict."""
         return self.rank
 
 
@@ -40,9 +40,9 @@ class SnapshotNetwork(SourceNetwork):
     """Predicts sources and the factor of the covariance from the features of a scene.
 
     Every snapshot becomes a token: a convolution over the elements reads the ridge solution
-    beside the code that made it, and a linear map reads y. The channel and the SNR join them, and
-    a transformer encoder lets the snapshots (an unordered set) see one another. A small CNN reads
-    the matched-filter spectra over azimuth x elevation with one channel per plane of inverse
+    together with its code, and a linear map reads y. The channel and the SNR are added, and a
+    transformer encoder lets the snapshots (an unordered set) attend to one another. A small CNN
+    reads the matched-filter spectra over azimuth x elevation with one channel per plane of inverse
     range. A fixed number of slots then attends to the snapshots and the cells and to each other.
     Each slot points at cells of the dictionary; its column of the factor is the power-weighted
     sum of the steering vectors that it points at, so every R_pred lies on the array's manifold.
@@ -112,7 +112,7 @@ class SnapshotNetwork(SourceNetwork):
         self.offset = nn.Linear(width, 3)
 
     def forward(self, features: Features) -> Prediction:
-        """Predict B scenes. Runs under autocast; what leaves it is in full precision."""
+        """Predict B scenes. Runs under autocast and returns full precision."""
         snapshots = self._snapshot_tokens(features)
         cell_tokens, keys = self._cells(features)
         memory = torch.cat([snapshots, cell_tokens], dim=1)
@@ -136,7 +136,7 @@ class SnapshotNetwork(SourceNetwork):
         return Prediction(factor, existence.float(), log_pointer, position)
 
     def _snapshot_tokens(self, features: Features) -> Tensor:
-        """(B, L + 1, width): the snapshots and the channel, seen through the encoder."""
+        """Encoded tokens (B, L + 1, width) of the snapshots and the channel."""
         ridge = self._as_image(torch.stack([features.ridge, features.codes], dim=2))
         batch, n_snapshots = ridge.shape[:2]
         tokens = self.snapshot_conv(ridge.flatten(0, 1)).unflatten(0, (batch, n_snapshots))
@@ -173,7 +173,7 @@ class SnapshotNetwork(SourceNetwork):
 def _surface_encoder(
     in_channels: int, channels: int, width: int, array: PlanarArray
 ) -> nn.Sequential:
-    """CNN over the elements of the surface to one token."""
+    """CNN that maps the elements of the surface to one token."""
     rows, columns = -(-array.n_vertical // 2), -(-array.n_horizontal // 2)
     return nn.Sequential(
         nn.Conv2d(in_channels, channels, 3, padding=1),

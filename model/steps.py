@@ -1,4 +1,4 @@
-"""Optimiser steps: what one begins with, what came of it, and what an epoch of them adds up to."""
+"""Optimiser steps: the input and the outcome of a step, and the totals of an epoch."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from model.features import Features
 
 @dataclass(frozen=True)
 class Prepared:
-    """A batch in the parts in which its gradient is computed, with what the network sees of each.
+    """A batch split into the parts in which its gradient is computed, with their features.
 
     Attributes:
-        parts: whose scenes are the batch's, in order.
+        parts: parts of the batch, in order.
         features: of each part.
-        fallbacks: how many scenes of each part fell back to the SVD; who reads it waits for the
+        fallbacks: how many scenes of each part fell back to the SVD; reading it waits for the
             features.
     """
 
@@ -30,20 +30,20 @@ class Prepared:
 
     @classmethod
     def of(cls, parts: list[Batch], features: list[Features]) -> Prepared:
-        """Without waiting for the features."""
+        """Build without waiting for the features."""
         counts = torch.stack([seen.fell_back.sum() for seen in features])
         return cls(parts, features, Look(counts))
 
     def __len__(self) -> int:
-        """Scenes."""
+        """Number of scenes."""
         return sum(map(len, self.parts))
 
 
 class Outcome(NamedTuple):
-    """What came of a step.
+    """Outcome of a step.
 
     Attributes:
-        terms: of the loss; None where it is not finite.
+        terms: of the loss; None if the loss is not finite.
         norm: of the gradient, before clipping.
     """
 
@@ -52,21 +52,21 @@ class Outcome(NamedTuple):
 
     @property
     def skipped(self) -> bool:
-        """Whether the weights were left as they were."""
+        """Whether the weights were left unchanged."""
         return self.terms is None or not math.isfinite(self.norm)
 
 
 @dataclass(frozen=True)
 class Taken:
-    """A step that the device was asked to take.
+    """A step that was queued on the device.
 
     Attributes:
         number: of the step, from 1.
         rate: its learning rate.
-        n_scenes: of its batch.
-        n_fallbacks: scenes of them that fell back to the SVD.
+        n_scenes: number of scenes of its batch.
+        n_fallbacks: number of these scenes that fell back to the SVD.
         names: of the loss terms, the total first.
-        look: their values, and last the gradient's norm.
+        look: their values, followed by the gradient's norm.
     """
 
     number: int
@@ -77,14 +77,14 @@ class Taken:
     look: Look
 
     def outcome(self) -> Outcome:
-        """What came of it; who asks waits for the step."""
+        """Wait for the step and return its outcome."""
         *values, norm = self.look.read()
         finite = math.isfinite(values[0])
         return Outcome(dict(zip(self.names, values, strict=True)) if finite else None, norm)
 
 
 class Tally:
-    """What the steps of an epoch add up to."""
+    """Totals over the steps of an epoch."""
 
     def __init__(self) -> None:
         self.n_scenes = 0
@@ -95,7 +95,7 @@ class Tally:
         self._rate = 0.0
 
     def add(self, step: Taken) -> Outcome:
-        """Count one more step, and return what came of it."""
+        """Count one more step and return its outcome."""
         outcome = step.outcome()
         self.n_scenes += step.n_scenes
         self._n_fallbacks += step.n_fallbacks
@@ -109,7 +109,7 @@ class Tally:
         return outcome
 
     def metrics(self) -> dict[str, float]:
-        """Mean loss terms over finite losses, norms of steps that were not skipped, and counts."""
+        """Mean terms of the finite losses, norms of the steps not skipped, and counts."""
         loss = {name: value / self.n_finite for name, value in self._totals.items()}
         return {
             "loss": loss.pop("total"),

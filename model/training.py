@@ -48,18 +48,18 @@ Report = Callable[[int, Metrics], None]
 
 
 class TrialDiverged(RuntimeError):
-    """A training that produces nothing finite any more; the trial has failed."""
+    """The training no longer produces finite values; the trial has failed."""
 
 
 class Trainer:
     """Trains one configuration, an epoch at a time.
 
-    All randomness is drawn from generators seeded with (seed, epoch), so that a trainer restored
-    between two epochs goes on exactly as if nothing had happened: bit for bit on a CPU.
+    All random numbers come from generators seeded with (seed, epoch), so that a trainer restored
+    between two epochs continues exactly as if it had not been interrupted: bit for bit on a CPU.
 
-    The objective is what ``config.objective`` names, on the validation scenes under the averaged
-    weights, the lowest of the epochs so far. No loss weight enters it. The weights of that epoch
-    are kept: what is saved is what was scored.
+    The objective is the metric named by ``config.objective``, on the validation scenes with the
+    averaged weights, and the lowest of the epochs so far. No loss weight enters it. The weights of
+    that epoch are kept, so that the saved weights are the scored ones.
 
     Args:
         config: the trial.
@@ -67,7 +67,7 @@ class Trainer:
 
     Raises:
         DataError: shards that cannot be used.
-        ValueError: a precision that the device cannot have.
+        ValueError: a precision that the device does not support.
     """
 
     def __init__(self, config: TrialConfig, device: torch.device | str = "cpu") -> None:
@@ -176,11 +176,11 @@ class Trainer:
         }
 
     def _objective(self, validation: dict[str, float]) -> float:
-        """What is minimised, of validation metrics."""
+        """The value to minimise, computed from validation metrics."""
         return score(self.config.objective, validation)
 
     def _seed_epoch(self, epoch: int) -> None:
-        """Seed weights (epoch 0), dropout and jitter of an epoch."""
+        """Seed weights (epoch 0), dropout and jitter for an epoch."""
         sequence = np.random.SeedSequence(self.config.seed, spawn_key=(epoch,))
         seed, jitter = (int(s >> np.uint64(1)) for s in sequence.generate_state(2, np.uint64))
         torch.manual_seed(seed)
@@ -207,8 +207,8 @@ class Trainer:
         self.network.train()
         batches = self.source.train_batches(self.epoch, training.batch_size, self.config.seed)
         tally = Tally()
-        # Features know nothing of the weights: a device is asked for the next batch's before a
-        # step, and for the next step before the host looks at what came of this one.
+        # Features do not depend on the weights: the next batch's are queued on the device before a
+        # step, and the next step before the host reads the outcome of this one.
         prepared = delayed(map(self._prepared, batches), self._ahead)
         for step in delayed(map(self._train_step, prepared), self._ahead):
             outcome = tally.add(step)
@@ -216,7 +216,7 @@ class Trainer:
                 self._count_skip(step.number, outcome.norm)
             else:
                 self._skipped_in_a_row = 0
-        # A gradient scaler overflows while it finds its scale: then finite losses are enough.
+        # A gradient scaler overflows while it adapts its scale, so finite losses are enough then.
         if not (tally.n_finite if self.amp.scaler.is_enabled() else tally.norms):
             raise TrialDiverged(
                 f"no step of epoch {self.epoch + 1} was finite; lower the learning rate"
@@ -240,17 +240,17 @@ class Trainer:
             )
 
     def _prepared(self, batch: Batch) -> Prepared:
-        """A batch in its parts, whose features the device has been asked for."""
+        """Split a batch into parts and queue the computation of their features on the device."""
         size = -(-len(batch) // self.config.training.accumulation)
         parts = [batch[slice(start, start + size)] for start in range(0, len(batch), size)]
         trusting = self._ahead > 0
         return Prepared.of(parts, [self._features(part, trusting=trusting) for part in parts])
 
     def _train_step(self, batch: Prepared) -> Taken:
-        """One optimiser step. It is skipped where its loss or its norm is not finite."""
+        """One optimiser step, skipped if its loss or gradient norm is not finite."""
         training = self.config.training
         fallbacks = batch.fallbacks.read()
-        if any(fallbacks) and self._ahead:  # the SVD has to help, for which the host waits
+        if any(fallbacks) and self._ahead:  # the SVD is needed, for which the host waits
             mended = [
                 self._features(part) if failed else seen
                 for part, seen, failed in zip(batch.parts, batch.features, fallbacks, strict=True)
@@ -260,7 +260,7 @@ class Trainer:
         set_learning_rate(self.optimizer, rate)
         warmup = training.warmup_steps(self.total_steps)
         phase = self.config.loss.phase(self.step, self.total_steps, warmup)
-        # Drawn for the whole batch, so that the parts add up to the step that it would make.
+        # Drawn for the whole batch, so that its parts add up to the same step as the whole.
         beta = jittered_beta(len(batch), self.config.blend, self._jitter)
         n_parts = len(batch.parts)
         betas = beta.split(len(batch.parts[0])) if beta is not None else [None] * n_parts
@@ -285,10 +285,10 @@ class Trainer:
         return Taken(self.step, rate, len(batch), int(sum(fallbacks)), tuple(terms), Look(values))
 
     def _counts(self, batch: Prepared) -> Counts:
-        """What the loss of all parts together is a mean over."""
+        """Numbers by which the loss of all parts together is divided."""
         if not self.network.gated:
             return reduce(add, (self.loss.counts(part.scenes) for part in batch.parts))
-        # Which sources have a slot is known after a prediction only, with the dropout to come.
+        # Matched sources are known only after a prediction, with the dropout of the step to come.
         devices = [self.device] if self.device.type == "cuda" else []
         counts = []
         with torch.no_grad(), torch.random.fork_rng(devices):
@@ -303,11 +303,11 @@ class Trainer:
         """Score the averaged weights on the validation scenes.
 
         Returns:
-            nmse_pred, nmse_blend, nll (of the slots, [nat] a scene: :meth:`ScenesLoss.nll`), and of
-            the sources that are named count_accuracy (how often their number is right), f1 (within
-            5 degrees, 5 degrees and 1 m) and gospa [m]. Slots with cells of their own are named by
-            the threshold that suits these scenes best;
-            those of a dictionary by the peaks of MUSIC on a coarse grid.
+            nmse_pred, nmse_blend, nll (of the slots, [nat] per scene: :meth:`ScenesLoss.nll`), and
+            for the reported sources count_accuracy (how often their number is right), f1 (within
+            5 degrees, 5 degrees and 1 m) and gospa [m]. Slots with cells of their own are reported
+            with the threshold that is best for these scenes; for slots of a dictionary, sources are
+            the peaks of MUSIC on a coarse grid.
         """
         self.network.eval()
         raw = {k: p.detach().clone() for k, p in self.network.named_parameters()}
@@ -327,7 +327,7 @@ class Trainer:
         return metrics
 
     def _predict(self, batch: Batch) -> tuple[Prediction, LowRankCovariance]:
-        """Prediction and R_blend as inference makes them."""
+        """Prediction and R_blend as in inference."""
         features = self._features(batch)
         with self.amp.autocast():
             prediction = self.network(features)
@@ -339,7 +339,7 @@ class Trainer:
                 parameter.copy_(weights[name])
 
     def save(self, folder: Path) -> None:
-        """Write everything needed to go on; what was there before is replaced in one step."""
+        """Write everything needed to continue, atomically replacing an existing checkpoint."""
         moments = {
             f"{index}.{name}": value if isinstance(value, Tensor) else torch.tensor(value)
             for index, entry in self.optimizer.state_dict()["state"].items()
@@ -368,7 +368,7 @@ class Trainer:
         ).save(folder)
 
     def load(self, folder: Path) -> None:
-        """Go on from a checkpoint of the same configuration.
+        """Continue from a checkpoint of the same configuration.
 
         Raises:
             CheckpointError: missing, damaged, of another format, or of another configuration.
@@ -391,14 +391,14 @@ class Trainer:
         self.best_decision = Decision(**state["best_decision"])
 
     def inherit(self, folder: Path) -> None:
-        """Begin with the weights, moments and averages of another trial, at the epoch it was in.
+        """Start from the weights, moments and averages of another trial, at that trial's epoch.
 
-        Of this trial are its seed and its adjustable fields (:mod:`model.adjustment`), and from
-        here on its scores: the best epoch is chosen among its own.
+        This trial keeps its own seed and adjustable fields (:mod:`model.adjustment`), and the best
+        epoch is chosen among the epochs that it trains itself.
 
         Raises:
             CheckpointError: missing, damaged, of another format, or of a configuration whose
-                weights are not for this one.
+                weights do not fit this one.
         """
         checkpoint = Checkpoint.load(folder, self.device)
         saved, wanted = lasting(checkpoint.config), lasting(self.config)
@@ -409,7 +409,7 @@ class Trainer:
         self._take_over(checkpoint)
 
     def _take_over(self, checkpoint: Checkpoint) -> None:
-        """What the next step needs of the last."""
+        """Restore the state that the next step needs."""
         state = checkpoint.state
         check_shapes(checkpoint.tensors["network"], dict(self.network.named_parameters()))
         self._set_weights(checkpoint.tensors["network"])
@@ -443,14 +443,14 @@ def train(
     Args:
         config: the trial.
         device: where to train.
-        report: called after every epoch with (epoch, metrics); what it raises ends the training.
-        checkpoint: folder that is saved to after every epoch, and gone on from if it exists.
-        donor: checkpoint of another trial, whose weights are begun with otherwise.
+        report: called after every epoch with (epoch, metrics); an exception ends the training.
+        checkpoint: folder that is saved to after every epoch, and resumed from if it exists.
+        donor: checkpoint of another trial, from whose weights training starts otherwise.
         until: epoch after which to stop before the end.
 
     Returns:
-        The metrics of the last epoch; only ``epoch`` and ``objective`` where the checkpoint was
-        finished already.
+        The metrics of the last epoch; only ``epoch`` and ``objective`` if the checkpoint was
+        already finished.
 
     Raises:
         TrialDiverged, DataError, CheckpointError: see :class:`Trainer`.

@@ -1,4 +1,4 @@
-"""What a network is worth on the validation scenes."""
+"""Scores of a network on the validation scenes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def score_validation(
     array: PlanarArray,
     grid: PolarGrid,
 ) -> tuple[dict[str, float], Decision | None]:
-    """Metrics of predictions, and the decision that suits these scenes best.
+    """Metrics of predictions, and the decision that is best for these scenes.
 
     Args:
         predict: prediction and R_blend of a batch.
@@ -40,11 +40,11 @@ def score_validation(
         loss: of the training, for the likelihood.
         config: the trial.
         array: the surface.
-        grid: where the peaks of MUSIC are looked for.
+        grid: where the peaks of MUSIC are searched.
 
     Returns:
-        The metrics of :meth:`model.training.Trainer.validate`, and the decision that named the
-        sources; None where none was needed, or weights that have diverged locate nothing.
+        The metrics of :meth:`model.training.Trainer.validate`, and the decision that selected the
+        sources; None if none was needed, or if the weights diverged and locate nothing.
     """
     scenes, wavefront, goal = validation.scenes, config.scene.wavefront, config.decision.goal
     pred, blended_error, nll, found, judged = [], [], [], [], []
@@ -70,7 +70,7 @@ def score_validation(
     elif len(found) == len(pred):
         located = Detections.concatenate(found)
     sources = scenes.position, scenes.present
-    # R_pred has the trace N whatever there is: of empty scenes its error says nothing.
+    # R_pred always has trace N, so its error is meaningless for empty scenes.
     occupied = scenes.present.any(-1) if bool(scenes.present.any()) else slice(None)
     matching = match(located, *sources) if located else None
     return {

@@ -1,4 +1,4 @@
-"""One-to-one assignment at least cost, of many small problems at once."""
+"""Minimum-cost one-to-one assignment of many small problems in one batch."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from torch import Tensor
 
 from physics.transfer import sent
 
-FEW = 6  # columns whose subsets are few enough to be gone through
+FEW = 6  # largest number of columns for which all subsets are enumerated
 
 
 @torch.no_grad()
 def assign(cost: Tensor, allowed: Tensor, cap: float) -> Tensor:
     """Column of each row, or -1, in the cheapest one-to-one set of allowed pairs.
 
-    Each pair that lacks to ``min(R, C)`` of them costs ``cap``: with a cap above what all other
-    pairs can cost together, the set has as many pairs as there can be. By the Hungarian method on
-    the host, which waits for the device.
+    Each pair short of ``min(R, C)`` pairs costs ``cap``: with a cap above what all other pairs can
+    cost together, the set has as many pairs as possible. Uses the Hungarian method on the host,
+    which waits for the device.
 
     Args:
-        cost: (B, R, C) real, below the cap where it is allowed; anything elsewhere.
+        cost: (B, R, C) real, below the cap for allowed pairs; any value elsewhere.
         allowed: (B, R, C) bool.
         cap: finite.
 
@@ -29,7 +29,7 @@ def assign(cost: Tensor, allowed: Tensor, cap: float) -> Tensor:
         (B, R) int64.
 
     Source: Kuhn, "The Hungarian method for the assignment problem", Naval Res. Logist. Quart.
-    2(1-2), 1955; as SciPy has it.
+    2(1-2), 1955, as implemented in SciPy.
     """
     costs, may = torch.where(allowed, cost, cap).cpu().numpy(), allowed.cpu().numpy()
     assigned = np.full(costs.shape[:2], -1, dtype=np.int64)
@@ -41,23 +41,23 @@ def assign(cost: Tensor, allowed: Tensor, cap: float) -> Tensor:
 
 @torch.no_grad()
 def assign_few(cost: Tensor, allowed: Tensor, cap: float) -> Tensor:
-    """What :func:`assign` returns, for at most FEW columns, without a look at any value.
+    """Like :func:`assign`, for at most FEW columns, without reading any value on the host.
 
-    A device goes through it while the host is ahead; on a CPU :func:`assign` is faster. Row by row
-    it keeps the least cost of every set of columns that may be taken by then, 2^C numbers a
-    problem, and goes back through them.
+    It runs on the device without making the host wait; on a CPU :func:`assign` is faster. For each
+    row it stores the least cost of every set of columns that can be taken so far, 2^C numbers per
+    problem, and then backtracks through them.
 
     Args:
-        cost, allowed, cap: as there; C at most FEW.
+        cost, allowed, cap: as for :func:`assign`; C at most FEW.
 
     Returns:
-        (B, R) int64. Of sets that cost the same it may be another one than :func:`assign` takes.
+        (B, R) int64. Among sets of equal cost it may choose another one than :func:`assign`.
 
     Raises:
-        ValueError: more columns.
+        ValueError: more than FEW columns.
 
     Source: Held and Karp, "A dynamic programming approach to sequencing problems", J. SIAM 10(1),
-    1962, whose recursion over subsets this is.
+    1962 (the recursion over subsets).
     """
     n_problems, n_rows, n_columns = cost.shape
     if n_columns > FEW:

@@ -24,9 +24,9 @@ Search = Literal["coarse-to-fine", "grid"]
 Criterion = Literal["mdl", "aic"]
 
 _COARSENESS = 0.35  # step of the coarse grid over the beam's width (Rayleigh)
-_CANDIDATES = 4  # local maxima that are looked at for each source asked for
-_SAME_PEAK = 0.02  # 1 - |a^H b|^2 of two candidates that are one peak
-_BLOCK = 64  # scenes searched at once: bounds the memory
+_CANDIDATES = 4  # local maxima examined per requested source
+_SAME_PEAK = 0.02  # 1 - |a^H b|^2 below which two candidates are the same peak
+_BLOCK = 64  # scenes searched at once, which bounds the memory
 
 
 def music(
@@ -43,23 +43,23 @@ def music(
 
     The signal subspace has min(K, rank of R) dimensions: with K above the rank, K peaks of the
     spectrum of the whole range are returned. Sources that coincide, and coherent ones, span fewer
-    dimensions than K and make fewer peaks than K: the other detections are side lobes then. A
-    source outside of the grid shows up on its border, if at all. A covariance without a dominant
+    dimensions than K and make fewer peaks than K: the remaining detections are then side lobes. A
+    source outside the grid shows up on its border, if at all. A covariance without a dominant
     subspace (zero, or a multiple of the identity) gives no detection, and so does K = 0. Plane
-    waves have no range: the grid's first one is returned.
+    waves have no range: the first range of the grid is returned.
 
     Args:
         covariance: R of B scenes, size N, such as :func:`physics.sample_covariance`.
         array: the surface, N elements.
         wavefront: model of the steering vectors.
-        grid: where to look. ``grid`` visits each of its points and puts a parabola through the
-            highest; ``coarse-to-fine`` takes its bounds alone (see :func:`coarse_grid`).
+        grid: where to search. ``grid`` evaluates every point and fits a parabola through the
+            highest; ``coarse-to-fine`` uses only the grid's bounds (see :func:`coarse_grid`).
         n_sources: K, one for all or (B,) integer; None estimates it (:func:`estimate_n_sources`).
         search: "coarse-to-fine" or "grid".
         max_sources: P, at least every K.
 
     Returns:
-        P slots a scene, the highest peak first. A range is ``inf`` where the peak is at an
+        P slots per scene, the highest peak first. A range is ``inf`` where the peak is at an
         inverse range of 0.
 
     Raises:
@@ -95,24 +95,24 @@ def mvdr(
 ) -> Detections:
     """Sources at the K highest peaks of the MVDR spectrum of the loaded covariance.
 
-    The spectrum does not depend on K, which alone says how many peaks are returned; all else is
-    as for :func:`music`.
+    The spectrum does not depend on K, which only sets how many peaks are returned; everything else
+    is as for :func:`music`.
 
     Args:
         covariance: R of B scenes, size N.
         array: the surface, N elements.
         wavefront: model of the steering vectors.
-        grid: where to look, see :func:`music`.
+        grid: where to search, see :func:`music`.
         n_sources: K, one for all or (B,) integer; None estimates it (:func:`estimate_n_sources`).
         search: "coarse-to-fine" or "grid".
         max_sources: P, at least every K.
         loading: diagonal loading relative to tr(R)/N, above 0.
 
     Returns:
-        P slots a scene, the highest peak first.
+        P slots per scene, the highest peak first.
 
     Raises:
-        ValueError: as :func:`music`, without its limit of K = N - 1; a loading not above 0.
+        ValueError: as :func:`music`, but without its limit of K = N - 1; a loading not above 0.
 
     Source: Capon, "High-resolution frequency-wavenumber spectrum analysis", Proc. IEEE 57(8),
     1969.
@@ -128,7 +128,7 @@ def mvdr(
 def estimate_n_sources(
     covariance: LowRankCovariance, max_sources: int = 5, criterion: Criterion = "mdl"
 ) -> Tensor:
-    """Number of sources by the eigenvalues of R: minimum description length, or Akaike's.
+    """Number of sources from the eigenvalues of R, by the MDL criterion or Akaike's.
 
     ``log-likelihood = n (p - k) log(geometric / arithmetic mean of the p - k smallest)`` with the
     penalty ``k (2p - k)`` for AIC and half of it times ``log n`` for MDL. N is replaced by the
@@ -136,10 +136,10 @@ def estimate_n_sources(
     N - p eigenvalues were never observed.
 
     This assumes white noise on the surface and many independent snapshots of incoherent sources.
-    A ridge estimate R_samp keeps none of it: its noise is shaped by the channel and the codes, its
-    few snapshots leave no plateau of equal eigenvalues, and constant symbols make the sources
-    coherent. There it is of no use: on simulated scenes of 1 to 5 sources both criteria say 0
-    nearly always. Give K where it is known.
+    A ridge estimate R_samp violates all of these assumptions: its noise is shaped by the channel
+    and the codes, its few snapshots leave no plateau of equal eigenvalues, and constant symbols
+    make the sources coherent. The criteria are of no use there: on simulated scenes of 1 to 5
+    sources both nearly always return 0. Pass K where it is known.
 
     Args:
         covariance: R (…).
@@ -161,7 +161,7 @@ def estimate_n_sources(
     check_finite("covariance loading", covariance.loading)
     values = covariance.normalized().eigenvalues().double()  # (…, p) descending
     p = values.shape[-1]
-    # Zero eigenvalues are as large as the rounding of the largest one lets them be known.
+    # Zero eigenvalues are resolved only down to the rounding of the largest one.
     rounding = p * torch.finfo(covariance.dtype).eps
     values = values.clamp_min(rounding * values[..., :1])
     k = torch.arange(min(max_sources, p - 1) + 1, device=values.device)
@@ -182,7 +182,7 @@ def _checked(
     max_sources: int,
     search: str,
 ) -> Tensor:
-    """Counts (B,) of a valid call."""
+    """Validate the arguments and return the source counts (B,)."""
     if search not in get_args(Search):
         raise ValueError(f"search {search!r} unknown; choose from {get_args(Search)}")
     if max_sources < 1:
@@ -225,7 +225,7 @@ def _detect(
 ) -> Detections:
     """The highest peaks of each scene, as many as it has sources."""
     fine = search == "coarse-to-fine"
-    if wavefront == "planar":  # blind to the range: every peak would be there at each one
+    if wavefront == "planar":  # blind to the range: every peak would repeat at each one
         grid = replace(grid, inverse_range=grid.inverse_range[:1])
     points = coarse_grid(grid, array) if fine else grid
     steering = points.steering(array, wavefront, device=form.rows.device, dtype=form.rows.dtype)
@@ -259,7 +259,7 @@ def _detect(
 
 
 def _has_peaks(energy: Tensor) -> Tensor:
-    """Whether more than rounding tells the grid's points apart (B,); a single one is no grid."""
+    """Whether the grid's values (B,) differ by more than rounding; one alone is compared to 0."""
     flat = energy.flatten(1)
     lowest = flat.amin(-1) if flat.shape[-1] > 1 else 0.0
     return flat.amax(-1) > lowest + 16 * torch.finfo(flat.dtype).eps
@@ -268,8 +268,9 @@ def _has_peaks(energy: Tensor) -> Tensor:
 def local_maxima(energy: Tensor, points: PolarGrid, n_candidates: int) -> tuple[Tensor, Tensor]:
     """Coordinates (B, C, 3) of the highest cells (B, A, E, Q), and which of them are maxima.
 
-    A maximum is at least as high as the neighbours that share a face. Of two peaks closer than
-    the coarse cells one may be hidden from the 26 neighbours, on a slanted ridge, but seen here.
+    A maximum is at least as high as the neighbours that share a face. On a slanted ridge, a test
+    against all 26 neighbours can miss one of two peaks closer than the coarse cells; this one
+    finds it.
     """
     highest = highest_around(energy, corners=False)
     top, index = torch.where(energy == highest, energy, -1.0).flatten(1).topk(n_candidates)
@@ -287,7 +288,7 @@ def highest_peaks(
     wavefront: Wavefront,
     max_sources: int,
 ) -> Detections:
-    """The highest candidates, each peak once, as many as each scene has sources."""
+    """The highest candidates without duplicate peaks, as many as each scene has sources."""
     height, order = height.sort(dim=-1, descending=True, stable=True)
     position = position.gather(1, order.unsqueeze(-1).expand_as(position))
     apart = _apart(steering_vector(position, array, wavefront), height > 0)
@@ -310,7 +311,7 @@ def bounds_of(grid: PolarGrid) -> Tensor:
 
 
 def _apart(steering: Tensor, found: Tensor) -> Tensor:
-    """Which candidates (B, C), highest first, are not the same peak as one before them."""
+    """Which candidates (B, C), highest first, are not the same peak as an earlier one."""
     overlap = power(steering @ steering.mH)
     same = overlap > 1.0 - _SAME_PEAK
     kept = found.clone()
@@ -321,11 +322,11 @@ def _apart(steering: Tensor, found: Tensor) -> Tensor:
 
 
 def coarse_grid(grid: PolarGrid, array: PlanarArray) -> PolarGrid:
-    """Grid within the bounds of another, just fine enough that every beam has a point.
+    """Grid within the bounds of another, just fine enough that every beam contains a point.
 
-    Steps are a fixed share of the Rayleigh width, wavelength / aperture, in azimuth and elevation,
-    and of what turns the phase of a corner element by 2 pi in inverse range. Axes that are as
-    coarse already stay.
+    Steps are a fixed fraction of the Rayleigh width, wavelength / aperture, in azimuth and
+    elevation, and, in inverse range, of the change that turns the phase of a corner element by
+    2 pi. Axes that are already as coarse stay unchanged.
     """
     width, height = (n * array.spacing for n in (array.n_horizontal, array.n_vertical))
     corner = float(array.elements.square().sum(-1).max())

@@ -1,4 +1,4 @@
-"""R_blend: the predicted and the measured covariance in one."""
+"""R_blend: the weighted sum of the predicted and the measured covariance."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How sure a score is: percentile intervals over scenes drawn again."""
+"""Uncertainty of a score: bootstrap percentile intervals over resampled scenes."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ def bootstrap_interval(
     level: float = 0.95,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """Percentile interval of a statistic over scenes drawn again with replacement.
+    """Percentile interval of a statistic over scenes resampled with replacement.
 
     Args:
         statistic: takes indices (R, n_scenes) int64 on the CPU, some resamples at a time, and
             returns (R,); NaN, where it is undefined, is left out.
-        n_scenes, n_resamples: scenes that there are, and how often that many are drawn.
-        level, seed: nominal coverage, and what makes the draws the same again.
+        n_scenes, n_resamples: number of scenes, and how often that many are drawn.
+        level, seed: nominal coverage, and the seed that makes the draws reproducible.
 
     Raises:
         ValueError: no scenes or resamples, a level outside (0, 1), a statistic of another shape.
@@ -54,8 +54,9 @@ def f1_interval(
 ) -> tuple[float, float]:
     """:func:`bootstrap_interval` of ``matching.f1``, or of ``matching.f1 - minus.f1``.
 
-    The difference is paired: both are of the same scenes (else ValueError, as far as the true
-    counts tell), which are drawn together. ``options`` are ``n_resamples``, ``level``, ``seed``.
+    The difference is paired: both belong to the same scenes, which are resampled together.
+    Raises ValueError where the true counts differ. ``options`` are ``n_resamples``, ``level`` and
+    ``seed``.
     """
     if minus is not None and not torch.equal(matching.n_true, minus.n_true):
         got = f"{len(matching)} and {len(minus)} scenes of unlike true counts"
@@ -73,8 +74,8 @@ def mean_interval(
 ) -> tuple[float, float]:
     """:func:`bootstrap_interval` of the mean of ``values`` (S,), or of its difference.
 
-    The difference from the mean of ``minus`` (S,) is paired: both are of the same scenes in the
-    same order (else ValueError, as far as their number tells). ``options`` are as for
+    The difference from the mean of ``minus`` (S,) is paired: both belong to the same scenes in the
+    same order. Raises ValueError where their number differs. ``options`` are as for
     :func:`f1_interval`.
     """
     if minus is not None and minus.shape != values.shape:

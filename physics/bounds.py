@@ -42,8 +42,8 @@ def crb(
 ) -> Tensor:
     """Cramer-Rao bound on the covariance of the errors of each source's position.
 
-    The measurement is ``y_l = H diag(c_l) sum_k b_lk a(p_k) + n_l``. Positions of all sources and
-    what else is unknown are estimated together:
+    The measurement is ``y_l = H diag(c_l) sum_k b_lk a(p_k) + n_l``. The positions of all sources
+    and the other unknowns are estimated jointly:
 
     - **deterministic** (``amplitude`` given): amplitudes are unknown constants, one per source
       (``constant``) or per source and snapshot (``fluctuating``). The Fisher information of the
@@ -64,7 +64,7 @@ def crb(
         present: (B, K) bool, which of them hold a source; all if left out.
         array: the surface; 12 x 12 at half a wavelength if left out.
         wavefront: model of the steering vectors.
-        source_mode: who shares an amplitude.
+        source_mode: whether a source has one amplitude for all snapshots or one per snapshot.
 
     Returns:
         (B, K, 3, 3) float64: azimuth, elevation [rad], range [m]. The diagonal is infinite where
@@ -73,7 +73,7 @@ def crb(
 
     Raises:
         ValueError: both or neither of ``amplitude`` and ``source_power``, shapes that do not fit,
-            NaN or Inf (but in the positions of absent sources), a noise power that is not above 0,
+            NaN or Inf (except in the positions of absent sources), a noise power not above 0,
             or an unknown source mode.
 
     Source: Stoica and Nehorai, "MUSIC, maximum likelihood, and Cramer-Rao bound", IEEE Trans.
@@ -148,19 +148,19 @@ def scene_crb(
 ) -> Tensor:
     """Bounds at the true positions of recorded or simulated scenes, as :func:`crb` gives them.
 
-    For constant sources the deterministic bound, at the amplitudes that fit the measurement best
-    at the true positions; for fluctuating ones the stochastic bound, at the scenes' powers scaled
-    to the measurement's energy. The noise power follows from the SNR.
+    Constant sources get the deterministic bound, at the amplitudes that fit the measurement best
+    at the true positions; fluctuating sources get the stochastic bound, at the scenes' powers
+    scaled to the measurement's energy. The noise power follows from the SNR.
 
     Args:
-        scenes: B of them, of at most K sources.
+        scenes: B scenes of at most K sources.
         array: the nominal surface.
         wavefront: the model that the scenes were made with.
         source_mode: whether symbols fluctuate from snapshot to snapshot.
 
     Returns:
         (B, K, 3, 3) real: covariances of azimuth, elevation [rad] and range [m]; infinite where
-        there is no source, and where the SNR is NaN, not known.
+        there is no source and where the SNR is NaN (unknown).
     """
     parts = [
         _scene_crb(scenes[slice(start, start + _CHUNK)], array, wavefront, source_mode)
@@ -179,7 +179,7 @@ def _scene_crb(
     place = torch.where(scenes.present.unsqueeze(-1), scenes.position, 1.0).double()
     measurement = Measurement.of(y, H, codes, array, wavefront, source_mode)
     mean = measurement.energy / measurement.n_rows
-    unknown = ~torch.isfinite(scenes.snr_db) | (mean == 0)  # of nothing received, no noise either
+    unknown = ~torch.isfinite(scenes.snr_db) | (mean == 0)  # nothing received: no noise power
     snr = 10.0 ** (torch.where(unknown, 0.0, scenes.snr_db).double() / 10.0)
     noise = (mean / (1.0 + snr)).clamp_min(torch.finfo(torch.float64).tiny)
     known: dict[str, Tensor]
@@ -218,7 +218,7 @@ def _signals(measurement: Measurement, position: Tensor, present: Tensor) -> tup
 
 
 def _stochastic(signals: Tensor, slopes: Tensor, p: Tensor, noise: Tensor) -> Tensor:
-    """Fisher information (B, 3 K, 3 K) of the coordinates, powers and noise eliminated."""
+    """Fisher information (B, 3 K, 3 K) of the coordinates, with powers and noise eliminated."""
     n_sources, n_rows = signals.shape[-2:]
     sigma2 = noise[:, None, None, None]
     root = p.sqrt()[:, None, :, None]
@@ -226,7 +226,7 @@ def _stochastic(signals: Tensor, slopes: Tensor, p: Tensor, noise: Tensor) -> Te
     gram = A.conj() @ A.mT
     eye = torch.eye(n_sources, dtype=gram.dtype, device=gram.device)
     V = torch.cat([signals, slopes], dim=-2)
-    # C^-1 V by Woodbury's identity; V and U hold vectors in rows.
+    # C^-1 V by Woodbury's identity; V and U hold vectors as rows.
     inner = torch.linalg.solve(gram + sigma2 * eye, A.conj() @ V.mT)
     U = (V - inner.mT @ A) / sigma2
     X, Y = V.conj() @ U.mT, U.conj() @ U.mT
@@ -236,7 +236,7 @@ def _stochastic(signals: Tensor, slopes: Tensor, p: Tensor, noise: Tensor) -> Te
         X[..., n_sources:, n_sources:],
     )
 
-    def spread(value: Tensor) -> Tensor:  # by source to by coordinate
+    def spread(value: Tensor) -> Tensor:  # from per source to per coordinate
         return value.repeat_interleave(3, dim=-2)
 
     power_i = p.repeat_interleave(3, dim=-1)  # (B, 3 K)
@@ -267,19 +267,19 @@ def _stochastic(signals: Tensor, slopes: Tensor, p: Tensor, noise: Tensor) -> Te
 
 
 def _unit_scale(matrix: Tensor) -> Tensor:
-    """What makes the diagonal of a positive matrix one; 0 where it is zero."""
+    """Scale that makes the diagonal of a positive matrix one; 0 where the diagonal is zero."""
     diagonal = matrix.diagonal(dim1=-2, dim2=-1)
     return torch.where(diagonal > 0, diagonal, torch.inf).rsqrt()
 
 
 def _position_bound(information: Tensor, range_: Tensor, present: Tensor) -> Tensor:
-    """Inverse of the information of coordinates, by source, in azimuth, elevation and range."""
+    """Inverse of the coordinates' information, per source, in azimuth, elevation and range."""
     n_sources = range_.shape[-1]
     scale = _unit_scale(information)
     values, vectors = torch.linalg.eigh(information * scale.unsqueeze(-1) * scale.unsqueeze(-2))
     floor = 3 * n_sources * torch.finfo(values.dtype).eps
     inverse = (vectors / values.clamp_min(floor).unsqueeze(-2)) @ vectors.mT
-    # What a direction of vanishing information takes part in has no finite bound.
+    # Coordinates that contribute to a direction of vanishing information have no finite bound.
     lost = ((vectors.abs() > 1e-6) & (values <= 1e3 * floor).unsqueeze(-2)).any(-1)
     bound = inverse * scale.unsqueeze(-1) * scale.unsqueeze(-2)
     return position_blocks(bound, range_, lost | ~present.repeat_interleave(3, dim=-1))

@@ -1,4 +1,4 @@
-"""Candidate sources: the states of an overcomplete matching pursuit, and how likely each one is."""
+"""Candidate sources of an overcomplete matching pursuit, with the likelihood of each."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from physics.scaling import power
 from physics.scene import SceneConfig
 from physics.steering import Wavefront, steering_vector
 
-# Raised when candidates of the same scenes change, so that none from before are read.
+# Increment when the candidates of the same scenes change, so that older cached ones are not read.
 VERSION = 4
 
 # Powers at which a source's likelihood is averaged, relative to the fitted one: +-6 dB.
 _POWERS = tuple(4.0 ** (step / 3.0) for step in range(-3, 4))
 _SPREAD = 4.0  # standard deviations of inverse range that the cells of a candidate reach
-_WEAKEST = 1e-9  # of the strongest candidate's power: what counts as no power
-_REFUTED = 10.0  # log-likelihood below the best at which a model of the waves is out of question
+_WEAKEST = 1e-9  # fraction of the strongest candidate's power that counts as no power
+_REFUTED = 10.0  # log-likelihood below the best at which a wave model is rejected
 
 
 class CandidateConfig(FrozenModel):
@@ -49,7 +49,7 @@ class CandidateConfig(FrozenModel):
     search: PursuitConfig = PursuitConfig()
 
     def check_waves(self, nominal: Wavefront) -> None:
-        """Raise ValueError where a model of the waves stands twice, or beside plane waves."""
+        """Raise ValueError for a wave model named twice or combined with plane waves."""
         if self.waves and nominal == "planar":
             raise ValueError(
                 f"waves {list(self.waves)} beside scene.wavefront planar: plane waves have no "
@@ -65,29 +65,29 @@ class CandidateConfig(FrozenModel):
 
 @dataclass(frozen=True)
 class Candidates(Rows):
-    """Candidate sources of B scenes in the order in which the pursuit took them.
+    """Candidate sources of B scenes in the order in which the pursuit picked them.
 
-    Nothing here depends on the scale of y, H or codes: powers are relative to the noise. What the
-    W other models of the waves say of a candidate that the criterion does not keep is what the
-    nominal one says.
+    No field depends on the scale of y, H or codes: powers are relative to the noise. For a
+    candidate that the criterion rejects, the fields of the W other wave models repeat the values
+    of the nominal model.
     """
 
     coordinates: Tensor  # (B, P, 3) azimuth, elevation [rad], inverse range [1/m]
     covariance: Tensor  # (B, P, 3, 3) of their errors, as the fit predicts it
     power: Tensor  # (B, P) of the source, relative to the noise
-    received: Tensor  # (B, P) energy over noise beyond the others, a snapshot or (constant) all
+    received: Tensor  # (B, P) energy over noise beyond the others, per snapshot; constant: total
     likely: Tensor  # (B, P) bool: whether the criterion keeps it
     evidence: Tensor  # (B, P) log-likelihood ratio of the source against none, others kept
-    crowded: Tensor  # (B, P) the same beside all candidates
+    crowded: Tensor  # (B, P) the same, given all other candidates
     coherence: Tensor  # (B, P, P) |a_i^H a_j|
-    range_m: Tensor  # (B, P, S) cells [m], evenly spaced from near to far
+    range_m: Tensor  # (B, P, S) range cells [m], evenly spaced from near to far
     range_evidence: Tensor  # (B, P, S) log-likelihood ratio with the source in the cell
-    deviance: Tensor  # (B, P + 1) twice the negative log-likelihood of the first 0..P
+    deviance: Tensor  # (B, P + 1) twice the negative log-likelihood with the first 0..P
     misfit: Tensor  # (B,) residual's power over the noise
-    other_coordinates: Tensor  # (B, P, W, 3) fitted with another model of the waves
-    other_evidence: Tensor  # (B, P, W) by it
-    other_range_evidence: Tensor  # (B, P, W, S) by it, in the same cells
-    wave_evidence: Tensor  # (B, W) log-likelihood ratio of it over the nominal, of what is kept
+    other_coordinates: Tensor  # (B, P, W, 3) fitted with another wave model
+    other_evidence: Tensor  # (B, P, W) under that model
+    other_range_evidence: Tensor  # (B, P, W, S) under that model, in the same cells
+    wave_evidence: Tensor  # (B, W) log-likelihood ratio of that model over the nominal, kept ones
 
 
 @in_full_precision
@@ -102,19 +102,19 @@ def find_candidates(
     snr_db: float | Tensor | None = None,
     config: CandidateConfig | None = None,
 ) -> Candidates:
-    """Take a fixed number of sources by matching pursuit, and judge each beside the others.
+    """Pick a fixed number of sources by matching pursuit and evaluate each given the others.
 
-    The sources that the criterion keeps are refined without the rest and judged beside one
-    another; the rest are judged beside all candidates. The evidence of a source is the logarithm
-    of the likelihood with it over that without it, its symbols integrated out as circular normal
-    and its power averaged over +-6 dB around the fitted one, while the other sources stay where
-    they are. The cells of range reach four standard deviations of inverse range to both sides of
-    the fit, within the field of view; where the residual is stronger than the noise, as hardware
-    errors leave it, standard deviations grow with its root (Birge's ratio).
+    The sources that the criterion keeps are refined without the rest and evaluated given one
+    another; the rest are evaluated given all candidates. The evidence of a source is the logarithm
+    of the likelihood with it over that without it, with its symbols integrated out as circular
+    normal and its power averaged over +-6 dB around the fitted one, while the other sources stay
+    fixed. The range cells reach four standard deviations of inverse range to both sides of the
+    fit, within the field of view; where the residual is stronger than the noise, as with hardware
+    errors, the standard deviations grow with the root of their ratio (Birge's ratio).
 
-    What the criterion keeps is fitted once more with each other model of the waves, from where
-    those bend alike, and judged by it as by the nominal one. Cells then reach as far as those of
-    every model that is not refuted.
+    The kept sources are fitted again with each other wave model, starting from the coordinates at
+    which both models have the same curvature, and are evaluated as with the nominal model. The
+    cells then cover those of every model that is not rejected.
 
     Args:
         y: (B, L, M) complex.
@@ -122,14 +122,14 @@ def find_candidates(
         codes: (B, L, N) or (L, N) complex.
         array: the surface; 12 x 12 at half a wavelength if left out.
         scene: field of view, wavefront and source mode.
-        snr_db: (B,) or one for all [dB]; None where it is not known: the noise is then estimated.
-        config: how many, and how they are searched.
+        snr_db: (B,) or one for all [dB]; None where it is unknown: the noise is then estimated.
+        config: number of candidates and search settings.
 
     Raises:
         TypeError, ValueError: as :func:`physics.nomp`, or more candidates than the measurement can
-            tell apart.
+            resolve.
 
-    Source: of the ratio, Birge, "The calculation of errors by the method of least squares",
+    Source: Birge's ratio: Birge, "The calculation of errors by the method of least squares",
     Phys. Rev. 40(2), 1932.
     """
     config = config or CandidateConfig()
@@ -164,7 +164,7 @@ def _of_chunk(
         best, count = torch.where(gain, value, best), torch.where(gain, k, count)
         kept[gain, :k] = coordinates[gain]
     every = _State.of(search, measurement, (fit, matrix), noise)
-    # What the criterion keeps stands better without the others, which fit noise.
+    # The kept sources are refined without the others, which fit noise.
     likely = torch.arange(config.count, device=count.device) < count.unsqueeze(-1)
     start = torch.where(likely.unsqueeze(-1), kept, coordinates)
     steps = search.config.joint_iterations
@@ -179,7 +179,7 @@ def _of_chunk(
     def pick(one: Tensor, two: Tensor) -> Tensor:
         return torch.where(likely.view(*likely.shape, *(1,) * (one.ndim - 2)), one, two)
 
-    # Residuals beyond the noise are counted by the power of those that the best model leaves.
+    # Residuals beyond the noise are scaled by the residual power of the best model.
     models = [alone, *others]
     scale = torch.stack([state.misfit for state in models]).amin(0).clamp_min(1.0)
     fitted = torch.stack([-0.5 * state.deviance / scale for state in models], dim=-1)
@@ -200,7 +200,7 @@ def _of_chunk(
     a = steering_vector(position_of(coordinates), search.array, search.scene.wavefront)
 
     def of_others(values: list[Tensor], nominal: Tensor) -> Tensor:
-        """(B, P, W, ...): those of other waves where the candidate is kept."""
+        """(B, P, W, ...): values of the other wave models for kept candidates."""
         parts = [pick(value, nominal).unsqueeze(2) for value in values]
         return torch.cat([nominal.unsqueeze(2)[:, :, :0], *parts], dim=2)
 
@@ -225,10 +225,10 @@ def _of_chunk(
 
 
 def _as_bent(coordinates: Tensor, assumed: Wavefront, wavefront: Wavefront) -> Tensor:
-    """Coordinates (B, K, 3) of the waves of one model that bend as those of another do.
+    """Coordinates (B, K, 3) at which one wave model has the curvature of another.
 
-    The mean bend of the waves across the surface is the inverse range, or ``1 - (u^2 + v^2) / 2``
-    times it where the direction's cosines (u, v) along the surface foreshorten it.
+    The mean curvature of the waves across the surface is the inverse range, or that times
+    ``1 - (u^2 + v^2) / 2`` where the direction cosines (u, v) along the surface foreshorten it.
     """
     u = direction(coordinates[..., 0], coordinates[..., 1])
     foreshortened = 1.0 - 0.5 * u[..., :2].square().sum(-1)
@@ -240,7 +240,7 @@ def _as_bent(coordinates: Tensor, assumed: Wavefront, wavefront: Wavefront) -> T
 
 @dataclass(frozen=True)
 class _State:
-    """A fit, and what it says of its sources; absent ones have no power."""
+    """A fit and the quantities derived from it; absent sources have no power."""
 
     measurement: Measurement
     fit: Fit
@@ -248,7 +248,7 @@ class _State:
     noise_power: Tensor  # (B,)
     covariance: Tensor  # (B, P, 3, 3) of azimuth, elevation and inverse range
     misfit: Tensor  # (B,)
-    near: Tensor  # (B, P) [m], of the cells of range
+    near: Tensor  # (B, P) [m], of the range cells
     far: Tensor  # (B, P) [m]
     deviance: Tensor  # (B,)
 
@@ -276,11 +276,11 @@ class _State:
 
     @property
     def relative_power(self) -> Tensor:
-        """(B, P), to the noise."""
+        """Power (B, P) relative to the noise."""
         return self.power / self.noise_power.unsqueeze(-1)
 
     def judged(self, cells: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Energy over noise (B, P), and log-likelihood ratios (B, P) there and (B, P, S) in cells.
+        """Energy over noise (B, P), and log-likelihood ratios at the fit (B, P) and in the cells.
 
         Args:
             cells: (B, P, S) ranges [m].
@@ -302,7 +302,7 @@ def _evidence(
 ) -> tuple[Tensor, Tensor]:
     """Energy over noise (B, P) at the first cell, and log-likelihood ratios (B, P, S).
 
-    With C_i the covariance of a group without source i, a source of power p with signal g adds
+    With C_i the covariance of a group without source i, a source of power p and signal g adds
     ``p |g^H C_i^-1 y|^2 / (1 + p g^H C_i^-1 g) - log(1 + p g^H C_i^-1 g)``. C_i^-1 is applied
     through the P x P matrix of the other sources (Woodbury).
     """
@@ -319,10 +319,10 @@ def _evidence(
     weakest = _WEAKEST * powers.amax(-1, keepdim=True) + torch.finfo(powers.dtype).tiny
     load = (sigma2.unsqueeze(-1) / powers.maximum(weakest))[:, None]  # (B, 1, P)
     gram = conjugate @ others.mT
-    # No more than rounding takes away of a source that has no power.
+    # The load is capped so that a source without power removes no more than rounding.
     kind = torch.finfo(load.dtype)
     most = gram.diagonal(dim1=-2, dim2=-1).real.amax(-1, keepdim=True) / kind.eps
-    most = most.clamp_min(kind.tiny)  # a channel that passes nothing
+    most = most.clamp_min(kind.tiny)  # for a channel that is zero
     system = (gram + torch.diag_embed(load.minimum(most)).to(gram.dtype)).unsqueeze(2)
     # Leaving source i out: its row and column become those of the identity.
     eye = torch.eye(n_candidates, dtype=system.real.dtype, device=system.device)
@@ -336,7 +336,7 @@ def _evidence(
     right = torch.cat([cross, seen.expand(*cross.shape[:-1], 1)], dim=-1) * kept.unsqueeze(-1)
     half = torch.linalg.solve_triangular(cholesky, right, upper=False)
     shared, of_y = half[..., :-1], half[..., -1:]
-    # Powers relative to the noise: where there is neither, all of them are 0.
+    # Powers relative to the noise: all 0 where there is neither power nor noise.
     relative = (powers / sigma2.unsqueeze(-1))[:, None, :, None]
     energy = (power(atoms).sum(-1) - power(shared).sum(-2)).clamp_min(0.0)
     direct = (flat.conj() @ measurement.y.unsqueeze(-1)).squeeze(-1)
@@ -352,7 +352,7 @@ def _evidence(
 
 
 def _nothing(search: Search, config: CandidateConfig) -> Candidates:
-    """The candidates of no scenes."""
+    """The candidates of an empty batch."""
     p, s, w = config.count, config.range_cells, len(config.waves)
     none = search.points.new_zeros
     return Candidates(

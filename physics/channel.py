@@ -37,7 +37,7 @@ def rician_channel(
     ``H = sqrt(kappa/(kappa+1)) H_los + sqrt(1/(kappa+1)) H_nlos``. The line-of-sight part is the
     outer product of a half-wavelength uniform linear array at the base station, seen from an
     angle drawn uniformly in sine, and the surface's spherical steering vector towards the base
-    station, with a uniform phase; the other part is circular Gaussian.
+    station, with a uniform phase; the non-line-of-sight part is circular Gaussian.
 
     Args:
         n_antennas: M.

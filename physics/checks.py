@@ -1,4 +1,4 @@
-"""What every public door of the package asks of its input."""
+"""Input checks that the package's public functions share."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from physics.transfer import sent
 
 
 def check_finite(name: str, value: Tensor) -> None:
-    """Raise ValueError naming the first bad entry unless every entry is finite."""
+    """Raise ValueError, naming the first bad entry, unless every entry is finite."""
     real = torch.view_as_real(value.resolve_conj()) if value.is_complex() else value
-    if bool(torch.isfinite(real.sum())):  # quick: NaN and Inf do not leave a sum
+    if bool(torch.isfinite(real.sum())):  # fast path: a sum with NaN or Inf is never finite
         return
     finite = torch.isfinite(value)
     if not bool(finite.all()):
@@ -24,7 +24,7 @@ def check_finite(name: str, value: Tensor) -> None:
 
 
 def as_fraction(name: str, value: float | Tensor, like: Tensor) -> Tensor:
-    """A weight as a tensor of the kind of ``like``, without waiting for its device.
+    """A weight as a tensor with the dtype and device of ``like``, without synchronising.
 
     Raises:
         ValueError: a weight outside [0, 1], or NaN.
@@ -38,7 +38,7 @@ def as_fraction(name: str, value: float | Tensor, like: Tensor) -> Tensor:
 
 
 def check_measurement(y: Tensor, H: Tensor, codes: Tensor) -> None:
-    """Check a measurement at the boundary.
+    """Check the measurement passed to a public function.
 
     Args:
         y: (…, L, M) complex.

@@ -15,7 +15,7 @@ Codebook = Literal["random", "dft", "hadamard"]
 
 
 def quantize(codes: Tensor, bits: int) -> Tensor:
-    """Nearest of ``2**bits`` uniformly spaced phases, unit modulus.
+    """Round each code to the nearest of ``2**bits`` uniformly spaced phases, with unit modulus.
 
     Args:
         codes: (…) complex.
@@ -27,7 +27,7 @@ def quantize(codes: Tensor, bits: int) -> Tensor:
     if bits < 1:
         raise ValueError(f"bits is {bits}; at least 1 needed (leave it out for continuous phases)")
     step = 2.0 * math.pi / 2**bits
-    # The remainder makes one number of -pi and pi.
+    # The remainder maps -pi and pi to the same phase.
     phase = torch.round(torch.angle(codes) / step).remainder(2**bits) * step
     return torch.polar(torch.ones_like(phase), phase)
 
@@ -85,7 +85,7 @@ def hadamard_matrix(order: int) -> Tensor:
     """Hadamard matrix (order, order) of +-1, float64, by Sylvester's and Paley's constructions.
 
     Raises:
-        ValueError: no construction is known here for this order.
+        ValueError: no implemented construction gives this order.
 
     Source: Paley, "On orthogonal matrices", J. Math. Phys. 12, 1933 (construction I).
     """
@@ -119,7 +119,7 @@ def _hadamard(order: int) -> Tensor | None:
 
 
 def hadamard_codebook(array: PlanarArray, dtype: torch.dtype = torch.complex64) -> Tensor:
-    """All N Hadamard codes, one construction per side of the array.
+    """All N Hadamard codes, built from one Hadamard matrix per side of the array.
 
     Args:
         array: of N = n_vertical * n_horizontal elements.
@@ -129,7 +129,7 @@ def hadamard_codebook(array: PlanarArray, dtype: torch.dtype = torch.complex64) 
         (N, N) complex of +-1, orthogonal rows.
 
     Raises:
-        ValueError: one of the sides has no Hadamard matrix here.
+        ValueError: no implemented construction gives a Hadamard matrix for one of the sides.
     """
     return torch.kron(hadamard_matrix(array.n_vertical), hadamard_matrix(array.n_horizontal)).to(
         dtype
@@ -153,10 +153,10 @@ def draw_codes(
     replacement (with replacement from the (N+1)-th on).
 
     Args:
-        kind: of the codebook.
+        kind: kind of the codebook.
         n_snapshots: L.
         array: of N elements.
-        bits: of the phase shifters; None: phases as they are.
+        bits: resolution of the phase shifters; None leaves the phases unquantised.
         batch: leading dimensions.
         generator: random generator on ``device``; torch's default one if left out.
         device: where to draw; torch's default device if left out.

@@ -1,4 +1,4 @@
-"""Columns of a covariance's factor, and what was computed of them."""
+"""Columns of a covariance's factor, with cached products of them."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from physics import products
 
 
 def serves(kept: Tensor, wanted: bool) -> bool:
-    """Whether a kept product may be used here; one made without a graph lacks the gradient."""
+    """Whether a cached product may be used here; one made without a graph lacks the gradient."""
     if kept.is_inference() and not torch.is_inference_mode_enabled():
         return False
     return kept.requires_grad or not (wanted and torch.is_grad_enabled())
 
 
 def joined(parts: list[Tensor], dim: int) -> Tensor:
-    """One tensor of parts, whose dimensions before ``dim`` broadcast."""
+    """Concatenate parts along ``dim``, broadcasting the dimensions before it."""
     if len(parts) == 1:
         return parts[0]
     shapes = {part.shape[:dim] for part in parts}
@@ -29,12 +29,12 @@ def joined(parts: list[Tensor], dim: int) -> Tensor:
 
 
 def _version(tensor: Tensor) -> int:
-    """Counts changes in place; tensors of inference mode do not, and are never seen again."""
+    """Count of in-place changes; -2, which never matches, for inference tensors (no counter)."""
     return -2 if tensor.is_inference() else tensor._version
 
 
 class Block:
-    """Columns C (…, N, r) of one tensor, with their Gram matrix and latest projection kept."""
+    """Columns C (…, N, r) of one tensor, with their Gram matrix and latest projection cached."""
 
     def __init__(self, columns: Tensor) -> None:
         if not columns.is_complex() or columns.ndim < 2:
@@ -80,7 +80,7 @@ class Block:
         seen = self._vectors is vectors and self._vectors_version == _version(vectors) >= 0
         if self._projected is None or not (seen and serves(self._projected, wanted)):
             self._vectors, self._vectors_version = vectors, _version(vectors)
-            # The few vectors on the left: MKL takes twice as long for its transpose.
+            # The few vectors go on the left: MKL takes twice as long for the transposed product.
             self._projected = products.inner_products(vectors, self.columns.mT).mT
         return self._projected
 
@@ -88,9 +88,9 @@ class Block:
 class Columns:
     """Columns C (…, N, r) of a factor, in blocks.
 
-    Covariances that weigh the same columns differently share them. The blocks are those of the
-    parts of a blend: what was computed of a part serves the blend too, and backward leaves out
-    those that need no gradient.
+    Covariances that weight the same columns differently share them. The blocks are those of the
+    parts of a blend: products cached for a part are reused by the blend, and backward skips the
+    blocks that need no gradient.
     """
 
     def __init__(self, *blocks: Block) -> None:
@@ -105,12 +105,12 @@ class Columns:
 
     @property
     def first(self) -> Tensor:
-        """Of the first block (…, N, r_1): they agree in N, dtype and device."""
+        """Columns of the first block (…, N, r_1); all blocks agree in N, dtype and device."""
         return self.blocks[0].columns
 
     @property
     def ranks(self) -> list[int]:
-        """Columns of each block."""
+        """Number of columns of each block."""
         return [block.rank for block in self.blocks]
 
     @property
@@ -120,7 +120,7 @@ class Columns:
 
     @property
     def requires_grad(self) -> bool:
-        """Whether a gradient is to flow into some of them."""
+        """Whether any of the columns require a gradient."""
         return any(block.columns.requires_grad for block in self.blocks)
 
     def together(self) -> Tensor:
@@ -141,7 +141,7 @@ class Columns:
         return joined([block.project(vectors) for block in self.blocks], dim=-2)
 
     def combined(self, weights: Tensor) -> Tensor:
-        """Vectors C W in rows (…, K, N), of weights W (…, r, K)."""
+        """Vectors C W as rows (…, K, N), for weights W (…, r, K)."""
         parts = zip(weights.split(self.ranks, dim=-2), self.blocks, strict=True)
         vectors = [products.combined(part, block.columns.mT) for part, block in parts]
         return functools.reduce(torch.add, vectors)

@@ -8,7 +8,8 @@ from pydantic import BaseModel, ConfigDict
 class AmidTraining:
     """Marks a field whose value may change while a training keeps its weights.
 
-    What shapes the network, what is computed before it, and which scenes make a step may not.
+    Fields that set the network's shape, the computations before the network, or the scenes of a
+    step may not change.
     """
 
 

@@ -1,4 +1,4 @@
-"""Covariances of the surface, kept as a factor and a diagonal loading; never N x N."""
+"""Covariances of the surface, stored as a factor and a diagonal loading, never as N x N."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class LowRankCovariance:
     Args:
         columns: C (…, N, r) complex: the factor itself, or steering vectors of sources.
         loading: (…) real, at least 0, or None for none.
-        amplitudes: s (…, r) real, at least 0, or None for ones. Scaling and blending change these
-            alone: the columns, and what was computed of them, are shared. Normalising scales the
-            columns themselves where they have none and get a gradient.
+        amplitudes: s (…, r) real, at least 0, or None for ones. Scaling and blending change only
+            these: the columns, and the products cached for them, are shared. Normalising scales the
+            columns themselves where there are no amplitudes and the columns require a gradient.
 
     The methods cost O(N r^2) at most; only :meth:`dense` forms N x N.
     """
@@ -50,7 +50,7 @@ class LowRankCovariance:
     def _of(
         cls, columns: Columns, amplitudes: Tensor | None, loading: Tensor | None, at_trace_n: bool
     ) -> LowRankCovariance:
-        """Of columns that are there already, known to be at trace N or not."""
+        """Build from existing columns; ``at_trace_n`` says whether the trace is known to be N."""
         made = cls.__new__(cls)
         made._set(columns, amplitudes, loading, at_trace_n)
         return made
@@ -72,12 +72,12 @@ class LowRankCovariance:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the columns."""
+        """Dtype of the columns."""
         return self._columns.first.dtype
 
     @property
     def device(self) -> torch.device:
-        """Of the columns."""
+        """Device of the columns."""
         return self._columns.first.device
 
     @property
@@ -87,7 +87,7 @@ class LowRankCovariance:
 
     @property
     def rank(self) -> int:
-        """Columns of the factor, r."""
+        """Number r of columns of the factor."""
         return sum(self._columns.ranks)
 
     @property
@@ -98,7 +98,7 @@ class LowRankCovariance:
 
     @property
     def requires_grad(self) -> bool:
-        """Whether a gradient is to flow into the factor."""
+        """Whether the factor requires a gradient."""
         weighted = self._amplitudes is not None and self._amplitudes.requires_grad
         return weighted or self._columns.requires_grad
 
@@ -124,13 +124,13 @@ class LowRankCovariance:
 
     @property
     def factor(self) -> Tensor:
-        """F (…, N, r), put together once."""
+        """F (…, N, r), formed once."""
         if self._factor is None or not self._keeps(self._factor):
             self._factor = self._weighted(self.columns, dim=-1)
         return self._factor
 
     def _weighted(self, product: Tensor, dim: int) -> Tensor:
-        """A product of the columns, which lie along ``dim``, as one of the factor."""
+        """Turn a product of the columns, which lie along ``dim``, into one of the factor."""
         if self._amplitudes is None:
             return product
         return multiply(product, self._amplitudes.unsqueeze(-3 - dim))
@@ -171,7 +171,7 @@ class LowRankCovariance:
         return energy if self._loading is None else energy + self.size * self._loading
 
     def _factor_energy(self) -> Tensor:
-        """||F||_F^2 (…), which follows from the loading where the trace is N."""
+        """||F||_F^2 (…); it follows from the loading where the trace is N."""
         if self._at_trace_n:
             return self.size * (1.0 - self.loading)
         if self.requires_grad:
@@ -179,11 +179,11 @@ class LowRankCovariance:
         return self.gram().diagonal(dim1=-2, dim2=-1).real.sum(-1)
 
     def normalized(self, *, moderate: bool = False) -> LowRankCovariance:
-        """R scaled to trace N. The zero matrix, which says nothing, becomes the identity.
+        """R scaled to trace N; the zero matrix becomes the identity.
 
         Args:
             moderate: the caller knows that no product of two entries over- or underflows;
-                otherwise the columns are brought to modulus 1 first.
+                otherwise the columns are first scaled to a largest modulus of 1.
         """
         if self._at_trace_n:
             return self
@@ -197,12 +197,12 @@ class LowRankCovariance:
             loading = (unit._loading * scale).masked_fill(nothing, 1.0)
         if unit._amplitudes is not None or not unit.requires_grad:
             return unit._scaled(scale.sqrt(), loading, True)
-        # One product here, so that no amplitude carries a gradient through all that follows.
+        # Scale the columns here, so that no amplitude carries a gradient through later products.
         rows = multiply(unit.factor.mT, scale.sqrt()[..., None, None])
         return self._of(Columns(Block(rows.mT)), None, loading, True)
 
     def reweighted(self, amplitudes: Tensor) -> LowRankCovariance:
-        """``C diag(s)^2 C^H`` of the same columns with other amplitudes s (…, r), unloaded."""
+        """``C diag(s)^2 C^H`` with the same columns, other amplitudes s (…, r) and no loading."""
         return self._of(self._columns, amplitudes, None, False)
 
     def _scaled(self, root: Tensor, loading: Tensor, at_trace_n: bool) -> LowRankCovariance:
@@ -225,11 +225,11 @@ class LowRankCovariance:
         return self._scaled((1.0 - rho).sqrt(), loading, self._at_trace_n)
 
     def mixed(self, other: LowRankCovariance, share: Tensor) -> LowRankCovariance:
-        """``(1 - share) R + share S`` of two matrices, each brought to trace N first.
+        """``(1 - share) R + share S`` of two matrices, each first scaled to trace N.
 
         Args:
             other: S.
-            share: of S, in [0, 1], shape (…).
+            share: weight of S in [0, 1], shape (…).
         """
         own, other = self.normalized(), other.normalized()
         parts = [
@@ -320,7 +320,7 @@ class LowRankCovariance:
         capacitance = gram + self.loading[..., None, None] * eye
         cholesky, info = torch.linalg.cholesky_ex(capacitance)
         if bool((info != 0).any()):
-            # A loading below the rounding of the Gram matrix: raise it there to that rounding.
+            # The loading is below the rounding of the Gram matrix: raise it to that rounding.
             rounding = self.rank * torch.finfo(self.loading.dtype).eps * energy(self.factor)
             raised = torch.where(info != 0, rounding, torch.zeros_like(rounding))
             cholesky = torch.linalg.cholesky(capacitance + raised[..., None, None] * eye)
@@ -336,7 +336,7 @@ class LowRankCovariance:
     def dominant_energy(
         self, projected: Tensor, n_sources: int | Tensor, at_most: int | None = None
     ) -> Tensor:
-        """``||U_K^H v||^2`` (…, G) of vectors that :meth:`project` has seen already.
+        """``||U_K^H v||^2`` (…, G) from the result of :meth:`project` for the vectors v.
 
         See :func:`physics.subspace.dominant_energy`; the scale of R must be moderate.
         """
@@ -352,7 +352,7 @@ class LowRankCovariance:
     def project(self, vectors: Tensor) -> Tensor:
         """``conj(F^H v)`` (…, r, G) of row vectors (…, G, N).
 
-        Vectors without leading dimensions, such as a grid's, make one plain matrix product.
+        Vectors without leading dimensions, such as a grid's, take a single matrix product.
         """
         return self._weighted(self._columns.project(vectors), dim=-2)
 
@@ -368,7 +368,7 @@ class LowRankCovariance:
 
     @in_full_precision
     def combined(self, weights: Tensor) -> Tensor:
-        """Vectors F W in rows (…, K, N), of weights W (…, r, K)."""
+        """Vectors F W as rows (…, K, N), for weights W (…, r, K)."""
         return self._columns.combined(self._weighted(weights, dim=-2))
 
     @in_full_precision
@@ -390,7 +390,7 @@ class LowRankCovariance:
         return q
 
     def _without_scale(self) -> LowRankCovariance:
-        """The same subspaces from a factor of largest modulus 1; its square cannot overflow."""
+        """The same subspaces, with the factor scaled so that its square cannot overflow."""
         scale = divisor(torch.maximum(peak(self.factor), self.loading.detach().sqrt()))
         loading = None if self._loading is None else self._loading / scale / scale
         return LowRankCovariance(divide(self.factor, scale[..., None, None]), loading)
@@ -402,17 +402,17 @@ def nmse(
 ) -> Tensor:
     """Normalised mean-square error ``||R^ - R||_F^2 / ||R||_F^2`` (…) of trace-normalised matrices.
 
-    Both sides are Hermitian by construction and are brought to trace N here. With
+    Both matrices are Hermitian by construction and are scaled to trace N here. With
     ``R^ = F F^H + a I`` and ``R = G G^H + b I`` of trace N, the loadings add only
     ``-N (a - b)^2`` to ``||F F^H - G G^H||^2 = ||F^H F||^2 - 2 ||F^H G||^2 + ||G^H G||^2``.
 
     Args:
         estimate: R^.
         truth: R.
-        projected: ``estimate.project(truth.columns.mT)`` of both at trace N, where it is known.
+        projected: ``estimate.project(truth.columns.mT)`` of both at trace N, if already computed.
     """
     if projected is not None:
-        # Columns at another scale would have been projected by that scale.
+        # ``projected`` was computed with the columns at their present scale: keep that scale.
         estimate, truth = estimate.normalized(moderate=True), truth.normalized(moderate=True)
     else:
         estimate, truth = estimate.normalized(), truth.normalized()
@@ -428,8 +428,8 @@ def source_covariance(steering: Tensor, power: Tensor) -> LowRankCovariance:
     """``sum_k p_k a_k a_k^H`` of incoherent sources, scaled to trace N.
 
     Args:
-        steering: (…, K, N) complex steering vectors in rows.
-        power: (…, K) real, at least 0; absent sources have none. Without any it is the identity.
+        steering: (…, K, N) complex steering vectors as rows.
+        power: (…, K) real, at least 0; 0 for absent sources. All zero gives the identity.
     """
     largest = power.amax(-1, keepdim=True).clamp_min(torch.finfo(power.dtype).tiny)
     sources = LowRankCovariance(steering.mT, amplitudes=(power / largest).sqrt())
@@ -451,7 +451,7 @@ def sample_covariance(
     regularization: float = 1e-3,
     solver: Solver = "auto",
 ) -> LowRankCovariance:
-    """R_samp of the surface's signal by one regularised least-squares fit per snapshot.
+    """R_samp of the surface's signal from one regularised least-squares fit per snapshot.
 
     ``R_samp = (1/L) sum_l a_l a_l^H`` with ``a_l`` from :func:`physics.tikhonov_solve`, scaled to
     trace N and not mean-centred. Zero snapshots or a zero channel give the identity.

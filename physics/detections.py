@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Detections:
-    """Found sources of B scenes, padded to the most that any scene holds.
+    """Sources found in B scenes, padded to the largest number in any scene.
 
     ``position`` holds azimuth, elevation [rad] and range [m]; where ``present`` is False it is an
     arbitrary finite value. ``covariance``, where the estimator gives one, is that of the errors of
@@ -37,18 +37,18 @@ class Detections:
         return self.present.shape[0]
 
     def __getitem__(self, index: Tensor | slice) -> Detections:
-        """Some of the scenes."""
+        """A subset of the scenes."""
         covariance = None if self.covariance is None else self.covariance[index]
         return Detections(self.position[index], self.present[index], covariance)
 
     @property
     def count(self) -> Tensor:
-        """Sources found (B,) int64."""
+        """Number of sources found (B,) int64."""
         return self.present.sum(-1)
 
     @staticmethod
     def concatenate(parts: list[Detections]) -> Detections:
-        """One batch of several, in order, padded to the widest.
+        """Concatenate batches in order, padded to the widest.
 
         Raises:
             ValueError: nothing given, or a covariance in some parts only.

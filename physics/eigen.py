@@ -1,4 +1,4 @@
-"""Eigendecompositions that leave it to the device to say where they failed."""
+"""Eigendecompositions that report failures on the device, without synchronising the host."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ _this_thread = threading.local()
 
 
 def eigh_trusting(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """``torch.linalg.eigh`` for which the host does not look whether it succeeded.
+    """``torch.linalg.eigh`` without the host's check for success.
 
-    PyTorch looks at the codes of LAPACK, and the host waits there until the device has done all
-    that it was asked for; there is no ``eigh_ex``. On a GPU the codes are returned in place of that
-    look. For that the operator by which PyTorch looks is replaced in this process, at the first
-    call with a matrix on a GPU, by one that calls it for everybody but this function.
+    PyTorch reads LAPACK's error codes, for which the host waits until the device has finished all
+    queued work; there is no ``eigh_ex``. On a GPU this function returns the codes instead of
+    checking them. To do so, the first call with a matrix on a GPU replaces PyTorch's check operator
+    in this process by one that calls the original for every caller except this function.
 
     Args:
         matrix: (…, r, r) Hermitian.
 
     Returns:
-        Eigenvalues (…, r) in ascending order, eigenvectors (…, r, r) in columns, and (…) bool where
-        the decomposition failed: there the two hold anything. On a CPU it failed nowhere.
+        Eigenvalues (…, r) in ascending order, eigenvectors (…, r, r) in columns, and (…) bool, True
+        where the decomposition failed: the other two are undefined there. On a CPU it is False.
 
     Raises:
-        torch.linalg.LinAlgError: on a CPU, where one of them failed.
+        torch.linalg.LinAlgError: a decomposition failed on a CPU.
     """
     if matrix.is_cuda:
         _replace_check("CUDA")
@@ -45,13 +45,13 @@ def eigh_trusting(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def keeps_codes() -> bool:
-    """Whether this thread is within :func:`eigh_trusting`."""
+    """Whether this thread is inside :func:`eigh_trusting`."""
     return getattr(_this_thread, "codes", None) is not None
 
 
 @cache
 def _replace_check(backend: str) -> torch.library.Library:
-    """Let PyTorch's check of LAPACK's codes on a backend keep those of :func:`eigh_trusting`."""
+    """Replace PyTorch's check of LAPACK's codes on a backend; store those of `eigh_trusting`."""
     check = torch.library.get_kernel(f"aten::{_OPERATOR}", backend)
 
     def keep_or_check(
@@ -65,4 +65,4 @@ def _replace_check(backend: str) -> torch.library.Library:
 
     library = torch.library.Library("aten", "IMPL")
     library.impl(_OPERATOR, keep_or_check, backend, with_keyset=True)
-    return library  # what it registers goes with it
+    return library  # keep a reference: the registration ends with the object

@@ -15,15 +15,15 @@ from physics.steering import Wavefront, steering_derivatives
 
 _DAMPING = 1e-2  # of the first step, relative to the diagonal
 _DAMPING_RANGE = (1e-7, 1e7)
-_HOPELESS = 10.0  # a step shorter than a tenth of Newton's that does not help
+_HOPELESS = 10.0  # damping (steps under a tenth of Newton's) from which a failed step is final
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """Snapshots as linear maps of the surface's signal, grouped by who shares an amplitude.
+    """Snapshots as linear maps of the surface's signal, grouped by shared amplitudes.
 
-    ``y_g = E_g sum_k b_gk a(p_k) + n_g``: with constant symbols all snapshots make one group of
-    L M rows, with fluctuating ones each snapshot is a group of M rows with amplitudes of its own.
+    ``y_g = E_g sum_k b_gk a(p_k) + n_g``: with constant symbols all snapshots form one group of
+    L M rows, with fluctuating ones each snapshot is a group of M rows with its own amplitudes.
     """
 
     y: Tensor  # (B, G, R) complex
@@ -41,7 +41,7 @@ class Measurement:
         wavefront: Wavefront,
         source_mode: SourceMode,
     ) -> Measurement:
-        """From y (B, L, M), H (B, M, N) and codes (B, L, N)."""
+        """Build from y (B, L, M), H (B, M, N) and codes (B, L, N)."""
         response = (codes.unsqueeze(-2) * H.unsqueeze(-3)).flatten(1, 2)  # (B, L M, N)
         grouped = y.flatten(1).unsqueeze(1) if source_mode == "constant" else y
         return cls(grouped, response, array, wavefront)
@@ -50,12 +50,12 @@ class Measurement:
         return self.y.shape[0]
 
     def __getitem__(self, index: Tensor | slice) -> Measurement:
-        """Some of the scenes."""
+        """A subset of the scenes."""
         return replace(self, y=self.y[index], response=self.response[index])
 
     @property
     def n_rows(self) -> int:
-        """Complex observations of a scene, L M."""
+        """Number of complex observations per scene, L M."""
         return self.y.shape[1] * self.y.shape[2]
 
     @property
@@ -78,7 +78,7 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Fit:
-    """Sources fitted to a measurement, amplitudes eliminated."""
+    """Sources fitted to a measurement, with the amplitudes eliminated."""
 
     coordinates: Tensor  # (B, K, 3) azimuth, elevation [rad], inverse range [1/m]
     amplitude: Tensor  # (B, G, K) complex
@@ -93,7 +93,7 @@ class Fit:
         return position_of(self.coordinates)
 
     def where(self, condition: Tensor, other: Fit) -> Fit:
-        """This fit in the scenes (B,) that meet the condition, the other one elsewhere."""
+        """This fit in the scenes where the condition (B,) holds, the other one elsewhere."""
 
         def pick(one: Tensor, two: Tensor) -> Tensor:
             return torch.where(condition.view(-1, *(1,) * (one.ndim - 1)), one, two)
@@ -104,15 +104,15 @@ class Fit:
 
 
 def position_of(coordinates: Tensor) -> Tensor:
-    """Azimuth, elevation, range from azimuth, elevation, inverse range (…, 3), or the reverse."""
+    """Convert azimuth, elevation, inverse range (…, 3) to azimuth, elevation, range, or back."""
     return torch.cat([coordinates[..., :2], coordinates[..., 2:].reciprocal()], dim=-1)
 
 
 def position_blocks(covariance: Tensor, range_: Tensor, unknown: Tensor) -> Tensor:
-    """Own covariance (B, K, 3, 3) of each source's azimuth, elevation and range.
+    """Covariance block (B, K, 3, 3) of each source's azimuth, elevation and range.
 
     Args:
-        covariance: (B, 3 K, 3 K) of azimuth, elevation and inverse range, by source.
+        covariance: (B, 3 K, 3 K) of azimuth, elevation and inverse range, ordered by source.
         range_: (B, K) [m]; ``dr = -r^2 dq``.
         unknown: (B, 3 K) bool: coordinates of infinite variance.
     """
@@ -129,8 +129,8 @@ def position_blocks(covariance: Tensor, range_: Tensor, unknown: Tensor) -> Tens
 def coordinate_covariance(matrix: Tensor, noise_power: Tensor) -> Tensor:
     """``sigma^2 / 2`` times the inverse of the Gauss-Newton matrix (B, 3 K, 3 K).
 
-    The covariance of the errors of azimuth, elevation and inverse range, by source. Where the data
-    hardly tell coordinates apart a loading makes the variance huge, not NaN.
+    This is the covariance of the errors of azimuth, elevation and inverse range, ordered by source.
+    Where the data hardly distinguish coordinates, a loading makes the variance huge instead of NaN.
     """
     kind = torch.finfo(matrix.dtype)
     diagonal = matrix.diagonal(dim1=-2, dim2=-1)
@@ -143,9 +143,9 @@ def coordinate_covariance(matrix: Tensor, noise_power: Tensor) -> Tensor:
 
 
 def loaded_cholesky(gram: Tensor) -> Tensor:
-    """Cholesky factor of Gram matrices (…, K, K) loaded at the rounding of their diagonal.
+    """Cholesky factor of Gram matrices (…, K, K) loaded by the rounding of their diagonal.
 
-    Sources that coincide then share their amplitude, and absent ones (zero rows) have none.
+    Coincident sources then share their amplitude, and absent ones (zero rows) get amplitude zero.
     """
     kind = torch.finfo(gram.dtype)
     diagonal = gram.diagonal(dim1=-2, dim2=-1).real
@@ -158,7 +158,7 @@ def loaded_cholesky(gram: Tensor) -> Tensor:
 def normal_equations(
     measurement: Measurement, coordinates: Tensor, present: Tensor | None = None
 ) -> tuple[Fit, Tensor, Tensor]:
-    """The fit at coordinates, with the Gauss-Newton matrix and gradient of its cost.
+    """The fit at given coordinates, with the Gauss-Newton matrix and gradient of its cost.
 
     With amplitudes eliminated, the Jacobian of the residual is ``-P D`` (Kaufman, "A variable
     projection method for solving separable nonlinear least squares problems", BIT 15, 1975): D
@@ -171,8 +171,8 @@ def normal_equations(
         present: (B, K) bool, which of them hold a source; all if left out.
 
     Returns:
-        the fit, ``Re(D^H P D)`` (B, 3 K, 3 K) and ``Re(D^H r)`` (B, 3 K), by source, then by
-        coordinate.
+        the fit, ``Re(D^H P D)`` (B, 3 K, 3 K) and ``Re(D^H r)`` (B, 3 K), ordered by source, then
+        by coordinate.
     """
     n_sources = coordinates.shape[-2]
     a, da = steering_derivatives(position_of(coordinates), measurement.array, measurement.wavefront)
@@ -213,7 +213,7 @@ def gauss_newton(
 
 
 def _real_gram(rows: Tensor) -> Tensor:
-    """``Re sum_g C_g^H C_g`` (B, P, P) of rows C^T (B, G, P, R): one product of real matrices."""
+    """``Re sum_g C_g^H C_g`` (B, P, P) of rows C^T (B, G, P, R), by one real matrix product."""
     flat = torch.view_as_real(rows.transpose(1, 2).contiguous()).flatten(2)  # (B, P, 2 G R)
     return flat @ flat.mT
 
@@ -229,14 +229,14 @@ def refine(
     """Joint Levenberg-Marquardt refinement of all sources of every scene.
 
     Steps that do not lower a scene's cost are undone and its damping is raised; coordinates at a
-    bound that the gradient pushes outwards are held there. It ends early when no scene gains
+    bound that the gradient pushes outwards are held there. It stops early when no scene improves
     any more.
 
     Args:
         measurement: B scenes.
         coordinates: (B, K, 3) start: azimuth, elevation [rad], inverse range [1/m].
         bounds: (2, 3) least and greatest value of each coordinate.
-        n_iterations: the most steps to take.
+        n_iterations: maximum number of steps.
         present: (B, K) bool, which of them hold a source; all if left out.
 
     Returns:
@@ -268,7 +268,7 @@ def refine(
 def _step(
     coordinates: Tensor,  # (B, K, 3)
     matrix: Tensor,  # (B, 3 K, 3 K)
-    gradient: Tensor,  # (B, 3 K): where the cost falls
+    gradient: Tensor,  # (B, 3 K), in the direction in which the cost falls
     damping: Tensor,  # (B,)
     low: Tensor,  # (3,)
     high: Tensor,  # (3,)
@@ -281,7 +281,7 @@ def _step(
     diagonal = matrix.diagonal(dim1=-2, dim2=-1)
     kind = torch.finfo(matrix.dtype)
     level = diagonal.amax(-1, keepdim=True) * kind.eps + kind.tiny
-    # Marquardt's scaling; a coordinate that the data do not see stays where it is.
+    # Marquardt's scaling; a coordinate that does not affect the data stays where it is.
     scale = (diagonal + level).rsqrt() * free
     system = matrix * scale.unsqueeze(-1) * scale.unsqueeze(-2)
     system = system + torch.diag_embed(damping.unsqueeze(-1) + 1.0 - free)

@@ -44,7 +44,7 @@ class PlanarArray:
     Args:
         n_horizontal: elements along x.
         n_vertical: elements along y.
-        spacing: distance of neighbours [m].
+        spacing: distance between neighbouring elements [m].
         wavelength: carrier wavelength [m].
         offset: centre of the element grid (x, y) [m]; (0, 0) puts it on the origin.
     """
@@ -77,7 +77,7 @@ class PlanarArray:
         return 2.0 * torch.pi / self.wavelength
 
     @cached_property
-    @torch.inference_mode(False)  # kept: it must serve later calls that differentiate
+    @torch.inference_mode(False)  # cached: later calls may differentiate through it
     def elements(self) -> Tensor:
         """Element positions (N, 3), float64 [m]."""
         x = (
@@ -94,9 +94,9 @@ class PlanarArray:
 
 
 @lru_cache(maxsize=32)
-@torch.inference_mode(False)  # as for the elements themselves
+@torch.inference_mode(False)  # cached, as the elements are
 def elements_on(array: PlanarArray, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Element positions (N, 3) [m] of an array, brought to a device once in a process."""
+    """Element positions (N, 3) [m] of an array, moved to a device once per process."""
     return array.elements.to(device=device, dtype=dtype)
 
 

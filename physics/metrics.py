@@ -1,8 +1,8 @@
-"""How well sources were found: assignment, GOSPA, errors against bounds, coverage.
+"""Localisation metrics: assignment, GOSPA, errors relative to bounds, coverage.
 
 Positions are azimuth, elevation [rad] and range [m]; slots whose ``present`` is False may hold
-anything. They are compared in float64; results have the dtype and device of the true positions.
-Tensors whose shapes do not fit each other raise ValueError everywhere.
+any value. They are compared in float64; results have the dtype and device of the true positions.
+All functions raise ValueError for tensors whose shapes do not match.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from physics.precision import in_full_precision
 
 @dataclass(frozen=True)
 class Tolerance:
-    """Largest difference in azimuth, elevation and range, the ends included; inf ignores one."""
+    """Largest difference in azimuth, elevation and range, inclusive; inf ignores a coordinate."""
 
     azimuth_deg: float = 5.0
     elevation_deg: float = 5.0
@@ -47,10 +47,11 @@ class Tolerance:
 class Matching:
     """Which detection hit which true source, in B scenes.
 
-    The rates are pooled: counts are added over the scenes before they are divided. A share of
-    nothing is 1: precision without detections, recall without sources, and F1 with neither, since
-    silence is the right answer to an empty scene. F1 stays the harmonic mean of the two, and 0
-    where only one of them is empty. No scenes at all are no evidence: every rate is NaN.
+    The rates are pooled: counts are added over the scenes before they are divided. A ratio with
+    denominator 0 is 1: precision without detections, recall without sources, and F1 with neither,
+    since no detection is the right answer for an empty scene. F1 stays the harmonic mean of the
+    two, and is 0 where only one of detections and sources is empty. Without scenes every rate is
+    NaN.
     """
 
     detection: Tensor  # (B, K) int64, index of the detection that hit each true source, or -1
@@ -62,7 +63,7 @@ class Matching:
         return self.detection.shape[0]
 
     def __getitem__(self, index: Tensor | slice) -> Matching:
-        """Some of the scenes, by slice, indices or mask."""
+        """A subset of the scenes, by slice, indices or mask."""
         return Matching(**{f.name: getattr(self, f.name)[index] for f in fields(self)})
 
     @property
@@ -87,7 +88,7 @@ class Matching:
 
     @property
     def all_found(self) -> float:
-        """Share of the scenes whose every true source was hit, whatever else was found."""
+        """Share of the scenes in which every true source was hit, regardless of false alarms."""
         return float((self.n_hits == self.n_true).double().mean())
 
     @property
@@ -115,7 +116,7 @@ def match(
     """Pair detections with true sources one to one, by an optimal assignment.
 
     A pair counts where azimuth (modulo 2 pi), elevation and range all lie within the tolerance.
-    The matching has the most such pairs, and among those the smallest sum of normalised distances
+    The matching has the most such pairs and, among those, the smallest sum of normalised distances
     ``sqrt((d az / t_az)^2 + (d el / t_el)^2 + (d r / t_r)^2)``.
 
     Args:
@@ -125,14 +126,14 @@ def match(
         tolerance: 5 degrees, 5 degrees and 1 m by default.
 
     Raises:
-        ValueError: shapes that do not fit; a non-finite position in a slot that is present.
+        ValueError: shapes that do not match; a non-finite position in a slot that is present.
     """
     together = _check(found, position, present)
     limits = (tolerance or Tolerance()).limits(position.device)
     difference = _difference(found.position.unsqueeze(1), position.unsqueeze(2)).abs()
     close = (difference <= limits).all(-1) & together
     distance = torch.linalg.vector_norm(difference / limits, dim=-1)
-    # One pair less costs more than the largest distances, sqrt(3), of all others together.
+    # Losing one pair costs more than the largest distances, sqrt(3), of all others together.
     detection = assign(distance, close, math.sqrt(3.0) * (1 + min(close.shape[1:])))
     return Matching(detection, (detection >= 0).sum(-1), found.count, present.sum(-1))
 
@@ -145,8 +146,9 @@ def gospa(
 
     ``(min_pi sum_i min(d(x_i, y_pi(i)), c)^p + c^p / 2 (|Y| - |X|))^(1/p)`` for ``|X| <= |Y|``,
     which is the least ``sum d^p + c^p / 2 (n_missed + n_false)`` over all sets of pairs. Points as
-    far apart as the cutoff are one missed and one false. The arguments are those of :func:`match`,
-    a cutoff c [m] above 0 and an order p of at least 1, both finite; ValueError for others.
+    far apart as the cutoff count as one missed and one false. The arguments are those of
+    :func:`match`, a cutoff c [m] above 0 and an order p of at least 1, both finite; ValueError for
+    others.
 
     Source: Rahmathullah, Garcia-Fernandez and Svensson, "Generalized optimal sub-pattern
     assignment metric", FUSION 2017, eq. (1) and, for the decomposition, Proposition 1.
@@ -169,7 +171,8 @@ def gospa(
 def errors(found: Detections, matching: Matching, position: Tensor) -> Tensor:
     """Signed errors (B, K, 3) of the hits, found minus true [rad, rad, m]; NaN elsewhere.
 
-    Azimuth's lie within -pi..pi. ValueError unless the arguments fit as in :func:`match`.
+    Azimuth errors lie within -pi..pi. Raises ValueError unless the arguments fit as in
+    :func:`match`.
     """
     _expect("position", position, (len(found), *matching.detection.shape[1:], 3))
     return _difference(_of_hits(found.position, matching), position).to(position.dtype)
@@ -178,7 +181,8 @@ def errors(found: Detections, matching: Matching, position: Tensor) -> Tensor:
 def normalized_errors(errors: Tensor, crb_std: Tensor) -> Tensor:
     """``|error| / std`` (B, K, 3); NaN where the bound is not positive and finite.
 
-    ``crb_std`` (B, K, 3) [rad, rad, m] is the root of the Cramer-Rao bound of :func:`errors`.
+    ``crb_std`` (B, K, 3) [rad, rad, m] is the square root of the Cramer-Rao bound of
+    :func:`errors`.
     """
     _expect("errors", errors, (*errors.shape[:2], 3))
     _expect("crb_std", crb_std, errors.shape)
@@ -190,21 +194,21 @@ def median_normalized_error(errors: Tensor, crb_std: Tensor, mask: Tensor | None
     """Median of ``|error| / std`` (3,) for azimuth, elevation and range; NaN without any.
 
     An efficient estimator has 0.674, the median of a standard normal's modulus. ``mask`` (B, K)
-    bool are the sources that count, all by default; else see :func:`normalized_errors`.
+    bool selects the sources that count, all by default; otherwise see :func:`normalized_errors`.
     """
     normalized = normalized_errors(errors, crb_std)
     if mask is not None:
         _expect("mask", mask, normalized.shape[:-1], torch.bool)
         normalized = normalized[mask]
     rows = torch.cat([normalized.flatten(0, -2), normalized.new_full((1, 3), torch.nan)])
-    # torch's median is the lower one of an even number; the lower one of -x is minus the upper.
+    # For an even count torch's median is the lower one; that of -x is minus the upper one.
     return 0.5 * (rows.nanmedian(0).values - (-rows).nanmedian(0).values)
 
 
 def crb_gated(crb_std: Tensor, gate: Tolerance | None = None) -> Tensor:
     """Which sources can be located (B, K) bool: ``crb_std`` (B, K, 3) [rad, rad, m] in the gate.
 
-    It is 2.5 degrees, 2.5 degrees and 0.5 m wide by default; NaN is outside of any.
+    The gate is 2.5 degrees, 2.5 degrees and 0.5 m wide by default; NaN is outside any gate.
     """
     _expect("crb_std", crb_std, (*crb_std.shape[:2], 3))
     gate = gate or Tolerance(2.5, 2.5, 0.5)
@@ -214,7 +218,7 @@ def crb_gated(crb_std: Tensor, gate: Tolerance | None = None) -> Tensor:
 def gated_recall(matching: Matching, gated: Tensor, present: Tensor) -> float:
     """Share of the gated true sources that were hit, pooled over scenes; NaN without any.
 
-    ``gated`` (B, K) bool is :func:`crb_gated`'s, ``present`` (B, K) bool says what is a source.
+    ``gated`` (B, K) bool comes from :func:`crb_gated`; ``present`` (B, K) bool marks the sources.
     """
     _expect("gated", gated, matching.detection.shape, torch.bool)
     _expect("present", present, matching.detection.shape, torch.bool)
@@ -224,12 +228,12 @@ def gated_recall(matching: Matching, gated: Tensor, present: Tensor) -> float:
 @torch.no_grad()
 @in_full_precision
 def subspace_error(estimate: LowRankCovariance, steering: Tensor, present: Tensor) -> Tensor:
-    """``1 - ||U_K^H Q||_F^2 / K`` (B,), in [0, 1]: what the signal subspace misses of the sources.
+    """``1 - ||U_K^H Q||_F^2 / K`` (B,) in [0, 1]: the part of the sources outside the subspace.
 
     Q is an orthonormal basis of the steering vectors of the sources, K its dimension (coincident
-    sources count once) and U_K the dominant subspace of the estimate. A scene without sources has
-    0; an estimate of lower rank than K misses the rest. ``steering`` (B, K, N) complex has to be
-    finite where ``present`` (B, K) bool is True, or else ValueError is raised.
+    sources count once) and U_K the dominant subspace of the estimate. A scene without sources gives
+    0; an estimate of lower rank than K misses the rest. Raises ValueError unless ``steering``
+    (B, K, N) complex is finite where ``present`` (B, K) bool is True.
     """
     _expect("steering", steering, (*estimate.batch_shape, *steering.shape[-2:-1], estimate.size))
     _expect("present", present, steering.shape[:-1], torch.bool)
@@ -247,12 +251,12 @@ def subspace_error(estimate: LowRankCovariance, steering: Tensor, present: Tenso
 def coverage(
     found: Detections, matching: Matching, position: Tensor, levels: Sequence[float] | Tensor
 ) -> Tensor:
-    """Share of the hits whose true position lies in the predicted ellipsoid (n_levels,).
+    """Share of the hits (n_levels,) whose true position lies in the predicted ellipsoid.
 
     The ellipsoid of a level holds ``e^T C^-1 e <= q`` with q the level's quantile of chi-square
     with 3 degrees of freedom and e the error of (azimuth, elevation, range). A covariance that is
     not finite or not positive definite, such as zero, covers nothing. Without hits it is NaN.
-    ValueError without any covariances, for a level outside [0, 1], and as in :func:`errors`.
+    Raises ValueError without any covariances, for a level outside [0, 1], and as :func:`errors`.
     """
     nominal = torch.as_tensor(levels, dtype=torch.float64, device="cpu")
     if nominal.ndim != 1 or not bool(((nominal >= 0) & (nominal <= 1)).all()):
@@ -264,7 +268,7 @@ def coverage(
 
 
 def squared_mahalanobis(found: Detections, matching: Matching, position: Tensor) -> Tensor:
-    """``e^T C^-1 e`` (n_hits,) float64 of the hits' errors, by the covariance C that each has.
+    """``e^T C^-1 e`` (n_hits,) float64 of the hits' errors, with the covariance C of each hit.
 
     Infinite where C is not finite or not positive definite. Raises as :func:`coverage`.
     """
@@ -284,7 +288,7 @@ def squared_mahalanobis(found: Detections, matching: Matching, position: Tensor)
 def count_confusion(n_true: Tensor, n_found: Tensor, largest: int) -> Tensor:
     """Scenes by true (row) and found (column) number of sources (largest + 1, largest + 1) int64.
 
-    ValueError unless both are (B,) int64 and every count lies within 0..largest.
+    Raises ValueError unless both are (B,) int64 and every count lies within 0..largest.
     """
     for name, count in (("n_true", n_true), ("n_found", n_found)):
         _expect(name, count, (n_true.numel(),), torch.int64)
@@ -296,7 +300,7 @@ def count_confusion(n_true: Tensor, n_found: Tensor, largest: int) -> Tensor:
 
 
 def _ratio(part: Tensor, whole: Tensor) -> Tensor:
-    """part / whole in float64; 1 where there is nothing."""
+    """part / whole in float64; 1 where the whole is 0."""
     return torch.where(whole > 0, part.double() / whole.clamp_min(1), 1.0)
 
 
@@ -318,14 +322,14 @@ def _of_hits(values: Tensor, matching: Matching) -> Tensor:
 
 
 def _expect(name: str, value: Tensor, shape: Sequence[int], dtype: Any = None) -> None:
-    """Raise ValueError unless the tensor has the shape that the others ask for."""
+    """Raise ValueError unless the tensor has the expected shape."""
     if value.shape != torch.Size(shape) or (dtype is not None and value.dtype != dtype):
         got, wanted = f"{tuple(value.shape)} {value.dtype}", f"{tuple(shape)} {dtype or ''}"
         raise ValueError(f"{name} is {got}; the other arguments ask for {wanted.rstrip()}")
 
 
 def _check(found: Detections, position: Tensor, present: Tensor) -> Tensor:
-    """Which pairs (B, K, P) bool are of a source and a detection that are present."""
+    """Check the arguments; pairs (B, K, P) bool in which source and detection are both present."""
     _expect("present", present, (len(found), *present.shape[-1:]), torch.bool)
     _expect("position", position, (*present.shape, 3))
     check_finite("found", torch.where(found.present.unsqueeze(-1), found.position, 0.0))

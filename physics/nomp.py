@@ -37,16 +37,16 @@ class NompConfig(PursuitConfig):
 
 @dataclass(frozen=True)
 class NompResult:
-    """What matching pursuit found in B scenes."""
+    """Result of matching pursuit for B scenes."""
 
-    detections: Detections  # with the covariance of the errors that the fit predicts
+    detections: Detections  # with the error covariance that the fit predicts
     amplitude: Tensor  # (B, G, K) complex, 0 where there is no source; G is 1 or L
-    noise_power: Tensor  # (B,) sigma^2: as told, or from the residual, at the scale of y
+    noise_power: Tensor  # (B,) sigma^2: as given, or from the residual, at the scale of y
     snr_db: Tensor  # (B,) of the fit's signal over that noise, within -100 and 100 dB
 
     @staticmethod
     def concatenate(parts: list[NompResult]) -> NompResult:
-        """One batch of several, in order."""
+        """Concatenate batches in order."""
         return NompResult(
             Detections.concatenate([part.detections for part in parts]),
             *(
@@ -71,27 +71,27 @@ def nomp(
 ) -> NompResult:
     """Find sources by matching pursuit, refine all of them after each pick, and choose how many.
 
-    Each pick takes, of the grid points that are most like the residual (``config.candidates``), the
-    one that lowers its energy most, refines it alone and
-    then all sources together (Levenberg-Marquardt on azimuth, elevation and inverse range with
-    the amplitudes eliminated). An information criterion chooses among the fits: with the
-    likelihood given the amplitudes for constant symbols, and with the symbols integrated out for
-    fluctuating ones (:mod:`physics.order`). Sources stay within the field of view: one that
-    stands outside of it is found, if at all, at its border.
+    Among the ``config.candidates`` grid points that best match the residual, each pick takes the
+    one that lowers its energy most, refines it alone and then refines all sources together
+    (Levenberg-Marquardt on azimuth, elevation and inverse range with the amplitudes eliminated). An
+    information criterion chooses among the fits: with the likelihood given the amplitudes for
+    constant symbols, and with the symbols integrated out for fluctuating ones
+    (:mod:`physics.order`). Sources stay within the field of view: one outside it is found, if at
+    all, at its border.
 
     Args:
         y: (B, L, M) complex.
         H: (B, M, N) or (M, N) complex.
         codes: (B, L, N) or (L, N) complex.
         array: the surface; 12 x 12 at half a wavelength if left out.
-        scene: field of view, wavefront, source mode and the most sources; at most as many are
-            looked for as the measurement can hold (fewer than M for fluctuating sources).
-        snr_db: (B,) or one for all [dB]; None where it is not known: the noise is then estimated.
-        config: how to search.
-        initial: where to start: the pursuit takes these positions, in their order, before it
-            looks at the grid. The criterion decides over them as over the others, so put the
-            strongest first: what comes after a start that does not exist is kept with it or not
-            at all. There may be more of them than ``scene.max_sources``.
+        scene: field of view, wavefront, source mode and maximum number of sources; the search finds
+            at most as many as the measurement can resolve (fewer than M for fluctuating sources).
+        snr_db: (B,) or one for all [dB]; None where it is unknown: the noise is then estimated.
+        config: search settings.
+        initial: starting positions: the pursuit takes these, in their order, before it searches the
+            grid. The criterion applies to them as to the others, so put the strongest first: a
+            position that follows a nonexistent source is kept only together with it. There may be
+            more of them than ``scene.max_sources``.
 
     Returns:
         The sources, strongest first. Without any signal there are none.
@@ -130,10 +130,10 @@ def polish(
     snr_db: float | Tensor | None = None,
     config: NompConfig | None = None,
 ) -> NompResult:
-    """Refine the positions of another estimator by maximum likelihood; their number stays.
+    """Refine the positions of another estimator by maximum likelihood, keeping their number.
 
-    Arguments, result and errors are those of :func:`nomp`; all of ``initial`` is kept, moved into
-    the field of view where it lies outside.
+    Arguments, result and errors are those of :func:`nomp`; all of ``initial`` is kept, and
+    positions outside the field of view are moved into it.
     """
     config = config or NompConfig()
     search = Search(array or PlanarArray(), scene or SceneConfig(), config, y, H, codes)
@@ -161,11 +161,11 @@ def estimate_snr_db(
     scene: SceneConfig | None = None,
     config: NompConfig | None = None,
 ) -> Tensor:
-    """SNR (B,) [dB] of measurements whose noise is not known.
+    """SNR (B,) [dB] of measurements with unknown noise.
 
-    The noise is what matching pursuit cannot explain, over the degrees of freedom that its sources
-    leave; the signal is the rest of the measurement's energy. NaN where it finds no source: the
-    level is then low, and that is all that is known. Arguments and errors are those of
+    The noise is the energy that matching pursuit cannot explain, over the degrees of freedom that
+    its sources leave; the signal is the rest of the measurement's energy. NaN where it finds no
+    source: all that is known then is that the SNR is low. Arguments and errors are those of
     :func:`nomp`.
     """
     result = nomp(y, H, codes, array=array, scene=scene, config=config)
@@ -173,7 +173,7 @@ def estimate_snr_db(
 
 
 def _compact(found: Detections) -> Detections:
-    """The same detections, those that are present first."""
+    """The same detections, with those that are present first."""
     order = found.present.int().argsort(dim=-1, descending=True, stable=True)
     position = found.position.gather(1, order.unsqueeze(-1).expand(-1, -1, 3))
     present = found.present.gather(1, order)
@@ -187,7 +187,7 @@ def _pursue(
     noise: Tensor | None,
     initial: Detections | None,
 ) -> NompResult:
-    """Pick, refine and choose for one chunk."""
+    """Pick, refine and select sources for one chunk."""
     n_scenes = len(measurement)
     kept = search.points.new_zeros(n_scenes, search.max_sources, 3)
     kept[..., 2] = search.bounds[1, 2]
@@ -229,7 +229,7 @@ def _finish(
     present: Tensor,
     noise: Tensor | None,
 ) -> NompResult:
-    """Refine what is kept, and say how sure it is."""
+    """Refine the kept sources and estimate their error covariance."""
     if present.shape[-1] == 0:
         coordinates = search.bounds[1].expand(len(measurement), 1, 3)
         present = present.new_zeros(len(measurement), 1)
@@ -257,7 +257,7 @@ def _finish(
 
 
 def _rescaled(search: Search, result: NompResult) -> NompResult:
-    """Amplitudes and noise at the scale of the call."""
+    """Amplitudes and noise at the scale of the caller's arguments."""
     y, H, codes = search.scales
     amplitude = divide(result.amplitude, (H * codes)[:, None, None])
     amplitude = torch.view_as_complex(torch.view_as_real(amplitude) * y[:, None, None, None])
@@ -265,7 +265,7 @@ def _rescaled(search: Search, result: NompResult) -> NompResult:
 
 
 def _nothing(search: Search) -> NompResult:
-    """The result of no scenes."""
+    """The result for an empty batch."""
     none = search.points.new_zeros(0)
     found = Detections(none.view(0, 1, 3), none.view(0, 1) > 0, none.view(0, 1, 3, 3))
     n_groups = search.y.shape[1] if search.fluctuating else 1
@@ -278,7 +278,7 @@ def _error_covariance(
     present: Tensor,  # (B, K) bool
     noise_power: Tensor,  # (B,)
 ) -> Tensor:
-    """Covariance (B, K, 3, 3) of azimuth, elevation and range: sigma^2 / 2 of the inverse."""
-    unseen = matrix.diagonal(dim1=-2, dim2=-1) <= 0  # the range of a plane wave is lost
+    """Covariance (B, K, 3, 3) of azimuth, elevation and range: sigma^2 / 2 times the inverse."""
+    unseen = matrix.diagonal(dim1=-2, dim2=-1) <= 0  # such as the range of a plane wave
     own = position_blocks(coordinate_covariance(matrix, noise_power), range_, unseen)
     return torch.where(present[..., None, None], own, torch.zeros_like(own))

@@ -1,4 +1,4 @@
-"""How many sources: likelihoods and information criteria."""
+"""Model order selection: likelihoods and information criteria for the number of sources."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _EM_STEPS = 20
 
 
 def parameters_per_source(source_mode: SourceMode, wavefront: Wavefront) -> int:
-    """Real parameters of a source in the likelihood that the source mode is judged by.
+    """Number of real parameters of a source in the likelihood used for the source mode.
 
     Three coordinates (two of a plane wave), and a complex amplitude (constant) or a power
     (fluctuating).
@@ -29,7 +29,7 @@ def parameters_per_source(source_mode: SourceMode, wavefront: Wavefront) -> int:
 
 
 def penalty(criterion: Criterion, n_rows: int, n_snapshots: int) -> float:
-    """What one real parameter costs on the scale of twice the negative log-likelihood.
+    """Cost of one real parameter on the scale of twice the negative log-likelihood.
 
     - ``aic``: 2 (Akaike, 1974);
     - ``bic``: the logarithm of the number of real observations, 2 L M (Schwarz, 1978);
@@ -53,13 +53,13 @@ def conditional_deviance(
     """Twice the negative log-likelihood (B,) given the amplitudes, up to a constant.
 
     ``2 cost / sigma^2`` where the noise is known, else ``2 L M log(cost / L M)``. A cost below
-    the rounding of the measurement's energy counts as that, so that data without noise have a
-    finite value.
+    the rounding of the measurement's energy is raised to that rounding, so that data without noise
+    have a finite value.
 
     Args:
         measurement: B scenes.
         cost: (B,) energy of the residual.
-        noise_power: (B,) sigma^2, or None where it is not known.
+        noise_power: (B,) sigma^2, or None where it is unknown.
     """
     n_rows = measurement.n_rows
     kind = torch.finfo(cost.dtype)
@@ -71,17 +71,17 @@ def conditional_deviance(
 
 @dataclass(frozen=True)
 class Symbols:
-    """Powers of circular normal symbols, and what of the measurement they explain."""
+    """Powers of circular normal symbols, and the resulting likelihood terms."""
 
     power: Tensor  # (B, K), on the scale of |amplitude|^2
     noise_power: Tensor  # (B,) sigma^2
     logdet: Tensor  # (B,) log det (C / sigma^2) of the measurement's covariance C, all groups
     unexplained: Tensor  # (B,) sigma^2 y^H C^-1 y
-    rounding: Tensor  # (B,) the noise power below which nothing is told apart
+    rounding: Tensor  # (B,) noise power below which differences are rounding
 
 
 def symbol_powers(measurement: Measurement, fit: Fit, noise_power: Tensor | None) -> Symbols:
-    """Powers at the fit's positions, and the noise where it is not known, near their likeliest.
+    """Near-maximum-likelihood powers at the fit's positions, and the noise where it is unknown.
 
     Symbols are integrated out: ``y_l ~ CN(0, C_l)`` with
     ``C_l = sigma^2 I + sum_k p_k g_lk g_lk^H``. Expectation maximisation starts from the powers of
@@ -123,7 +123,7 @@ def symbol_powers(measurement: Measurement, fit: Fit, noise_power: Tensor | None
 def marginal_deviance(measurement: Measurement, fit: Fit, noise_power: Tensor | None) -> Tensor:
     """Twice the negative log-likelihood (B,) of fluctuating sources, up to a constant.
 
-    That of :func:`symbol_powers` at the fit's positions, on the scale of
+    It uses the powers of :func:`symbol_powers` at the fit's positions and the scale of
     :func:`conditional_deviance`.
 
     Source: Stoica and Nehorai, "Performance study of conditional and unconditional

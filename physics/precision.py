@@ -23,12 +23,12 @@ def full_precision() -> Iterator[None]:
     """Switch autocast and TF32 off for the block, and restore both after it.
 
     Autocast would turn matrix products into bf16 and TF32 would keep ten mantissa bits of
-    float32; either one ruins a Cholesky factorisation of a covariance. Both of torch's ways to
-    ask for TF32 are heeded, ``set_float32_matmul_precision`` (with the older ``allow_tf32``) and
+    float32; either one ruins a Cholesky factorisation of a covariance. Both of torch's TF32
+    settings are handled, ``set_float32_matmul_precision`` (with the older ``allow_tf32``) and
     ``fp32_precision``, on the GPU (cuBLAS) and on the CPU (oneDNN, where it may also be bf16).
 
-    A backward pass runs outside of the block: whoever switches TF32 on (torch leaves it off) has
-    it in the gradients.
+    A backward pass runs outside the block: if TF32 is enabled (torch's default is off), gradients
+    use it.
     """
     with ExitStack() as stack:
         for device_type in ("cpu", "cuda"):
@@ -38,7 +38,7 @@ def full_precision() -> Iterator[None]:
         if "tf32" in precisions or "bf16" in precisions:
             for backend, precision in zip(_BACKENDS, precisions, strict=True):
                 stack.callback(setattr, backend, "fp32_precision", precision)
-            # Where the older switch was used, torch wants both to say the same.
+            # If the older setting was used, torch requires both settings to agree.
             if (older := _older_switch()) != "highest":
                 stack.callback(torch.set_float32_matmul_precision, older)
                 torch.set_float32_matmul_precision("highest")
@@ -50,7 +50,7 @@ def full_precision() -> Iterator[None]:
 def _older_switch() -> str:
     try:
         return torch.get_float32_matmul_precision()
-    except RuntimeError:  # torch's answer where the newer switch alone was used
+    except RuntimeError:  # torch raises if only the newer setting was used
         return "highest"
 
 

@@ -1,7 +1,7 @@
-"""Products of the columns of factors, whose gradients conjugate small matrices alone.
+"""Products of factor columns with gradients that conjugate only small matrices.
 
-A factor (…, N, r) comes as its rows C^T (…, r, N). Autograd's own gradients of the same products
-copy the conjugate of every N x r operand, and take some of them twice.
+A factor (…, N, r) is passed as its rows C^T (…, r, N). Autograd's own gradients of the same
+products copy the conjugate of every N x r operand, and compute some of them twice.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def energy_beyond(gram: Tensor, projected: Tensor, weights: Tensor) -> Tensor:
     Args:
         gram: F^H F (…, r, r).
         projected: ``conj(F^H C)`` (…, r, K).
-        weights: s^2 (…, K), which get no gradient.
+        weights: s^2 (…, K), which receive no gradient.
     """
     difference: Tensor = _EnergyBeyond.apply(gram, projected, weights)
     return difference

@@ -1,4 +1,4 @@
-"""The search of matching pursuit: a measurement at a moderate scale, and the grid it is seen on."""
+"""The search of matching pursuit: a measurement at a moderate scale, and the search grid."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from physics.scaling import divide, divisor, peak, power
 from physics.scene import SceneConfig, SourceMode
 from physics.spectrum import PolarGrid
 
-_CHUNK = 64  # scenes at a time, at most
-_BYTES = 2**28  # that their candidates' signals may take
+_CHUNK = 64  # maximum number of scenes processed at a time
+_BYTES = 2**28  # maximum memory of their candidates' signals
 
 
 class PursuitConfig(FrozenModel):
@@ -45,11 +45,11 @@ class PursuitConfig(FrozenModel):
 
 
 def pursuit_grid(scene: SceneConfig, array: PlanarArray, oversampling: float = 2.0) -> PolarGrid:
-    """Grid over a field of view, as dense as the array's beams are narrow.
+    """Grid over a field of view, with a spacing that follows the width of the array's beams.
 
     A beam is ``lambda / D`` wide in the sine of an angle, and ``2 lambda / rho^2`` deep in inverse
-    range, where D is the aperture along the axis and rho the distance of the outermost element:
-    a phase of 2 pi across the array.
+    range, where D is the aperture along the axis and rho the distance of the outermost element.
+    This is a phase of 2 pi across the array.
     """
     wide, high = (
         array.spacing * n / array.wavelength for n in (array.n_horizontal, array.n_vertical)
@@ -69,10 +69,11 @@ def pursuit_grid(scene: SceneConfig, array: PlanarArray, oversampling: float = 2
 
 
 def resolvable_sources(source_mode: SourceMode, n_snapshots: int, n_antennas: int) -> int:
-    """The most sources that a measurement can tell apart.
+    """The largest number of sources that a measurement can resolve.
 
-    Fewer real parameters than real observations, with amplitudes one a source (constant) or one a
-    source and snapshot (fluctuating), and in the latter case fewer sources than antennas.
+    It requires fewer real parameters than real observations, with one amplitude per source
+    (constant) or per source and snapshot (fluctuating), and in the latter case fewer sources than
+    antennas.
     """
     fluctuating = source_mode == "fluctuating"
     fitted = 3 + 2 * (n_snapshots if fluctuating else 1)
@@ -117,7 +118,7 @@ class Search:
         self.n_rows = self.n_snapshots * n_antennas
         self.resolvable = resolvable_sources(scene.source_mode, self.n_snapshots, n_antennas)
         self.max_sources = min(scene.max_sources, self.resolvable)
-        # What a source costs on the scale of the deviance.
+        # Penalty of one source on the scale of the deviance.
         self.price = parameters_per_source(scene.source_mode, scene.wavefront) * penalty(
             config.criterion, self.n_rows, self.n_snapshots
         )
@@ -125,7 +126,7 @@ class Search:
     def chunks(
         self, snr_db: float | Tensor | None, initial: Detections | None
     ) -> Iterator[tuple[slice, Measurement, Tensor | None]]:
-        """Scenes, a bounded number at a time, and their noise where it is known."""
+        """Yield scenes in chunks of bounded size, with their noise where it is known."""
         n_scenes = len(self.y)
         if initial is not None and len(initial) != n_scenes:
             raise ValueError(f"initial holds {len(initial)} scenes and y {n_scenes}")
@@ -169,13 +170,13 @@ class Search:
         residual: Tensor,
         start: Detections | None = None,
     ) -> tuple[Fit, Tensor]:
-        """Fit one source more: picked from the residual, refined alone, then all together.
+        """Fit one more source: pick it from the residual, refine it alone, then refine all.
 
         Args:
             measurement: B scenes.
             coordinates: (B, K, 3) of the sources so far.
             residual: (B, G, R) that they leave.
-            start: (B, 1) positions that take the grid's place in the scenes that have one.
+            start: (B, 1) positions used instead of a grid point in the scenes that have one.
 
         Returns:
             the fit of K + 1 sources and its Gauss-Newton matrix (B, 3 K + 3, 3 K + 3).
@@ -190,17 +191,17 @@ class Search:
         return refine(measurement, coordinates, self.bounds, self.config.joint_iterations)
 
     def deviance(self, measurement: Measurement, fit: Fit, noise: Tensor | None) -> Tensor:
-        """Twice the negative log-likelihood (B,) that fits of this source mode are judged by."""
+        """Twice the negative log-likelihood (B,) that ranks fits of this source mode."""
         if self.fluctuating:
             return marginal_deviance(measurement, fit, noise)
         return conditional_deviance(measurement, fit.cost, noise)
 
     def pick(self, measurement: Measurement, residual: Tensor) -> Tensor:
-        """Of the likeliest grid points (B, 1, 3) that whose source lowers the energy most.
+        """The grid point (B, 1, 3), of the most likely ones, whose source lowers the energy most.
 
-        The exact gain takes the norm of every point's signal, which differs between scenes. It is
-        computed for the points that are best by the numerator alone: of fluctuating symbols the
-        best of all may not be among few of them.
+        The exact gain needs the norm of every point's signal, which differs between scenes. It is
+        computed only for the points with the largest numerator: with fluctuating symbols and few
+        such points, the best point overall may not be among them.
         """
         back = measurement.back_projected(residual)  # (B, G, N)
         score = power(back.flatten(0, 1) @ self.steering.mH).unflatten(0, back.shape[:2]).sum(1)

@@ -1,4 +1,4 @@
-"""Records of tensors whose first dimension is the same scenes."""
+"""Dataclasses of tensors that share the scenes as their first dimension."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from physics.transfer import sent
 
 
 class Rows:
-    """Base of frozen dataclasses all of whose fields are tensors (B, …) of the same B scenes."""
+    """Base of frozen dataclasses in which every field is a tensor (B, …) of the same B scenes."""
 
     def __len__(self) -> int:
         return len(next(iter(self.tensors().values())))
 
     def __getitem__(self, index: slice | Tensor) -> Self:
-        """Some of the scenes."""
+        """A subset of the scenes."""
         return self._map(lambda tensor: tensor[index])
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every field by its name."""
-        return {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]  # who inherits is one
+        """All fields by name."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]  # subclasses are dataclasses
 
     def to(self, device: torch.device | str) -> Self:
         """The same scenes on another device."""
@@ -36,7 +36,7 @@ class Rows:
 
     @classmethod
     def concatenate(cls, parts: list[Self]) -> Self:
-        """One batch of several, in order.
+        """Concatenate batches in order.
 
         Raises:
             ValueError: nothing given.

@@ -1,7 +1,8 @@
-"""Scales of complex tensors, and what they cost on pairs of reals.
+"""Norms and scaling of complex tensors, computed on pairs of reals.
 
-PyTorch promotes a real operand of complex arithmetic to complex. A product bears that, but not its
-gradient by the real operand, and a complex division costs many times a real one.
+PyTorch promotes a real operand of complex arithmetic to complex. That is acceptable for a product
+but not for its gradient with respect to the real operand, and a complex division costs many times
+a real one.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ def column_energy(value: Tensor) -> Tensor:
 def peak(value: Tensor, n_dims: int = 2) -> Tensor:
     """Largest real or imaginary part over the last dimensions (…), cut from the graph.
 
-    Within a factor of sqrt(2) of the largest modulus: a scale to divide by before squaring, on
-    which the result does not depend.
+    It is within a factor of sqrt(2) of the largest modulus. It serves as a scale to divide by
+    before squaring, on which the final result does not depend.
     """
     parts = torch.view_as_real(value.detach().resolve_conj())
     dims = tuple(range(-n_dims - 1, 0))
@@ -42,8 +43,8 @@ def peak(value: Tensor, n_dims: int = 2) -> Tensor:
 def divisor(scale: Tensor) -> Tensor:
     """A scale that is safe to divide by.
 
-    1 stands in for 0 and for what is not finite. A subnormal divisor would overflow: the smallest
-    normal number serves those.
+    0 and non-finite values are replaced by 1. Division by a subnormal number would overflow, so
+    those are replaced by the smallest normal number.
     """
     usable = scale.clamp_min(torch.finfo(scale.dtype).tiny)
     return torch.where((scale > 0) & torch.isfinite(scale), usable, torch.ones_like(scale))
@@ -62,7 +63,7 @@ def multiply(value: Tensor, real: Tensor) -> Tensor:
 
 
 def _squared_norm(value: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """Sum of |value|^2 over dimensions, which count from the last."""
+    """Sum of |value|^2 over dimensions given as negative indices."""
     if value.requires_grad and torch.is_grad_enabled():
         total: Tensor = _SquaredNorm.apply(value, dims)
         return total

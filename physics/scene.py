@@ -1,4 +1,4 @@
-"""Scenes: what stands where, and how sources are drawn."""
+"""Scenes: measurements with their true sources, and how sources are drawn."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ class SceneConfig(FrozenModel):
 
     @property
     def extent(self) -> tuple[float, float, float]:
-        """How far apart sources may stand in azimuth, elevation [rad] and range [m]."""
+        """Largest separation of sources in azimuth, elevation [rad] and range [m]."""
         azimuth, elevation, distance = (
             high - low for low, high in (self.azimuth_deg, self.elevation_deg, self.range_m)
         )
@@ -141,12 +141,13 @@ class SceneConfig(FrozenModel):
 
 @dataclass(frozen=True)
 class Scenes(Rows):
-    """A batch of scenes with their truth.
+    """A batch of scenes with their true sources.
 
     ``position`` holds azimuth, elevation [rad] and range [m]. Slots from ``n_sources`` on have
-    power 0 and any position, a padding of zeros or NaN too: it becomes (1, 1, 1), whose steering
-    vector is finite, so that its product with the power is none. ``power`` is the incoherent power
-    p_k of ``R = sum p_k a_k a_k^H`` on an arbitrary common scale. NumPy arrays become tensors.
+    power 0 and any position, including a padding of zeros or NaN. It is replaced by (1, 1, 1),
+    which has a finite steering vector, so that its product with the power is 0. ``power`` is the
+    incoherent power p_k of ``R = sum p_k a_k a_k^H`` on an arbitrary common scale. NumPy arrays
+    are converted to tensors.
     """
 
     y: Tensor  # (B, L, M) complex
@@ -155,13 +156,13 @@ class Scenes(Rows):
     position: Tensor  # (B, K, 3) real
     power: Tensor  # (B, K) real
     n_sources: Tensor  # (B,) int64
-    snr_db: Tensor  # (B,) real; NaN where it is not known
+    snr_db: Tensor  # (B,) real; NaN where it is unknown
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             if isinstance(value, np.ndarray):
                 object.__setattr__(self, name, torch.as_tensor(value))
-        # Shapes that do not fit together are for who checks them to name.
+        # Mismatched shapes are left for the later checks to report.
         if self.position.ndim == 3 and self.n_sources.shape == self.position.shape[:1]:
             safe = torch.where(self.present.unsqueeze(-1), self.position, 1.0)
             object.__setattr__(self, "position", safe)
@@ -174,7 +175,7 @@ class Scenes(Rows):
 
     @property
     def known_snr_db(self) -> Tensor:
-        """SNR (B,) [dB] as who knows it is told it: -inf without sources, whatever was drawn."""
+        """SNR (B,) [dB] as given to an estimator: -inf without sources, whatever was drawn."""
         return torch.where(self.n_sources > 0, self.snr_db, -torch.inf)
 
     def covariance(self, array: PlanarArray, wavefront: Wavefront) -> LowRankCovariance:

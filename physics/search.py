@@ -1,4 +1,4 @@
-"""Spectra as a projection on few vectors: on many points at once, and uphill from a start."""
+"""Spectra as a projection on few vectors: evaluation at many points, and local maximisation."""
 
 from __future__ import annotations
 
@@ -15,33 +15,33 @@ from physics.precision import in_full_precision
 from physics.scaling import multiply, power
 from physics.steering import Wavefront, steering_derivatives
 
-_BLOCK_BYTES = {"cpu": 2**21, "cuda": 2**28}  # of projections: what stays in a core's cache
-_REACH = 0.5  # longest step: distance that the steering vector moves, of at most sqrt(2)
-_FLATTEST = 1e-3  # least curvature that a step is divided by; the metric's is 1
-_STILL = 100  # roundings: a steering vector that moves less does not depend on the coordinate
+_BLOCK_BYTES = {"cpu": 2**21, "cuda": 2**28}  # of projections, to fit a core's cache
+_REACH = 0.5  # longest step, as the distance that the steering vector moves (at most sqrt(2))
+_FLATTEST = 1e-3  # smallest curvature that a step is divided by; the metric's is 1
+_STILL = 100  # roundings; a coordinate that moves the steering vector less has no effect
 
 
 @dataclass(frozen=True)
 class SpectralForm:
     """A spectrum ``level / (1 - ||W a||^2)`` of unit-norm steering vectors a.
 
-    MUSIC and MVDR are both of this form, :func:`music_form` and :func:`mvdr_form`, so one search
-    serves the two. Nothing in it is differentiated by autograd.
+    MUSIC and MVDR both have this form (:func:`music_form`, :func:`mvdr_form`), so one search serves
+    both. Autograd does not differentiate it.
     """
 
     rows: Tensor  # W (…, r, N) complex, ||W|| at most 1
     level: Tensor  # (…) real, above 0
-    margin: float  # below it 1 - ||W a||^2 is rounding
+    margin: float  # value of 1 - ||W a||^2 below which it is rounding
 
     def __getitem__(self, index: slice) -> SpectralForm:
-        """Some of the items."""
+        """A subset of the items."""
         return SpectralForm(self.rows[index], self.level[index], self.margin)
 
     def energy(self, vectors: Tensor) -> Tensor:
         """``||W a||^2`` (…, G) of row vectors (G, N) that all items share.
 
-        One real matrix product a block of vectors and items; each block's product stays in the
-        cache, and the result is the only tensor of its size.
+        Computes one real matrix product per block of vectors and items; each block's product stays
+        in the cache, and the result is the only tensor of its size.
         """
         *batch, rank, size = self.rows.shape
         total = self.level.new_zeros((math.prod(batch), len(vectors)))
@@ -69,7 +69,7 @@ class SpectralForm:
         return total.unflatten(0, batch) if batch else total.squeeze(0)
 
     def height(self, energy: Tensor, *, in_place: bool = False) -> Tensor:
-        """The spectrum (…, G) where ``||W a||^2`` is ``energy`` (…, G)."""
+        """The spectrum (…, G) for ``energy`` (…, G), the values of ``||W a||^2``."""
         result = energy if in_place else energy.clone()
         result.neg_().add_(1.0).clamp_(self.margin, 1.0).reciprocal_()
         return result.mul_(self.level.unsqueeze(-1))
@@ -80,7 +80,7 @@ class SpectralForm:
 def music_form(covariance: LowRankCovariance, n_sources: int | Tensor) -> SpectralForm:
     """W = U_K^H, an orthonormal basis of the K dominant eigenvectors, and level 1.
 
-    Rows from K, or from the rank of R, on are 0.
+    Rows with index K or the rank of R and above are 0.
 
     Args:
         covariance: R (…), size N.
@@ -93,7 +93,7 @@ def music_form(covariance: LowRankCovariance, n_sources: int | Tensor) -> Spectr
     most = int(counts.max()) if counts.numel() else 0
     n_top = max(0, min(most, unit.rank, unit.size))
     top = vectors[..., unit.rank - n_top :].flip(-1)
-    # Strongest first: what rounding left of strong eigenvectors in weak ones is taken out.
+    # Strongest first: QR removes the rounding residue of strong eigenvectors from weak ones.
     basis, _ = torch.linalg.qr(unit.factor @ top)
     floor = (values[..., -1:] * (unit.rank * kind.eps)).clamp_min(kind.tiny)
     order = torch.arange(n_top, device=values.device)
@@ -107,12 +107,12 @@ def music_form(covariance: LowRankCovariance, n_sources: int | Tensor) -> Spectr
 @in_full_precision
 @torch.no_grad()
 def mvdr_form(covariance: LowRankCovariance, loading: float = 1e-2) -> SpectralForm:
-    """W with ``loading R^-1 = I - W^H W`` for R loaded by ``loading``, and that as the level.
+    """W with ``loading R^-1 = I - W^H W`` for R loaded by ``loading``, which is also the level.
 
-    With ``F^H F = V Lambda V^H`` it is ``W = (Lambda + loading I)^-1/2 V^H F^H``.
+    With ``F^H F = V Lambda V^H``, ``W = (Lambda + loading I)^-1/2 V^H F^H``.
 
     Args:
-        covariance: R (…), size N; brought to trace N.
+        covariance: R (…), size N; scaled to trace N.
         loading: relative to tr(R)/N, above 0.
 
     Raises:
@@ -137,15 +137,15 @@ def check_loading(loading: float) -> None:
 
 @dataclass(frozen=True)
 class _Slope:
-    """``||W a||^2 / 2`` at points, to second order."""
+    """``||W a||^2 / 2`` and its first and second derivatives at points."""
 
-    energy: Tensor  # (B, C) of the whole, not the half
+    energy: Tensor  # (B, C) ||W a||^2, without the factor 1/2
     gradient: Tensor  # (B, C, 3)
-    curvature: Tensor  # (B, C, 3, 3) minus the second derivatives
-    metric: Tensor  # (B, C, 3) squared speed of the steering vector, its phase apart
+    curvature: Tensor  # (B, C, 3, 3) negative second derivatives
+    metric: Tensor  # (B, C, 3) squared speed of the steering vector, up to its phase
 
     def where(self, chosen: Tensor, other: _Slope) -> _Slope:
-        """This where ``chosen`` (B, C), the other elsewhere."""
+        """This one where ``chosen`` (B, C) is True, the other elsewhere."""
         return _Slope(
             torch.where(chosen, self.energy, other.energy),
             torch.where(chosen[..., None], self.gradient, other.gradient),
@@ -157,11 +157,11 @@ class _Slope:
 def _slope(
     form: SpectralForm, coordinates: Tensor, array: PlanarArray, wavefront: Wavefront
 ) -> _Slope:
-    """Derivatives of ``||W a||^2 / 2`` by azimuth, elevation and inverse range.
+    """Derivatives of ``||W a||^2 / 2`` with respect to azimuth, elevation and inverse range.
 
-    The second ones are ``Re((W a_i)^H W a_j) + Re(v^H a_ij)`` with ``v = W^H W a``, of
-    ``a_ij = (-k^2 d_i d_j - j k d_ij) a``. The part of the path's second derivatives ``d_ij`` is
-    left out: it vanishes where v is along a, and is smaller by wavelength / aperture elsewhere.
+    The second derivatives are ``Re((W a_i)^H W a_j) + Re(v^H a_ij)`` with ``v = W^H W a`` and
+    ``a_ij = (-k^2 d_i d_j - j k d_ij) a``. The term with the path's second derivatives ``d_ij`` is
+    omitted: it is 0 where v is parallel to a, and smaller by wavelength / aperture elsewhere.
     """
     a, da = steering_derivatives(position_of(coordinates), array, wavefront)  # (B, C, (3,) N)
     seen = a @ form.rows.mT  # (B, C, r)
@@ -189,9 +189,9 @@ def climb(
 ) -> tuple[Tensor, Tensor]:
     """Local maxima of a spectrum near the given points, by Newton's method in a box.
 
-    Steps go uphill along every axis of the curvature, whatever its sign, and move the steering
-    vector by at most a trust radius; a step that lowers the spectrum is not taken and the radius
-    shrinks. A coordinate at its bound stays while the slope points outwards.
+    Steps go uphill along every principal axis of the curvature, whatever its sign, and move the
+    steering vector by at most a trust radius; a step that lowers the spectrum is rejected and the
+    radius shrinks. A coordinate at its bound stays there while the gradient points outwards.
 
     Args:
         form: the spectra of B scenes, rows (B, r, N).
@@ -199,10 +199,10 @@ def climb(
         bounds: (2, 3) lowest and highest coordinates.
         array: the surface, N elements.
         wavefront: model of the steering vectors.
-        n_steps: of Newton's method.
+        n_steps: number of Newton steps.
 
     Returns:
-        coordinates (B, C, 3) and ``||W a||^2`` there (B, C), never below that at the start.
+        coordinates (B, C, 3) and ``||W a||^2`` there (B, C), never below its value at the start.
 
     Source: Dauphin et al., "Identifying and attacking the saddle point problem in high-dimensional
     non-convex optimization", NIPS 2014, algorithm 1 (the absolute curvature); Nocedal and Wright,

@@ -1,4 +1,4 @@
-"""From sources to measurements: y_l = H diag(c_l) x_l + n_l, batched in torch."""
+"""Simulation of measurements from sources: y_l = H diag(c_l) x_l + n_l, batched in torch."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ def simulate(
 
     The signal on the surface is ``x_l = sum_k g_k s_kl a(p_k)`` with ``g_k = r_k^-exponent`` and
     circular normal symbols of unit variance: fresh in every snapshot (``fluctuating``) or one per
-    sweep (``constant``). ``power`` is what ``R_true`` weighs the sources with: ``g_k^2`` for
-    fluctuating sources, ``|g_k s_k|^2`` for constant ones. The noise meets the drawn SNR in every
-    scene; a scene without sources holds noise of unit variance.
+    sweep (``constant``). ``power`` is the weight of the sources in ``R_true``: ``g_k^2`` for
+    fluctuating sources, ``|g_k s_k|^2`` for constant ones. The noise is scaled to the drawn SNR in
+    every scene; a scene without sources holds noise of unit variance.
 
     Hardware errors of ``config`` (element jitter, phase and amplitude errors, dead elements), and
-    waves that differ from the model, act on the measurement only: H, codes and R_true stay nominal,
+    waves that differ from the model, affect only the measurement: H, codes and R_true stay nominal,
     as an estimator would know them.
 
     Args:
@@ -50,7 +50,7 @@ def simulate(
         Scenes with y (B, L, M), H (B, M, N), codes (B, L, N).
 
     Raises:
-        ValueError: a negative count, a real dtype, or a codebook that the array cannot have.
+        ValueError: a negative count, a real dtype, or a codebook that the array does not support.
     """
     if n_scenes < 0:
         raise ValueError(f"n_scenes is {n_scenes}; at least 0 needed")
@@ -167,7 +167,7 @@ def _arriving(
     displacement: Tensor | None,  # (B, 1, N, 3) real
     generator: torch.Generator | None,
 ) -> Tensor:
-    """Steering vectors (B, K, N) of the waves that arrive: in each scene of one model."""
+    """Steering vectors (B, K, N) of the arriving waves, with one wave model per scene."""
     assumed, true = config.wavefront, config.true_wavefront or config.wavefront
     response = steering_vector(position, array, true, displacement)
     if true == assumed or config.error_levels == "fixed":

@@ -11,7 +11,7 @@ from physics.nomp import NompConfig, NompResult, nomp
 from physics.order import Criterion
 from physics.scene import SceneConfig
 
-# Points whose gain is computed exactly: neighbours on a fine grid are many, and much alike.
+# Number of points with an exactly computed gain: a fine grid has many, very similar neighbours.
 _EXACT = 512
 
 
@@ -29,24 +29,24 @@ def somp(
     """Find sources at points of a grid: pick, fit all amplitudes by least squares, choose how many.
 
     Each pick takes the grid point that lowers the energy of the residual most, summed over the
-    snapshots. These have a dictionary each, as their codes differ; what they share is the support.
-    Constant symbols make one system of all snapshots, and this is orthogonal matching pursuit.
+    snapshots. Each snapshot has its own dictionary, as the codes differ; they share the support.
+    With constant symbols all snapshots form one system, and this is orthogonal matching pursuit.
 
     Args:
         y: (B, L, M) complex.
         H: (B, M, N) or (M, N) complex.
         codes: (B, L, N) or (L, N) complex.
         array: the surface; 12 x 12 at half a wavelength if left out.
-        scene: field of view, wavefront, source mode and the most sources, as in
+        scene: field of view, wavefront, source mode and maximum number of sources, as in
             :func:`physics.nomp`.
-        snr_db: (B,) or one for all [dB]; None where it is not known: what the sources leave then
-            counts as noise, and so does what the grid misses.
-        oversampling: grid points per width of a beam (:func:`physics.pursuit.pursuit_grid`). The
-            memory of a pick and its time grow with its third power.
-        criterion: that chooses the number of sources.
+        snr_db: (B,) or one for all [dB]; None where it is unknown: the residual, including the
+            energy that the grid misses, then counts as noise.
+        oversampling: grid points per beam width (:func:`physics.pursuit.pursuit_grid`). The memory
+            and time of a pick grow with its third power.
+        criterion: information criterion that chooses the number of sources.
 
     Returns:
-        The sources, strongest first, without a covariance: the fit's says nothing of the grid.
+        The sources, strongest first, without a covariance: the fit's ignores the grid's error.
 
     Raises:
         TypeError, ValueError: as :func:`physics.nomp`, or an ``oversampling`` that is not positive.

@@ -25,7 +25,7 @@ class PolarGrid:
     """Regular grid in azimuth [rad], elevation [rad] and inverse range [1/m].
 
     Inverse range is the coordinate in which near-field beams have even width; 0 is infinity.
-    An axis whose points are all the same has one: copies of a plane would each hold every peak.
+    An axis of identical points is reduced to one: each copy of a plane would hold every peak.
     """
 
     azimuth: tuple[float, ...]
@@ -50,7 +50,7 @@ class PolarGrid:
     ) -> PolarGrid:
         """Grid with the given counts over the field of view of a scene configuration.
 
-        A direction or range that is fixed there has one point, whatever its count.
+        A direction or range that is fixed there gets one point, whatever the given count.
         """
 
         def axis(bounds: tuple[float, float], count: int) -> tuple[float, ...]:
@@ -86,10 +86,11 @@ class PolarGrid:
         return points.to(device=device, dtype=dtype)
 
     def shares(self) -> Tensor:
-        """Which part (A, E, Q) of the field that the grid spans is nearest to each point.
+        """Fraction (A, E, Q) of the field spanned by the grid that is nearest to each point.
 
-        In azimuth, elevation and range, not in inverse range: the chance of a source that stands
-        anywhere to be in the cell around the point. Float64; the grid must not reach infinity.
+        It is measured in azimuth, elevation and range, not in inverse range: the probability that a
+        uniformly placed source lies in the cell around the point. Float64; the grid must not reach
+        infinity.
         """
         azimuth, elevation = (_parts(values) for values in (self.azimuth, self.elevation))
         distance = _parts(self.inverse_range, inverse=True)
@@ -108,7 +109,7 @@ class PolarGrid:
 
 
 def _parts(values: tuple[float, ...], *, inverse: bool = False) -> Tensor:
-    """Which part of an axis is nearest to each of its points, measured in the inverse if asked."""
+    """Fraction of an axis nearest to each of its points, measured in the inverse on request."""
     if len(values) == 1:
         return torch.ones(1, dtype=torch.float64)
     points = torch.tensor(values, dtype=torch.float64)
@@ -118,7 +119,7 @@ def _parts(values: tuple[float, ...], *, inverse: bool = False) -> Tensor:
 
 
 @lru_cache(maxsize=4)
-@torch.inference_mode(False)  # kept: it must serve later calls that differentiate
+@torch.inference_mode(False)  # cached: later calls may differentiate through it
 def _grid_steering(
     grid: PolarGrid,
     array: PlanarArray,
@@ -127,7 +128,7 @@ def _grid_steering(
     dtype: torch.dtype,
 ) -> Tensor:
     positions = grid.positions(device=device, dtype=dtype.to_real()).reshape(-1, 3)
-    # In blocks: path lengths of all points at once would take several times the result's memory.
+    # In blocks: the path lengths of all points would take several times the result's memory.
     steering = torch.empty((len(positions), array.size), dtype=dtype, device=device)
     blocks = zip(positions.split(_STEERING_ROWS), steering.split(_STEERING_ROWS), strict=True)
     for points, rows in blocks:
@@ -146,7 +147,7 @@ def music_spectrum(
     """MUSIC pseudo-spectrum ``1 / ||U_n^H a(p)||^2`` in factored form.
 
     ``||U_n^H a||^2 = 1 - ||U_K^H a||^2``, floored at the rounding of the dtype. Where no gradient
-    is wanted, the K columns of U_K alone meet the grid.
+    is needed, only the K columns of U_K are projected on the grid.
 
     Args:
         covariance: R (…), size N.
@@ -192,7 +193,7 @@ def mvdr_spectrum(
         loading: diagonal loading relative to tr(R)/N, added to R; above 0.
 
     Returns:
-        (…, A, E, Q) real, positive: the power that a unit-norm steering vector finds.
+        (…, A, E, Q) real, positive: the power in the direction of a unit-norm steering vector.
 
     Raises:
         ValueError: loading not above 0, a non-finite covariance, or a wrong size.
@@ -231,8 +232,8 @@ def find_peaks(
 ) -> tuple[Tensor, Tensor]:
     """The highest local maxima of a spectrum.
 
-    A peak is at least as high as its up to 26 neighbours. With ``refine`` a parabola through the
-    logarithm of the peak and its two neighbours moves it along each axis by at most half a cell.
+    A peak is at least as high as its up to 26 neighbours. With ``refine``, a parabola through the
+    logarithms of the peak and its two neighbours moves it along each axis by at most half a cell.
 
     Args:
         spectrum: (…, A, E, Q) positive.
@@ -281,14 +282,14 @@ def find_peaks(
 
 
 def highest_around(values: Tensor, *, corners: bool = True) -> Tensor:
-    """Largest value of each cell (B, A, E, Q) and its neighbours.
+    """Largest value among each cell (B, A, E, Q) and its neighbours.
 
-    These are up to 26, or with ``corners=False`` the up to 6 that share a face. By slices along
-    each axis: many times as fast as max_pool3d on a CPU.
+    A cell has up to 26 neighbours, or with ``corners=False`` up to 6 that share a face. Slices
+    along each axis are many times as fast as max_pool3d on a CPU.
     """
     highest = values
     for axis in range(1, values.ndim):
-        # Maxima of maxima along the axes before reach round the corners.
+        # Taking maxima of the previous axes' maxima includes the corner neighbours.
         source = highest if corners else values
         last = values.shape[axis] - 1
         highest = highest.clone()

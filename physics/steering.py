@@ -1,4 +1,4 @@
-"""The steering vector: the one place that turns a position into array phases."""
+"""The steering vector: the only code that converts a position to array phases."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def steering_derivatives(
 
 
 def _checked(position: Tensor, array: PlanarArray, wavefront: Wavefront) -> tuple[Tensor, Tensor]:
-    """Elements (N, 3) and directions (…, 3) of a valid call."""
+    """Validate the arguments; return elements (N, 3) and directions (…, 3)."""
     if position.shape[-1:] != (3,):
         raise ValueError(
             f"position has shape {tuple(position.shape)}; expected (..., 3) with azimuth [rad], "
@@ -118,7 +118,7 @@ def _checked(position: Tensor, array: PlanarArray, wavefront: Wavefront) -> tupl
 def _path(
     u_p: Tensor, p_squared: Tensor, q: Tensor, wavefront: Wavefront
 ) -> tuple[Tensor, Callable[[], tuple[Tensor, Tensor]]]:
-    """Path difference d (…, N) [m], and on demand its derivatives by u.p and by q."""
+    """Path difference d (…, N) [m], and a function for its derivatives by u.p and by q."""
     if wavefront == "planar":
         return -u_p, lambda: (-torch.ones_like(u_p), torch.zeros_like(u_p))
     if wavefront == "paraxial":
@@ -131,7 +131,7 @@ def _path(
     path = twice / (1.0 + root)
 
     def slopes() -> tuple[Tensor, Tensor]:
-        safe = root.clamp_min(torch.finfo(root.dtype).eps)  # 0 where the source sits on the element
+        safe = root.clamp_min(torch.finfo(root.dtype).eps)  # 0 where the source is at the element
         return -safe.reciprocal(), 0.5 * (p_squared - path.square()) / safe
 
     return path, slopes
@@ -139,5 +139,5 @@ def _path(
 
 def _response(path: Tensor, array: PlanarArray) -> Tensor:
     phase = -array.wavenumber * path
-    # As torch.polar, which takes sines and cosines one by one on a CPU.
+    # Like torch.polar, which computes sines and cosines one by one on a CPU.
     return torch.complex(torch.cos(phase), torch.sin(phase)) * array.size**-0.5

@@ -22,8 +22,8 @@ def dominant_energy(
     Args:
         gram: F^H F (…, r, r) Hermitian.
         projected: ``conj(F^H v)`` (…, r, G).
-        n_sources: K, one for all or (…) one for each batch item; at most r counts.
-        at_most: a bound on K, which saves work.
+        n_sources: K, one for all or (…) one for each batch item; clamped to r.
+        at_most: an upper bound on K, which saves work.
     """
     return column_energy(dominant_weights(gram, n_sources, at_most).mT @ projected)
 
@@ -35,25 +35,25 @@ def dominant_weights(
 
     U_K are the eigenvectors of the K largest eigenvalues of ``F F^H``. Columns beyond K are zero,
     and so are those of eigenvalues below the rounding of the largest one. NaN in one batch item
-    stays there.
+    does not affect the others.
 
-    The gradient is that of ``W W^H``: what is computed of W may depend on nothing else, as
-    ``||U_K^H v||^2`` does, since eigenvectors are free to turn. It is the gradient of a matrix
-    function (Daleckii and Krein, 1965), which weighs ``V^H dG V`` with divided differences of
-    ``f = 1/lambda`` on the K largest eigenvalues and 0 on the others. Inside the subspace they
+    The gradient is that of ``W W^H``: results computed from W must depend on ``W W^H`` only, as
+    ``||U_K^H v||^2`` does, since eigenvectors are defined up to rotations. It is the gradient of a
+    matrix function (Daleckii and Krein, 1965), which weights ``V^H dG V`` with divided differences
+    of ``f = 1/lambda`` on the K largest eigenvalues and 0 on the others. Inside the subspace they
     are ``-1/(lambda_i lambda_j)``, regular however close the eigenvalues lie; only across the gap
-    ``1/(lambda_i (lambda_i - lambda_j))`` can blow up, and there ``1/d`` is broadened to
+    can ``1/(lambda_i (lambda_i - lambda_j))`` blow up, and there ``1/d`` is broadened to
     ``d / (d^2 + eps^2)``.
 
     Args:
         gram: F^H F (…, r, r) Hermitian.
-        n_sources: K, one for all or (…) one for each batch item; at most r counts.
-        at_most: a bound on K, which saves work.
-        trusting: do not wait to see whether the eigendecomposition succeeded: where it did not, W
+        n_sources: K, one for all or (…) one for each batch item; clamped to r.
+        at_most: an upper bound on K, which saves work.
+        trusting: do not wait to check whether the eigendecomposition succeeded; where it failed, W
             is NaN (:func:`physics.eigen.eigh_trusting`).
 
     Raises:
-        torch.linalg.LinAlgError: it failed, and was not trusted.
+        torch.linalg.LinAlgError: it failed and ``trusting`` is False.
     """
     counts = torch.as_tensor(n_sources, device=gram.device)
     rank = gram.shape[-1]
@@ -67,7 +67,7 @@ def dominant_weights(
 class _DominantWeights(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gram: Tensor, n_sources: Tensor, n_top: int, trusting: bool) -> Tensor:
-        # eigh raises on NaN; such items go through as NaN instead, and only they.
+        # eigh raises on NaN; items with NaN return NaN instead, without affecting the others.
         total = torch.view_as_real(gram.resolve_conj()).sum((-3, -2, -1))
         broken = (total.abs() < torch.inf).logical_not()
         sound = gram.masked_fill(broken[..., None, None], 0.0)
@@ -97,12 +97,12 @@ class _DominantWeights(torch.autograd.Function):
         gap = relative[..., n_rest:].unsqueeze(-2) - relative.unsqueeze(-1)
         broadening = (8.0 * relative.shape[-1] * torch.finfo(gap.dtype).eps) ** 2
         across = gap / (gap.square() + broadening)
-        # Pairs inside the subspace count by half: they are met twice, as (j, k) and as (k, j).
+        # Pairs inside the subspace count by half, since they occur as (j, k) and as (k, j).
         inside = -0.5 * root.square().unsqueeze(-1)
         divided = torch.where(inside < 0, inside, across) * (scale / unit).unsqueeze(-2)
-        # With M = dL/d(WW^H) grad is 2 M W, and V^H M V_K is V^H grad Lambda_K^1/2 / 2.
+        # With M = dL/d(WW^H), grad is 2 M W, and V^H M V_K is V^H grad Lambda_K^1/2 / 2.
         core = multiply((grad.mH @ vectors).mH, divided)
-        # Of the columns k alone: the Hermitian part of this is what a Hermitian matrix sees.
+        # Only the columns k: for a Hermitian matrix only the Hermitian part of this matters.
         to_gram = (core.mT @ vectors.mT).mT @ vectors[..., n_rest:].mH
         return to_gram.sum_to_size(*ctx.batch_shape, *to_gram.shape[-2:]), None, None, None
 
@@ -110,13 +110,13 @@ class _DominantWeights(torch.autograd.Function):
 def orthonormal_weights(columns: Tensor) -> tuple[Tensor, Tensor]:
     """T (…, K, K) of an orthonormal basis A T of the span of A's columns, and its dimension (…).
 
-    By ``A^H A = L D L^H`` without pivoting, column after column: ``T = L^-H D^-1/2``. A column that
-    the ones before it span to within the rounding of A adds no dimension: its column of T is zero.
-    In double precision, since sources close to each other leave pivots near that rounding; the host
-    looks at no value.
+    Computes ``A^H A = L D L^H`` without pivoting, column by column: ``T = L^-H D^-1/2``. A column
+    that lies in the span of the previous ones to within the rounding of A adds no dimension: its
+    column of T is zero. Double precision is used, since sources close to each other leave pivots
+    near that rounding. The host reads no value.
 
     Args:
-        columns: A (…, N, K) complex of like norm, zero columns aside.
+        columns: A (…, N, K) complex of similar norm, except for zero columns.
 
     Source: Golub and Van Loan, "Matrix Computations", 4th ed., 2013, sec. 4.1.2.
     """
@@ -133,7 +133,7 @@ def orthonormal_weights(columns: Tensor) -> tuple[Tensor, Tensor]:
         rest = rest - column.unsqueeze(-1) * rest[..., k, :].unsqueeze(-2)
         factor.append(column)
         pivots.append(pivot)
-    scale = torch.stack(pivots, dim=-1).rsqrt()  # (…, K), 0 where a column is left out
+    scale = torch.stack(pivots, dim=-1).rsqrt()  # (…, K), 0 where a column adds no dimension
     weights = torch.linalg.solve_triangular(
         torch.stack(factor, dim=-1).mH,
         torch.diag_embed(scale.to(exact.dtype)),

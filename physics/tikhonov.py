@@ -1,4 +1,4 @@
-"""Regularised least squares per snapshot: from y to the signal on the surface."""
+"""Regularised least squares per snapshot, from y to the signal on the surface."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from physics.scaling import divide, divisor, energy, peak, power
 
 Solver = Literal["auto", "dual", "lstsq", "gram", "svd"]
 
-_CHUNK_BYTES = 4 * 2**20  # workspace of one chunk of scenes where one Cholesky a scene will not do
+_CHUNK_BYTES = 4 * 2**20  # workspace of a chunk of scenes if one Cholesky per scene is not enough
 
 
 class TikhonovConfig(FrozenModel):
@@ -39,10 +39,10 @@ class SolveReport:
 
     Attributes:
         solver: the method that ran (``auto`` resolved).
-        unit_modulus: whether all codes were taken as unit modulus, so that one factorisation
+        unit_modulus: whether all codes were treated as unit modulus, so that one factorisation
             served all snapshots of a scene.
         fell_back: (…) bool, scenes that were solved again by SVD.
-        n_fallbacks: how many.
+        n_fallbacks: their number.
     """
 
     solver: Solver
@@ -73,15 +73,15 @@ def tikhonov_solve(
     ``alpha_l = lambda tr(Phi_l^H Phi_l)/N``. All solvers give the same answer:
 
     - ``dual``: ``a = Phi^H (Phi Phi^H + alpha I)^-1 y``, M x M only. With unit-modulus codes
-      ``Phi Phi^H = H H^H`` for every snapshot: one Cholesky factorisation a scene;
+      ``Phi Phi^H = H H^H`` for every snapshot: one Cholesky factorisation per scene;
     - ``lstsq``: QR of the augmented ``[Phi; sqrt(alpha) I]``;
     - ``gram``: Cholesky of the N x N normal equations;
     - ``svd``: ``V diag(s / (s^2 + alpha)) U^H y``;
     - ``auto``: ``dual``.
 
-    Scenes whose factorisation fails or has lost all digits, or whose solution is not finite, are
-    solved again by ``svd``; the report says which. A zero channel gives zeros, and lambda = 0 the
-    pseudo-inverse.
+    Scenes whose factorisation fails or loses all significant digits, or whose solution is not
+    finite, are solved again by ``svd``; the report lists them. A zero channel gives zeros, and
+    lambda = 0 the pseudo-inverse.
 
     Args:
         y: (…, L, M) complex measurements.
@@ -122,14 +122,14 @@ def solve_unchecked(
 ) -> tuple[Tensor, SolveReport]:
     """:func:`tikhonov_solve` without its checks.
 
-    Never raises on bad numbers: NaN and Inf count as zeros, and their scenes as fallen back.
+    It never raises on bad numbers: NaN and Inf count as zeros, and their scenes as fallbacks.
 
     Args:
-        unit_modulus: what is known of the codes; None looks.
+        unit_modulus: whether the codes are known to have unit modulus; None checks them.
     """
     tried = _Attempt.of(y, H, codes, regularization, solver, unit_modulus)
     a, failed = tried.a, tried.failed
-    n_failed = int(failed.sum())  # all that is looked at of what the device has computed
+    n_failed = int(failed.sum())  # the only value that the host reads from the device
     if n_failed:
         a = a.clone()
         again, _ = _in_chunks("svd", *(zero_non_finite(t[failed]) for t in tried.operands))
@@ -149,14 +149,14 @@ def solve_trusting(
     solver: Solver = "auto",
     unit_modulus: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`solve_unchecked` that does not wait to see whether the SVD is needed.
+    """:func:`solve_unchecked` that does not wait to check whether the SVD is needed.
 
-    With the solvers ``auto`` and ``dual``, and where the codes are known, the host looks at
-    nothing that the device computes.
+    With the solvers ``auto`` and ``dual``, and where ``unit_modulus`` is given, the host reads no
+    value from the device.
 
     Returns:
         a (…, L, N) complex, and (…) bool the scenes that ``solve_unchecked`` would have solved
-        again: there a holds anything.
+        again: a is undefined there.
     """
     tried = _Attempt.of(y, H, codes, regularization, solver, unit_modulus)
     a = tried.a.reshape(*tried.batch_shape, *tried.a.shape[-2:])
@@ -165,7 +165,7 @@ def solve_trusting(
 
 @dataclass(frozen=True)
 class _Attempt:
-    """Solutions of B scenes by the wanted solver, and where it failed."""
+    """Solutions of B scenes by the requested solver, and where it failed."""
 
     a: Tensor  # (B, L, N)
     failed: Tensor  # (B,) bool
@@ -190,19 +190,19 @@ class _Attempt:
             t.expand(*batch_shape, *t.shape[-2:]).reshape(n_scenes, *t.shape[-2:])
             for t in (y, H, codes)
         )
-        # The solution is linear in y, which takes the scales of the others upon itself.
+        # The solution is linear in y, so the scales of H and codes are applied to y.
         H_scale = divisor(peak(H))[:, None, None]
         H = divide(H, H_scale)
         if unit_modulus is None:
             unit_modulus = is_unit_modulus(codes)
         if unit_modulus:
             y = divide(y, H_scale)
-            kernel = H @ H.mH  # of the dual form; its trace serves all
+            kernel = H @ H.mH  # of the dual form; every solver uses its trace
             trace = kernel.diagonal(dim1=-2, dim2=-1).real.sum(-1, keepdim=True)
         else:
             code_scale = divisor(peak(codes, 1)).unsqueeze(-1)  # (B, L, 1)
             codes = divide(codes, code_scale)
-            # In double precision, where neither scale takes y out of range before the other.
+            # In double precision, so that dividing by one scale first cannot overflow.
             both = H_scale.double() * code_scale.double()
             y = divide(y.to(torch.complex128), both).to(y.dtype)
             column_power = power(H).sum(-2)  # (B, N)
@@ -219,25 +219,25 @@ class _Attempt:
             a, failed = _dual_shared(y, H, codes, kernel, alpha)
         elif resolved == "dual":
             a, failed = _in_chunks(resolved, *operands)
-        else:  # LAPACK raises for the whole batch when one scene of it holds a NaN
+        else:  # LAPACK raises for the whole batch if one scene contains NaN
             a, failed = _in_chunks(resolved, *(zero_non_finite(t) for t in operands))
             for operand in operands:
                 failed = failed | ~torch.isfinite(operand).flatten(1).all(-1)
-        # One pass: a sum is finite only where every term is.
+        # One pass suffices: a sum is finite only where every term is.
         failed = failed | ~torch.isfinite(torch.view_as_real(a).flatten(1).sum(1))
         return cls(a, failed, operands, batch_shape, resolved, unit_modulus)
 
 
 def zero_non_finite(value: Tensor) -> Tensor:
-    """The same with zeros for NaN and Inf."""
+    """Replace NaN and Inf with zeros."""
     return torch.nan_to_num(value, 0.0, 0.0, 0.0)
 
 
 def _factorize(kernel: Tensor) -> tuple[Tensor, Tensor]:
-    """Cholesky factor of each matrix, and where it cannot be trusted.
+    """Cholesky factor of each matrix, and where it is unreliable.
 
-    A squared pivot down at the rounding error of the largest one holds no digits even where the
-    factorisation went through: a rank-deficient kernel with little loading does that.
+    A squared pivot as small as the rounding error of the largest one has no significant digits even
+    if the factorisation succeeded, as happens for a rank-deficient kernel with little loading.
     """
     cholesky, info = torch.linalg.cholesky_ex(kernel)
     pivot = cholesky.diagonal(dim1=-2, dim2=-1).real.square()
@@ -247,7 +247,7 @@ def _factorize(kernel: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _substitute(cholesky: Tensor, right: Tensor) -> Tensor:
-    """Solve with a Cholesky factor; many times faster than cholesky_solve on small matrices."""
+    """Solve with a Cholesky factor, many times faster than cholesky_solve on small matrices."""
     half = torch.linalg.solve_triangular(cholesky, right, upper=False)
     return torch.linalg.solve_triangular(cholesky.mH, half, upper=True)
 
@@ -255,11 +255,11 @@ def _substitute(cholesky: Tensor, right: Tensor) -> Tensor:
 def _dual_shared(
     y: Tensor, H: Tensor, codes: Tensor, kernel: Tensor, alpha: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Dual form for unit-modulus codes: one M x M factorisation a scene, of ``H H^H + alpha I``."""
+    """Dual form for unit-modulus codes: factorises ``H H^H + alpha I`` (M x M) once per scene."""
     kernel.diagonal(dim1=-2, dim2=-1).add_(alpha)
     cholesky, failed = _factorize(kernel)
     z = _substitute(cholesky, y.mT)  # (B, M, L)
-    # H and codes are conjugated in no copy, and the product is kept in one place.
+    # H and codes are conjugated without a copy, and the product is computed in place.
     return (z.mH @ H).mul_(codes).conj_physical_(), failed
 
 
@@ -270,7 +270,7 @@ def _in_chunks(
     n_snapshots, n_antennas = y.shape[-2:]
     n_elements = H.shape[-1]
     if solver in ("lstsq", "gram"):
-        chunk = y.shape[0]  # the reference solvers run as they were: whole batch at once
+        chunk = y.shape[0]  # the reference solvers process the whole batch at once
     else:
         per_row = n_antennas if solver == "dual" else n_snapshots
         chunk = max(1, _CHUNK_BYTES // (per_row * n_antennas * n_elements * y.element_size()))
@@ -285,7 +285,7 @@ def _in_chunks(
 
 
 def _dual(y: Tensor, H: Tensor, codes: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
-    """Dual form for any codes: one M x M factorisation a snapshot.
+    """Dual form for any codes: one M x M factorisation per snapshot.
 
     ``Phi_l Phi_l^H = sum_n |c_ln|^2 h_n h_n^H`` for all l is one product of real matrices,
     (L x N) times (N x 2 M^2): half the work of the complex one, and Phi_l is never formed.
@@ -326,7 +326,7 @@ def _lstsq(y: Tensor, H: Tensor, codes: Tensor, alpha: Tensor) -> tuple[Tensor, 
     augmented = torch.cat([phi, alpha.sqrt()[..., None, None] * eye], dim=-2)
     target = torch.cat([y, y.new_zeros(*y.shape[:-1], n_elements)], dim=-1)
     a = torch.linalg.lstsq(augmented, target.unsqueeze(-1)).solution.squeeze(-1)
-    # QR takes the augmented matrix for one of full rank: not so when sqrt(alpha) is rounding.
+    # QR assumes an augmented matrix of full rank, which fails if sqrt(alpha) is rounding.
     rounding = torch.finfo(alpha.dtype).eps ** 2 * energy(phi)
     return a, (alpha <= rounding).any(-1)
 

@@ -1,4 +1,4 @@
-"""From the host to a device without waiting for it."""
+"""Transfers from the host to a device without synchronisation."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from torch import Tensor
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on a device; the host goes on before it has come there.
+    """Copy a tensor to a device without making the host wait.
 
-    What the device computes with it comes after it. From ordinary memory the host would wait until
-    the device has done all that was asked of it before: the tensor goes by pinned memory, which
-    PyTorch keeps until it has been read.
+    Later work on the device is ordered after the copy. From pageable memory the host would wait
+    until the device has finished all queued work, so the tensor is copied through pinned memory,
+    which PyTorch keeps until it has been read.
     """
     if device.type in ("cpu", "meta") or tensor.device.type != "cpu":
         return tensor.to(device)
-    # Contiguous: rows that share their memory cannot be pinned as they lie.
+    # Made contiguous first: rows that share memory cannot be pinned directly.
     return tensor.contiguous().pin_memory().to(device, non_blocking=True)

@@ -36,7 +36,7 @@ those of them that are searched, and `loss.extra.NAME.weight`.
 
 
 def type_name(annotation: Any) -> str:
-    """A reader's name for a type."""
+    """A readable name of a type."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         return type_name(arguments[0])
@@ -57,12 +57,12 @@ def type_name(annotation: Any) -> str:
 
 
 def escaped(field: FieldInfo) -> str:
-    """The description, safe inside a table."""
+    """The description, escaped for a table."""
     return (field.description or "").replace("|", "\\|")
 
 
 def default(field: FieldInfo) -> str:
-    """The default as YAML would hold it."""
+    """The default as written in YAML."""
     if field.is_required():
         return "required"
     value = field.get_default(call_default_factory=True)
@@ -74,7 +74,7 @@ def default(field: FieldInfo) -> str:
 
 
 def section(name: str, model: type[BaseModel], prefix: str = "") -> str:
-    """One section's table; its fields are below ``prefix``, which is its name if left out."""
+    """One section's table; the paths of its fields start with ``prefix``, by default its name."""
     lines = [f"## {name}", ""]
     if model.__doc__:
         lines += [model.__doc__.strip().splitlines()[0], ""]
@@ -83,7 +83,7 @@ def section(name: str, model: type[BaseModel], prefix: str = "") -> str:
 
 
 def rows(prefix: str, model: type[BaseModel]) -> Iterator[str]:
-    """The rows of a section and of the sections inside it."""
+    """Yield the rows of a section and of its nested sections."""
     for key, field in model.model_fields.items():
         path, inner = f"{prefix}.{key}", sections_of(field.annotation)
         if inner:

@@ -1,4 +1,4 @@
-"""Docstrings' roles, ``:func:`name```, as the code that Markdown knows; mkdocs.yml names it."""
+"""Griffe extension, named in mkdocs.yml: turns ``:func:`name``` roles into Markdown code."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _ROLE = re.compile(r":(?:func|class|meth|mod|data|attr|exc):`~?([\w.]+)`")
 
 
 class Roles(griffe.Extension):
-    """Takes the roles out of every docstring."""
+    """Replaces the roles in every docstring."""
 
     def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
         """Rewrite one docstring."""

@@ -1,18 +1,18 @@
-"""Make .venv hold what pyproject.toml and constraints.txt ask for, and nothing twice.
+"""Install the requirements of pyproject.toml and constraints.txt in .venv, only when needed.
 
-Run by the Makefile with whatever ``python3`` is on PATH, so the syntax here and in
-tools/pythons.py is that of Python 2.7: an old interpreter has to get as far as saying what is
+The Makefile runs it with the ``python3`` on PATH, so the syntax here and in tools/pythons.py
+is that of Python 2.7: an old interpreter must be able to run far enough to report what is
 wrong with it. Only the standard library is used.
 
 A stamp inside .venv records what was installed (a hash of both files, the extras, Python's
 version, this clone's path). While it matches, a run costs a few milliseconds. Otherwise:
 
-- an environment that works is brought up to date in place;
-- one that is broken, half made, moved or copied from elsewhere, or built for an unsupported
-  Python is thrown away and made again.
+- a working environment is updated in place;
+- one that is broken, incomplete, moved or copied from elsewhere, or built for an unsupported
+  Python is removed and created again.
 
-A file lock keeps two runs apart, and pip inherits it: when this process is killed, the next
-one still waits until pip has let go.
+A file lock serialises runs, and pip inherits it: if this process is killed, the next one
+still waits until pip has released the lock.
 """
 
 import argparse
@@ -31,9 +31,9 @@ from pythons import SUPPORTED_TEXT, SetupError, choose_python, clean_environment
 
 ENVIRONMENT = ".venv"
 LOCK = ".venv.lock"
-STAMP = "ristune-stamp.json"  # in .venv: what is installed
-MARKER = "ristune-installing"  # in .venv: pip was at work, and did not come to its end
-LOG = "install.log"  # in .venv: all that pip said
+STAMP = "ristune-stamp.json"  # in .venv: describes the installed state
+MARKER = "ristune-installing"  # in .venv: pip is running, or was interrupted
+LOG = "install.log"  # in .venv: pip's complete output
 STAMP_FORMAT = 1
 
 NETWORK_SIGNS = re.compile(
@@ -75,11 +75,11 @@ HINTS = (
 )
 
 
-# --- The environment that is there ------------------------------------------------------
+# --- The existing environment -----------------------------------------------------------
 
 
 class Environment(object):
-    """.venv of one clone: what it claims, whether it works, and how to make it."""
+    """The .venv of a clone: its stamp, whether it works, and its paths."""
 
     def __init__(self, root):
         # type: (str) -> None
@@ -93,7 +93,7 @@ class Environment(object):
 
     def wanted(self, extras):
         # type: (set[str]) -> dict[str, object]
-        """The stamp that an up-to-date environment carries, but for Python's version."""
+        """The stamp of an up-to-date environment, except for Python's version."""
         digest = hashlib.sha256()
         for name in ("pyproject.toml", "constraints.txt"):
             with open(os.path.join(self.root, name), "rb") as handle:
@@ -109,7 +109,7 @@ class Environment(object):
 
     def stamp(self):
         # type: () -> dict[str, object]
-        """The stamp, or {} where there is none that can be read."""
+        """The stamp, or {} if there is no readable one."""
         try:
             with open(self.file(STAMP), encoding="utf-8") as handle:
                 stamp = json.load(handle)
@@ -124,7 +124,7 @@ class Environment(object):
 
     def fault(self):
         # type: () -> str | None
-        """Why the environment has to be made again, or None when it can be kept."""
+        """Why the environment must be recreated, or None if it can be kept."""
         if os.path.islink(self.path):
             return "it is a link to {}".format(os.path.realpath(self.path))
         if not os.path.exists(self.file("pyvenv.cfg")):
@@ -150,7 +150,7 @@ class Environment(object):
             )
         if found.missing:
             return "it has no pip"
-        # Scripts name their interpreter by its full path, so a moved one shows there.
+        # Scripts contain the full path of their interpreter, which reveals a moved environment.
         scripts = self.file("bin/pip")
         with contextlib.suppress(OSError, UnicodeDecodeError), open(scripts, encoding="utf-8") as f:
             head = f.read(2048)
@@ -160,7 +160,7 @@ class Environment(object):
 
     def current(self, extras):
         # type: (set[str]) -> bool
-        """Whether the stamp covers what is asked, and Python still runs."""
+        """Whether the stamp covers the requested extras, and Python still runs."""
         stamp = self.stamp()
         if os.path.islink(self.path) or os.path.exists(self.file(MARKER)):
             return False
@@ -191,12 +191,12 @@ class Environment(object):
         shutil.rmtree(self.path)
 
 
-# --- Making it --------------------------------------------------------------------------
+# --- Creating it ------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def locked(root):  # type: ignore[no-untyped-def]
-    """Hold the clone's lock; yields the descriptor that children have to inherit."""
+    """Hold the clone's lock; yield the descriptor that child processes must inherit."""
     descriptor = os.open(os.path.join(root, LOCK), os.O_RDWR | os.O_CREAT, 0o666)
     try:
         try:
@@ -219,7 +219,7 @@ def hint(text):
 
 def last_words(lines):
     # type: (list[str]) -> str
-    """What pip said from its first error on, or last of all."""
+    """pip's output from the first error on, or else its last lines."""
     lines = [line for line in lines if line.strip()]
     errors = [i for i, line in enumerate(lines) if re.match(r"\s*(ERROR|error)\b", line)]
     telling = lines[errors[0] :][:12] if errors else lines[-6:]
@@ -228,7 +228,7 @@ def last_words(lines):
 
 def run_pip(environment, arguments, lock):
     # type: (Environment, list[str], int) -> None
-    """pip install under the constraints; long downloads and the end are told in short lines."""
+    """Run pip install under the constraints; print short lines for long downloads and the end."""
     command = [environment.python, "-m", "pip", "install", "--progress-bar", "off"]
     command += ["-c", "constraints.txt"] + arguments
     lines = []
@@ -286,7 +286,7 @@ def create(environment, lock):
 
 def install(environment, extras, lock):
     # type: (Environment, set[str], int) -> None
-    """Bring an environment that works up to date, and stamp it."""
+    """Update a working environment and write its stamp."""
     marker = environment.file(MARKER)
     started = time.time()
     with contextlib.suppress(OSError):
@@ -295,13 +295,13 @@ def install(environment, extras, lock):
         pass
     project = "." + ("[{}]".format(",".join(sorted(extras))) if extras else "")
     try:
-        # setuptools from the constraints builds the project: no second, unpinned download.
+        # setuptools from the constraints builds the project, without a second, unpinned download.
         say("installing PyTorch first (minutes when it has to be downloaded)")
         run_pip(environment, ["setuptools"] + torch_requirement(environment.root), lock)
         say("installing the project" + (" with " + ", ".join(sorted(extras)) if extras else ""))
         run_pip(environment, ["--no-build-isolation", "-e", project], lock)
     except SetupError:
-        # pip itself ended, so nothing is half unpacked: go on from here next time.
+        # pip itself exited, so nothing is half unpacked: the next run can continue from here.
         os.unlink(marker)
         raise
     python = probe(environment.python, (), clean_environment())
@@ -320,7 +320,7 @@ def install(environment, extras, lock):
 
 def torch_requirement(root):
     # type: (str) -> list[str]
-    """The project's requirement on PyTorch, as pyproject.toml writes it."""
+    """The project's requirement on PyTorch, as written in pyproject.toml."""
     with open(os.path.join(root, "pyproject.toml"), encoding="utf-8") as handle:
         return re.findall(r'^\s*"(torch\b[^"]*)"', handle.read(), re.MULTILINE)[:1]
 
@@ -332,16 +332,16 @@ def ensure(root, extras):
         return
     with locked(environment.root) as lock:
         if environment.current(extras):
-            return  # someone else made it while this one waited
+            return  # another process created it while this one waited
         extras = set(extras)
         if os.path.lexists(environment.path):
             fault = environment.fault()
             if fault is None:
-                # What was once asked for stays up to date too.
+                # Extras installed earlier are updated too.
                 extras |= environment.installed_extras()
                 say("bringing {} up to date".format(ENVIRONMENT))
             else:
-                choose_python()  # complain before anything is thrown away
+                choose_python()  # fail before anything is removed
                 say("making {} again: {}".format(ENVIRONMENT, fault))
                 environment.remove()
         if not os.path.exists(environment.path):

@@ -47,7 +47,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CURVES = ROOT / "benchmarks" / "data" / "curves.json.gz"
 SEED = 7
 
-# Colours that can be told apart by most eyes (Okabe and Ito), on white.
+# Colours that most people can tell apart (Okabe and Ito), on white.
 BLUE, ORANGE, GREEN, GREY = "#0072b2", "#d55e00", "#009e73", "#777777"
 STYLE: Any = {
     "figure.facecolor": "white",
@@ -59,12 +59,12 @@ STYLE: Any = {
     "image.cmap": "viridis",
     "legend.frameon": False,
     "lines.linewidth": 1.8,
-    "svg.hashsalt": "ristune",  # the same figure is the same file
+    "svg.hashsalt": "ristune",  # the same figure gives the same file
 }
 
 
 def scenes_of(count: int, **changes: Any) -> tuple[Scenes, PlanarArray, SceneConfig]:
-    """Simulated scenes of the default convention, changed."""
+    """Simulated scenes of the default convention, with changed settings."""
     config, array = SceneConfig().model_copy(update=changes), PlanarArray()
     scenes = simulate(count, config, array, generator=torch.Generator().manual_seed(SEED))
     return scenes, array, config
@@ -111,7 +111,7 @@ def geometry(n_scenes: int, n_points: int) -> Figure:
 
 
 def wavefronts(n_scenes: int, n_points: int) -> Figure:
-    """How much of the exact steering vector each model's one sees, by range."""
+    """Overlap of each model's steering vector with the exact one, by range."""
     del n_scenes
     array, config = PlanarArray(), SceneConfig()
     near, far = config.range_m
@@ -141,7 +141,7 @@ def wavefronts(n_scenes: int, n_points: int) -> Figure:
 
 
 def focus(n_scenes: int, n_points: int) -> Figure:
-    """Where a surface focused on a point, and one steered to its direction, gather power."""
+    """Power of a surface focused on a point, and of one steered to the point's direction."""
     del n_scenes
     array = PlanarArray()
     depth = torch.linspace(0.25, 10.0, n_points, dtype=torch.float64)
@@ -169,7 +169,7 @@ def focus(n_scenes: int, n_points: int) -> Figure:
 
 
 def codebook(n_scenes: int, n_points: int) -> Figure:
-    """Beams of one code with phases of one bit, of three, and continuous ones."""
+    """Beams of one code with phases of one bit, of three bits, and continuous."""
     del n_scenes
     array = PlanarArray()
     azimuth = torch.linspace(-90, 90, 4 * n_points + 1, dtype=torch.float64)
@@ -191,7 +191,7 @@ def codebook(n_scenes: int, n_points: int) -> Figure:
 
 
 def filter_factors(n_scenes: int, n_points: int) -> Figure:
-    """What share of each singular direction a ridge solution keeps."""
+    """Fraction of each singular direction that a ridge solution keeps."""
     scenes, array, _ = scenes_of(n_scenes)
     phi = scenes.H * scenes.codes[:, :1]  # (B, M, N), of the first snapshot
     values = torch.linalg.svdvals(phi.to(torch.complex128))
@@ -243,7 +243,7 @@ def spectrum(n_scenes: int, n_points: int) -> Figure:
 
 @torch.no_grad()
 def blending(n_scenes: int, n_points: int) -> Figure:
-    """NMSE of R_blend against beta, with hardware errors and without."""
+    """NMSE of R_blend over beta, with and without hardware errors."""
     localizer = Localizer.shipped()
     betas = torch.linspace(0.0, 1.0, min(n_points, 21)).tolist()
     figure = Figure(figsize=(6.4, 3.6), layout="constrained")
@@ -300,7 +300,7 @@ def rungs(n_scenes: int, n_points: int) -> Figure:
     axis.plot([], [], color=GREY, lw=0.6, label="what it would have become")
     every = [value for curve in curves_of(recorded) for value in curve]
     middle = float(torch.tensor([curve[0] for curve in curves_of(recorded)]).quantile(0.8))
-    axis.set_ylim(min(every) - 0.01, middle + 0.02)  # a few begin far above
+    axis.set_ylim(min(every) - 0.01, middle + 0.02)  # a few start far above
     axis.set(xscale="log", xlabel="epoch (dotted: rungs)", ylabel="objective: GOSPA [m]")
     axis.set_xticks([1, 3, 9, 27], labels=["1", "3", "9", "27"])
     axis.set_xticks([], minor=True)
@@ -335,13 +335,13 @@ def draw(folder: Path, n_scenes: int, n_points: int, only: str | None = None) ->
     """Write the figures.
 
     Args:
-        folder: where to.
-        n_scenes: that averages are taken over.
-        n_points: along an axis.
-        only: one name; None draws all.
+        folder: output folder.
+        n_scenes: number of scenes for averages.
+        n_points: number of points along an axis.
+        only: name of one figure; None draws all.
 
     Returns:
-        The files.
+        The files written.
     """
     written = []
     with mpl.rc_context(STYLE):
@@ -355,7 +355,7 @@ def draw(folder: Path, n_scenes: int, n_points: int, only: str | None = None) ->
 
 
 def main() -> None:
-    """Draw what is asked for."""
+    """Draw the requested figures."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "images")
     parser.add_argument("--scenes", type=int, default=512)

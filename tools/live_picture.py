@@ -20,12 +20,12 @@ from tuner.standing import standing
 
 
 def picture(run_dir: Path, width: int, height: int) -> str:
-    """The table as SVG, on a terminal of so many columns and lines."""
+    """The table as SVG, on a terminal of ``width`` columns and ``height`` lines."""
     look = standing(run_dir)
     console = Console(record=True, width=width, height=height, file=io.StringIO())
     rows = [TrialRow.of(trial) for trial in look.trials]
     console.print(StudyView(look.study, rows, look.seconds))
-    # A picture in the documentation fetches no fonts.
+    # A picture in the documentation must not fetch fonts.
     form = re.sub(r"@font-face \{\{.*?\}\}", "", CONSOLE_SVG_FORMAT, flags=re.DOTALL)
     return console.export_svg(title="python -m tuner.run", theme=MONOKAI, code_format=form)
 

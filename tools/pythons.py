@@ -1,6 +1,7 @@
-"""Which Python an environment can be made with, and what each says of itself.
+"""Selects the Python interpreter for an environment.
 
-For tools/ensure_venv.py: the syntax of Python 2.7, and the standard library alone.
+Used by tools/ensure_venv.py, so it has the syntax of Python 2.7 and needs only the standard
+library.
 """
 
 import json
@@ -13,7 +14,7 @@ SUPPORTED = ((3, 11), (3, 12), (3, 13))
 SUPPORTED_TEXT = "3.11, 3.12 or 3.13"
 NEEDED_MODULES = ("venv", "ensurepip", "ssl", "sqlite3")
 
-# What a candidate interpreter is asked; one line of JSON comes back.
+# Code run by a candidate interpreter; it prints one line of JSON.
 PROBE = """\
 import json, sys
 missing = []
@@ -31,7 +32,7 @@ print(json.dumps({
 
 
 class SetupError(Exception):
-    """The environment cannot be made; the message says what to do about it."""
+    """The environment cannot be created; the message says what to do about it."""
 
 
 def say(text):
@@ -47,7 +48,7 @@ def dotted(version):
 
 def clean_environment():
     # type: () -> dict[str, str]
-    """Environment for pip and venv, free of what would send packages elsewhere."""
+    """Environment for pip and venv, without variables that would redirect packages."""
     env = dict(os.environ)
     for name in ("PYTHONHOME", "PYTHONPATH", "PIP_TARGET", "PIP_PREFIX", "PIP_ROOT"):
         env.pop(name, None)
@@ -59,7 +60,7 @@ def clean_environment():
 
 
 class Interpreter(object):
-    """What a Python says of itself."""
+    """A Python interpreter, as it describes itself."""
 
     def __init__(self, path, version, prefix, missing):
         # type: (str, tuple[int, ...], str, list[str]) -> None
@@ -102,7 +103,7 @@ class Interpreter(object):
 
 def probe(python, modules=(), env=None):
     # type: (str, tuple[str, ...], dict[str, str] | None) -> Interpreter | None
-    """What the interpreter says of itself, or None when it does not run."""
+    """Query an interpreter; None if it does not run."""
     try:
         answer = subprocess.check_output(
             [python, "-c", PROBE] + list(modules), stderr=subprocess.DEVNULL, env=env
@@ -115,7 +116,7 @@ def probe(python, modules=(), env=None):
 
 def candidates():
     # type: () -> list[str]
-    """Interpreters worth asking, best first: the one at work, then those on PATH."""
+    """Candidate interpreters, best first: the running one, then those on PATH."""
     found = []
     in_environment = sys.prefix != getattr(sys, "base_prefix", sys.prefix)
     if in_environment:
@@ -134,7 +135,7 @@ def candidates():
 
 def choose_python():
     # type: () -> Interpreter
-    """The first interpreter that is supported and has all that an environment needs."""
+    """The first supported interpreter with all modules that an environment needs."""
     refused = []
     incomplete = []
     for path in candidates():

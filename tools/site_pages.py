@@ -1,8 +1,9 @@
-"""What mkdocs does not do by itself for the documentation site; hooks that mkdocs.yml names.
+"""Hooks of the documentation site, named in mkdocs.yml.
 
-Pages outside of docs/ (README, CONTRIBUTING, CHANGELOG) and the files that pages link to become
-pages of the site, and links to them are put right, so that one link serves the repository and the
-site. Formulas become MathML while the site is built: a reader's browser fetches nothing.
+Pages outside docs/ (README, CONTRIBUTING, CHANGELOG) and the files that pages link to become
+pages of the site, and links to them are rewritten, so that the same link works in the repository
+and on the site. Formulas become MathML while the site is built, so that a reader's browser fetches
+nothing.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ _DISPLAY = re.compile(r'<div class="arithmatex">\s*\\\[(.*?)\\\]\s*</div>', re.D
 
 
 def site_path(path: str) -> str:
-    """Where a file or folder of the repository stands among the site's sources."""
+    """Path of a file or folder of the repository among the site's sources."""
     if path.startswith("docs/"):
         return path.removeprefix("docs/")
     suffix = "" if path.endswith(".md") else ".md"
@@ -46,16 +47,16 @@ def site_path(path: str) -> str:
 
 
 def linked(markdown: str, source: str) -> set[str]:
-    """Files and folders of the repository that a file of it links to."""
+    """Files and folders of the repository that one of its files links to."""
     folder = posixpath.dirname(source)
     return {posixpath.normpath(posixpath.join(folder, m[1])) for m in _LINK.finditer(markdown)}
 
 
 def put_right(markdown: str, source: str, known: dict[str, str]) -> str:
-    """Markdown of a file of the repository with the links that it needs on the site.
+    """Markdown of a repository file with its links rewritten for the site.
 
     Args:
-        source: its path in the repository.
+        source: path of the file in the repository.
         known: site path of every file and folder that has one.
     """
     folder, here = posixpath.dirname(source), posixpath.dirname(site_path(source))
@@ -69,7 +70,7 @@ def put_right(markdown: str, source: str, known: dict[str, str]) -> str:
 
 
 def as_page(root: Path, path: str) -> str:
-    """Markdown of a file or folder outside of docs/."""
+    """Markdown of a file or folder outside docs/."""
     file = root / path
     if file.is_dir():
         shown = (p for p in file.iterdir() if p.suffix in (*LANGUAGES, ".ipynb"))
@@ -90,7 +91,7 @@ def _from_notebook(file: Path) -> tuple[str, dict[str, bytes]]:
     """A notebook with its outputs as Markdown, and the images that it shows, by name."""
     body, resources = MarkdownExporter().from_filename(str(file))
     parts = re.split(r"(?ms)(^```.*?^```$)", body)  # every second one is code
-    # What a cell prints comes indented.
+    # The output of a cell is indented.
     parts[::2] = [re.sub(r"(?m)(?:^    .*\n)+", _as_text, part) for part in parts[::2]]
     return "".join(parts), resources["outputs"]
 
@@ -100,7 +101,7 @@ def _as_text(printed: re.Match[str]) -> str:
 
 
 def _letter(found: re.Match[str]) -> str:
-    """A bold or script letter of its own, in place of an attribute that browsers leave unread."""
+    """A bold or script Unicode letter, instead of an attribute that browsers ignore."""
     kind, letter = found[1], html.unescape(found[2])
     if not letter.isalpha():
         return found[0]
@@ -111,13 +112,13 @@ def _letter(found: re.Match[str]) -> str:
     for full in (f"MATHEMATICAL {style} {name}", f"{style} {name}"):
         try:
             return f"<mi>{unicodedata.lookup(full)}</mi>"
-        except KeyError:  # a few letters stand outside of the block
+        except KeyError:  # a few letters are outside the block
             continue
     return found[0]
 
 
 def with_mathml(page: str) -> str:
-    """HTML in which every formula is MathML."""
+    """Convert every formula of an HTML page to MathML."""
 
     def formula(found: re.Match[str], display: bool) -> str:
         latex = html.unescape(found[1]).strip()
@@ -132,7 +133,7 @@ def with_mathml(page: str) -> str:
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add README and its like, and what any page links to, to the site's sources."""
+    """Add README and similar pages, and the link targets of all pages, to the site's sources."""
     root = Path(config.config_file_path).parent
     sources = {f"docs/{f.src_uri}": f.src_uri for f in files}
     waiting = list(NAMED)
@@ -142,7 +143,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     while waiting:
         path = waiting.pop()
         if path in sources or not (root / path).exists() or path.startswith(".."):
-            continue  # a link that leads nowhere is mkdocs' to report
+            continue  # broken links are left for mkdocs to report
         sources[path] = site_path(path)
         content = as_page(root, path)
         files.append(File.generated(config, site_path(path), content=content))
@@ -157,19 +158,19 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Put a page's links right."""
+    """Rewrite a page's links."""
     known: dict[str, str] = config.extra["repository"]
     source = next(path for path, uri in known.items() if uri == page.file.src_uri)
     return put_right(markdown, source, known)
 
 
 def on_page_content(html: str, *, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Make MathML of a page's formulas."""
+    """Convert a page's formulas to MathML."""
     return with_mathml(html)
 
 
 def on_post_page(output: str, *, page: Page, config: MkDocsConfig) -> str:
-    """Refuse what a reader's browser would fetch from elsewhere."""
+    """Refuse pages with resources that a browser would fetch from elsewhere."""
     foreign = _FOREIGN.search(output)
     if foreign:
         raise PluginError(f"{page.file.src_uri} fetches {foreign[1]}; the site serves all it needs")
