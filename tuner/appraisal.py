@@ -1,4 +1,4 @@
-"""What a study will cost in time and disk, from a few steps of its base configuration."""
+"""Estimate a study's time and disk use from a few steps of its base configuration."""
 
 from __future__ import annotations
 
@@ -23,36 +23,37 @@ from tuner.rungs import rungs_of
 from tuner.space import Value
 from tuner.trial import TrialRun
 
-LIMIT = 10.0  # seconds of waiting that a measurement may take
-_SCENES = (16, 128)  # of the measurement: a few, then as many as tell more if there is time
-_VALIDATED = 4  # of so many one is a validation scene
-# Of a checkpoint: weights, their average, the best of it, and AdamW's two moments, 4 bytes each.
+LIMIT = 10.0  # seconds that a measurement may take
+_SCENES = (16, 128)  # scenes measured: first a few, then more if time permits
+_VALIDATED = 4  # one in this many scenes is a validation scene
+# Contents of a checkpoint: weights, their average, the best average, and AdamW's two moments, 4
+# bytes each.
 _COPIES, _BYTES = 5, 4
-_SEARCHED = (4, 24)  # the same, and as many validation scenes, where candidates are looked for
+_SEARCHED = (4, 24)  # training scenes, and as many for validation, where candidates are searched
 
 
 @dataclass(frozen=True)
 class Appraisal:
-    """Measured on this machine with the study's base configuration."""
+    """Measurements on this machine with the study's base configuration."""
 
     epoch_seconds: float
-    search_seconds: float  # for the candidates of all scenes, once; 0 where none are needed
+    search_seconds: float  # one-time candidate search over all scenes; 0 if not needed
     cache_bytes: int  # of those candidates
 
 
 class _TooLong(BaseException):
-    """Not an Exception: a trial would take it for a failure of its own."""
+    """Raised at the time limit; not an Exception, as a trial would report that as its failure."""
 
 
 def appraise(study: StudyConfig, device: str) -> Appraisal | str:
-    """Run two short epochs in this process and scale them up; nothing of them stays.
+    """Run two short epochs in this process and extrapolate; leave no files behind.
 
     Args:
-        study: of which the base configuration is run, on fewer scenes.
-        device: where.
+        study: the study whose base configuration is run, on fewer scenes.
+        device: the torch device.
 
     Returns:
-        The appraisal, or why there is none, in one line.
+        The appraisal, or the reason why there is none, in one line.
     """
     config = study.trial_config({}, study.seed)
     threads = torch.get_num_threads()
@@ -76,19 +77,19 @@ def appraise(study: StudyConfig, device: str) -> Appraisal | str:
 def _measure(
     config: TrialConfig, device: str, folder: Path, n_scenes: int
 ) -> tuple[Appraisal, float]:
-    """An appraisal by so many scenes, and the seconds that grow with them."""
+    """Return an appraisal from ``n_scenes`` scenes and the seconds that scale with their number."""
     searched = config.network.front_end is not None
     data, training, counts = config.data, config.training, count_scenes(config)
     if device == "cpu":
-        torch.set_num_threads(training.threads)  # which a trial does as it builds its network
+        torch.set_num_threads(training.threads)  # as a trial does when it builds its network
     n_train = min(counts.epoch, n_scenes)
     n_val = min(counts.validation, n_scenes if searched else n_scenes // _VALIDATED)
     changes = {
         "train_scenes": n_train,
         "val_scenes": n_val,
         "cache": folder / "kept",
-        "keep_images": False,  # of shards all would be computed
-        # What is looked for once is timed apart; all epochs but the first find it done.
+        "keep_images": False,  # with shards, images of all scenes would be computed
+        # The one-time candidate search is timed separately; only the first epoch includes it.
         "fresh": data.fresh and not searched,
     }
     batch = min(training.batch_size, n_train)
@@ -126,7 +127,7 @@ def _measure(
 
 
 def _search(sample: TrialConfig, config: TrialConfig, device: str) -> tuple[float, int]:
-    """Seconds and bytes of all candidates that the study's trials share."""
+    """Return the seconds and bytes for all candidates that the study's trials share."""
     begun = time.perf_counter()
     source = open_source(sample, torch.device(device))
     source.validation()
@@ -143,10 +144,11 @@ def _search(sample: TrialConfig, config: TrialConfig, device: str) -> tuple[floa
 
 
 def epochs_expected(search: SearchConfig, epochs: int) -> tuple[float, float]:
-    """Epochs of a trial on average: where the scheduler stops all that it may, and nobody.
+    """Return mean epochs per trial if the scheduler stops all trials it may, and if it stops none.
 
-    ASHA lets one in `reduction_factor` pass a rung; the first ones, who have nobody to be
-    compared with, and ties make it more. Of other schedulers only the most is known.
+    ASHA promotes one trial in `reduction_factor` past a rung; the first trials at a rung, which
+    have no others to be compared with, and ties increase this share. For other schedulers only the
+    upper bound is known.
     """
     if search.scheduler == "pbt":  # a successor trains what is left of a budget
         each = search.population * epochs / search.population_trials(epochs)
@@ -162,7 +164,7 @@ def epochs_expected(search: SearchConfig, epochs: int) -> tuple[float, float]:
 
 
 def checkpoint_bytes(study: StudyConfig) -> tuple[int, int]:
-    """Size of a checkpoint of the base network, and of the largest one in the space."""
+    """Return checkpoint sizes of the base network and of the largest network in the space."""
     point: dict[str, Value] = {}
     for path, parameter in study.search.space.items():
         sizes = [v for v in parameter.probes() if isinstance(v, int) and not isinstance(v, bool)]
@@ -171,7 +173,7 @@ def checkpoint_bytes(study: StudyConfig) -> tuple[int, int]:
     base = _parameters(study.trial_config({}, study.seed))
     try:
         largest = max(base, _parameters(study.trial_config(point, study.seed)))
-    except ConfigError:  # the largest values exclude each other
+    except ConfigError:  # the largest values are mutually incompatible
         largest = base
     return base * _COPIES * _BYTES, largest * _COPIES * _BYTES
 
@@ -187,7 +189,7 @@ def _size(folder: Path) -> int:
 
 @contextmanager
 def _limited(seconds: float) -> Iterator[None]:
-    """Leave the block when the time is up (in the main thread, which alone takes signals)."""
+    """Raise ``_TooLong`` in the block at the time limit (main thread only: it uses a signal)."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -1,7 +1,7 @@
-"""What a cluster holds, node by node, and what its autoscaler may add: places for trials.
+"""The resources of a cluster by node, those its autoscaler may add, and room for trials.
 
-A trial lies on one node, and a share of a GPU on one GPU. Sums over a cluster say too
-much: 8 nodes of 8 CPUs have 16 places for trials of 3 CPUs, not 21.
+A trial runs on one node, and a fraction of a GPU belongs to one GPU. Sums over a cluster
+overestimate its capacity: 8 nodes of 8 CPUs have room for 16 trials of 3 CPUs, not 21.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _SHARES = 1e-6  # thirds and tenths of a GPU are not exact
 
 @dataclass(frozen=True)
 class Machine:
-    """A kind of node: what one has, and how many there are or may be."""
+    """A type of node: its resources, and how many such nodes exist or may be added."""
 
     cpus: float
     gpus: float = 0.0
@@ -24,15 +24,15 @@ class Machine:
 
     @classmethod
     def of(cls, resources: Mapping[str, Any], count: float = 1) -> Machine:
-        """A machine in Ray's names of resources."""
+        """Create a machine from Ray's resource names."""
         return cls(float(resources.get("CPU", 0)), float(resources.get("GPU", 0)), count)
 
     def places(self, cpus: float, gpus: float) -> int:
-        """Trials that one such node holds side by side.
+        """Return the number of trials that one such node can run in parallel.
 
         Args:
-            cpus: CPUs a trial, more than 0.
-            gpus: GPUs a trial, 0 to 1.
+            cpus: CPUs per trial, more than 0.
+            gpus: GPUs per trial, 0 to 1.
         """
         places = math.floor(self.cpus / cpus)
         if gpus:
@@ -42,12 +42,12 @@ class Machine:
 
 @dataclass(frozen=True)
 class Growth:
-    """How far an autoscaler may go.
+    """The limits of an autoscaler.
 
     Attributes:
-        machines: kinds of workers; ``count`` is the most of that kind, those that run included.
-        most: workers of all kinds together.
-        known: False where there may be workers besides of which nothing is known.
+        machines: worker types; ``count`` is the maximum of that type, including running workers.
+        most: maximum number of workers of all types.
+        known: False if there may be further workers with unknown resources.
     """
 
     machines: tuple[Machine, ...] = ()
@@ -56,19 +56,19 @@ class Growth:
 
     @classmethod
     def unknown(cls) -> Growth:
-        """An autoscaler of which nothing is known."""
+        """Return the limits of an autoscaler whose configuration is unknown."""
         return cls(known=False)
 
     @classmethod
     def of(cls, config: Mapping[str, Any], n_workers: int) -> Growth:
-        """Read an autoscaling configuration, as the cluster launcher or KubeRay leaves it.
+        """Read an autoscaling configuration written by the cluster launcher or KubeRay.
 
-        A kind without ``resources`` (machines of one's own) shows what it has when it joins: only
-        when all such machines are there is everything known.
+        The resources of a node type without ``resources`` (on-premise machines) are unknown until
+        its nodes join, so the limits are known only when all such nodes are present.
 
         Args:
             config: ``available_node_types``, ``head_node_type`` and ``max_workers``.
-            n_workers: nodes beside the head that are there.
+            n_workers: number of nodes present, without the head.
         """
         kinds = config.get("available_node_types") or {}
         most = math.inf if config.get("max_workers") is None else config["max_workers"]
@@ -84,7 +84,7 @@ class Growth:
         return cls(tuple(machines), most, known=unsized <= n_workers)
 
     def total(self, amount: Callable[[Machine], float]) -> float:
-        """The most of something that the workers may have together."""
+        """Return the maximum total of a resource over all workers."""
         left, found = self.most, 0.0
         for machine in sorted(self.machines, key=amount, reverse=True):
             count = min(machine.count, left)
@@ -96,12 +96,12 @@ class Growth:
 
 @dataclass(frozen=True)
 class Capacity:
-    """The nodes that are there, and those that an autoscaler may add.
+    """The nodes that are present, and those that an autoscaler may add.
 
     Attributes:
-        head: the node that stays when nothing runs, if it is among the nodes.
-        workers: the others.
-        growth: None where nodes come and go by hand alone.
+        head: the head node, which stays when nothing runs; None if it is not among the nodes.
+        workers: the other nodes.
+        growth: limits of the autoscaler; None if there is none.
     """
 
     head: Machine | None
@@ -110,22 +110,22 @@ class Capacity:
 
     @property
     def known(self) -> bool:
-        """Whether nothing may come of which nothing is known."""
+        """Whether the resources of all nodes that may be added are known."""
         return self.growth is None or self.growth.known
 
     def now(self, amount: Callable[[Machine], float]) -> float:
-        """How much of something there is."""
+        """Return the current total of a resource."""
         return sum(amount(machine) for machine in self._nodes)
 
     def possible(self, amount: Callable[[Machine], float]) -> float:
-        """How much of something there may be, as far as is known."""
+        """Return the largest known total of a resource, with nodes that may be added."""
         if self.growth is None:
             return self.now(amount)
         stays = amount(self.head) if self.head else 0.0
         return max(self.now(amount), stays + self.growth.total(amount))
 
     def largest(self, amount: Callable[[Machine], float]) -> float:
-        """The most of something that one node has or may have."""
+        """Return the largest amount of a resource on any present or possible node."""
         grown = self.growth.machines if self.growth else ()
         return max((amount(machine) for machine in [*self._nodes, *grown]), default=0.0)
 

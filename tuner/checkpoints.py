@@ -1,9 +1,8 @@
-"""Where the trials' checkpoints lie: the run folder, a shared folder, or a URI.
+"""Storage of the trials' checkpoints: the run folder, a shared folder, or a URI.
 
-A URI is one that pyarrow opens (file, s3, gs, abfs, hdfs), with its options: an S3 store of
-one's own is `s3://bucket/runs?endpoint_override=http://10.0.0.5:9000`. The ledger names a
-checkpoint by a location that stands alone, so that any machine finds it again: a path, or a
-URI that keeps those options.
+A URI is one that pyarrow opens (file, s3, gs, abfs, hdfs), with its options: a self-hosted S3 store
+is `s3://bucket/runs?endpoint_override=http://10.0.0.5:9000`. The ledger stores a checkpoint's
+location as a full path, or a URI with these options, so that any machine can find it.
 """
 
 from __future__ import annotations
@@ -31,18 +30,18 @@ from tuner.folder import RunFolder, checkpoint_name
 
 logger = logging.getLogger(__name__)
 
-PATIENCE = 60.0  # seconds that a storage may be silent
-_FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 15.0  # seconds between two attempts: doubled each time
+PATIENCE = 60.0  # seconds for which an unresponsive storage is retried
+_FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 15.0  # seconds between retries: doubled each time
 
 _T = TypeVar("_T")
 
 
 class StorageOut(OSError):
-    """A storage that does not answer, or not as it should: no fault of who asks it."""
+    """The storage does not answer, or not as expected; the trial is not at fault."""
 
 
 def storage_error(folder: Path, said: str, mode: str = "") -> StudyError:
-    """The line that ends a session whose trials cannot be saved, or not be gone on with."""
+    """Return the error that ends a session whose trials cannot be saved or resumed."""
     return StudyError(
         f"{said}; nothing that was finished is lost: go on with: python -m tuner.run --resume "
         f"{shlex.quote(str(folder))}{mode}"
@@ -54,8 +53,8 @@ class Storage:
     """The folder of a study's checkpoints.
 
     Attributes:
-        root: a folder or a URI, to which others may write too.
-        name: the study's part of it.
+        root: a folder or a URI, which may be shared with other runs.
+        name: the study's subfolder.
     """
 
     root: str
@@ -63,24 +62,24 @@ class Storage:
 
     @classmethod
     def of(cls, folder: RunFolder, resources: ResourcesConfig) -> Storage:
-        """What the study names, or the run folder."""
+        """Return the storage that the study names, or the run folder."""
         if resources.storage is None:
             return cls(str(folder.path), folder.trials.name)
-        # Others may keep a run of this name there.
+        # Other runs of this name may be stored there.
         return cls(resources.storage, f"{folder.identity}-{folder.trials.name}")
 
     def trial(self, number: int) -> str:
-        """Where a trial's checkpoints go; nobody is asked."""
+        """Return the folder or URI of a trial's checkpoints without accessing the storage."""
         inside = f"{self.name}/{number:04d}"
         if "://" in self.root and not self.root.startswith("file:"):
             return _below(self.root, inside)
         return _below(open_location(self.root)[1], inside)
 
     def make(self) -> None:
-        """Make the study's folder; machines that do not see it do not see the storage.
+        """Create the study's folder, by which machines check that they see the storage.
 
         Raises:
-            StorageOut: it cannot be made.
+            StorageOut: it cannot be created.
         """
         where = _below(self.root, self.name)
 
@@ -93,11 +92,11 @@ class Storage:
         _patiently(where, create)
 
     def location(self, filesystem: FileSystem, path: str) -> str:
-        """A path below the root, as a location that stands alone.
+        """Return the full location for a path below the root.
 
         Args:
-            filesystem: of the root.
-            path: as that file system names it.
+            filesystem: the root's file system.
+            path: the path on that file system.
         """
         if filesystem.type_name == "local":
             return path
@@ -105,7 +104,7 @@ class Storage:
         return _below(self.root, str(inside))
 
     def checkpoints(self) -> Iterator[tuple[int, str]]:
-        """Trial and location of every checkpoint there is.
+        """Yield the trial and location of every checkpoint.
 
         Raises:
             OSError: the storage does not answer.
@@ -119,40 +118,40 @@ class Storage:
 
 
 def _below(location: str, inside: str) -> str:
-    """A path or URI below another, which keeps its options."""
+    """Return a path or URI below another one, with its options."""
     base, options = _split(location)
     return f"{base}/{inside}{options}"
 
 
 def _split(location: str) -> tuple[str, str]:
-    """A location without its last slash, and a URI's options."""
+    """Split a location into the part without a trailing slash and a URI's options."""
     base, mark, options = location.partition("?") if "://" in location else (location, "", "")
     return base.rstrip("/"), mark + options
 
 
 def open_location(location: str) -> tuple[Any, str]:
-    """The file system of a path or URI, and the path on it.
+    """Return the file system of a path or URI, and the path on it.
 
     Raises:
-        StorageOut: it is none that can be opened here.
+        StorageOut: it cannot be opened here.
     """
     try:
         return FileSystem.from_uri(location)
-    except (OSError, ValueError) as error:  # the latter for unknown schemes and options
+    except (OSError, ValueError) as error:  # ValueError for unknown schemes and options
         raise StorageOut(f"{location}: {error}") from error
 
 
 @contextmanager
 def fetched(location: str, patience: float | None = None) -> Iterator[Path]:
-    """A checkpoint's folder on this machine: itself, or a copy for as long as the block lasts.
+    """Yield a checkpoint's folder on this machine: the original, or a copy during the block.
 
     Args:
-        location: of the checkpoint.
-        patience: seconds that the storage may be silent, PATIENCE if left out.
+        location: location of the checkpoint.
+        patience: seconds for which an unresponsive storage is retried; None means PATIENCE.
 
     Raises:
-        FileNotFoundError: it is not there.
-        StorageOut: nobody can tell.
+        FileNotFoundError: there is no such checkpoint.
+        StorageOut: the storage does not answer.
     """
 
     def look() -> tuple[Any, str]:
@@ -171,12 +170,12 @@ def fetched(location: str, patience: float | None = None) -> Iterator[Path]:
 
 
 def _patiently(location: str, work: Callable[[], _T], patience: float | None = None) -> _T:
-    """What `work` returns, tried again as long as the storage does not answer.
+    """Call `work` and retry while the storage does not answer.
 
     Raises:
-        FileNotFoundError: it has answered that there is no such thing.
-        StorageOut: it has not, for PATIENCE, or refuses.
-        OSError: a disk is full, for which nobody waits.
+        FileNotFoundError: the storage reports that the location does not exist.
+        StorageOut: the storage did not answer for PATIENCE seconds, or refused access.
+        OSError: a disk is full, which is not retried.
     """
     begun, pause = time.monotonic(), _FIRST_PAUSE
     while True:
@@ -188,7 +187,7 @@ def _patiently(location: str, work: Callable[[], _T], patience: float | None = N
             if full_disk(error) is not None:
                 raise
             left = (PATIENCE if patience is None else patience) - (time.monotonic() - begun)
-            # The cause is pyarrow's of schemes and options that it does not know.
+            # pyarrow raises ValueError for unknown schemes and options.
             refused = isinstance(error, PermissionError) or isinstance(error.__cause__, ValueError)
             if refused or left <= 0:
                 line = " ".join(str(error).split())[:300]
@@ -199,10 +198,10 @@ def _patiently(location: str, work: Callable[[], _T], patience: float | None = N
 
 
 def see_data(folder: Path) -> None:
-    """Make sure that this machine sees the recorded scenes, which may lie on shared storage too.
+    """Check that this machine sees the recorded scenes, which may be on shared storage.
 
     Raises:
-        StorageOut: it does not, for PATIENCE.
+        StorageOut: it did not see them for PATIENCE seconds.
     """
 
     def look() -> None:
@@ -214,10 +213,10 @@ def see_data(folder: Path) -> None:
 
 @contextmanager
 def reachable(location: str | None) -> Iterator[Path | None]:
-    """The checkpoint to go on from; None, said in the log, where it is no more.
+    """Yield the checkpoint to resume from; None, with a log record, if it no longer exists.
 
     Raises:
-        StorageOut: whether it is cannot be told.
+        StorageOut: the storage does not answer.
     """
     with ExitStack() as stack:
         folder = None
@@ -232,12 +231,12 @@ def reachable(location: str | None) -> Iterator[Path | None]:
 def starting_points(
     checkpoint: str | None, donor: str | None
 ) -> Iterator[tuple[Path | None, Path | None]]:
-    """What a trial may go on from, each for as long as the block lasts.
+    """Yield the checkpoints that a trial may start from, valid during the block.
 
     Yields:
-        Its own checkpoint, as :func:`reachable` has it, and that of its donor, which is brought
-        here where the trial has none of its own yet. One that is no more is a path that does
-        not exist: a trial without what it should begin with has failed.
+        Its own checkpoint, as from :func:`reachable`, and that of its donor, which is fetched if
+        the trial has no checkpoint of its own yet. If the donor's no longer exists, its path does
+        not exist either, so that the trial fails when it tries to load it.
 
     Raises:
         StorageOut: the storage does not answer.
@@ -254,35 +253,37 @@ def starting_points(
 
 
 class TrialCheckpoints:
-    """Those of one trial while it runs: each new one beside the last.
+    """The checkpoints of one running trial, each written before the last one is deleted.
 
-    The ledger names a checkpoint once it is whole, together with its epoch. Until it does, a trial
-    whose machine is lost goes on from the one before, which therefore goes an epoch later.
+    The ledger records a complete checkpoint together with its epoch. Until then, a trial whose
+    machine is lost resumes from the previous checkpoint, which is therefore deleted one epoch
+    later.
 
     Args:
-        home: folder or URI of the trial, in the study's folder (:meth:`Storage.make`).
+        home: folder or URI of the trial, within the study's folder (:meth:`Storage.make`).
     """
 
     def __init__(self, home: str) -> None:
         self._home = home
         self._kept: list[str] = []
         self._spared: set[str] = set()
-        self._is_new = True  # the trial's folder, as far as is known here
+        self._is_new = True  # whether this object has yet to write to the trial's folder
         self._opened: tuple[Any, str] | None = None
 
     def follow(self, previous: str | None) -> None:
-        """Take over the checkpoint that the trial went on from: it goes after a newer one.
+        """Register the checkpoint that the trial resumed from, to be deleted after a newer one.
 
-        One that lies elsewhere stays: the run folder is a copy, and it is the original's.
+        A checkpoint elsewhere is kept: the run folder is then a copy, and it belongs to the
+        original.
         """
         inside = previous is not None and previous.startswith(f"{_split(self._home)[0]}/")
         self._kept = [previous] if previous and inside else []
 
     def spare(self) -> None:
-        """Leave those that there are, also where they are written anew: others may begin there.
+        """Keep all existing checkpoints, even if rewritten, as other trials may start from them.
 
         Raises:
-            StorageOut: the storage does not say which there are.
+            StorageOut: the storage cannot list them.
         """
 
         def look() -> set[str]:
@@ -293,23 +294,23 @@ class TrialCheckpoints:
         self._spared = _patiently(self._home, look)
 
     def reach(self) -> None:
-        """Make sure that this machine sees the storage.
+        """Check that this machine sees the storage.
 
         Raises:
-            StorageOut: it does not; what were written here would be lost, and what is there seems
-                not to be.
+            StorageOut: it does not, so that new checkpoints would be lost and existing ones not
+                found.
         """
         _patiently(self._home, self._open)
 
     def write(self, epoch: int, save: Callable[[Path], object]) -> str:
-        """Keep the state after an epoch; it is whole and on disk when this returns.
+        """Write the state after an epoch; it is complete and on disk on return.
 
         Args:
-            epoch: names the checkpoint.
-            save: fills a folder.
+            epoch: the epoch, which names the checkpoint.
+            save: writes the state to a folder.
 
         Returns:
-            Its location.
+            The checkpoint's location.
 
         Raises:
             StorageOut: it cannot be written.
@@ -337,12 +338,12 @@ class TrialCheckpoints:
         return location
 
     def forget(self) -> None:
-        """Delete all but the newest, now that the ledger names it."""
+        """Delete all but the newest checkpoint, after the ledger has recorded it."""
         while len(self._kept) > 1:
             drop(self._kept.pop(0))
 
     def _open(self) -> tuple[Any, str]:
-        """The file system of the home, and the path there; the study's folder is there."""
+        """Return the home's file system and path, after checking that the study's folder exists."""
         filesystem, home = self._opened = self._opened or open_location(self._home)
         study = Path(home).parent
         if filesystem.type_name == "local" and not study.is_dir():
@@ -351,7 +352,7 @@ class TrialCheckpoints:
 
 
 def drop(location: str) -> None:
-    """Delete a checkpoint; one that cannot be deleted costs room and no more."""
+    """Delete a checkpoint; a failure is only logged, as it merely wastes space."""
     try:
         filesystem, path = open_location(location)
         filesystem.delete_dir(path)

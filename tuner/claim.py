@@ -1,8 +1,8 @@
-"""One driver a study: the right to write, held in the database itself.
+"""A lock in the database that allows only one driver per study.
 
-A run folder's lock keeps a second driver out of the folder. A copy of the folder has a lock of its
-own but the same study in a team's database, so that the database has to keep the right too. It is
-gone with the process that held it, killed or not.
+The lock of a run folder keeps a second driver out of the folder. A copy of the folder has its own
+lock but refers to the same study in a shared database, so the database needs a lock too. It is
+released when the process that holds it ends, even if it is killed.
 """
 
 from __future__ import annotations
@@ -19,33 +19,33 @@ from tuner.storage import Outage, as_outage, connect_args, shown
 if TYPE_CHECKING:
     from sqlalchemy.engine import URL, Connection
 
-_GRACE = 5.0  # seconds in which a server notices that a killed driver is gone
+_GRACE = 5.0  # seconds within which a server notices that a driver was killed
 _PAUSE = 0.2
 
 
 class Claim(Protocol):
-    """The right to write a study."""
+    """The exclusive right to write a study."""
 
     def take(self) -> None:
-        """Get it, or raise StudyError where another driver has it."""
+        """Acquire it, or raise StudyError if another driver holds it."""
 
     def renew(self) -> bool:
-        """Make sure that it is still held, or raise Outage where another has it.
+        """Make sure that it is still held, or raise Outage if another driver holds it.
 
         Returns:
-            Whether it was gone, so that another driver may have had it meanwhile.
+            Whether it had been lost, so that another driver may have held it meanwhile.
         """
 
     def release(self) -> None:
-        """Let another driver have it."""
+        """Release it."""
 
 
 def claim_of(url: URL, study: str) -> Claim:
-    """The claim to a study in a database.
+    """Return the claim for a study in a database.
 
     Args:
         url: the database.
-        study: the study's name there.
+        study: name of the study in the database.
     """
     if url.get_backend_name() == "sqlite":
         return FileClaim(Path(f"{url.database}-{study}.lock"), study)
@@ -53,10 +53,11 @@ def claim_of(url: URL, study: str) -> Claim:
 
 
 class ServerClaim:
-    """A PostgreSQL advisory lock on a connection of its own.
+    """A PostgreSQL advisory lock on a dedicated connection.
 
-    The server frees it when the connection ends, which a killed driver's does at once. Of a
-    machine that is lost the server hears nothing, and asks after a while.
+    The server releases it when the connection ends, which happens immediately if the driver is
+    killed. If the driver's machine is lost, the server detects it by keepalive probes after a
+    while.
     """
 
     def __init__(self, url: URL, study: str) -> None:
@@ -112,10 +113,10 @@ class ServerClaim:
         try:
             got = self._asked()
         except Outage:
-            self._drop()  # it would connect anew by itself, without the lock
+            self._drop()  # it would reconnect automatically, without the lock
             raise
         if not got:
-            self._drop()  # a connection that is kept is one that has the lock
+            self._drop()  # only a connection that holds the lock is kept
         return got
 
     def _asked(self) -> bool:
@@ -123,10 +124,10 @@ class ServerClaim:
 
         if self._connection is None:
             self._connection = self._engine.connect()
-            # A peer that is gone is noticed in a minute; the system's own limit is hours.
+            # A lost peer is noticed within a minute; the system's default is hours.
             for setting in ("idle = 30", "interval = 10", "count = 3"):
                 self._connection.exec_driver_sql(f"SET tcp_keepalives_{setting}")
-            # It has nothing to say for most of the time. Servers before 14 do not mind.
+            # The connection is idle most of the time. Servers before 14 lack this setting.
             self._connection.exec_driver_sql(
                 "SELECT set_config(name, '0', false) FROM pg_settings "
                 "WHERE name = 'idle_session_timeout'"
@@ -142,7 +143,7 @@ class ServerClaim:
 
 
 class FileClaim:
-    """A lock file beside a SQLite database."""
+    """A lock file next to a SQLite database."""
 
     def __init__(self, path: Path, study: str) -> None:
         self._lock = FileLock(path)
@@ -157,7 +158,7 @@ class FileClaim:
             raise StudyError(f"{self._lock.path}: cannot be written: {error.strerror}") from error
 
     def renew(self) -> bool:
-        """Nothing is gone: a file's lock outlives what happens to the file beside it."""
+        """Return False: the lock is never lost, whatever happens to the database file."""
         return False
 
     def release(self) -> None:

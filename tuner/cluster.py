@@ -1,4 +1,4 @@
-"""Finding a Ray cluster or starting Ray here, and what it has to give."""
+"""Connect to a Ray cluster or start Ray on this machine, and determine its resources."""
 
 from __future__ import annotations
 
@@ -27,32 +27,32 @@ logger = logging.getLogger(__name__)
 _CONNECT_TIMEOUT = 5.0  # seconds for a TCP connection
 _GREETING_TIMEOUT = 20.0  # seconds for the head's first answer
 _HERE = "local"
-_WANTS_A_TOKEN = "InvalidAuthToken"  # in what a head says to who shows none, or another
+_WANTS_A_TOKEN = "InvalidAuthToken"  # in the head's answer to a missing or wrong token
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """What is connected: what it holds and may hold, and the dashboard."""
+    """A connected cluster: its present and possible resources, and its dashboard."""
 
     description: str
     capacity: Capacity
     dashboard: str | None
     token_file: Path | None
-    is_here: bool = False  # Ray is started on this machine, for this run
+    is_here: bool = False  # whether Ray was started on this machine for this run
 
     @property
     def n_cpus(self) -> float:
-        """CPUs that are there."""
+        """CPUs that are present."""
         return self.capacity.now(lambda machine: machine.cpus)
 
     @property
     def n_gpus(self) -> float:
-        """GPUs that are there."""
+        """GPUs that are present."""
         return self.capacity.now(lambda machine: machine.gpus)
 
     @property
     def n_gpus_possible(self) -> float:
-        """GPUs that may be there, as far as is known."""
+        """GPUs that may become available, as far as is known."""
         return self.capacity.possible(lambda machine: machine.gpus)
 
     @property
@@ -63,7 +63,7 @@ class Cluster:
 
     @property
     def words(self) -> str:
-        """What there is and may be, for people."""
+        """Present and possible resources as text."""
         there = f"{counted(self.n_cpus, 'CPU')}, {counted(self.n_gpus, 'GPU')}"
         growth = self.capacity.growth
         if growth is None:
@@ -79,18 +79,18 @@ class Cluster:
 def connected(
     address: str | None, *, start: bool = True, plugins: Sequence[str] = ()
 ) -> Iterator[Cluster]:
-    """Connect to the cluster that is named or found, else start Ray here.
+    """Connect to the named or a detected cluster, or else start Ray on this machine.
 
     Args:
         address: ``host:port``, ``auto``, ``local`` (always start Ray here), or None for
-            RAY_ADDRESS, then a head that `ray start` left on this machine, then ``local``.
-        start: False starts nothing: what Ray would find here is looked up, and a cluster is asked
-            for its resources only.
+            RAY_ADDRESS, then a head that `ray start` started on this machine, then ``local``.
+        start: False starts nothing: the resources that Ray would detect here are looked up, and a
+            cluster is only queried for its resources.
 
-        plugins: import paths of the user's own code, which other machines get too.
+        plugins: import paths of user code, which is sent to other machines too.
 
     Raises:
-        StudyError: a named cluster that does not answer, in bounded time.
+        StudyError: a named cluster does not answer within a bounded time.
     """
     target, description = _choose(address)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -104,11 +104,11 @@ def connected(
     elif not start:
         options |= {"address": target}
     else:
-        # Other machines run this very code, whatever lies on their disks.
+        # Other machines run this version of the code, whatever is installed there.
         options |= {"address": target, "runtime_env": {"py_modules": _packages(plugins)}}
     try:
         context = ray.init(**options)
-    except Exception as error:  # a node that does not come up within half a minute raises just that
+    except Exception as error:  # raised for a node that does not start in half a minute
         line = " ".join(str(error).split())[:300]
         where = f"connect to Ray at {target}" if target else "start Ray here"
         advice = "" if target else "; try again when less runs here, or --local, which needs no Ray"
@@ -120,13 +120,13 @@ def connected(
 
 
 def trial_resources(cluster: Cluster, wanted: ResourcesConfig, trials: int) -> tuple[float, int]:
-    """GPUs a trial and trials side by side.
+    """Return the GPUs per trial and the number of concurrent trials.
 
-    Where an autoscaler may add what nobody knows, a wish is taken at its word, and the number
-    side by side is what there is room for now unless it is named.
+    If an autoscaler may add unknown resources, the requested resources are accepted unchecked, and
+    the number of concurrent trials is what fits now unless it is set.
 
     Raises:
-        StudyError: what is asked for can never be given.
+        StudyError: the requested resources can never be available.
     """
     gpus = wanted.gpus_per_trial
     if gpus is None:
@@ -153,7 +153,7 @@ def _refuse(cluster: Cluster, cpus: int, gpus: float) -> NoReturn:
 
 
 def _choose(address: str | None) -> tuple[str | None, str]:
-    """The address to connect to (None: start here) and words for it."""
+    """Return the address to connect to (None: start Ray here) and a description of it."""
     here = "Ray started on this machine"
     named = address or os.environ.get("RAY_ADDRESS") or None
     if named == _HERE:
@@ -174,7 +174,7 @@ def _choose(address: str | None) -> tuple[str | None, str]:
         return noted, f"the Ray cluster at {noted}"
     if named == "auto":
         raise StudyError(f"--address: no Ray cluster found: {problem}")
-    if noted and problem and _WANTS_A_TOKEN in problem:  # not to be passed over in silence
+    if noted and problem and _WANTS_A_TOKEN in problem:  # report it instead of starting Ray here
         raise StudyError(
             f"the Ray cluster at {noted} asks for a token that this command does not show: "
             "export RAY_AUTH_MODE=token, with the cluster's token in ~/.ray/auth_token; or "
@@ -186,7 +186,7 @@ def _choose(address: str | None) -> tuple[str | None, str]:
 
 
 def _noted_head() -> str | None:
-    """The head that the last `ray start` on this machine left, dead or alive."""
+    """Return the head address recorded by the last `ray start` on this machine, running or not."""
     from ray._private.utils import read_ray_address
 
     try:
@@ -196,7 +196,7 @@ def _noted_head() -> str | None:
 
 
 def _problem(address: str) -> str | None:
-    """Why no Ray head answers at the address, found out in bounded time."""
+    """Return why no Ray head answers at an address, within a bounded time; None if one does."""
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit():
         return "expected host:port, auto or local"
@@ -242,7 +242,7 @@ def _look(description: str, dashboard: str | None, *, may_grow: bool) -> Cluster
 
 
 def _here() -> Cluster:
-    """What Ray would find on this machine."""
+    """Return the resources that Ray would detect on this machine."""
     from ray._private.utils import get_num_cpus
 
     n_cpus, n_gpus = float(get_num_cpus()), float(torch.cuda.device_count())
@@ -256,7 +256,7 @@ def _here() -> Cluster:
 
 
 def _token_file() -> Path | None:
-    """Where the token lies for which the dashboard asks, if it asks."""
+    """Return the file with the dashboard's token; None if it needs none."""
     if os.environ.get("RAY_AUTH_MODE", "token") != "token":
         return None
     path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
@@ -264,7 +264,7 @@ def _token_file() -> Path | None:
 
 
 def _packages(plugins: Sequence[str]) -> list[str]:
-    """Folders and files of what runs on other machines: ristune, and the user's own modules."""
+    """Return the packages to send to other machines: ristune and the user's modules."""
     import model
     import physics
     import tuner
@@ -281,7 +281,7 @@ def _packages(plugins: Sequence[str]) -> list[str]:
 
 
 def quiet_ray() -> None:
-    """Keep Ray's own log lines off the user's terminal; the tuner's log takes them."""
+    """Keep Ray's log records off the terminal; they go to the tuner's log."""
     root = logging.getLogger("ray")
     for handler in list(root.handlers):
         if isinstance(handler, logging.StreamHandler) and not isinstance(

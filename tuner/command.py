@@ -1,4 +1,4 @@
-"""What the commands share: one-line errors, exit codes and signals. Imports nothing heavy."""
+"""Shared parts of the commands: one-line errors, exit codes and signals. Fast to import."""
 
 from __future__ import annotations
 
@@ -13,24 +13,25 @@ from typing import Any
 
 import typer
 
-# A thread of libgomp that waits for its peers spins, by default for milliseconds. Beside other busy
-# processes it holds the core that a peer waits for, in every loop: docs/performance.md. libgomp
-# reads this once, as PyTorch is loaded; processes that are started from here get it too.
+# A libgomp thread that waits for other threads spins, by default for milliseconds. On a busy
+# machine it thereby occupies, in every loop, the core that another thread needs: see
+# docs/performance.md. libgomp reads this setting once, when PyTorch is loaded; child processes
+# inherit it.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_AGAIN = 0.1  # seconds after which an interruption that got lost is tried again
+_AGAIN = 0.1  # seconds after which a lost interrupt is raised again
 DONE, NOTHING_FINISHED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 
 def complain(message: str) -> None:
-    """One line on stderr."""
+    """Print one line to stderr."""
     typer.echo("error: " + " ".join(str(message).split()), err=True)
 
 
 def execute(app: typer.Typer, arguments: list[str] | None = None) -> int:
-    """Run a command and turn what goes wrong into one line and an exit code."""
+    """Run a command and turn errors into a one-line message and an exit code."""
     from tuner.errors import StudyError
 
     command: Any = typer.main.get_command(app)
@@ -53,7 +54,7 @@ def execute(app: typer.Typer, arguments: list[str] | None = None) -> int:
 
 
 def _said(work: Callable[..., Any]) -> Callable[..., Any]:
-    """The work of a command, whose interruption is never silent: typer makes an exit code of it."""
+    """Wrap a command so that an interrupt prints a message; typer only sets an exit code."""
 
     def said(*arguments: Any, **named: Any) -> Any:
         try:
@@ -66,20 +67,20 @@ def _said(work: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def usage_problem(error: Exception) -> str | None:
-    """What was wrong with the command line, if that was it."""
+    """Return what is wrong with the command line if the error is about that, else None."""
     describe = getattr(error, "format_message", None)
     if describe is None or getattr(error, "exit_code", None) is None:
         return None
     line = str(describe())
     context = getattr(error, "ctx", None)
     changes = context is not None and any("--set" in p.opts for p in context.command.params)
-    if changes and "extra argument" in line:  # what stands apart was meant to be a value
+    if changes and "extra argument" in line:  # the extra argument was probably meant as a value
         line += "; a field is changed with --set a.b=VALUE, in one word"
     return f"{line} (see --help)"
 
 
 def data_problem(error: Exception) -> str | None:
-    """What was wrong with the data, a checkpoint or a plug-in, if that was it."""
+    """Return the message of an error in data, a checkpoint or a plug-in; None for other errors."""
     checkpoint = sys.modules.get("model.checkpoint")
     data = sys.modules.get("model.data")
     plugin = sys.modules.get("model.plugin")
@@ -96,7 +97,7 @@ def data_problem(error: Exception) -> str | None:
 
 
 class Interruption:
-    """SIGINT and SIGTERM: at once, or, where somebody asks `wished`, in good order."""
+    """Handles SIGINT and SIGTERM, immediately or gracefully by setting `wished`."""
 
     def __init__(self) -> None:
         self.wished = False
@@ -105,10 +106,10 @@ class Interruption:
 
     @contextmanager
     def watched(self) -> Iterator[Interruption]:
-        """Take both signals for the time of the block.
+        """Handle both signals while the block runs.
 
-        One that arrives while a destructor or a callback runs interrupts nothing: Python drops
-        what is raised there. It is raised again a moment later.
+        Python drops exceptions that are raised in a destructor or a callback, so a signal that
+        arrives there would be lost. It is raised again shortly after.
         """
         before: dict[int, Any] = {number: signal.getsignal(number) for number in _SIGNALS}
         unraisable = sys.unraisablehook
@@ -132,25 +133,25 @@ class Interruption:
                 signal.signal(number, handler)
 
     def settle(self) -> None:
-        """Nothing is interrupted again: who could be interrupted has seen the wish."""
+        """Cancel a pending interrupt, as the wish to stop has been noticed."""
         if self._again is not None:
             self._again.cancel()
             self._again = None
 
     def _interrupt(self) -> None:
-        # A real signal, sent to the thread that may be blocked in a system call.
+        # A real signal, sent to the main thread, which may be blocked in a system call.
         main = threading.main_thread().ident
         assert main is not None
         signal.pthread_kill(main, signal.SIGINT)
 
     def take(self) -> None:
-        """Take the signals (again: connecting to Ray installs handlers of its own)."""
+        """Install the signal handlers (repeatedly, as connecting to Ray installs its own)."""
         for number in _SIGNALS:
             signal.signal(number, self._handle)
 
     @contextmanager
     def gracefully(self) -> Iterator[None]:
-        """Inside, the first signal only sets the wish; the second one interrupts."""
+        """In the block, the first signal only sets `wished`; the second one interrupts."""
         self._graceful = True
         try:
             yield

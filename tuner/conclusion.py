@@ -1,4 +1,4 @@
-"""How a session ends: results, report, the winner's score, and what is said of them."""
+"""The end of a session: writes results and report, scores the winner, and prints a summary."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tuner.telemetry import Progress
 
 logger = logging.getLogger(__name__)
 
-_SCORED_SCENES = 256  # that the winner is compared with NOMP on
+_SCORED_SCENES = 256  # scenes on which the winner is compared with NOMP
 
 
 def conclude(
@@ -39,30 +39,30 @@ def conclude(
     *,
     interrupted: bool,
 ) -> int:
-    """Write the results and say how it ended.
+    """Write the results and print how the session ended.
 
     Args:
-        folder: of the run.
-        ledger: of the search.
-        promotion: of its best, where one was asked for.
-        progress: who tells the user.
-        early: what ended it before its trials had run, if anything.
-        resume: the command that goes on.
-        interrupted: whether the user did.
+        folder: the run folder.
+        ledger: the ledger of the search.
+        promotion: the promotion of its best trials, if requested.
+        progress: prints messages to the user.
+        early: the limit that ended it before all trials had run, if any.
+        resume: the command that resumes the study.
+        interrupted: whether the user interrupted the session.
 
     Returns:
-        The exit code.
+        The exit code of the command.
     """
     write_trials(folder, ledger)
-    over = why_ended(ledger, Limits(ledger)) is not None  # or the promotion was of fewer trials
+    over = why_ended(ledger, Limits(ledger)) is not None  # else a promotion was of fewer trials
     best = write_best(folder, ledger, promotion if over else None)
     drop_losers(folder, ledger, *winners(ledger))
     if promotion is not None:
         write_promoted(folder, promotion)
-    else:  # of a promotion that no longer decides; the ledger keeps its runs
+    else:  # of an earlier promotion, which no longer applies; the ledger keeps its runs
         folder.promoted_csv.unlink(missing_ok=True)
     scored = best is not None and not interrupted
-    if not scored:  # else it is written with the winner's scores
+    if not scored:  # otherwise it is written below, with the winner's scores
         _draw_report(folder, ledger, progress)
     counts = Counter(trial.state for trial in ledger.trials())
     states: tuple[State, ...] = ("running", "done", "pruned", "failed")
@@ -134,17 +134,17 @@ def _draw_report(folder: RunFolder, ledger: Ledger, progress: Progress) -> None:
 
 
 def _score_winner(folder: RunFolder, study: StudyConfig, progress: Progress) -> None:
-    """evaluation.json: the winner beside NOMP.
+    """Write evaluation.json, which compares the winner with NOMP.
 
-    Simulated scenes are such as no trial has seen. Of recorded ones the test split is taken, or
-    else the validation split, which chose the winner: the result says so.
+    Simulated scenes are ones that no trial has seen. Of recorded scenes the test split is used, or
+    else the validation split, on which the winner was chosen; the result says so.
     """
     from tuner.evaluation import evaluate_suite, evaluation_of, write_evaluation
     from tuner.scoreboard import REFERENCE
     from tuner.scoretable import signed
 
     if not (folder.best / "config.json").exists():
-        return  # its checkpoint was out of reach, which has been said
+        return  # its checkpoint was not accessible, which has been reported
     fingerprint = folder.fingerprint()
     found = _scored_before(folder, fingerprint)
     if found is None:
@@ -172,17 +172,17 @@ def _score_winner(folder: RunFolder, study: StudyConfig, progress: Progress) -> 
 
 
 def _scored_before(folder: RunFolder, fingerprint: str) -> dict[str, Any] | None:
-    """The scores of an earlier session, if the winner is the same network."""
+    """Return the scores of an earlier session if the winner is the same network."""
     try:
         content = json.loads(folder.evaluation.read_text(encoding="utf-8"))
         found = dict(content["suites"]["nominal"])
         return found if content["network"] == fingerprint and "paired_gospa_m" in found else None
-    except (OSError, ValueError, KeyError, TypeError):  # absent, damaged or of another form
+    except (OSError, ValueError, KeyError, TypeError):  # absent, damaged or in another format
         return None
 
 
 def _attempt(work: Callable[[], Any], progress: Progress, what: str) -> None:
-    # A page that cannot be drawn must not cost the results that are already on disk.
+    # A page that cannot be drawn must not affect the results that are already on disk.
     try:
         work()
     except Exception as error:

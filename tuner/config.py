@@ -25,8 +25,8 @@ from tuner.yamlfile import dump_yaml, parse_yaml, read_yaml
 Section = TypeVar("Section", bound=BaseModel)
 
 _SPACE_FIELDS = {"type", "low", "high", "log", "step", "choices"}
-MEDIAN_OVER = 3  # trials that the median stopping rule needs for a judgement
-_MAX_JOINT = 4096  # joint choices of one section that are tried before a study starts
+MEDIAN_OVER = 3  # trials that the median stopping rule needs for a decision
+_MAX_JOINT = 4096  # joint choices of one section that are checked before a study starts
 
 
 Sampler = Literal["tpe", "tpe-univariate", "random", "gp", "cmaes", "grid"]
@@ -118,16 +118,16 @@ class SearchConfig(FrozenModel):
 
     @property
     def who_stops(self) -> str | None:
-        """What ends trials before their budget is used, in the words of the fields; or nothing."""
+        """The fields that stop trials early, joined by "and"; None if none does."""
         who = [] if self.scheduler == "none" else [self.scheduler]
         return " and ".join(who + ["least_chance"] * bool(self.least_chance)) or None
 
     def moved_by_cmaes(self) -> list[str]:
-        """Numeric parameters of more than one value: what CMA-ES has a distribution over."""
+        """Return the numeric parameters with more than one value, over which CMA-ES searches."""
         return [p for p, s in self.space.items() if s.type != "categorical" and s.size > 1]
 
     def milestones(self, epochs: int) -> list[int]:
-        """Epochs after which PBT compares its population; none of other schedulers."""
+        """Return the epochs after which PBT compares its population; empty for other schedulers."""
         if self.scheduler != "pbt":
             return []
         every = self.perturbation_epochs or math.ceil(epochs / 5)
@@ -135,30 +135,30 @@ class SearchConfig(FrozenModel):
 
     @property
     def replaced(self) -> int:
-        """Members that give way at each milestone."""
+        """Number of members replaced at each milestone."""
         return max(1, math.floor(self.quantile * self.population))
 
     def population_trials(self, epochs: int) -> int:
-        """Trials that a whole population takes: its members and all their successors."""
+        """Return the number of trials of a population: its members and all their successors."""
         return self.population + self.replaced * len(self.milestones(epochs))
 
     @property
     def proposer(self) -> Sampler:
-        """Who proposes trials: chance where they are no more than a sampler begins with.
+        """The sampler in effect: random if there are no more trials than the startup trials.
 
-        One that knows an earlier study's trials begins with those.
+        A sampler that is warm-started from an earlier study begins with its trials instead.
         """
         knows = self.sampler == "grid" or self.warm_start is not None
         return self.sampler if knows or self.trials > self.startup_trials else "random"
 
     def planned_trials(self, epochs: int) -> int:
-        """Trials that the study will have if it is let: with PBT those of whole populations."""
+        """Return the number of trials without early end; with PBT, of whole populations."""
         if self.scheduler != "pbt":
             return self.trials
         whole = self.population_trials(epochs)
         return self.trials // whole * whole
 
-    # Of validators before the type's own, pydantic runs the last one first.
+    # Pydantic runs "before" validators in reverse order of definition.
     @field_validator("time_budget", "target", mode="before")
     @classmethod
     def _none_lifts(cls, value: Any) -> Any:
@@ -204,7 +204,7 @@ class StudyConfig(TrialConfig):
     search: SearchConfig = Field(default_factory=SearchConfig)
     resources: ResourcesConfig = Field(default_factory=ResourcesConfig)
 
-    # Not at the field: an error there shows what it held, and that may be a password.
+    # Not a field validator: its error would show the value, which may hold a password.
     @model_validator(mode="before")
     @classmethod
     def _storage_is_a_database(cls, data: Any) -> Any:
@@ -240,7 +240,7 @@ class StudyConfig(TrialConfig):
         return self
 
     def trial_config(self, params: Mapping[str, Value], seed: int) -> TrialConfig:
-        """The configuration of one trial: the base with dotted parameters and a seed set."""
+        """Return the configuration of one trial: the base with the parameters and seed set."""
         data = self.model_dump(include=set(TrialConfig.model_fields))
         images = self.network.spectra and self.data.keep_images
         own = {"data.keep_images": False} if images and varies_images(self.search.space) else {}
@@ -252,7 +252,7 @@ class StudyConfig(TrialConfig):
             raise ConfigError(explain(error, TrialConfig)) from error
 
     def base_point(self) -> dict[str, Value]:
-        """The base configuration's own values, as far as the space holds them."""
+        """Return the base configuration's values of searched parameters, if inside the space."""
         point: dict[str, Value] = {}
         for path, parameter in self.search.space.items():
             value = held_value(self, path)
@@ -261,19 +261,19 @@ class StudyConfig(TrialConfig):
         return point
 
     def replaced(self, changes: Mapping[str, Any]) -> StudyConfig:
-        """A copy with dotted fields changed, validated again."""
+        """Return a validated copy with dotted fields changed."""
         data = self.model_dump()
         for path, value in changes.items():
             _assign(data, path, value)
         return _validate(data, "configuration")
 
     def to_yaml(self) -> str:
-        """The whole configuration, resolved; `load_study` reads it back equal."""
+        """Return the full resolved configuration; `load_study` reads it back unchanged."""
         return dump_yaml(self.model_dump(mode="json"))
 
 
 def held_value(config: TrialConfig, path: str) -> Any:
-    """What a configuration holds at a dotted path."""
+    """Return the value of a configuration at a dotted path."""
     value: Any = config
     for part in path.split("."):
         value = value[part] if isinstance(value, dict) else getattr(value, part)
@@ -281,13 +281,13 @@ def held_value(config: TrialConfig, path: str) -> Any:
 
 
 def plain_of(section: Section) -> Section:
-    """A section of the same kind with every default; what has none stays."""
+    """Return a section of the same type at its defaults; required fields keep their values."""
     fields = type(section).model_fields
     return type(section)(**{n: getattr(section, n) for n, f in fields.items() if f.is_required()})
 
 
 def _leaves(data: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """Dotted paths of all values, those under names of the user's own (network.options) too."""
+    """Yield the dotted paths of all values, including user-defined names (network.options)."""
     for name, value in data.items():
         if isinstance(value, Mapping):
             yield from _leaves(value, f"{prefix}{name}.")
@@ -305,7 +305,7 @@ def load_study(path: Path | None, overrides: Sequence[str] = (), **options: Any)
             (`search__trials=8`); None leaves the field alone.
 
     Raises:
-        ConfigError: in one line, with the field, what it held and what is allowed.
+        ConfigError: invalid configuration; one line with the field, its value and what is allowed.
     """
     data = read_yaml(path) if path else {}
     said = _override(data, overrides, options)
@@ -317,7 +317,7 @@ def load_study(path: Path | None, overrides: Sequence[str] = (), **options: Any)
 def load_trial(
     data: Mapping[str, Any], overrides: Sequence[str] = (), **options: Any
 ) -> TrialConfig:
-    """A trial's configuration from its saved form, overridden like a study's."""
+    """Load a trial's configuration from its saved form, with overrides like a study's."""
     changed = copy.deepcopy(dict(data))
     said = _override(changed, overrides, options)
     try:
@@ -331,7 +331,7 @@ def load_trial(
 
 
 def flag_of(option: str) -> str:
-    """The command line's name of an option, such as `--epochs` of `training__epochs`."""
+    """Return the command-line flag of an option, such as `--epochs` of `training__epochs`."""
     name = {"data__shards": "data"}.get(option, option.rpartition("__")[2])
     return f"--{name.replace('_', '-')}"
 
@@ -339,7 +339,7 @@ def flag_of(option: str) -> str:
 def _override(
     data: dict[str, Any], overrides: Sequence[str], options: Mapping[str, Any]
 ) -> dict[str, str]:
-    """Change fields; what changed each, by dotted path."""
+    """Change fields in place; return the flag that changed each, by dotted path."""
     said: dict[str, str] = {}
     for override in overrides:
         key, separator, text = override.partition("=")
@@ -359,7 +359,7 @@ def _override(
 
 
 def check_space(study: StudyConfig) -> None:
-    """Refuse a space that names unknown fields or values that cannot be built."""
+    """Reject a space with unknown fields or with values that cannot be built."""
     held = _leaves(study.model_dump(include=set(TrialConfig.model_fields)))
     fields = dict.fromkeys((*field_paths(TrialConfig), *held))
     known = [path for path in fields if not is_unsearchable(path)]
@@ -382,9 +382,10 @@ def check_space(study: StudyConfig) -> None:
 
 
 def _joint_points(space: SearchSpace, paths: list[str]) -> Iterator[dict[str, Value]]:
-    """Every joint choice in one section (rules that join two fields hold inside a section).
+    """Yield every joint choice in one section, as rules between fields apply within a section.
 
-    Of too many it is a part, in which each parameter has all its values, and equally often.
+    If there are too many, yield a subset in which each parameter takes all its values equally
+    often.
     """
     probes = [space[path].probes() for path in paths]
     if math.prod(len(values) for values in probes) <= _MAX_JOINT:
@@ -403,8 +404,9 @@ def _joint_points(space: SearchSpace, paths: list[str]) -> Iterator[dict[str, Va
 def _check_buildable(
     study: StudyConfig, point: dict[str, Value], complaint: str, *, alone: bool = False
 ) -> None:
-    # A value may need its partner (a width that the base's heads do not divide): a field
-    # alone is judged on its own rules, and all joint choices of a section with each other.
+    # A value may be valid only with another field's value (a width that the base's heads do not
+    # divide): a single field is checked by its own rules only, and joint choices of a section by
+    # all rules.
     try:
         built = study.trial_config(point, study.seed)
     except ConfigError as error:
@@ -431,7 +433,7 @@ def _validate(
 
 
 def _resolve(study: StudyConfig) -> StudyConfig:
-    """Fill in what follows from the rest: threads, absolute paths."""
+    """Fill in derived fields: threads and absolute paths."""
     changes: dict[str, Any] = {}
     cpus = study.resources.cpus_per_trial
     if cpus is None:
@@ -449,7 +451,7 @@ def _resolve(study: StudyConfig) -> StudyConfig:
 
 
 def _assign(data: dict[str, Any], path: str, value: Any) -> None:
-    """Set a dotted path in nested mappings; keys that hold dots themselves are found."""
+    """Set a dotted path in nested mappings; keys that contain dots are recognised."""
     *parents, last = _split(data, path)
     here = data
     for part in parents:
@@ -463,7 +465,7 @@ def _assign(data: dict[str, Any], path: str, value: Any) -> None:
 
 
 def _split(data: Mapping[str, Any], path: str) -> list[str]:
-    """Split at dots, but keep together what is already a key (as in search.space)."""
+    """Split at dots, but not within existing keys that contain dots (as in search.space)."""
     parts = path.split(".")
     if parts[:2] != ["search", "space"] or len(parts) < 4:
         return parts
@@ -475,7 +477,7 @@ def _split(data: Mapping[str, Any], path: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    # `python -m tuner.config` runs this file as a module of another name: the command imports it.
+    # `python -m tuner.config` runs this file as `__main__`; the command imports it by its name.
     from tuner.schema import main
 
     raise SystemExit(main())

@@ -1,4 +1,4 @@
-"""What the evaluation page draws of one estimator."""
+"""The curves of one estimator on the evaluation page."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _QUANTILES = 101
 
 
 def ratio_by_snr(score: Score, truth: Truth) -> list[dict[str, Any]]:
-    """Median |error| / CRB of the gated hits in each SNR band, with a bootstrap interval."""
+    """Return the median |error| / CRB of the gated hits by SNR band, with a bootstrap interval."""
     rows = []
     bands = snr_bands(truth)
     for band in bands:
@@ -43,7 +43,7 @@ def _medians(values: Tensor, index: Tensor) -> Tensor:
 
 
 def error_quantiles(score: Score, truth: Truth) -> dict[str, Any]:
-    """Quantiles of the distance [m] from each true source to the nearest detection.
+    """Return quantiles of the distance [m] from each true source to the nearest detection.
 
     Sources of scenes without any detection count as infinitely far (None).
     """

@@ -1,4 +1,4 @@
-"""The device that a command was asked for, and whether it can do what it is to do."""
+"""Selects a command's device and checks its precision."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from tuner.errors import ConfigError, StudyError
 
 
 def chosen_device(asked: str | None) -> str:
-    """The device that was asked for; else the GPU where there is one, and the CPU elsewhere.
+    """Return the requested device, or by default the GPU if there is one, else the CPU.
 
     Raises:
-        StudyError: there is no such device here.
+        StudyError: this machine has no such device.
     """
     n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if asked is None:
@@ -30,10 +30,10 @@ def chosen_device(asked: str | None) -> str:
 
 
 def check_precision(precision: PrecisionConfig, device: str) -> None:
-    """Refuse a precision that the device does not have.
+    """Raise ConfigError for a precision that the device does not support.
 
     Raises:
-        ConfigError: it names the field.
+        ConfigError: the precision is not supported; the text names the field.
     """
     try:
         AmpPolicy(precision, torch.device(device))

@@ -1,4 +1,4 @@
-"""A disk that is full: nothing is lost by it, and one line says how to go on."""
+"""Handling of a full disk: no data is lost, and a one-line message says how to resume."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from pathlib import Path
 from tuner.errors import LedgerLost, StudyError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-# What safetensors, SQLite and Ray say, who keep the number to themselves. To SQLite a file that
-# may not grow is an I/O error.
+# Messages of safetensors, SQLite and Ray, which do not expose the error number. SQLite reports a
+# file that may not grow as an I/O error.
 _WORDS = re.compile(
     r"No space left on device|Disk quota exceeded|File too large|database or disk is full"
     r"|disk I/O error"
@@ -22,14 +22,14 @@ _WORDS = re.compile(
 
 
 def speaks_of_full_disk(text: str) -> bool:
-    """Whether a message says that a disk is full."""
+    """Return whether a message says that a disk is full."""
     return _WORDS.search(text) is not None
 
 
 def full_disk(error: BaseException) -> str | None:
-    """What an exception, or one that it came from, says of a full disk; None if it does not.
+    """Return the message on a full disk of an exception or its causes; None if there is none.
 
-    That a database server's disk is full is an outage of the server.
+    A full disk of a database server counts as an outage of the server.
     """
     seen: BaseException | None = error
     while seen is not None:
@@ -46,14 +46,14 @@ def full_disk(error: BaseException) -> str | None:
 
 @contextmanager
 def full_disk_said(folder: Path, mode: str) -> Iterator[None]:
-    """Turn a full disk within the block into one line.
+    """Turn an error from a full disk in the block into a one-line StudyError.
 
     Args:
-        folder: the study's.
-        mode: of the command that goes on, as :func:`tuner.ledger.mode_of` says it.
+        folder: the run folder.
+        mode: the mode option of the resume command, from :func:`tuner.ledger.mode_of`.
 
     Raises:
-        StudyError: what the disk said, and how the study in ``folder`` goes on.
+        StudyError: a disk is full; the text says how to resume the study in ``folder``.
     """
     try:
         yield
@@ -65,13 +65,13 @@ def full_disk_said(folder: Path, mode: str) -> Iterator[None]:
 
 
 def disk_error(folder: Path, said: str, mode: str = "") -> StudyError:
-    """The line that ends a session on a full disk."""
+    """Return the error that ends a session on a full disk."""
     resume = f"python -m tuner.run --resume {shlex.quote(str(folder))}{mode}"
     return ended_by_disk(said, f": {resume}")
 
 
 def ended_by_disk(said: str, command: str) -> StudyError:
-    """The line that ends a command on a full disk, with what goes on."""
+    """Return the error that ends a command on a full disk, with the command that resumes."""
     return StudyError(
         f"the disk cannot be written ({said}); nothing that was finished is lost: make room and "
         f"go on with{command}"

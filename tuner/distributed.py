@@ -1,4 +1,4 @@
-"""Running the study's trials through Ray Tune."""
+"""Runs a study's trials with Ray Tune."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ _QUIET = {
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
     "TUNE_MAX_PENDING_TRIALS_PG": "auto",
 }
-_OTHER_HEAD = "WrongClusterID"  # in what a head says that has restarted without its state
-_SCRATCH = ".ray"  # in the run folder: by what is in it Ray would restore; the ledger does that
+_OTHER_HEAD = "WrongClusterID"  # in the error of a head that has restarted without its state
+_SCRATCH = ".ray"  # in the run folder: Ray would restore from its content, but the ledger does that
 
 
 class LedgerStopper(tune.Stopper):
-    """Hands every result to the ledger, whose verdict ends trials; ends the run where wished."""
+    """Passes every result to the ledger, which decides on pruning; stops the run on request."""
 
     def __init__(self, search: LedgerSearch, wished: Callable[[], bool]) -> None:
         self._search = search
@@ -66,29 +66,29 @@ def run_distributed(
     stop: Callable[[], bool],
     after: Callable[[], None],
 ) -> None:
-    """Run the study to its end, or until `stop` says so.
+    """Run the study to its end or until `stop` returns True.
 
     Args:
         ledger: the study.
-        folder: where checkpoints go, unless the study names another storage.
-        progress: who is told what happens.
-        gpus: GPUs a trial.
-        device: where trials compute.
-        concurrent: trials side by side.
-        stop: asked often; True ends the run and leaves running trials to a resume.
-        after: called when a trial has ended.
+        folder: the run folder, to which checkpoints are written unless the study names a storage.
+        progress: receives trial events.
+        gpus: GPUs per trial.
+        device: the torch device of the trials.
+        concurrent: number of concurrent trials.
+        stop: called often; True ends the run and leaves running trials to be resumed.
+        after: called after a trial has ended.
 
     Raises:
-        StudyError: trials could not be saved: a disk is full, or the storage cannot be used.
+        StudyError: trials cannot be saved, as a disk is full or the storage cannot be used.
     """
     for key, value in _QUIET.items():
         os.environ.setdefault(key, value)
-    # An actor takes the next step for word that its last result has been recorded.
+    # An actor takes the next step as confirmation that its last result was recorded.
     os.environ["TUNE_RESULT_BUFFER_LENGTH"] = "1"
     study = ledger.config
     resources = study.resources
     scratch = folder.path / _SCRATCH
-    shutil.rmtree(scratch, ignore_errors=True)  # of a driver that was killed
+    shutil.rmtree(scratch, ignore_errors=True)  # left by a killed driver
     search = LedgerSearch(
         ledger, progress, folder, device=device, n_nodes=_n_nodes, stop=stop, after=after
     )
@@ -100,7 +100,7 @@ def run_distributed(
         tune.with_resources(TrialActor, {"cpu": resources.cpus_per_trial or 1, "gpu": gpus}),
         tune_config=TuneConfig(
             search_alg=search,
-            scheduler=FIFOScheduler(),  # the ledger judges
+            scheduler=FIFOScheduler(),  # the ledger prunes
             num_samples=-1,
             max_concurrent_trials=concurrent,
             reuse_actors=True,
@@ -117,7 +117,7 @@ def run_distributed(
             verbose=0,
         ),
     )
-    # Its result grid looks for Ray's own result files, which are not written.
+    # Ray's result grid looks for Ray's own result files, which are not written.
     logging.getLogger("ray.tune.analysis").setLevel(logging.ERROR)
     try:
         tuner.fit()
@@ -128,7 +128,7 @@ def run_distributed(
     finally:
         search.closed = True
         shutil.rmtree(scratch, ignore_errors=True)
-        # What Ray Tune has taken for a trial's fault, or wrapped:
+        # Ray Tune may have wrapped this error or treated it as a trial's failure.
         if ledger.database_lost is not None:
             raise ledger.database_lost
     if search.cut_short is not None:

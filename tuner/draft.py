@@ -1,8 +1,8 @@
-"""A trial that is proposed beside the database and written into it whole.
+"""Drafts a new trial in memory and writes it to the database in one commit.
 
-Optuna's study writes a new trial piece by piece: the trial, every parameter, every attribute, each
-with a commit that waits for the disk. A proposal that is drafted here costs one commit, and a
-driver that dies amid it leaves nothing.
+Optuna's study writes a new trial piece by piece: the trial, every parameter and every attribute,
+each with a commit that waits for the disk. A drafted proposal takes one commit, and a driver that
+dies during the proposal leaves no partial trial.
 """
 
 from __future__ import annotations
@@ -19,16 +19,17 @@ from optuna.trial import FrozenTrial, TrialState
 
 from tuner.owned import forward
 
-_DRAFT = -1  # the trial's id, as long as the database has given it none
+_DRAFT = -1  # the trial's id until the database assigns one
 
 
 class Draft(BaseStorage):
-    """A storage that keeps its one new trial back until :meth:`write`.
+    """A storage that holds back one new trial until :meth:`write`.
 
-    Everything else, a trial that was enqueued too, is the storage's own. Serves one proposal.
+    All other trials, including enqueued ones, are those of the wrapped storage. Use one draft per
+    proposal.
 
     Args:
-        storage: where the trial will be written.
+        storage: the storage to which the trial is written.
     """
 
     def __init__(self, storage: BaseStorage) -> None:
@@ -38,20 +39,20 @@ class Draft(BaseStorage):
 
     @classmethod
     def of(cls, study: optuna.Study) -> tuple[Draft, optuna.Study]:
-        """A draft, and the study whose next trial it keeps back."""
+        """Return a draft, and a copy of the study whose next trial it holds back."""
         draft = cls(study._storage)
         twin = copy.copy(study)
         twin._storage = draft
         return draft, twin
 
     def write(self) -> None:
-        """Put the trial into the database, in one commit; nothing where none was kept back."""
+        """Write the trial to the database in one commit; do nothing if none was held back."""
         if self._trial is not None:
             self._backend.create_new_trial(self._study_id, self._trial)
             self._trial = None
 
     def create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> int:
-        """The trial that is kept back."""
+        """Create the trial that is held back."""
         if template_trial is not None or self._trial is not None:
             raise RuntimeError("a draft is of one trial that a sampler proposes")
         self._study_id = study_id
@@ -74,7 +75,7 @@ class Draft(BaseStorage):
         return self._trial if trial_id == _DRAFT else None
 
     def get_trial(self, trial_id: int) -> FrozenTrial:
-        """The draft, or a trial of the storage."""
+        """Return the draft, or a trial of the storage."""
         draft = self._draft(trial_id)
         return self._backend.get_trial(trial_id) if draft is None else copy.deepcopy(draft)
 
@@ -84,7 +85,7 @@ class Draft(BaseStorage):
         deepcopy: bool = True,
         states: Container[TrialState] | None = None,
     ) -> list[FrozenTrial]:
-        """The storage's trials, and the draft as the last one."""
+        """Return the storage's trials with the draft as the last one."""
         trials = self._backend.get_all_trials(study_id, deepcopy, states)
         if self._trial is None or (states is not None and self._trial.state not in states):
             return trials
@@ -97,7 +98,7 @@ class Draft(BaseStorage):
         param_value_internal: float,
         distribution: BaseDistribution,
     ) -> None:
-        """Note a parameter."""
+        """Set a parameter."""
         draft = self._draft(trial_id)
         if draft is None:
             self._backend.set_trial_param(trial_id, param_name, param_value_internal, distribution)
@@ -107,7 +108,7 @@ class Draft(BaseStorage):
         draft.distributions = {**draft.distributions, param_name: distribution}
 
     def set_trial_user_attr(self, trial_id: int, key: str, value: Any) -> None:
-        """Note an attribute of the user's."""
+        """Set a user attribute."""
         draft = self._draft(trial_id)
         if draft is None:
             self._backend.set_trial_user_attr(trial_id, key, value)
@@ -115,7 +116,7 @@ class Draft(BaseStorage):
             draft.user_attrs = {**draft.user_attrs, key: value}
 
     def set_trial_system_attr(self, trial_id: int, key: str, value: Any) -> None:
-        """Note an attribute of the sampler's."""
+        """Set a system attribute."""
         draft = self._draft(trial_id)
         if draft is None:
             self._backend.set_trial_system_attr(trial_id, key, value)
@@ -123,5 +124,5 @@ class Draft(BaseStorage):
             draft.system_attrs = {**draft.system_attrs, key: value}
 
 
-# One that is abstract and missing above is never asked of a draft.
+# Abstract methods that are missing above are never called for a draft.
 forward(Draft)  # type: ignore[type-abstract]

@@ -1,4 +1,4 @@
-"""Lengths of time as people write them: 90m, 1h30m, 2h, or seconds."""
+"""Durations in human-readable form: 90m, 1h30m, 2h, or seconds."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ _WRITTEN = re.compile("".join(rf"(?:(?P<{unit}>\d+(?:\.\d+)?){unit})?" for unit 
 
 
 def parse_duration(text: str) -> float:
-    """Seconds of a number, or of numbers with units.
+    """Parse a number of seconds, or numbers with units, to seconds.
 
     Raises:
-        ValueError: saying what is expected.
+        ValueError: invalid text; the message says what is expected.
     """
     compact = "".join(text.split())
     if re.fullmatch(r"\d+(?:\.\d+)?", compact):
@@ -24,7 +24,7 @@ def parse_duration(text: str) -> float:
 
 
 def format_duration(seconds: float) -> str:
-    """The two largest units, as in 1h30m, 4m5s or 12s; tenths below ten seconds."""
+    """Format by the two largest units, as in 1h30m, 4m5s or 12s; tenths below ten seconds."""
     if seconds < 10:
         return f"{seconds:.3g}s"
     left = round(seconds)

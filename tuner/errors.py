@@ -2,21 +2,21 @@
 
 
 class StudyError(ValueError):
-    """Something the user can put right; its text is one line."""
+    """An error that the user can correct; its text is one line."""
 
-    code = 2  # of the command that it ends
+    code = 2  # exit code of the command that it ends
 
 
 class ConfigError(StudyError):
-    """A bad configuration: names the field, what it held and what is allowed."""
+    """A bad configuration; the text names the field, its value and the allowed values."""
 
 
 class LedgerLost(StudyError):
-    """The ledger's database stayed out: the run was interrupted, and can be gone on with.
+    """The ledger's database was unavailable for too long; the interrupted run can be resumed.
 
     Args:
-        text: what happened, and the way on.
-        no_room: whether the disk is full that the run folder lies on too.
+        text: what happened and how to continue.
+        no_room: whether the disk that also holds the run folder is full.
     """
 
     code = 130

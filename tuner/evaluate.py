@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
-_SCENES = 512  # of tuner.evaluation, which is slow to import
+_SCENES = 512  # as in tuner.evaluation, which is slow to import
 
 
 @app.command()
@@ -154,7 +154,7 @@ def _conventions(
     seed: int | None,
     device: str,
 ) -> tuple[Localizer | None, TrialConfig]:
-    """The network, and the configuration that says how scenes are made."""
+    """Return the network, and the configuration that defines the scenes."""
     from model.checkpoint import CheckpointError
     from model.localizer import Localizer
     from tuner.config import load_study, load_trial
@@ -174,7 +174,7 @@ def _conventions(
         raise StudyError(f"--checkpoint: {error}") from error
     saved = localizer.config.model_dump()
     if data is None:
-        saved["data"]["shards"] = None  # scenes like those that it was trained on
+        saved["data"]["shards"] = None  # simulate scenes like its training scenes
     conventions = load_trial(saved, overrides, **changes)
     trained = localizer.config
     if (conventions.array, conventions.scene.n_antennas) != (
@@ -189,7 +189,7 @@ def _conventions(
 
 
 def _shipped(config: TrialConfig, device: str) -> tuple[Path | None, Localizer | None]:
-    """The network that comes with the package for such scenes."""
+    """Return the network shipped with the package for such scenes, if any."""
     from model.localizer import Localizer
     from model.shipped import shipped_for
 

@@ -1,4 +1,4 @@
-"""Estimators scored on a suite of scenes, and the results as files."""
+"""Score estimators on suites of scenes and write the results to files."""
 
 from __future__ import annotations
 
@@ -38,20 +38,21 @@ from tuner.scoreboard import (
 from tuner.suites import CHOOSERS, SUITES, Suite
 
 DEFAULT_SCENES = 512
-_SNR_SCENES = 256  # that the estimate of the SNR is judged on
+_SNR_SCENES = 256  # on which the SNR estimate is evaluated
 
 
 def suite_scenes(
     config: TrialConfig, suite: Suite, array: PlanarArray, n_scenes: int | None
 ) -> tuple[Scenes, str]:
-    """The held-out scenes of a suite, and where they come from.
+    """Return the held-out scenes of a suite and a description of their origin.
 
     Args:
-        config: how scenes are made, or where recorded ones lie.
-        suite: what is changed in it.
-        array: the surface that they are made with.
-        n_scenes: how many, of recorded ones at most; None takes ``DEFAULT_SCENES``, or all that
-            are recorded. Fewer than are recorded are drawn, always the same: files may be sorted.
+        config: how scenes are simulated, or where recorded ones are stored.
+        suite: the changes to this configuration.
+        array: the surface used to simulate the scenes.
+        n_scenes: number of scenes, an upper bound for recorded ones; None means ``DEFAULT_SCENES``,
+            or all recorded scenes. A subset of recorded scenes is drawn at random with a fixed
+            seed, as files may be sorted.
 
     Raises:
         DataError: shards that cannot be used.
@@ -91,18 +92,18 @@ def evaluate_suite(
     """Score every estimator on the scenes of one suite.
 
     Args:
-        name: of the suite.
-        config: how scenes are made, and where recorded ones lie.
-        localizer: the network; None scores the classical estimators alone.
-        n_scenes: simulated scenes, or the most of recorded ones; without a ``test/`` folder these
-            are the validation scenes, and the result says so.
-        methods: names of the estimators to run; all if left out.
-        classical: which of the classical ones are among them; all if left out.
-        references: estimators whose F1 is taken from that of the others; NOMP if left out.
-        snr_known: whether estimators are told the SNR; none is where that of a scene is NaN.
-        device: where to compute.
-        say: takes a line on every step.
-        advance: told of every batch: the estimator, its scenes so far, and all.
+        name: the suite.
+        config: how scenes are simulated, or where recorded ones are stored.
+        localizer: the network; None scores the classical estimators only.
+        n_scenes: number of simulated scenes, or the maximum number of recorded ones. Without a
+            ``test/`` folder the validation scenes are used, and the result says so.
+        methods: names of the estimators to run; None runs all.
+        classical: names of the classical estimators to include; None includes all.
+        references: estimators whose F1 is subtracted from that of the others; None means NOMP.
+        snr_known: whether estimators receive the SNR; none does if any scene's SNR is NaN.
+        device: the torch device.
+        say: called with a line of text at every step.
+        advance: called after every batch with the estimator, the scenes done and their total.
 
     Raises:
         StudyError: an unknown method, or a reference that is not run.
@@ -118,7 +119,7 @@ def evaluate_suite(
     truth = Truth.of(drawn, made_by, scene)
     if suite.told:
         believed, surface = scene, made_by
-    else:  # the model stays the configured one; only how many sources there may be is known
+    else:  # keep the configured model, apart from the maximum number of sources
         most = {"max_sources": scene.max_sources}
         believed, surface = config.scene.model_copy(update=most), array
     competing = classical_estimators(surface, believed, config.tikhonov, snr_known=snr_known)
@@ -158,7 +159,7 @@ def _chosen(every: list[Estimator], methods: list[str] | None) -> list[Estimator
 
 
 def _references(names: list[str], asked: list[str] | None) -> list[str]:
-    """Who the others are compared with: who is asked for, or NOMP where it is run."""
+    """Return the estimators to compare with: those requested, or NOMP if it is run."""
     if asked is None:
         return [name for name in names if name == REFERENCE]
     for name in asked:
@@ -168,7 +169,7 @@ def _references(names: list[str], asked: list[str] | None) -> list[str]:
 
 
 def _paired_f1(scores: list[Score], name: str) -> dict[str, Any]:
-    """F1 less that of one estimator on the same scenes, with its bootstrap interval."""
+    """Return the F1 difference to one estimator on the same scenes, with its bootstrap interval."""
     reference = next(s for s in scores if s.name == name)
     return {
         s.name: {
@@ -181,7 +182,7 @@ def _paired_f1(scores: list[Score], name: str) -> dict[str, Any]:
 
 
 def _paired_gospa(scores: list[Score], name: str) -> dict[str, Any]:
-    """The same of the mean GOSPA [m]."""
+    """Return the same for the mean GOSPA [m]."""
     reference = next(s for s in scores if s.name == name)
     return {
         s.name: {
@@ -194,7 +195,7 @@ def _paired_gospa(scores: list[Score], name: str) -> dict[str, Any]:
 
 
 def _snr_estimate(truth: Truth, array: PlanarArray, scene: SceneConfig) -> dict[str, Any]:
-    """How well the SNR is known from the measurement alone [dB]."""
+    """Return the error of the SNR estimated from the measurement alone [dB]."""
     some = truth.scenes[slice(0, _SNR_SCENES)]
     level = estimate_snr_db(some.y, some.H, some.codes, array=array, scene=scene)
     with_sources = (some.n_sources > 0) & torch.isfinite(some.snr_db)
@@ -212,7 +213,7 @@ def _snr_estimate(truth: Truth, array: PlanarArray, scene: SceneConfig) -> dict[
 
 
 def _curves(score: Score, truth: Truth) -> dict[str, Any]:
-    """What the page draws: |error| / CRB by SNR with its interval, and the errors' distribution."""
+    """Return the page's curves: |error| / CRB by SNR with interval, and the error distribution."""
     return {
         "ratio_by_snr": ratio_by_snr(score, truth),
         "error_quantiles": error_quantiles(score, truth),
@@ -227,7 +228,7 @@ def evaluation_of(
     snr_known: bool = True,
     device: str = "cpu",
 ) -> dict[str, Any]:
-    """The whole result: scored suites, and what they were scored with."""
+    """Return the full result: the scored suites and the settings they were scored with."""
     return {
         "checkpoint": None if checkpoint is None else str(checkpoint),
         "snr": "known" if snr_known else "unknown",
@@ -240,14 +241,14 @@ def evaluation_of(
 
 
 def write_evaluation(target: Path, content: dict[str, Any]) -> None:
-    """FILE.json, and FILE.csv and FILE.html beside it."""
+    """Write FILE.json, FILE.csv and FILE.html."""
     write_text(target, json.dumps(content, indent=2, allow_nan=False) + "\n")
     write_text(target.with_suffix(".csv"), _table(content))
     write_text(target.with_suffix(".html"), page(content))
 
 
 def _table(content: dict[str, Any]) -> str:
-    """One row per suite, method and group of scenes."""
+    """Return a CSV table with one row per suite, method and group of scenes."""
     rows: list[dict[str, Any]] = []
     for suite, found in content["suites"].items():
         for method, report in found["methods"].items():

@@ -10,7 +10,7 @@ from tuner.pages.shell import Section, document
 
 
 def page(content: dict[str, Any]) -> str:
-    """The page as text; it opens without a network."""
+    """Return the page as text; it can be opened offline."""
     told = "" if content["snr"] == "known" else " No estimator is told the SNR."
     network = content["checkpoint"] or "none"
     return document(

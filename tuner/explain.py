@@ -15,8 +15,8 @@ from model.network import FAMILIES
 
 _SPACES = ("float", "int", "categorical")
 _LONGEST = 80
-_MOST = 3  # problems that are said
-# What pydantic says of another kind of value in the words of YAML, where its own are Python's.
+_MOST = 3  # problems that are listed
+# Messages in YAML terms for pydantic errors that are worded in Python terms.
 _KINDS = {
     "tuple_type": "expected a list, such as [1, 2]",
     "list_type": "expected a list, such as [1, 2]",
@@ -28,7 +28,7 @@ _A_SPACE = "expected a kind and its values, such as {type: float, low: 0.1, high
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """` (did you mean x?)`, or nothing where nothing is near."""
+    """Return ` (did you mean x?)`, or an empty string if no name is similar."""
     known = list(known)
     near = get_close_matches(name, known, n=1, cutoff=0.6)
     if not near and "." in name:
@@ -38,7 +38,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def field_paths(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """Dotted paths of all fields that are no sections themselves."""
+    """Yield the dotted paths of all fields that are not sections."""
     for name, field in model.model_fields.items():
         sections = sections_of(field.annotation)
         if not sections:
@@ -53,16 +53,16 @@ def explain(
     source: str = "",
     said: Mapping[str, str] | None = None,
 ) -> str:
-    """What is wrong, in one line: where from, dotted field, what it held, what is allowed.
+    """Describe errors in one line: source, dotted field, its value, and what is allowed.
 
     Args:
-        error: of pydantic.
-        model: that was validated.
-        source: where the data came from, such as a file.
-        said: what gave a field another value, by dotted path, such as ``--trials``.
+        error: pydantic's error.
+        model: the validated model.
+        source: origin of the data, such as a file.
+        said: options that set fields, such as ``--trials``, by dotted path.
     """
     problems: dict[str, list[str]] = {}
-    # Of the branches of a union that one item of a list fits none of, the first one tells.
+    # If an item of a list matches no branch of a union, only the first branch is reported.
     details = list({_item(d["loc"]): d for d in reversed(error.errors(include_url=False))}.values())
     details.reverse()
     for detail in details[:_MOST]:
@@ -76,9 +76,9 @@ def explain(
 
 
 def _blamed(where: str, source: str, said: Mapping[str, str], *, new: bool) -> str:
-    """Who gave the value at a place: an option at it or above, or the source, with those below.
+    """Return a value's origin: an option at or above it, or the source with options below it.
 
-    A field that is ``new``, since no such field is known, is made by an option below it alone.
+    An unknown (``new``) field is attributed to an option below it alone.
     """
     here = where.replace("[", ".").replace("]", "")
     above = [path for path in said if f"{here}.".startswith(f"{path}.")]
@@ -94,19 +94,19 @@ def _blamed(where: str, source: str, said: Mapping[str, str], *, new: bool) -> s
 
 
 def _kind_of(path: str) -> tuple[str, ...]:
-    """The start of the fields that exist by the value at a path: of `network.family` `network.`."""
+    """Return the prefix of fields that depend on a path: `network.` for `network.family`."""
     section, _, name = path.rpartition(".")
     return (f"{section}.",) if name in ("family", "type") else ()
 
 
 def _item(location: tuple[int | str, ...]) -> tuple[int | str, ...]:
-    """A location without the branch of a union that was tried for an item of a list."""
+    """Return a location without the union branch that was tried for an item of a list."""
     is_branch = [isinstance(part, int) for part in location[-2:]] == [True, False]
     return location[:-1] if is_branch else location
 
 
 def _place(detail: ErrorDetails) -> str:
-    """The dotted field; of a section of unknown kind the one that names its kind."""
+    """Return the dotted field; for a section of unknown type the field that names its type."""
     where = _dotted(detail["loc"])
     if detail["type"] in ("union_tag_invalid", "union_tag_not_found"):
         where += "." + detail["ctx"]["discriminator"].strip("'")
@@ -139,7 +139,7 @@ def _problem(detail: ErrorDetails, model: type[BaseModel]) -> str:
 
 
 def _own_words(message: str) -> str:
-    """A validator's message without what pydantic puts before it."""
+    """Return a validator's message without pydantic's prefix."""
     message = message.removeprefix("Value error, ").removeprefix("Assertion failed, ")
     return message[:1].lower() + message[1:]
 
@@ -162,14 +162,14 @@ def _dotted(location: tuple[int | str, ...]) -> str:
 
 
 def _is_kind(location: tuple[int | str, ...], index: int) -> bool:
-    """Whether a part of a location names the kind of a section, not a field."""
+    """Return whether a part of a location names the type of a section, not a field."""
     if location[:2] == ("search", "space"):
         return index >= 3 and location[index] in _SPACES
     return location[index - 1 : index] == ("network",) and location[index] in FAMILIES
 
 
 def sections_of(annotation: Any) -> list[type[BaseModel]]:
-    """The models behind an annotation: one, that of `Model | None`, or each kind of a union."""
+    """Return the models in an annotation: one, that of `Model | None`, or all of a union."""
     if get_origin(annotation) is Annotated:
         annotation = get_args(annotation)[0]
     union = get_origin(annotation) in (Union, types.UnionType)

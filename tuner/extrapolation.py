@@ -1,12 +1,13 @@
-"""What trials that were stopped, or still run, would end with: from those that came further.
+"""Predicts final objectives of stopped and running trials from trials that trained longer.
 
-Samplers that model the objective (a Gaussian process) know finished trials alone. A scheduler stops
-most trials early, so that they would learn from few, and the few are the best. How a trial stood
-when it was last heard of says much of its end: the ends of all that came further are regressed on
-how those stood at that same epoch, and the line gives the end that is expected of it.
+Samplers that model the objective (a Gaussian process) use only finished trials. A scheduler stops
+most trials early, so that these samplers would learn from few trials, and only from the best. The
+last reported objective of a trial is a good predictor of its final one: the final objectives of all
+trials that trained longer are regressed on their objectives at that same epoch, and the regression
+line gives the expected final objective.
 
-Expected ends are what a sampler is told and what `search.least_chance` judges by; none is recorded,
-shown or ranked.
+The predictions are used by samplers and `search.least_chance` only; they are never recorded, shown
+or ranked.
 """
 
 from __future__ import annotations
@@ -21,30 +22,30 @@ from scipy.special import stdtr
 
 from tuner.records import REPEATS
 
-_SLOPES = (0.2, 1.0)  # of the line: differences may shrink towards the end, not turn round or grow
-_RIDGE = 0.01  # of the variance: few points that stand alike are no slope
-_FEWEST = 3  # trials that make a line; with fewer, differences are taken as they are
-_FAR = 10.0  # times the middle trial's distance from the first: what stood there is on no line
+_SLOPES = (0.2, 1.0)  # slope bounds: differences may shrink towards the end, not reverse or grow
+_RIDGE = 0.01  # share of the variance added: a few similar points give no slope
+_FEWEST = 3  # trials needed for a line; with fewer, the slope is 1
+_FAR = 10.0  # times the median's distance from the best; trials beyond it are excluded from the fit
 
 
 def with_expected_ends(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
-    """The trials, with those that have not finished completed by the end that is expected of them.
+    """Return the trials, with unfinished ones completed by their expected final objectives.
 
-    Of those that failed it is the worst of the finished ones: a model that knew nothing of them
-    would propose the same again. Repetitions have what they repeat has.
+    Failed trials get the worst objective of the finished ones, as a model without them would
+    propose the same point again. Repetitions get the objective of the trial they repeat.
 
     Args:
-        trials: of one objective that is minimised, which reports its best value so far by epoch.
+        trials: trials of a single minimised objective that report the best value so far by epoch.
 
     Returns:
-        The same trials in the same order; of those that failed, and of those that were stopped or
-        run, have reported and have had somebody come further, copies that are COMPLETE.
+        The same trials in the same order. Failed trials, and stopped or running ones that have
+        reported and that another trial has outlasted, are replaced by COMPLETE copies.
     """
     ends = expected_ends(trials)
     reached = [float(t.values[0]) for t in trials if t.state == TrialState.COMPLETE]
     for trial in trials if reached else ():
         if trial.state == TrialState.FAIL and trial.params:
-            twin = int(trial.user_attrs.get(REPEATS, -1))  # of one that was not run
+            twin = int(trial.user_attrs.get(REPEATS, -1))  # of a proposal that was not run
             ends[trial.number] = ends.get(twin, max(reached))
     found = []
     for trial in trials:
@@ -57,10 +58,10 @@ def with_expected_ends(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
 
 
 def expected_ends(trials: Sequence[FrozenTrial]) -> dict[int, float]:
-    """Last objectives by the trial's number: those reached of finished trials, expected of others.
+    """Return final objectives by trial number: actual for finished trials, expected for others.
 
-    Trials are taken from the one that came furthest on: who is expected to end somewhere helps to
-    tell where those will who came less far.
+    Trials are processed in descending order of their last epoch, and the prediction of a trial is
+    used for those that trained less.
     """
     heard = [t for t in trials if t.state != TrialState.FAIL and t.intermediate_values]
     ends = {t.number: float(t.values[0]) for t in trials if t.state == TrialState.COMPLETE}
@@ -82,40 +83,40 @@ def expected_ends(trials: Sequence[FrozenTrial]) -> dict[int, float]:
 
 
 class Finished:
-    """Trials that have finished: what the chances of others are judged by.
+    """The finished trials, from which the chances of other trials are estimated.
 
-    How they stood at an epoch is looked up once, so that a judgement costs little among thousands.
+    Their objectives at an epoch are cached, so that an estimate is cheap with thousands of trials.
 
     Args:
-        trials: that have finished, of one objective that is minimised.
+        trials: finished trials of a single minimised objective.
     """
 
     def __init__(self, trials: Iterable[FrozenTrial] = ()) -> None:
         self._trials: list[FrozenTrial] = []
         self._ends: list[float] = []
-        self._stood: dict[int, list[float]] = {}  # by epoch, as far as it was asked for
+        self._stood: dict[int, list[float]] = {}  # by epoch, filled on request
         for trial in trials:
             self.add(trial)
 
     def add(self, trial: FrozenTrial) -> None:
-        """Another one has."""
+        """Add a finished trial."""
         self._trials.append(trial)
         self._ends.append(float(trial.values[0]))
 
     def stood(self, epoch: int) -> np.ndarray:
-        """Their best values up to an epoch."""
+        """Return the trials' best values up to an epoch."""
         known = self._stood.setdefault(epoch, [])
         known += [_standing(trial, epoch) for trial in self._trials[len(known) :]]
         return np.array(known)
 
     def why_hopeless(self, epoch: int, reached: float, wanted: int, least: float) -> str | None:
-        """Why a trial is not worth its further epochs; None where it is, or too few trials tell.
+        """Return why a trial should stop; None to continue, or if too few trials have finished.
 
         Args:
-            epoch: that the trial has come to.
-            reached: its best objective so far.
-            wanted: so many of the best are of use.
-            least: the chance to be one of them that a trial must have.
+            epoch: last epoch of the trial.
+            reached: best objective of the trial so far.
+            wanted: number of best trials that matter.
+            least: minimum chance of being among them.
 
         Source: the criterion, to stop where P(end < best) is small, is that of Domhan, Springenberg
         and Hutter, "Speeding up automatic hyperparameter optimization of deep neural networks by
@@ -133,12 +134,12 @@ class Finished:
         )
 
     def chance_below(self, target: float, epoch: int, reached: float) -> float:
-        """The chance of a trial that stands so to end below a target; 1 where too few trials tell.
+        """Return the chance that a trial ends below a target; 1 if too few trials have finished.
 
-        The line is that of :func:`expected_ends`, with the spread around it of those that have
-        finished: Student's t of a new point (n - 2 degrees of freedom, so that few are trusted
-        little). Who stood far behind at that epoch is left out: one such would decide where the
-        line lies. Where all stood alike there is none.
+        The regression line is that of :func:`expected_ends`, with the spread of the finished trials
+        around it: Student's t of a new point (n - 2 degrees of freedom, so that few trials give a
+        wide distribution). Trials that were far behind at that epoch are excluded, as one of them
+        could determine the line. If all trials had the same value there is no line.
         """
         if reached < target or len(self._ends) < _FEWEST:
             return 1.0
@@ -172,7 +173,7 @@ def _reached(trial: FrozenTrial) -> int:
 
 
 def _standing(trial: FrozenTrial, epoch: int) -> float:
-    """The best value up to an epoch; of one that was first heard of later, its first."""
+    """Return the best value up to an epoch, or the first value if it was reported later."""
     values = trial.intermediate_values
     before = [value for step, value in values.items() if step <= epoch]
     return min(before) if before else values[min(values)]

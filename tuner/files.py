@@ -1,4 +1,4 @@
-"""Folders that are replaced as a whole, and locks; single files are :mod:`model.files`."""
+"""Atomic replacement of folders, and lock files; :mod:`model.files` handles single files."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from pathlib import Path
 
 from model.files import PART
 
-_TRIES, _PAUSE = 5, 0.02  # of taking a lock, which who looks at it holds for an instant [s]
+_TRIES, _PAUSE = 5, 0.02  # attempts to take a lock that readers hold briefly; pause [s]
 
 
 def sweep(folder: Path, *, below: bool = True) -> None:
-    """Remove what writers left that were killed; only who alone writes there may ask for it.
+    """Remove partial files of killed writers; the caller must be the only writer there.
 
     Args:
-        folder: whose files are looked at.
-        below: whether those of the folders in it are, too.
+        folder: folder to clean up.
+        below: whether to include subfolders.
     """
     found = folder.rglob(f".*{PART}") if below else folder.glob(f".*{PART}")
     for left in sorted(found, reverse=True):
@@ -33,7 +33,7 @@ def sweep(folder: Path, *, below: bool = True) -> None:
 
 
 def replace_folder(path: Path, fill: Callable[[Path], None]) -> None:
-    """Fill a fresh folder, then put it in the place of the old one; never a mixture."""
+    """Fill a new folder and replace the old one with it, so that contents are never mixed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=PART))
     old = fresh.with_name(f"{fresh.stem}.old{PART}")
@@ -49,18 +49,18 @@ def replace_folder(path: Path, fill: Callable[[Path], None]) -> None:
 
 
 class Locked(Exception):
-    """A lock that another process holds; its text says which, if that is known."""
+    """Another process holds the lock; the text names that process, if known."""
 
 
 class FileLock:
-    """A lock that its process holds as long as it lives, with process and host in the file."""
+    """A lock held until its process ends, with process id and host in the file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._handle: int | None = None
 
     def acquire(self) -> None:
-        """Take it, or raise Locked at once; OSError where the file cannot be written."""
+        """Take the lock or raise Locked immediately; OSError if the file cannot be written."""
         handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             _lock(handle)
@@ -75,7 +75,7 @@ class FileLock:
         self._handle = handle
 
     def release(self) -> None:
-        """Let another process have it, and leave word that this one was not cut off."""
+        """Release the lock and clear the file, which marks a regular end."""
         if self._handle is not None:
             os.ftruncate(self._handle, 0)
             os.close(self._handle)
@@ -83,7 +83,7 @@ class FileLock:
 
 
 def _lock(handle: int) -> None:
-    """Take the lock; the glances of others, who hold it for an instant, are waited for."""
+    """Take the lock, with a few retries, as readers hold it briefly."""
     for left in range(_TRIES - 1, -1, -1):
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

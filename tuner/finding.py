@@ -1,4 +1,4 @@
-"""How far the search for candidates has come, which a first epoch waits for."""
+"""Progress of the candidate search, which precedes a trial's first epoch."""
 
 from __future__ import annotations
 
@@ -6,24 +6,24 @@ from model.data import CHUNK
 from model.front_end import CandidateSearch, default_cache
 from tuner.config import StudyConfig
 
-#: A file's time is that of the kernel's last tick, up to 10 ms before the clock's (CONFIG_HZ=100):
-#: a file that was written after ``since`` may bear a time just before it. Seconds.
+#: File times have the resolution of the kernel tick, up to 10 ms behind the clock (CONFIG_HZ=100),
+#: so that a file written after ``since`` may have a time just before it. Seconds.
 _TICK = 0.02
 
 
 def candidates_found(study: StudyConfig, since: float) -> tuple[int, int] | None:
-    """Simulated scenes whose candidates were found since a time, and all of a first epoch.
+    """Return the scenes whose candidates were found since a time, and their total in a first epoch.
 
-    Told by the files that trials of this machine keep them in, a file a chunk: those of another
-    study that runs at the same time count too, those that were kept before do not.
+    Counts the cache files that trials on this machine write, one per chunk. Files of another study
+    that runs at the same time are counted too; files from before are not.
 
     Args:
-        study: whose trials look for candidates.
+        study: the study whose trials search for candidates.
         since: Unix time.
 
     Returns:
-        None where no file has come since, or none would: the family has no candidates, or scenes
-        are recorded ones.
+        None if no file was written since, or none will be, because the network family has no
+        candidates or the scenes are recorded.
     """
     data = study.data
     if study.network.front_end is None or data.shards is not None:
@@ -37,6 +37,6 @@ def candidates_found(study: StudyConfig, since: float) -> tuple[int, int] | None
         folder = (data.cache or default_cache()) / CandidateSearch.folder
         files = [*folder.glob("*.safetensors")]
         n_new = sum(path.stat().st_mtime >= since - _TICK for path in files)
-    except OSError:  # somebody clears the folder
+    except OSError:  # the folder is being cleared
         return None
     return (sum(sizes[:n_new]), sum(sizes)) if n_new else None

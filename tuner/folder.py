@@ -1,4 +1,4 @@
-"""The run folder: where everything of one study lies, and who may write to it."""
+"""The run folder, which holds all files of one study, and its lock."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tuner.files import FileLock, Locked, sweep
 
 @dataclass(frozen=True)
 class Driver:
-    """Who wrote the lock last, and whether the lock is seen to be held."""
+    """The process that last wrote the lock file, and whether it is seen to hold the lock."""
 
     pid: int | None
     host: str | None
@@ -30,23 +30,23 @@ class Driver:
 
     @property
     def is_here(self) -> bool:
-        """Whether it ran on this machine, where its lock tells all."""
+        """Whether it ran on this machine, where the lock state is reliable."""
         return self.host is None or self.host == platform.node()
 
 
 def checkpoint_name(epoch: int) -> str:
-    """What the checkpoint after an epoch is called in its trial's folder."""
+    """Return the name of an epoch's checkpoint in its trial's folder."""
     return f"checkpoint-{epoch:05d}"
 
 
 def checkpoint_epoch(location: str) -> int | None:
-    """The epoch of a checkpoint's path or URI; None of a name of an earlier version."""
+    """Return the epoch of a checkpoint's path or URI; None for a name of an earlier version."""
     found = re.search(r"/checkpoint-(\d{5,})(\?|$)", location)
     return int(found[1]) if found else None
 
 
 def is_before(location: str, epoch: int) -> bool:
-    """Whether a checkpoint, by its name, is of an epoch before this one."""
+    """Return whether a checkpoint, by its name, is of an earlier epoch."""
     found = checkpoint_epoch(location)
     return found is not None and found < epoch
 
@@ -71,17 +71,17 @@ class RunFolder:
 
     @property
     def study_name(self) -> Path:
-        """What the study is called in a database that it shares with others."""
+        """The name of the study in a shared database."""
         return self.path / "study.name"
 
     @property
     def trials_csv(self) -> Path:
-        """One line a trial."""
+        """Table with one line per trial."""
         return self.path / "trials.csv"
 
     @property
     def best_json(self) -> Path:
-        """The winner, with all that retrains it."""
+        """The winner, with all that is needed to retrain it."""
         return self.path / "best.json"
 
     @property
@@ -91,16 +91,16 @@ class RunFolder:
 
     @property
     def earlier_best(self) -> Path:
-        """The network of an earlier winner, where the winner's own is out of reach."""
+        """The network of an earlier winner, if the winner's own is not accessible."""
         return self.path / "best.earlier"
 
     @property
     def pareto(self) -> Path:
-        """Networks of a study's front, a folder a trial."""
+        """Networks of the Pareto front, one folder per trial."""
         return self.path / "pareto"
 
     def fingerprint(self) -> str:
-        """Of the winner's network: weights, configuration and decision."""
+        """Return a hash of the winner's network: weights, configuration and decision."""
         digest = hashlib.sha256()
         for path in sorted(self.best.iterdir()):
             digest.update(path.name.encode() + path.read_bytes())
@@ -113,60 +113,60 @@ class RunFolder:
 
     @property
     def evaluation(self) -> Path:
-        """The winner beside NOMP."""
+        """The comparison of the winner with NOMP."""
         return self.path / "evaluation.json"
 
     @property
     def scenes(self) -> Path:
-        """Held-out scenes as the winner sees them, for the report."""
+        """Held-out scenes drawn with the winner's network, for the report."""
         return self.path / "scenes.json"
 
     @property
     def log(self) -> Path:
-        """What happened, line by line."""
+        """The log file."""
         return self.path / "tuner.log"
 
     @property
     def tensorboard(self) -> Path:
-        """Event files, a folder a trial."""
+        """TensorBoard event files, one folder per trial."""
         return self.path / "tensorboard" / self._stage
 
     @property
     def trials(self) -> Path:
-        """Checkpoints and tracebacks, a folder a trial."""
+        """Checkpoints and tracebacks, one folder per trial."""
         return self.path / (self._stage or "trials")
 
     @property
     def promoted_csv(self) -> Path:
-        """One line a promoted run."""
+        """Table with one line per promoted run."""
         return self.path / "promoted.csv"
 
     def promotion(self) -> RunFolder:
-        """The same folder with other places for runs: those of the search's best, promoted."""
+        """Return the same run folder with the subfolders for promoted runs."""
         other = RunFolder(self.path)
         other._stage = "promoted"
         return other
 
     @property
     def identity(self) -> str:
-        """What the run is called where others keep theirs too, made at the first question.
+        """The name of the run on shared storage, created on first use.
 
-        It is kept with the folder's inode: a folder that is renamed keeps its name, and a copy,
-        whose inode is another one wherever it lies, gets a name of its own. So does what was moved
-        to another file system: it reads on what it knows of, and deletes nothing.
+        It is stored with the folder's inode: a renamed folder keeps its name, and a copy, which
+        always has a different inode, gets a new name. So does a folder that was moved to another
+        file system: it still reads the checkpoints that it knows of, and deletes none of them.
         """
         path, inode = self.path / ".identity", str(self.path.stat().st_ino)
         known, its = _identity_in(path)
         if known and its == inode:
             return known
-        earlier = known and not its.isdecimal()  # a version that knew a folder by its place
+        earlier = known and not its.isdecimal()  # by a version that used the path
         known = f"{self.path.name}-{known if earlier else uuid.uuid4().hex[:8]}"
         write_text(path, f"{known}\n{inode}\n")
         return known
 
     @property
     def _results(self) -> tuple[Path, ...]:
-        """What a study leaves beside its configuration, its ledger and its log."""
+        """The files of a study besides its configuration, its ledger and its log."""
         return (
             self.trials,
             self.trials_csv,
@@ -185,7 +185,7 @@ class RunFolder:
         )
 
     def _held_results(self) -> list[str]:
-        """Names of the results that there are; an empty folder is none."""
+        """Return the names of existing results; empty folders do not count."""
         return [
             path.name
             for path in self._results
@@ -193,7 +193,7 @@ class RunFolder:
         ]
 
     def refuse_lost_ledger(self) -> None:
-        """Raise StudyError where results lie and the ledger that they were made from does not."""
+        """Raise StudyError if there are results but the ledger they came from is missing."""
         empty = self.database.exists() and not self.database.stat().st_size
         if self.has_ledger and not empty:
             return
@@ -212,7 +212,7 @@ class RunFolder:
 
     @property
     def has_ledger(self) -> bool:
-        """Whether a study has begun here, wherever its ledger lies."""
+        """Whether a study has started here, wherever its ledger is stored."""
         return self.database.exists() or self.study_name.exists()
 
     @property
@@ -222,7 +222,7 @@ class RunFolder:
 
     @classmethod
     def fresh(cls, path: Path) -> RunFolder:
-        """Make and lock a folder for a new study; one that holds a study is refused."""
+        """Create and lock a folder for a new study; raise StudyError if it holds a study."""
         folder = cls(path)
         try:
             folder.path.mkdir(parents=True, exist_ok=True)
@@ -237,7 +237,7 @@ class RunFolder:
         return folder
 
     def refuse_study(self) -> None:
-        """Raise StudyError where a study was started here, or would write over others' files."""
+        """Raise StudyError if a study was started here or would overwrite other files."""
         try:
             held = self.holds_study
             others = self._held_results()
@@ -274,9 +274,9 @@ class RunFolder:
         return folder
 
     def _sweep(self) -> None:
-        """Remove halves of files where a study's driver alone writes.
+        """Remove partial files where only the study's driver writes.
 
-        Other processes have folders of their own here: a final training, a user's project.
+        Other processes may have subfolders here: a final training, a user's project.
         """
         sweep(self.path, below=False)
         for place in (self.trials, self.promotion().trials):
@@ -284,7 +284,7 @@ class RunFolder:
 
     @classmethod
     def default_path(cls, name: str) -> Path:
-        """`runs/<name>-<timestamp>`, one that does not exist yet."""
+        """Return an unused path `runs/<name>-<timestamp>`."""
         stem = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
         path = Path("runs") / stem
         count = 2
@@ -295,7 +295,7 @@ class RunFolder:
 
     @property
     def driver(self) -> Driver | None:
-        """Who drives the study, or was cut off driving it; None where nobody was, or all ended."""
+        """The running or interrupted driver of the study; None if there is none or it ended."""
         path = self.path / ".lock"
         try:
             handle = os.open(path, os.O_RDONLY)
@@ -305,7 +305,7 @@ class RunFolder:
             locked = False
             try:
                 fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except OSError as error:  # a file system without locks shows none
+            except OSError as error:  # file systems without locks show none
                 locked = error.errno in (errno.EAGAIN, errno.EACCES)
             text = os.pread(handle, 300, 0).decode(errors="replace")
             since = os.fstat(handle).st_mtime
@@ -323,12 +323,12 @@ class RunFolder:
             raise StudyError(f"{self.path}: another run{error} is at work on this study") from None
 
     def release(self) -> None:
-        """Let another driver in, and leave word that this one was not cut off."""
+        """Release the lock and clear the file, which marks a regular end."""
         self._lock.release()
 
 
 def _identity_in(path: Path) -> tuple[str, str]:
-    """A run's identity and its folder's inode, as they are kept; empty where there is none."""
+    """Return the stored identity of a run and its folder's inode; empty strings if missing."""
     try:
         known, _, inode = path.read_text(encoding="utf-8").partition("\n")
     except OSError:

@@ -1,4 +1,4 @@
-"""How much longer a study takes, judged by the trials that have ended."""
+"""Forecasts the remaining time of a study from its trials so far."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Pace:
-    """How far a trial came, and how long its epochs took [s]."""
+    """The progress of a trial, and the durations of its epochs [s]."""
 
     state: State
     epoch: int
@@ -25,13 +25,13 @@ class Pace:
 
     @classmethod
     def of(cls, trial: TrialRecord) -> Self:
-        """What the ledger knows of a trial's pace."""
+        """Create a pace from a trial's record."""
         spent = (metrics.get("epoch_seconds") for metrics in trial.epochs.values())
         return cls(trial.state, trial.epoch, tuple(float(s) for s in spent if s is not None))
 
 
 def seconds_left(ledger: Ledger) -> float | None:
-    """About how many seconds the trials of a ledger still run; None while nothing tells it."""
+    """Estimate the remaining seconds of a ledger's trials; None while unknown."""
     search, epochs = ledger.config.search, ledger.config.training.epochs
     return time_left(
         [Pace.of(trial) for trial in ledger.trials()],
@@ -52,20 +52,20 @@ def time_left(
     budget: float | None = None,
     in_all: int | None = None,
 ) -> float | None:
-    """About how many seconds the study's trials still run; None while nothing tells it.
+    """Estimate the remaining seconds of a study's trials; None while unknown.
 
-    Trials to come last as many epochs as those that have ended did on average; a running one as
-    many more as those that came further. An epoch costs what it typically does: in a trial the
-    median, so that a first epoch that waits for data does not count again. Trials run side by side
-    as they have so far, by the time in their epochs over the study's.
+    New trials are assumed to last the mean number of epochs of ended trials, and a running trial as
+    many further epochs as ended trials that went beyond it. The duration of an epoch is the median
+    within a trial, so that a first epoch that waits for data is not counted again. Concurrency is
+    estimated as the total time in epochs over the study's time.
 
     Args:
-        paces: of all trials that were started.
+        paces: paces of all started trials.
         epochs: a trial's budget.
         n_new: trials that have not started.
-        elapsed: time that the study's trials have run [s].
-        budget: time that they may run [s]; what is left of it bounds the answer.
-        in_all: epochs of the whole study, where they are known beforehand.
+        elapsed: time for which the study's trials have run [s].
+        budget: time for which they may run [s]; the remainder bounds the result.
+        in_all: epochs of the whole study, if known in advance.
     """
     left = _trials_left(paces, epochs, n_new, elapsed, in_all)
     if budget is None:
@@ -89,7 +89,7 @@ def _trials_left(
     typical = sum(len(pace.seconds) * median(pace.seconds) for pace in timed) / n_timed
     side_by_side = max(1.0, sum(sum(pace.seconds) for pace in timed) / elapsed)
     if in_all is not None:
-        due = n_new or 1  # at least, where more go on than are among the best at the end
+        due = n_new or 1  # lower bound, as more trials may continue than estimated
         return typical * max(due, in_all - n_timed) / side_by_side
     more = [_more(epoch, ended, epochs) for epoch in running]
     more += [sum(ended) / len(ended)] * n_new
@@ -98,11 +98,11 @@ def _trials_left(
 
 
 def _more(epoch: int, ended: Sequence[int], epochs: int) -> float:
-    """Epochs that a running trial still has, as those had that came further."""
+    """Estimate the remaining epochs of a running trial from ended trials that went beyond it."""
     further = [other - epoch for other in ended if other > epoch]
     return sum(further) / len(further) if further else max(0, epochs - epoch)
 
 
 def about(seconds: float) -> str:
-    """A length of time as far as an estimate goes."""
+    """Format an estimated duration."""
     return f"about {format_duration(max(1.0, round(seconds)))}"

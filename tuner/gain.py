@@ -1,4 +1,4 @@
-"""What a search gained over the values that its study holds itself, which a first trial runs."""
+"""The improvement of a search over the study's own values, which the first trial runs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def gain_of(study: StudyConfig, trials: Sequence[TrialRecord], best: TrialRecord) -> str:
-    """A sentence about the winner beside the study's own values; empty where no trial ran them."""
+    """Return a sentence comparing the winner to the study's own values; empty if none ran them."""
     start = study.base_point()
     own = next((trial for trial in trials if trial.params == start), None)
     if own is None or not start:
@@ -30,9 +30,9 @@ def gain_of(study: StudyConfig, trials: Sequence[TrialRecord], best: TrialRecord
 
 
 def untrained_objective(trials: Sequence[TrialRecord]) -> float | None:
-    """What the study's networks score before their first step, in the median over its trials.
+    """Return the median objective of the study's untrained networks over its trials.
 
-    One of them alone is the luck of its weights. None where no trial has told.
+    The score of a single network depends on its random weights. None if no trial reported one.
     """
     told = [trial.metrics.get("untrained_objective") for trial in trials]
     known = [value for value in told if isinstance(value, float)]
@@ -40,13 +40,13 @@ def untrained_objective(trials: Sequence[TrialRecord]) -> float | None:
 
 
 def change_in_words(objective: Objective, before: float, now: float, share: str = ".0%") -> str:
-    """How far an objective lies below or above another one, a share of it if that makes sense.
+    """Describe how far an objective is below or above another one, as a share if meaningful.
 
     Args:
-        objective: what it is. Of a likelihood, which may be below zero, there is no share.
-        before: what it is compared with.
-        now: the objective.
-        share: how a share is written.
+        objective: kind of objective. For a likelihood, which may be negative, there is no share.
+        before: the value to compare with.
+        now: the objective's value.
+        share: format of a share.
     """
     change = now - before
     if objective == "nll" or before <= 0:

@@ -1,6 +1,6 @@
-"""What Ray's metrics say of the trials: gauges and counters, labelled by study and trial.
+"""Ray metrics of the trials: gauges and counters, labelled by study and trial.
 
-Prometheus knows them as ``ray_ristune_<name>``, counters as ``ray_ristune_<name>_total``.
+In Prometheus they are named ``ray_ristune_<name>``, counters ``ray_ristune_<name>_total``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tuner.trial import trial_name
 PREFIX = "ristune_"
 LABELS = ("study", "trial")
 
-# Names are those of the metrics that a trial reports.
+# The names are those of the metrics that trials report.
 GAUGES = {
     "objective": "what the study minimises: the best epoch so far",
     "nmse_pred": "normalised mean-square error of R_pred on the validation scenes",
@@ -36,13 +36,13 @@ COUNTERS = {
     "solver_fallbacks": "scenes that the solver's SVD fallback served",
 }
 
-# Ray forgets a gauge that was not set for two of its report intervals, which last a second or
-# more, and an epoch may last minutes.
+# Ray drops a gauge that was not set for two of its report intervals, each of a second or more,
+# while an epoch may last minutes.
 _REFRESH_SECONDS = 1.0
 
 
 class TrialGauges:
-    """Publishes one trial after another, and keeps alive what it says of the present one."""
+    """Publishes the metrics of one trial after another and refreshes those of the current one."""
 
     def __init__(self) -> None:
         self._gauges = {
@@ -59,30 +59,30 @@ class TrialGauges:
         threading.Thread(target=self._keep_alive, name="trial-gauges", daemon=True).start()
 
     def begin(self, study: str, number: int) -> None:
-        """Speak of another trial; nothing is said of it yet."""
+        """Switch to another trial, with no gauges set yet."""
         with self._lock:
             self._labels = {"study": study, "trial": trial_name(number)}
             self._shown = {}
 
     def show(self, metrics: Mapping[str, Any]) -> None:
-        """Replace what the gauges show of the trial; what is not finite is not shown."""
+        """Set the gauges of the trial; non-finite values are omitted."""
         values = {name: float(metrics[name]) for name in GAUGES if name in metrics}
         with self._lock:
             self._shown = {name: value for name, value in values.items() if math.isfinite(value)}
         self.refresh()
 
     def count(self, name: str, new: int) -> None:
-        """Add what is new to a counter."""
+        """Increase a counter."""
         if new > 0:
             self._counters[name].inc(new, tags=self._labels)
 
     def end(self) -> None:
-        """Show nothing of the trial any more; its counters stay."""
+        """Clear the gauges of the trial; its counters stay."""
         with self._lock:
             self._shown = {}
 
     def refresh(self) -> None:
-        """Tell Ray once more what is shown."""
+        """Set all gauges again."""
         with self._lock:
             for name, value in self._shown.items():
                 self._gauges[name].set(value, tags=self._labels)
@@ -95,5 +95,5 @@ class TrialGauges:
 
 @cache
 def trial_gauges() -> TrialGauges:
-    """The gauges of this process: Ray wants every metric once a process."""
+    """Return the gauges of this process, as Ray allows each metric once per process."""
     return TrialGauges()

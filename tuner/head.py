@@ -1,7 +1,8 @@
-"""Asks Ray's head beside the search whether it is still there.
+"""Monitors in a separate thread whether Ray's head still answers.
 
-A driver whose head is gone cannot end in good order. Its calls to Ray wait in Ray's own code, which
-no signal interrupts, and after a minute Ray ends the process, without a word on how to go on.
+A driver whose head is gone cannot shut down in an orderly way. Its calls to Ray block in Ray's
+native code, which no signal interrupts, and after a minute Ray ends the process without a message
+on how to resume.
 """
 
 from __future__ import annotations
@@ -16,17 +17,17 @@ from contextlib import contextmanager
 import ray
 from ray.exceptions import RayError
 
-_PATIENCE = "RAY_gcs_rpc_server_reconnect_timeout_s"  # Ray's own setting
+_PATIENCE = "RAY_gcs_rpc_server_reconnect_timeout_s"  # Ray's setting
 _RAYS = 60.0  # seconds: its default
-_BETWEEN = 1.0  # seconds from one question to the next
+_BETWEEN = 1.0  # seconds between two checks
 _ANSWER_TIMEOUT = 3.0  # seconds
 _BEFORE_RAY = 10.0  # seconds before Ray ends the process
-_LEAVING = 5.0  # seconds that are enough where the search is to end anyway
-_FEWEST = 3  # questions without an answer: a process that stood still has asked none
+_LEAVING = 5.0  # seconds to wait if the search is to end anyway
+_FEWEST = 3  # failed checks in a row: a process that was suspended has made none meanwhile
 
 
 def patience() -> float:
-    """Seconds for which a head that is away may come back: as long as Ray waits, nearly."""
+    """Return the seconds to wait for a lost head, slightly less than Ray itself waits."""
     try:
         wanted = float(os.environ.get(_PATIENCE, _RAYS))
     except ValueError:
@@ -38,17 +39,17 @@ def patience() -> float:
 def watched_head(
     answers: Callable[[], bool], wished: Callable[[], bool], gone: Callable[[str], object]
 ) -> Iterator[None]:
-    """Ask from another thread whether the head is there, and say so when it is gone for good.
+    """Check the head from another thread while the block runs, and report when it is lost.
 
     Args:
-        answers: asks once, in bounded time.
-        wished: whether the search is to end, for which a head is not waited for.
-        gone: called once, in that thread, with one line on what happened.
+        answers: checks once, in bounded time.
+        wished: returns whether the search is to end, in which case the wait is short.
+        gone: called once from that thread with one line on what happened.
     """
     over, longest = threading.Event(), patience()
 
     def watch() -> None:
-        since, count = 0.0, 0  # of the questions without an answer
+        since, count = 0.0, 0  # of the failed checks in a row
         while not over.wait(_BETWEEN):
             asked = time.monotonic()
             if answers():
@@ -68,7 +69,7 @@ def watched_head(
         yield
     finally:
         over.set()
-        thread.join(3 * _ANSWER_TIMEOUT)  # it may be asking
+        thread.join(3 * _ANSWER_TIMEOUT)  # it may be in a check
 
 
 class Head:
@@ -81,10 +82,10 @@ class Head:
         self._client = context.worker.gcs_client
 
     def answers(self) -> bool:
-        """Whether it takes a new connection, or answers on the one that there is.
+        """Return whether it accepts a new connection or answers on the existing one.
 
-        Either may fail where nothing is wrong: new ones for want of a name server or of file
-        handles, the old one while the head is too busy to answer.
+        Either can fail although the head is alive: new connections without a free file descriptor
+        or behind a proxy, the existing one while the head is too busy to answer.
         """
         try:
             with socket.create_connection(self._address, timeout=_ANSWER_TIMEOUT):

@@ -1,4 +1,4 @@
-"""The ledger of a run folder, wherever it lies: opened for the driver, or to be read."""
+"""Opens the ledger of a run folder, wherever it is stored, for the driver or for reading."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from tuner.records import PriorTrial
 from tuner.storage import PatientStorage, has_tables, open_storage, parse_url, shown, sqlite_url
 from tuner.study import Ledger
 
-# What may change from session to session: how far a study goes, and where its trials run and files
-# lie. Everything else decides what they score.
+# Fields that may change between sessions: the extent of a study, and where trials run and files are
+# stored. All other fields affect the trials' scores.
 _FREE = (
     "data.cache",
     "data.keep_images",
     "resources.",
-    "search.full_epochs",  # of a promotion, which looks itself
+    "search.full_epochs",  # of a promotion, which checks it itself
     "search.promote",  # and promote_seeds
     "search.storage",
     "search.target",
@@ -41,19 +41,19 @@ _FREE = (
     "search.warm_start",  # read before the first trial
     "training.threads",
 )
-_SHOWN = 3  # differences that one line names
-# Raised where what an objective measures changes; 2: nll of positions, NMSE of occupied scenes;
-# 3: nll of a density.
+_SHOWN = 3  # differences named in a message
+# Incremented when the definition of an objective changes; 2: nll of positions, NMSE of occupied
+# scenes; 3: nll of a density.
 _SCORES, _SCORES_VERSION = "scores", 3
 _DATA = "data"  # digests of recorded scenes, by split
 
 
 def ledger_note(study: StudyConfig, *, reading: bool = False) -> list[str]:
-    """One line on the database that a study names, which is tried; none where it names none.
+    """Return one line on the database that a study names, after opening it; empty if it names none.
 
     Args:
         study: the configuration.
-        reading: whether the database is to stay as it is.
+        reading: whether the database must not be changed.
 
     Raises:
         StudyError: the database cannot be opened.
@@ -71,15 +71,16 @@ def ledger_note(study: StudyConfig, *, reading: bool = False) -> list[str]:
 def open_ledger(
     folder: RunFolder, study: StudyConfig, prior: Callable[[], Sequence[PriorTrial]] = tuple
 ) -> Ledger:
-    """The driver's ledger: made where there is none, and closed to other drivers.
+    """Open the driver's ledger, created if missing, and lock out other drivers.
 
     Args:
         folder: the run folder, locked.
         study: its configuration.
-        prior: asked, until the first trial has started, for what the sampler knows before it.
+        prior: returns the trials that the sampler knows in advance; called until the first trial
+            has started.
 
     Raises:
-        StudyError: it cannot be opened, is not where it was, or another driver is at work on it.
+        StudyError: it cannot be opened, is not where it was, or another driver uses it.
     """
     ledger = _shared(folder, study, prior) or _own(folder, study, prior)
     try:
@@ -100,20 +101,20 @@ def open_ledger(
 
 
 def keep_mode(ledger: Ledger, *, local: bool) -> None:
-    """Have the ledger know how its study is run, for whoever tells how to go on."""
+    """Record in the ledger how its study is run, for messages on how to resume it."""
     ledger.optuna_study.set_user_attr("local", local)
 
 
 def mode_of(ledger: Ledger) -> str:
-    """What a command that goes on says of how the study is run: " --local", or nothing."""
+    """Return the option with which a resume runs the study in the same mode: " --local" or ""."""
     return " --local" if ledger.optuna_study.user_attrs.get("local") else ""
 
 
 def read_ledger(folder: RunFolder, study: StudyConfig) -> Ledger:
-    """The ledger of a study that has begun, to be read while another process may write it.
+    """Open the ledger of a started study for reading; another process may write it meanwhile.
 
     Raises:
-        StudyError: the study has not begun, or its ledger cannot be opened.
+        StudyError: the study has not started, or its ledger cannot be opened.
     """
     if study.search.storage is None:
         _refuse_elsewhere(folder)
@@ -134,7 +135,7 @@ def read_ledger(folder: RunFolder, study: StudyConfig) -> Ledger:
 
 
 def _begun(folder: RunFolder, study: StudyConfig, ledger: Ledger) -> Ledger:
-    """The ledger, if the study is the one that its trials have begun with; else it is closed."""
+    """Return the ledger if its trials started with this configuration; else close it and raise."""
     try:
         _refuse_other(folder, study, ledger)
     except StudyError:
@@ -144,21 +145,22 @@ def _begun(folder: RunFolder, study: StudyConfig, ledger: Ledger) -> Ledger:
 
 
 def _kind(study: StudyConfig) -> type[Ledger]:
-    """Whose trials run one after the other, wait at rungs, or live in populations."""
+    """Return the ledger class of a study's scheduler."""
     kinds: dict[str, type[Ledger]] = {"asha-pausing": PausingLedger, "pbt": PopulationLedger}
     return kinds.get(study.search.scheduler, Ledger)
 
 
 def _refuse_other(folder: RunFolder, study: StudyConfig, ledger: Ledger) -> None:
-    """Refuse to go on with a study that is not the one of the trials that have begun.
+    """Refuse to continue a study whose configuration differs from that of its started trials.
 
     Args:
         folder: the run folder, for messages.
-        study: what its ``config.yaml`` and the command line say now.
-        ledger: which holds what its trials began with.
+        study: its configuration now, from ``config.yaml`` and the command line.
+        ledger: the ledger, which stores the configuration that its trials started with.
 
     Raises:
-        StudyError: it differs in something that decides what trials score, or is cut.
+        StudyError: a field that affects scores differs, or ``search.trials`` is below the number of
+            started trials.
     """
     n_begun = len(ledger.trials())
     if not n_begun:
@@ -171,7 +173,7 @@ def _refuse_other(folder: RunFolder, study: StudyConfig, ledger: Ledger) -> None
         )
     try:
         was = StudyConfig.model_validate(ledger.optuna_study.user_attrs.get("config"))
-    except ValidationError:  # of another version, whose fields cannot be compared with these
+    except ValidationError:  # written by another version, whose fields are not comparable
         return
     before, now = (_flat(config.model_dump(mode="json")) for config in (was, study))
     differing = [
@@ -192,10 +194,10 @@ def _refuse_other(folder: RunFolder, study: StudyConfig, ledger: Ledger) -> None
 
 
 def refuse_older(folder: RunFolder, study: StudyConfig, ledger: Ledger) -> None:
-    """Refuse to go on with a study whose trials were scored by another measure.
+    """Refuse to continue a study whose trials were scored by a different measure.
 
     Raises:
-        StudyError: an earlier version has scored them, and its objective was another one.
+        StudyError: an earlier version, with another definition of the objective, scored them.
     """
     n_begun = len(ledger.trials())
     if n_begun and older_scores(study, ledger.optuna_study.user_attrs):
@@ -209,16 +211,16 @@ def refuse_older(folder: RunFolder, study: StudyConfig, ledger: Ledger) -> None:
 def refuse_other_data(
     folder: RunFolder, ledger: Ledger, digests: Mapping[str, str], *, reading: bool
 ) -> None:
-    """Refuse to go on with other recorded scenes than those of the trials that have begun.
+    """Refuse to continue with recorded scenes other than those of the started trials.
 
     Args:
         folder: the run folder, for messages.
-        ledger: which holds the digests of those, and gets them where it has none.
-        digests: of the scenes now, by split.
-        reading: whether the ledger is to stay as it is.
+        ledger: the ledger, which stores the digests of those scenes; written if missing.
+        digests: digests of the current scenes, by split.
+        reading: whether the ledger must not be changed.
 
     Raises:
-        StudyError: scenes to train or to validate with are others, by whatever path they came.
+        StudyError: training or validation scenes differ, regardless of their path.
     """
     decisive = {name: digest for name, digest in digests.items() if name != "test"}
     held = ledger.optuna_study.user_attrs.get(_DATA)
@@ -236,13 +238,13 @@ def refuse_other_data(
 
 
 def older_scores(study: StudyConfig, held: Mapping[str, Any]) -> bool:
-    """Whether a study's trials were scored by a measure that its objective no longer is.
+    """Return whether a study's trials were scored by an outdated definition of its objective.
 
     Args:
         study: its configuration.
-        held: the attributes of its ledger.
+        held: the user attributes of its ledger.
     """
-    changed = 1  # the version that changed it last
+    changed = 1  # the version that last changed the objective
     if study.objective == "nll":
         changed = 3
     elif study.objective == "nmse" and study.scene.min_sources == 0:
@@ -251,7 +253,7 @@ def older_scores(study: StudyConfig, held: Mapping[str, Any]) -> bool:
 
 
 def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Values by their dotted paths."""
+    """Return values by dotted path."""
     found: dict[str, Any] = {}
     for name, value in data.items():
         if isinstance(value, Mapping):
@@ -264,7 +266,7 @@ def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def _own(
     folder: RunFolder, study: StudyConfig, prior: Callable[[], Sequence[PriorTrial]]
 ) -> Ledger:
-    """The ledger in the run folder, which holds one study and its promotion."""
+    """Open the ledger in the run folder, which holds one study and its promotion."""
     storage = open_storage(sqlite_url(folder.database))
     names = [held.study_name for held in storage.get_all_studies()]
     if names and study.name not in names:
@@ -279,7 +281,7 @@ def _own(
 def _shared(
     folder: RunFolder, study: StudyConfig, prior: Callable[[], Sequence[PriorTrial]]
 ) -> Ledger | None:
-    """The ledger in the database that the study names, if it names one."""
+    """Open the ledger in the database that the study names; None if it names none."""
     if study.search.storage is None:
         _refuse_elsewhere(folder)
         return None
@@ -298,7 +300,7 @@ def _shared(
         ledger = _kind(study)(storage, study, prior, name, home=folder.path)
         _refuse_copy(folder, name, ledger)
         storage.sign(ledger.optuna_study._study_id)
-        if kept is None:  # only now: a name in the folder is that of a study in the database
+        if kept is None:  # last: a name in the folder implies a study in the database
             write_text(folder.study_name, name + "\n")
     except BaseException:
         storage.remove_session()
@@ -307,7 +309,7 @@ def _shared(
 
 
 def _refuse_copy(folder: RunFolder, name: str, ledger: Ledger) -> None:
-    """Refuse to drive a study of a database from a copy of its run folder: it is one study."""
+    """Refuse to run a study in a database from a copy of its run folder: both share it."""
     host, _, place = str(ledger.optuna_study.user_attrs.get("folder", "")).partition(":")
     other = RunFolder(Path(place)) if place and host == platform.node() else folder
     if other.path != folder.path and other.study_name.exists() and _kept_name(other) == name:
@@ -319,7 +321,7 @@ def _refuse_copy(folder: RunFolder, name: str, ledger: Ledger) -> None:
 
 
 def _holding(url: str, name: str) -> PatientStorage:
-    """The database, in which a study of that name must be."""
+    """Open the database, which must hold a study of that name."""
     where = parse_url(url)
     if has_tables(where):
         storage = open_storage(where)

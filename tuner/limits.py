@@ -1,4 +1,4 @@
-"""What ends a study before its trials have run: its time budget and its target."""
+"""Limits that end a study before all trials have run: the time budget and the target."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from tuner.duration import format_duration
 from tuner.space import n_points
 from tuner.study import Ledger
 
-_KEEP_EVERY = 1.0  # seconds of the study's time that a killed driver may forget
+_KEEP_EVERY = 1.0  # seconds of the study's time that may be lost when the driver is killed
 
 
 @dataclass(frozen=True)
 class Ended:
-    """Why no trial runs any more, and the option of a resume that lifts it, as it is typed."""
+    """Why no further trial runs, and the resume option that lifts this, as typed."""
 
     reason: str
     remedy: str | None = None
 
 
 class Limits:
-    """The study's clock, over all its sessions, and its goal.
+    """The study's clock over all sessions, and its target.
 
-    Time counts while trials run; what has been spent lies in the ledger. The target is met by a
-    trial that ranks: one that is still running may yet fail, and has not had its budget.
+    Time counts while trials run, and the ledger stores the time spent. Only a ranked trial can meet
+    the target: a running trial may still fail and has not used its full budget.
     """
 
     def __init__(self, ledger: Ledger) -> None:
@@ -39,16 +39,16 @@ class Limits:
 
     @property
     def seconds(self) -> float:
-        """Time that trials have run, in this session and those before."""
+        """Time that trials have run, in this and earlier sessions."""
         return self._before + (0.0 if self._begun is None else monotonic() - self._begun)
 
     @contextmanager
     def counted(self) -> Iterator[None]:
-        """Count the time of the block."""
+        """Count the time spent in the block."""
         self._begun = monotonic()
         try:
             yield
-        except BaseException:  # what is under way is said, not that the time cannot be kept either
+        except BaseException:  # raise this error, not a second one from storing the time
             with suppress(Exception):
                 self._stop()
             raise
@@ -59,11 +59,11 @@ class Limits:
         self._keep()
 
     def look(self) -> None:
-        """Take note that trials have ended: the winner may be another."""
+        """Update the best trial after trials have ended."""
         self._best = self._ledger.best() if self._target is not None else None
 
     def reached(self) -> Ended | None:
-        """What has ended the study, if anything; asked often, it also keeps the time."""
+        """Return the limit that ended the study, if any; called often, it also stores the time."""
         if self.seconds - self._kept >= _KEEP_EVERY:
             self._keep()
         best, target = self._best, self._target
@@ -85,7 +85,7 @@ class Limits:
 
 
 def why_ended(ledger: Ledger, limits: Limits) -> Ended | None:
-    """Why the study has nothing to run, if that is so."""
+    """Return why the study has nothing left to run; None if it has."""
     if not ledger.has_work:
         search = ledger.config.search
         if search.scheduler != "pbt" and n_points(search.space) <= search.trials:

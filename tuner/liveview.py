@@ -1,4 +1,4 @@
-"""A study on a terminal: its trials as a table that fits, and what they come to below it."""
+"""A terminal view of a study: a table of its trials that fits the screen, and a summary below."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ _COLOURS: dict[State, str] = {
 }
 _BARS = "▁▂▃▄▅▆▇█"
 _CURVE = 10  # characters of a trial's curve
-_GAP = 2  # characters between columns: one of padding, one of the table's own
-_AROUND = 7  # lines of the terminal that the table's rows leave to its head, the foot and a prompt
-_FEWEST = 3  # rows of the lowest terminal
-_NOTE = 14  # characters that a note needs to tell anything; a fifth of a wide terminal
+_GAP = 2  # characters between columns: one of padding, one added by the table
+_AROUND = 7  # terminal lines reserved for the table's head, the foot and a prompt
+_FEWEST = 3  # minimum number of rows
+_NOTE = 14  # minimum characters of a note; a fifth of the width on a wide terminal
 _PARAMS_SHOWN = 5
 _FIRST = ("training.learning_rate", "network.width", "network.depth", "training.batch_size")
 
@@ -47,12 +47,12 @@ class _Column:
 
 
 class StudyView:
-    """Draws a study, as wide and as high as the console that it is drawn on.
+    """Draws a study to fit the width and height of the console.
 
     Args:
-        study: what runs.
+        study: the study that runs.
         rows: its trials, in any order.
-        seconds: that its trials have run, over all sessions.
+        seconds: how long its trials have run, over all sessions.
     """
 
     def __init__(self, study: StudyConfig, rows: Iterable[TrialRow], seconds: float) -> None:
@@ -85,19 +85,19 @@ class StudyView:
         yield Group(table, *more, *self._foot(options, bars=bars))
 
     def _chosen(self, height: int) -> list[TrialRow]:
-        """Who trains first, then the best, then who waits, then who ended last."""
+        """Return the rows to show: running, best, waiting, then latest ended trials."""
         running = [row for row in self._rows if row.state == "running" and not row.waits]
         waiting = [row for row in self._rows if row.state == "running" and row.waits]
         waiting.sort(key=lambda row: (-row.epoch, row.objective or 0.0))
         rest = [row for row in self._rows if row.state in ("pruned", "failed")]
         rest.sort(key=lambda row: -(row.ended or 0.0))
-        # Many that run side by side leave room to the best.
+        # Reserve room for the best even if many trials run.
         n_best = min(len(self._ranked), max(height // 3, height - len(running)))
         first = [*running[: height - n_best], *self._ranked[:n_best]]
         return [*first, *waiting, *rest][:height]
 
     def _columns(self, rows: Sequence[TrialRow], width: int, *, bars: bool) -> list[_Column]:
-        """As many as there is room for, in the order in which they stand."""
+        """Return as many columns as fit, in display order."""
         every = self._every(rows, bars=bars)
         chosen: set[str] = set()
         left = width - _GAP
@@ -112,7 +112,7 @@ class StudyView:
         return [column for head, (_, column) in every.items() if head in chosen]
 
     def _every(self, rows: Sequence[TrialRow], *, bars: bool) -> dict[str, tuple[int, _Column]]:
-        """All columns by their name, with the order in which they are given room."""
+        """Return all columns by name, each with its priority for room."""
         epochs, rungs = self._study.training.epochs, self._rungs
         low, high = _range(rows)
         best = self._ranked[0].number if self._ranked else None
@@ -177,7 +177,7 @@ class StudyView:
         return f"first epoch{search}: {waited}"
 
     def line(self) -> str:
-        """All of it in one line: how many have ended, how far it is and what is left."""
+        """Return a one-line summary: trials ended, progress and time left."""
         n_ended, planned, words = self._ended()
         found = self._candidates()
         candidates = [f"candidates of {found[0]:,} of {found[1]:,} scenes"] if found else []
@@ -186,7 +186,7 @@ class StudyView:
         )
 
     def _ended(self) -> tuple[int, int, str]:
-        """How many trials have ended, of how many, and all by their states in words."""
+        """Return the number of ended trials, the planned number, and counts by state as text."""
         counts = count_states(self._rows)
         n_ended = sum(count for state, count in counts.items() if state != "running")
         n_waiting = sum(row.state == "running" and row.waits for row in self._rows)
@@ -213,7 +213,7 @@ class StudyView:
         return [head, Text(told, style="bold", overflow="fold", no_wrap=False)]
 
     def _told(self, *, bars: bool) -> list[str]:
-        """The best so far, the pace, and how long it takes."""
+        """Return the best so far, the throughput, and elapsed and remaining time as text."""
         parts: list[str] = []
         if self._ranked:
             trend = _best_so_far(self._ranked)
@@ -237,7 +237,7 @@ class StudyView:
         return parts
 
     def _candidates(self) -> tuple[int, int] | None:
-        """Of how many scenes candidates were found, as long as no trial has had an epoch."""
+        """Return the progress of the candidate search until a trial finishes its first epoch."""
         since = [row.waiting_since for row in self._rows if row.waiting_since is not None]
         if not since or any(row.epoch for row in self._rows):
             return None
@@ -257,19 +257,19 @@ class StudyView:
 
 
 def ranked(rows: Iterable[TrialRow]) -> list[TrialRow]:
-    """Finished trials, best first."""
+    """Return finished trials, best first."""
     done = [row for row in rows if row.state == "done" and row.objective is not None]
     return sorted(done, key=lambda row: (row.objective, row.number))
 
 
 def count_states(rows: Iterable[TrialRow]) -> dict[State, int]:
-    """Trials by state."""
+    """Return the number of trials by state."""
     states = [row.state for row in rows]
     return {state: states.count(state) for state in _COLOURS}
 
 
 def sparkline(values: Sequence[float], low: float, high: float, width: int = _CURVE) -> str:
-    """Values as bars of eight heights between two bounds; of more than `width`, an even choice."""
+    """Draw values as bars of eight heights between two bounds, subsampled to `width` values."""
     if len(values) > width:
         last = len(values) - 1
         values = [values[round(index * last / (width - 1))] for index in range(width)]
@@ -279,7 +279,7 @@ def sparkline(values: Sequence[float], low: float, high: float, width: int = _CU
 
 
 def _range(rows: Sequence[TrialRow]) -> tuple[float, float]:
-    """Bounds that the curves of all rows share; the worst tenth of the values is cut off."""
+    """Return common bounds for the curves of all rows; the worst tenth of the values is cut off."""
     values = sorted(value for row in rows for value in row.curve.values())
     if not values:
         return 0.0, 0.0
@@ -295,7 +295,7 @@ def _best_so_far(done: Sequence[TrialRow]) -> list[float]:
 
 
 def _telling(study: StudyConfig) -> list[str]:
-    """The few parameters that a row has room for."""
+    """Return the few parameters that fit into a row."""
     space = study.search.space
     chosen = [path for path in _FIRST if path in space]
     chosen += [path for path in space if path not in chosen]
@@ -307,7 +307,7 @@ def _param(path: str) -> Callable[[TrialRow], str]:
 
 
 def short(value: Any) -> str:
-    """A parameter's value in few characters."""
+    """Return a parameter's value as short text."""
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 

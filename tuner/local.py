@@ -1,7 +1,7 @@
-"""The local mode: the same trials one after another in this process, without Ray.
+"""The local mode: runs the same trials one after another in this process, without Ray.
 
-Breakpoints work, tracebacks are plain, and the ledger is the one that Ray writes, so
-that either mode goes on where the other stopped.
+Breakpoints work, tracebacks are plain, and the ledger has the same form as with Ray, so that each
+mode can resume where the other one stopped.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tuner.watchers import Watcher
 
 
 def local_device(gpus_per_trial: float | None) -> str:
-    """The GPU where there is one and it is not declined."""
+    """Return the GPU if there is one and it is not declined, else the CPU."""
     wanted = gpus_per_trial is None or gpus_per_trial > 0
     return "cuda" if wanted and torch.cuda.is_available() else "cpu"
 
@@ -39,19 +39,19 @@ def run_local(
     stop: Callable[[], bool],
     after: Callable[[], None],
 ) -> None:
-    """Run the study to its end in this process, or until `stop` says so.
+    """Run the study in this process to its end or until `stop` returns True.
 
     Args:
         ledger: the study.
-        folder: where checkpoints go.
-        progress: who shows it.
-        device: where trials run.
-        stop: asked before every trial and after every epoch; True ends the run and leaves the
-            running trial to a resume.
-        after: called when a trial has ended.
+        folder: the run folder, to which checkpoints are written.
+        progress: receives trial events.
+        device: the torch device of the trials.
+        stop: called before every trial and after every epoch; True ends the run and leaves the
+            running trial to be resumed.
+        after: called after a trial has ended.
 
     Raises:
-        StudyError: the storage of a checkpoint from which a trial goes on does not answer.
+        StudyError: the storage of a checkpoint from which a trial resumes does not answer.
     """
     orphans = deque(ledger.orphans())
 
@@ -64,7 +64,7 @@ def run_local(
         settle()
         trial = orphans.popleft() if orphans else ledger.ask()
         if trial is None:
-            settle()  # that nothing new is left is known now
+            settle()  # it is known now that no new trial is left
             return
         again = _run_trial(ledger, folder, progress, device, trial, stop)
         if again is not None:
@@ -80,7 +80,7 @@ def _run_trial(
     trial: Assignment,
     stop: Callable[[], bool],
 ) -> Assignment | None:
-    """Run a trial to its end, or until `stop` says so; what is to be run on, if memory ended it."""
+    """Run a trial to its end or until `stop`; return its retry if it ran out of memory."""
     number = trial.number
     progress.started(trial)
     try:
@@ -118,7 +118,7 @@ def _run_epochs(
     run: TrialRun,
     stop: Callable[[], bool],
 ) -> None:
-    """Step a trial until it has ended, is to be handed back, or `stop` says so."""
+    """Step a trial until it ends, has reached its assigned epoch, or `stop` returns True."""
     number = trial.number
     kept = TrialCheckpoints(str(home))
     run.build()

@@ -1,16 +1,17 @@
-"""The ledger of a study whose trials are populations: members, and successors of the best.
+"""The ledger of population-based training: trials are members of populations.
 
-Trials do not change. A member that gives way ends, and its successor is a trial of its own, which
-begins with the weights of one of the best: its attribute `heir` names them. What is decided follows
-from the ledger (:mod:`tuner.population`), and is carried out in steps of which each can be told
-done or not: a driver that dies between two of them does none twice.
+Trials do not change. A member that is replaced ends, and its successor is a new trial that starts
+from the weights of one of the best members, which its attribute `heir` records. Decisions follow
+from the ledger (:mod:`tuner.population`) and are carried out in steps whose completion the ledger
+shows, so that no step is repeated if the driver dies between two of them.
 
-A trial is handed out for the epochs up to its next milestone, the least advanced one first, and
-handed back there. To whoever runs it, it is one that was cut and goes on from its checkpoint.
+A trial is assigned for the epochs up to its next milestone, the least advanced trial first, and is
+returned to the ledger there. The code that runs it treats it like an interrupted trial that resumes
+from its checkpoint.
 
-What a successor's parameters are drawn with, and of whom of the best it is, comes from
-`SeedSequence(study seed, spawn_key=(3, number of the trial that gave way))`. Its own seed is that
-of its number, like any trial's.
+A successor's donor and its perturbed parameters are drawn from `SeedSequence(study seed,
+spawn_key=(3, number of the replaced trial))`. Its own seed follows from its number, as for any
+trial.
 """
 
 from __future__ import annotations
@@ -30,13 +31,13 @@ from tuner.records import HEIR, Assignment, Heir, TrialRecord, heir_of, record_o
 from tuner.space import n_points
 from tuner.turns import TurnsLedger
 
-_MILESTONE = "milestone/{:05d}"  # attribute: where the checkpoint of that epoch lies
+_MILESTONE = "milestone/{:05d}"  # attribute: location of the checkpoint of that epoch
 
 
 class PopulationLedger(TurnsLedger):
-    """A ledger of populations, one after the other, as many as `search.trials` holds whole ones.
+    """A ledger of consecutive populations, as many complete ones as `search.trials` allows.
 
-    The sampler proposes what a population begins with, and learns from such trials alone.
+    The sampler proposes the initial members of each population and learns only from these.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -48,7 +49,7 @@ class PopulationLedger(TurnsLedger):
     # Handing out
 
     def ask(self) -> Assignment | None:
-        """The least advanced trial that may train now; None where all wait, or none is left."""
+        """Return the least advanced trial that may train now; None if all wait or none is left."""
         free = [t for t in self._verdict().turns if t.number not in self._handed_out]
         if not free:
             return None
@@ -57,7 +58,7 @@ class PopulationLedger(TurnsLedger):
         return replace(self.going_on(turn.number), until=turn.until, bequeaths=True)
 
     def going_on(self, number: int) -> Assignment:
-        """A trial, to be run on from its last checkpoint, or from its donor's."""
+        """Return the assignment that resumes a trial from its last checkpoint or its donor's."""
         found = super().going_on(number)
         heir = heir_of(self._storage.get_trial(self._id(number)).user_attrs)
         if heir is None:
@@ -69,19 +70,19 @@ class PopulationLedger(TurnsLedger):
         return heir.words if heir else None
 
     def _checkpoint_attrs(self, epoch: int, location: str) -> dict[str, Any]:
-        """From a checkpoint the trial goes on, and at a milestone its heirs too."""
+        """Return the attributes of a checkpoint; at a milestone successors may start from it."""
         attrs = super()._checkpoint_attrs(epoch, location)
-        if epoch in self._milestones:  # first: a storage in memory takes them one by one
+        if epoch in self._milestones:  # first: an in-memory storage writes them one by one
             attrs = {_MILESTONE.format(epoch): self._kept(location)} | attrs
         return attrs
 
     # Deciding
 
     def settle(self) -> list[TrialRecord]:
-        """Found populations and let successors take the place of those who give way.
+        """Start populations and replace members that lost a comparison by successors.
 
         Returns:
-            The trials that gave way and ran until now.
+            The replaced trials that were running until now.
         """
         ended: list[TrialRecord] = []
         while True:
@@ -95,13 +96,13 @@ class PopulationLedger(TurnsLedger):
 
     @property
     def has_work(self) -> bool:
-        """Whether a trial is to be run on, or a successor or a population may still begin."""
+        """Whether a trial has to continue, or a successor or a population may still start."""
         verdict = self._verdict()
         return not verdict.over or self._wants_founders(verdict)
 
     @property
     def n_new(self) -> int:
-        """Trials that may still begin."""
+        """The number of trials that may still start."""
         current, verdict = self._current(), self._verdict()
         left = int(self._n_left(self._started(self._frozen())))
         rest = 0 if verdict.over else self._whole - len(current)
@@ -110,20 +111,20 @@ class PopulationLedger(TurnsLedger):
         return max(0, rest) + max(0, left) // self.config.search.population * self._whole
 
     def _wants_founders(self, verdict: Verdict) -> bool:
-        """Whether the present population is not whole, or over and another may begin."""
+        """Return whether initial members are missing, or a further population may start."""
         if self._exhausted or not self._n_left(self._started(self._frozen())):
             return False
         return verdict.over or not self._is_founded(self._current())
 
     def _n_left(self, started: Sequence[FrozenTrial]) -> float:
-        """Members that may still be proposed for populations to begin with."""
+        """Return how many initial members may still be proposed."""
         search = self.config.search
         most = search.trials // self._whole * search.population
         n_founders = sum(HEIR not in trial.user_attrs for trial in started)
         return max(0, min(most, n_points(search.space)) - n_founders)
 
     def _verdict(self) -> Verdict:
-        """Of the present population."""
+        """Return the decisions for the current population."""
         current, study = self._current(), self.config
         return judge(
             current,
@@ -134,19 +135,19 @@ class PopulationLedger(TurnsLedger):
         )
 
     def _is_founded(self, members: Sequence[Member]) -> bool:
-        """Whether nobody joins any more but successors; who has trained began after the last."""
+        """Return whether all initial members exist, as they do once any of them has trained."""
         founders = [m for m in members if m.replaces is None]
         begun = any(m.reached or m.objectives or m.state != "running" for m in founders)
         return begun or self._exhausted or len(founders) >= self.config.search.population
 
     def _current(self) -> list[Member]:
-        """The members of the last population."""
+        """Return the members of the last population."""
         populations = self._populations()
         objective = self.config.objective
         return [_member(trial, objective) for trial in populations[-1]] if populations else []
 
     def _populations(self) -> list[list[FrozenTrial]]:
-        """Each one's members with their successors."""
+        """Return the members of every population, including successors."""
         size = self.config.search.population
         founders: list[FrozenTrial] = []
         heirs: list[FrozenTrial] = []
@@ -160,7 +161,7 @@ class PopulationLedger(TurnsLedger):
         return found
 
     def _carry_out(self, exploit: Exploit) -> list[TrialRecord]:
-        """End a trial that gives way, if it still runs, and begin its successor."""
+        """End the losing trial if it still runs, and create its successor."""
         study, epoch = self.config, exploit.epoch
         sequence = np.random.SeedSequence(study.seed, spawn_key=(3, exploit.loser))
         random = np.random.default_rng(sequence)
@@ -199,10 +200,11 @@ class PopulationLedger(TurnsLedger):
     # Keeping
 
     def unneeded(self, checkpoints: Iterable[tuple[int, str]]) -> list[str]:
-        """Locations among these, each with its trial, from which no trial will go on.
+        """Return the locations among these (trial, location) pairs that no trial needs.
 
-        Kept is what a trial goes on from, what an heir without a checkpoint of its own begins with,
-        and what those have left at a milestone who may yet get one.
+        Checkpoints are kept if a trial resumes from them, if a successor without a checkpoint of
+        its own starts from them, or if they belong to an open milestone at which a member may still
+        get a successor.
         """
         settled = self._verdict().settled
         current = {member.number for member in self._current()}
@@ -224,7 +226,7 @@ class PopulationLedger(TurnsLedger):
 def _own_score(objective: Objective, metrics: Mapping[str, Any], reported: float) -> float:
     try:
         return score(objective, metrics)
-    except KeyError:  # an epoch that says no more than the best so far
+    except KeyError:  # an epoch that reports only the best so far
         return reported
 
 
@@ -236,7 +238,8 @@ def _member(frozen: FrozenTrial, objective: Objective) -> Member:
         trial.number,
         trial.state,
         reached=own["epoch"] if own else begun,
-        # Of the weights that a successor would get: what is reported is the best epoch so far.
+        # The score of the weights that a successor would get; the reported objective is that of the
+        # best epoch so far.
         objectives={
             epoch: _own_score(objective, trial.epochs.get(epoch, {}), reported)
             for epoch, reported in frozen.intermediate_values.items()

@@ -1,10 +1,10 @@
-"""A study's trials in memory, for the one process that writes them, or for one look at them.
+"""An in-memory cache of a study's trials, for the process that writes them or for one reader.
 
-Optuna reads all trials that run from the database whenever it is asked for trials, which a single
-proposal does some seven times: with 64 of them 0.6 s of the driver went into each proposal. The
-driver alone writes its study (the run folder's lock or :mod:`tuner.claim` sees to that), so it
-reads once and then knows. Who looks at a study that another process runs reads once as well, and
-what is said of it is all of one moment; to look again is to open it again.
+Optuna reads all running trials from the database whenever trials are requested, which happens about
+seven times per proposal: with 64 running trials, this cost the driver 0.6 s per proposal. Only the
+driver writes its study (the run folder's lock or :mod:`tuner.claim` ensures this), so it reads the
+trials once and updates them in memory. A reader of a study that another process runs also reads
+once and sees the study at one moment; to see newer data, open the study again.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from tuner.storage import PatientStorage
 
 
 class OwnedStorage(BaseStorage):
-    """A storage that reads the trials of a study once and keeps them as they are written.
+    """A storage that reads the trials of a study once and updates them on every write.
 
-    A write goes to the database first, and into memory when it has arrived there. A trial is
-    never changed in place: whoever has one keeps it as it was.
+    A write goes to the database first and is applied in memory after it has succeeded. Trials are
+    never modified in place, so references returned earlier do not change.
 
     Args:
-        storage: whose studies, as far as they are asked for here, nobody else writes, or are not
-            written through this.
+        storage: the underlying storage. No other process may write the studies that are read here,
+            unless this object only reads them.
     """
 
     def __init__(self, storage: PatientStorage) -> None:
@@ -46,20 +46,20 @@ class OwnedStorage(BaseStorage):
         deepcopy: bool = True,
         states: Container[TrialState] | None = None,
     ) -> list[FrozenTrial]:
-        """All trials by number, or those in some states."""
+        """Return all trials by number, or those in the given states."""
         trials = self._known(study_id)
         found = [t for t in trials if states is None or t.state in states]
         return copy.deepcopy(found) if deepcopy else found
 
     def get_trial(self, trial_id: int) -> FrozenTrial:
-        """One trial, as it is now."""
+        """Return the current state of one trial."""
         if trial_id not in self._places:
             return self._backend.get_trial(trial_id)
         study_id, number = self._places[trial_id]
         return self._studies[study_id][number]
 
     def get_trial_id_from_study_id_trial_number(self, study_id: int, trial_number: int) -> int:
-        """The id of a trial."""
+        """Return the id of a trial."""
         trials = self._known(study_id)
         if not 0 <= trial_number < len(trials):
             raise KeyError(f"no trial {trial_number} in study {study_id}")
@@ -67,7 +67,7 @@ class OwnedStorage(BaseStorage):
 
     def _known(self, study_id: int) -> list[FrozenTrial]:
         if study_id not in self._studies:
-            # Not copied: Optuna's storages do not change a trial in place either.
+            # No copy is needed: Optuna's storages do not modify trials in place either.
             trials = list(self._backend.get_all_trials(study_id, deepcopy=False))
             self._studies[study_id] = trials
             self._places |= {t._trial_id: (study_id, t.number) for t in trials}
@@ -76,7 +76,7 @@ class OwnedStorage(BaseStorage):
     # Writing
 
     def create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> int:
-        """Make a trial."""
+        """Create a trial."""
         trials = self._known(study_id)
         trial_id = self._backend.create_new_trial(study_id, template_trial)
         made = self._backend.get_trial(trial_id)
@@ -92,7 +92,7 @@ class OwnedStorage(BaseStorage):
     def set_trial_state_values(
         self, trial_id: int, state: TrialState, values: Sequence[float] | None = None
     ) -> bool:
-        """Begin or end a trial."""
+        """Start or end a trial."""
         done = self._backend.set_trial_state_values(trial_id, state, values)
         self._read_again(trial_id)
         return done
@@ -111,19 +111,19 @@ class OwnedStorage(BaseStorage):
     def set_trial_intermediate_value(
         self, trial_id: int, step: int, intermediate_value: float
     ) -> None:
-        """Set what is reported after a step."""
+        """Set the value reported for a step."""
         self._backend.set_trial_intermediate_value(trial_id, step, intermediate_value)
         self._note(trial_id, "intermediate_values", step, intermediate_value)
 
     def set_trial_user_attr(self, trial_id: int, key: str, value: Any) -> None:
-        """Set an attribute of the user's."""
+        """Set a user attribute."""
         self._backend.set_trial_user_attr(trial_id, key, value)
         self._note(trial_id, "user_attrs", key, json.loads(json.dumps(value)))
 
     def write_together(
         self, trial_id: int, values: Mapping[int, float], attrs: Mapping[str, Any]
     ) -> None:
-        """Set values by step and attributes of the user's, all or none of them."""
+        """Set intermediate values and user attributes atomically."""
         self.check_trial_is_updatable(trial_id, self.get_trial(trial_id).state)
         self._backend.write_together(trial_id, values, attrs)
         for step, value in values.items():
@@ -132,7 +132,7 @@ class OwnedStorage(BaseStorage):
             self._note(trial_id, "user_attrs", key, json.loads(json.dumps(attr)))
 
     def set_trial_system_attr(self, trial_id: int, key: str, value: Any) -> None:
-        """Set an attribute of the sampler's."""
+        """Set a system attribute."""
         self._backend.set_trial_system_attr(trial_id, key, value)
         self._note(trial_id, "system_attrs", key, json.loads(json.dumps(value)))
 
@@ -143,14 +143,14 @@ class OwnedStorage(BaseStorage):
             del self._places[trial._trial_id]
 
     def _note(self, trial_id: int, kind: str, key: Any, value: Any) -> None:
-        """One more entry of a trial: as the database would give it, without asking."""
+        """Add an entry to the trial in memory as the database would return it, without a query."""
         if trial_id in self._places:
             trial = copy.copy(self.get_trial(trial_id))
             setattr(trial, kind, {**getattr(trial, kind), key: value})
             self._put(trial)
 
     def _read_again(self, trial_id: int) -> None:
-        """Take what the database itself has made of a trial: times, values, representations."""
+        """Reload a trial from the database, which sets times and value representations."""
         if trial_id in self._places:
             self._put(self._backend.get_trial(trial_id))
 
@@ -160,9 +160,9 @@ class OwnedStorage(BaseStorage):
 
 
 def forward(kind: type[BaseStorage]) -> None:
-    """Let what a storage does not answer itself be answered by its ``_backend``.
+    """Forward the abstract methods that a storage class does not implement to its ``_backend``.
 
-    What Optuna's base class makes of other methods stays.
+    Methods that Optuna's base class implements are left unchanged.
     """
 
     def forwarded(name: str) -> Callable[..., Any]:

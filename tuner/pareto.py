@@ -1,4 +1,4 @@
-"""Two objectives: the finished trials that no other beats in accuracy and in cost at once."""
+"""The Pareto front of finished trials in accuracy and cost."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tuner.study import Ledger
 
 
 def pareto_front(ledger: Ledger) -> list[TrialRecord]:
-    """The front of a study, the cheapest first.
+    """Return the Pareto front of a study, cheapest first.
 
     Raises:
         ValueError: the study has one objective.
@@ -22,15 +22,15 @@ def pareto_front(ledger: Ledger) -> list[TrialRecord]:
 
 
 def front_of(ranking: Sequence[TrialRecord], cost: str) -> list[TrialRecord]:
-    """Ranked trials that none dominates, the cheapest first.
+    """Return the ranked trials that are not dominated, cheapest first.
 
-    One trial dominates another that is at most as good in both objectives and worse in one; of
-    equal ones all are on the front.
+    A trial dominates another one that is no better in both objectives and worse in at least one;
+    equal trials are all on the front.
     """
     front: list[TrialRecord] = []
     lowest = (math.inf, math.inf)
     for trial in sorted(ranking, key=lambda t: (t.metrics[cost], t.objective, t.number)):
-        assert trial.objective is not None  # it ranks
+        assert trial.objective is not None  # ranked trials have one
         reached = trial.objective, trial.metrics[cost]
         if reached[0] < lowest[0] or reached == lowest:
             front.append(trial)

@@ -1,18 +1,20 @@
-"""The ledger of ASHA as it was published: who waits at a rung goes on once among its best.
+"""The ledger of ASHA as published: trials pause at rungs and resume once among the best.
 
-`asha` ends a trial at the first rung where too many are better, and lets the first ones pass, who
-have nobody to be compared with. Here a trial waits at each rung with its checkpoint. A free slot
-takes the best of those that wait among the best of a rung, one in `reduction_factor`, from the
-highest rung down; where nobody is, a new trial begins. Nobody is stopped for good while it may
-come to be among the best, and nobody goes on for having come first. Who may not any more, whatever
-those that are still to come will reach, ends: of N trials some N / `reduction_factor` wait at most.
-A few are spared until somebody has finished, as those in the lead may fail.
+`asha` stops a trial at the first rung where too many are better, and promotes the first trials at a
+rung, which have no others to be compared with. Here every trial waits at each rung with its
+checkpoint. A free slot resumes the best waiting trial that is among the best of a rung (one in
+`reduction_factor`), searching from the highest rung down; if there is none, a new trial starts. A
+trial is not stopped while it may still become one of the best, and is not promoted just because it
+arrived first. A trial ends when it can no longer be among the best, whatever the remaining trials
+reach: of N trials about N / `reduction_factor` wait at most. A few of these are kept until a trial
+has finished, as the leading ones may fail.
 
-To whoever runs it, a trial that waits is one that was cut and goes on from its checkpoint. What is
-decided follows from the ledger alone. When all trials have begun and none goes on by this rule, the
-foremost do until one has finished (as many as are to be promoted) and nobody who waits stands
-better already. All that wait then end as stopped at their rung. Where the study's time would end
-before one has finished, the foremost goes on while there is time for it.
+The code that runs trials treats a waiting trial like an interrupted one that resumes from its
+checkpoint. All decisions follow from the ledger alone. When all trials have started and none
+resumes by this rule, the most advanced ones resume until one has finished (or as many as are to be
+promoted) and no waiting trial has a better objective. All waiting trials then end as stopped at
+their rung. If the study's time would end before one has finished, the most advanced trial resumes
+while there is time for it.
 
 Source: Li, Jamieson, Rostamizadeh et al., "A system for massively parallel hyperparameter tuning",
 MLSys 2020, algorithm 2.
@@ -31,18 +33,18 @@ from tuner.records import Assignment, TrialRecord
 from tuner.rungs import rungs_of
 from tuner.turns import TurnsLedger
 
-SPARE = 3  # trials that wait beside those who are wanted, until these have finished
-_SLOWER = 1.2  # than its epochs so far a trial may become before it finishes too late
+SPARE = 3  # spare trials that wait besides the wanted ones until these have finished
+_SLOWER = 1.2  # allowed slowdown of a trial's remaining epochs relative to those so far
 
 
 @dataclass(frozen=True)
 class _Trial:
-    """A trial, as far as it is compared."""
+    """The part of a trial's state that is compared."""
 
     number: int
     state: TrialState
-    reached: int  # the last epoch that it need not train again
-    is_over: bool  # whether its training has ended by itself with that epoch
+    reached: int  # the last epoch that need not be trained again
+    is_over: bool  # whether training stopped by itself (early stopping) at that epoch
     standing: float  # its objective so far
     objectives: dict[int, float]  # by epoch
 
@@ -57,7 +59,7 @@ class PausingLedger(TurnsLedger):
         self._wanted = max(1, search.promote)
 
     def ask(self) -> Assignment | None:
-        """Who goes on, or a new trial; None while others have to come first, or none is left."""
+        """Return a trial to resume or a new one; None while others are due, or if none is left."""
         own = self._own()
         trial = self._next(own)
         trial = self._pressing(own, 0 if trial is None else trial.reached) or trial
@@ -75,10 +77,10 @@ class PausingLedger(TurnsLedger):
         return replace(found, until=self._until(found.epoch))
 
     def settle(self) -> list[TrialRecord]:
-        """End those that wait in vain, whose checkpoints nobody needs any more.
+        """End waiting trials that can no longer resume, so that their checkpoints can be deleted.
 
         Returns:
-            The trials that waited until now.
+            The trials that were ended.
         """
         own, new = self._own(), 0 if self._exhausted else self.n_new
         if not new and not self._handed_out and not (self._next(own) or self._foremost(own)):
@@ -90,14 +92,14 @@ class PausingLedger(TurnsLedger):
         return [self.trial(trial.number) for trial in waiting]
 
     def _until(self, epoch: int) -> int | None:
-        """The rung after an epoch; None after the last."""
+        """Return the next rung after an epoch; None after the last one."""
         return next((rung for rung in self._rungs if rung > epoch), None)
 
     def _own(self) -> list[_Trial]:
         return [_trial(frozen) for frozen in self._started(self._frozen())]
 
     def _next(self, own: Sequence[_Trial]) -> _Trial | None:
-        """Who was cut between two rungs, or is the best of those that the rungs let go on."""
+        """Return a trial interrupted between rungs, or the best one that may be promoted."""
         for trial in own:
             if self._is_free(trial) and (trial.is_over or trial.reached not in self._rungs):
                 return trial
@@ -108,15 +110,16 @@ class PausingLedger(TurnsLedger):
         return None
 
     def _pressing(self, own: Sequence[_Trial], reached: int) -> _Trial | None:
-        """Who goes on at once, as the study's time would be too short for it later, or None.
+        """Return a trial that must resume now to finish within the time budget, or None.
 
-        As many of the foremost that can finish in time as are wanted, while too few have finished.
-        It goes by the slowest trial so far; a study whose epochs take as long as each other, or
-        nearly, has a winner when its time ends, where its time is enough for one.
+        While too few trials have finished, the most advanced trials that can still finish in time
+        are considered, up to the wanted number. Other work is estimated by the slowest trial so
+        far. If all epochs take about the same time, and the budget suffices for one full trial, the
+        study has a winner when its time ends.
 
         Args:
             own: the study's trials.
-            reached: from which epoch a trial would go on to the next rung instead.
+            reached: epoch from which another trial would otherwise continue to its next rung.
         """
         budget, epochs = self.config.search.time_budget, self.config.training.epochs
         wanted = self._wanted - sum(trial.state == TrialState.COMPLETE for trial in own)
@@ -127,12 +130,12 @@ class PausingLedger(TurnsLedger):
         trained = sum(spent.values())
         if not trained:
             return None
-        # What a stretch takes beside its epochs; trials side by side share the study's time.
+        # Account for overhead beyond the epochs; concurrent trials share the study's time.
         lanes = 1 + len(self._handed_out)
         slower = _SLOWER * max(1.0, self.seconds * lanes / trained)
         pace = {t.number: slower * spent[t.number] / t.reached for t in begun}
         left, stretch = budget - self.seconds, (self._until(reached) or epochs) - reached
-        elsewhere = stretch * max(pace.values())  # before this is asked again
+        elsewhere = stretch * max(pace.values())  # until the next decision
         running = sorted((t for t in begun if t.state == TrialState.RUNNING), key=_by_rung)
         needed = {t.number: (epochs - t.reached) * pace[t.number] for t in running}
         able = [t for t in running if needed[t.number] <= left]
@@ -142,27 +145,28 @@ class PausingLedger(TurnsLedger):
         return None
 
     def _best_at(self, rung: int, own: Sequence[_Trial]) -> list[_Trial]:
-        """The best, in order, of all that have come to a rung: one in `reduction_factor`."""
+        """Return the best, one in `reduction_factor`, of all trials at a rung, in order."""
         there = _at(rung, own)
         return there[: len(there) // self.config.search.reduction_factor]
 
     def _outdone(self, rung: int, own: Sequence[_Trial], new: int) -> Iterator[_Trial]:
-        """Who waits at a rung and will not be among its best, whoever comes there yet.
+        """Yield trials that wait at a rung and can no longer be among its best.
 
-        Nor among the foremost: as many as are wanted have stood better here and may finish, and
-        until they have a few more, in whose place others would fail.
+        A trial is kept if it may be needed as one of the wanted trials: it ends only if the wanted
+        number of better trials at this rung may still finish, plus a few spares for failures until
+        enough trials have finished.
 
         Args:
             rung: an epoch.
             own: the study's trials.
-            new: trials that may begin yet.
+            new: number of trials that may still start.
         """
         there = _at(rung, own)
         coming = new + sum(t.state == TrialState.RUNNING and t.reached < rung for t in own)
         most = (len(there) + coming) // self.config.search.reduction_factor
         done = sum(t.state == TrialState.COMPLETE for t in own)
         enough = self._wanted + (SPARE if done < self._wanted else 0)
-        sound = 0  # of the better ones
+        sound = 0  # better trials that have not failed or been stopped
         for rank, trial in enumerate(there):
             waits = trial.reached == rung and self._is_free(trial) and not trial.is_over
             if waits and rank >= most and sound >= enough:
@@ -173,10 +177,10 @@ class PausingLedger(TurnsLedger):
         return trial.state == TrialState.RUNNING and trial.number not in self._handed_out
 
     def _foremost(self, own: Sequence[_Trial]) -> _Trial | None:
-        """Who goes on at the end: the best at the highest rung where somebody waits, or None.
+        """Return the best waiting trial at the highest rung, to resume at the end, or None.
 
-        As long as too few have finished, and are not on their way there; then, of those who stand
-        better than they.
+        While too few trials have finished or are running, any waiting trial qualifies; after that
+        only trials with a better objective than the finished ones.
         """
         done = sorted(t.standing for t in own if t.state == TrialState.COMPLETE)
         bar = math.inf
@@ -189,13 +193,13 @@ class PausingLedger(TurnsLedger):
         return min(able, key=_by_rung, default=None)
 
     def _is_lost(self, trial: _Trial) -> bool:
-        """Whether a trial that waits has no chance to win any more, where that is asked."""
+        """Return whether `search.least_chance` rules out a waiting trial."""
         known = math.isfinite(trial.standing)
         return known and self.hopeless(trial.reached, trial.standing) is not None
 
 
 def _by_rung(trial: _Trial) -> tuple[int, float, int]:
-    """The foremost first: who has come furthest, and of those who stands best."""
+    """Sort key: the most advanced trial first, then the best objective."""
     return -trial.reached, trial.standing, trial.number
 
 
@@ -211,7 +215,7 @@ def _trial(frozen: FrozenTrial) -> _Trial:
 
 
 def _at(rung: int, own: Sequence[_Trial]) -> list[_Trial]:
-    """All that have come to a rung, best first."""
+    """Return all trials that have reached a rung, best first."""
     there = [t for t in own if rung in t.objectives and (t.reached >= rung or _ended(t))]
     return sorted(there, key=lambda trial: (trial.objectives[rung], trial.number))
 

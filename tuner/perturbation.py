@@ -1,9 +1,9 @@
-"""How a successor's parameters follow from those of the trial whose weights it takes over.
+"""Perturbation of parameters for a successor that takes over another trial's weights.
 
-Each parameter by itself, as in Jaderberg et al., "Population based training of neural networks",
-2017: drawn anew with one chance in four, else a real number is multiplied by 0.8 or 1.2, and what
-is counted or listed moves to the next value below or above. What would leave the space stays at its
-bound.
+Each parameter is perturbed independently, as in Jaderberg et al., "Population based training of
+neural networks", 2017: with a probability of one in four it is drawn anew; otherwise a real number
+is multiplied by 0.8 or 1.2, and a discrete parameter moves to the next lower or higher value.
+Values that would leave the space are clipped to its bounds.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ def perturbed(
     paths: Iterable[str],
     random: np.random.Generator,
 ) -> dict[str, Value]:
-    """The parameters with those named by `paths` perturbed, in this order.
+    """Return the parameters, with those named by `paths` perturbed in this order.
 
     Args:
-        params: of the donor; not changed.
-        space: that they lie in, and the result too.
-        paths: those that may change.
-        random: what the choices are drawn from.
+        params: the donor's parameters; not modified.
+        space: the search space of the parameters and the result.
+        paths: parameters that may change.
+        random: random number generator.
     """
     changed = dict(params)
     for path in paths:
@@ -43,7 +43,7 @@ def perturbed(
 
 
 def _drawn(parameter: ParameterSpace, random: np.random.Generator) -> Value:
-    """Any value: of a real number on a logarithmic scale with equal chances for equal ratios."""
+    """Draw any value of a parameter; on a logarithmic scale uniformly in the logarithm."""
     if not isinstance(parameter, FloatSpace) or parameter.step is not None:
         if parameter.type == "int" and parameter.log:
             return _log_int(parameter.low, parameter.high, random)
@@ -57,13 +57,13 @@ def _drawn(parameter: ParameterSpace, random: np.random.Generator) -> Value:
 
 
 def _log_int(low: int, high: int, random: np.random.Generator) -> int:
-    """As Optuna draws: each whole number stands for the half below and above it."""
+    """Draw an integer as Optuna does: each covers the interval of ±0.5 around it."""
     drawn = np.exp(random.uniform(np.log(low - 0.5), np.log(high + 0.5)))
     return min(max(round(float(drawn)), low), high)
 
 
 def _moved(parameter: ParameterSpace, value: Value, up: int) -> Value:
-    """The value one step down or up."""
+    """Return the value one step down or up."""
     if isinstance(parameter, FloatSpace) and parameter.step is None:
         assert isinstance(value, int | float)
         return min(max(float(value) * _FACTORS[up], parameter.low), parameter.high)

@@ -1,4 +1,4 @@
-"""Where a study's trials run, and what each is given there."""
+"""Determine where a study's trials run and the resources of each trial."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Place:
-    """The cluster, or this process without one, and a trial's share of it."""
+    """A cluster, or this process without one, and a trial's share of its resources."""
 
     cluster: Cluster | None
     gpus: float
@@ -30,15 +30,15 @@ class Place:
 
     @property
     def is_here(self) -> bool:
-        """Whether trials run on this machine, so that what is timed on it holds for them."""
+        """Whether trials run on this machine, so that timings on it apply to them."""
         return self.cluster is None or self.cluster.is_here
 
 
 def choose_place(study: StudyConfig, cluster: Cluster | None, notes: list[str]) -> Place:
-    """GPUs a trial, trials side by side, and the device's name; notes what was chosen.
+    """Choose GPUs per trial, concurrent trials and the device; append notes on the choice.
 
     Raises:
-        StudyError: what is asked for can never be given.
+        StudyError: the requested resources can never be available.
     """
     return _place_here(study, notes) if cluster is None else _place_on(cluster, study, notes)
 
@@ -93,8 +93,8 @@ def _place_on(cluster: Cluster, study: StudyConfig, notes: list[str]) -> Place:
 
 
 def _unusable_gpu() -> str:
-    """Words on a GPU that the driver lists and PyTorch cannot use; none where there is no such."""
-    if torch.cuda.is_available() or "CUDA_VISIBLE_DEVICES" in os.environ:  # hidden on purpose
+    """Return a note on a GPU that the driver lists but PyTorch cannot use; else an empty string."""
+    if torch.cuda.is_available() or "CUDA_VISIBLE_DEVICES" in os.environ:  # hidden deliberately
         return ""
     try:
         listed = subprocess.run(
@@ -113,10 +113,10 @@ def _unusable_gpu() -> str:
 
 
 def check_place(study: StudyConfig, folder: RunFolder, place: Place) -> None:
-    """Have every node of a cluster look at the place of the checkpoints, and at the data.
+    """Check that every node of a cluster sees the checkpoint storage and the data.
 
     Raises:
-        StudyError: nodes that do not see it.
+        StudyError: some nodes do not.
     """
     if place.cluster is None:
         return

@@ -1,4 +1,4 @@
-"""What a study would do, shown before anything is started."""
+"""The dry run: shows what a study would do without starting it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tuner.rungs import most_waiting
 from tuner.space import n_points
 from tuner.study import Ledger
 
-_WIDTH = 200  # of a table in a file or pipe, which have none
+_WIDTH = 200  # table width for a file or pipe
 
 
 def show_plan(
@@ -34,14 +34,15 @@ def show_plan(
     place: Place | None,
     ledger: Ledger | None,
 ) -> None:
-    """Print configuration, space, resources, and what time and disk the study takes.
+    """Print configuration, space, resources, and estimates of time and disk use.
 
     Args:
-        study: resolved.
-        notes: on where it comes from, its data and its resources.
-        out: the run folder, or what was asked for one.
-        place: where trials would run; None where none is left to run.
-        ledger: of a study that would go on, or of its promotion where the search has ended.
+        study: the resolved study.
+        notes: notes on its origin, its data and its resources.
+        out: the run folder, or the requested one.
+        place: where trials would run; None if no trial is left to run.
+        ledger: ledger of a study that would be resumed, or of its promotion if the search has
+            ended.
     """
     console = Console(highlight=False, soft_wrap=True)
     if not console.is_terminal:
@@ -71,12 +72,12 @@ def show_plan(
 
 
 def differences(study: StudyConfig) -> Iterator[str]:
-    """Fields that differ from their defaults, as `section.field: value (default)`."""
+    """Yield fields that differ from their defaults as `section.field: value (default)`."""
     yield from _differing("", study, type(study)())
 
 
 def _differing(prefix: str, held: BaseModel, usual: BaseModel) -> Iterator[str]:
-    if type(held) is not type(usual):  # another family of networks
+    if type(held) is not type(usual):  # a different network family
         usual = plain_of(held)
         yield f"{prefix}family: {getattr(held, 'family', type(held).__name__)}"
     for name in type(held).model_fields:
@@ -152,10 +153,11 @@ def _time(study: StudyConfig, place: Place, ledger: Ledger | None, found: Apprai
 
 def _disk(study: StudyConfig, place: Place, found: Appraisal | str, folder: Path) -> Iterator[str]:
     base, largest = checkpoint_bytes(study)
-    # Each running trial's while a new one takes its place, and the winner's. At rungs wait those
-    # who may come to be among the best of the first, and in a bad order a few more.
-    # Of a population all members live; what each had at its last milestone may be a successor's,
-    # and the one before a milestone stays until somebody gives way.
+    # Two checkpoints per running trial, as the new one is written before the old one is deleted,
+    # and that of the winner. At rungs those trials wait that may still be among the best of the
+    # first rung, and in an unfavourable order a few more. In a population all members keep
+    # checkpoints: that of the last milestone may be needed by a successor, and the one before a
+    # milestone stays until a member is replaced.
     population = study.search.population if study.search.scheduler == "pbt" else 0
     pausing = study.search.scheduler == "asha-pausing"
     waiting = most_waiting(study.search) if pausing else 0
@@ -169,14 +171,14 @@ def _disk(study: StudyConfig, place: Place, found: Appraisal | str, folder: Path
         yield f"{_bytes(images)} of images, kept for all studies of these scenes"
     storage = study.resources.storage
     if storage is not None and "://" in storage:
-        return  # nobody tells what is free there
+        return  # free space is unknown there
     checkpoints = Path(storage) if storage is not None else folder
     above = next(path for path in (checkpoints, *checkpoints.parents) if path.exists())
     yield f"{_bytes(shutil.disk_usage(above).free)} free at {above}"
 
 
 def _bytes(count: float) -> str:
-    """A size in the largest unit that leaves a number above one."""
+    """Format a size in the largest unit that gives a number above one."""
     for unit in ("bytes", "KiB", "MiB"):
         if count < 1024:
             return f"{count:.3g} {unit}"

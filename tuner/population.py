@@ -1,13 +1,13 @@
-"""Population-based training: who goes on, who gives way, and to whose successor.
+"""Population-based training: decides which members continue and which ones are replaced.
 
-A population of trials trains side by side. At every milestone its members are compared by the
-score of that same epoch's weights: the worst give way, and for each a successor begins
-with the weights of one of the best. The result follows from the objectives alone. Neither the
-number of machines nor who comes first changes it, so that a study of one slot, one of many and one
-that was interrupted all decide alike.
+A population of trials trains in parallel. At every milestone its members are compared by the score
+of their weights at that epoch: the worst are replaced, each by a successor that starts from the
+weights of one of the best. The result depends only on the objectives, not on the number of machines
+or the order of arrival, so that a study with one slot, a study with many slots and an interrupted
+study make the same decisions.
 
-Nobody waits whose fate is certain: a member goes on as soon as enough others are worse. Only the
-worst of those who have come, as many as give way, wait for the slowest.
+A member waits only while its outcome is open: it continues as soon as enough other members are
+worse. Only the worst members at a milestone, as many as are replaced, wait for the slowest member.
 
 Source: Jaderberg et al., "Population based training of neural networks", 2017; truncation
 selection at fixed epochs.
@@ -30,14 +30,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Member:
-    """A trial of a population, as far as its fate depends on it.
+    """The part of a trial's state on which decisions about a population depend.
 
     Args:
-        number: of the trial.
-        state: of the trial.
-        reached: the last epoch that it need not train again: its weights lie on disk.
-        objectives: by epoch, its own ones.
-        replaces: the member whose successor it is; None of those that the population began with.
+        number: number of the trial.
+        state: state of the trial.
+        reached: the last epoch that need not be trained again, as its weights are on disk.
+        objectives: its own objectives by epoch.
+        replaces: the member that it replaced; None for the initial members.
     """
 
     number: int
@@ -47,21 +47,21 @@ class Member:
     replaces: int | None = None
 
     def has_arrived(self, milestone: int) -> bool:
-        """Whether it can be compared there: what it reported will not be trained again."""
+        """Return whether the member can be compared: it will not train that epoch again."""
         return self.reached >= milestone and milestone in self.objectives
 
     def standing(self, milestone: int, successors: Mapping[int, Member]) -> tuple[bool, float, int]:
-        """Its place among those who have arrived, best first.
+        """Return the sort key among the members that have reached a milestone, best first.
 
-        Who has given way stays who gave way, though the epoch may have been trained again on
-        another GPU, to another last digit.
+        Members that were replaced stay last, even if the epoch was trained again on another GPU
+        with a slightly different result.
         """
         return self.number in successors, self.objectives[milestone], self.number
 
 
 @dataclass(frozen=True)
 class Turn:
-    """A trial that may train, and the epoch after which it is looked at again."""
+    """A trial that may train, and the epoch after which it is evaluated again."""
 
     number: int
     reached: int
@@ -70,7 +70,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class Exploit:
-    """A member that gives way at a milestone, and those of whom one gets a successor."""
+    """A member to be replaced at a milestone, and the candidate donors for its successor."""
 
     epoch: int
     loser: int
@@ -79,12 +79,12 @@ class Exploit:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What can be decided now.
+    """The decisions that can be made now.
 
     Args:
-        turns: who may train.
-        exploits: those to be carried out, in order.
-        settled: the last milestone at which all has been decided and done; 0 before the first.
+        turns: the trials that may train.
+        exploits: replacements to carry out, in order.
+        settled: the last milestone at which all replacements are carried out; 0 before the first.
     """
 
     turns: tuple[Turn, ...]
@@ -93,7 +93,7 @@ class Verdict:
 
     @property
     def over(self) -> bool:
-        """Whether nothing is left to do."""
+        """Whether the population has finished."""
         return not self.turns and not self.exploits
 
 
@@ -105,14 +105,14 @@ def judge(
     replaced: int,
     founded: bool = True,
 ) -> Verdict:
-    """Decide all that the objectives so far decide.
+    """Make all decisions that follow from the objectives reported so far.
 
     Args:
-        members: of one population, successors too.
-        milestones: epochs after which members are compared, ascending.
-        epochs: a trial's budget.
-        replaced: members that give way at a milestone; never more than half of those compared.
-        founded: whether all members are there that the population begins with.
+        members: the members of one population, including successors.
+        milestones: epochs after which members are compared, in ascending order.
+        epochs: the budget of a trial.
+        replaced: number of members replaced at a milestone; at most half of those compared.
+        founded: whether all initial members of the population exist.
     """
     successors = {m.replaces: m for m in members if m.replaces is not None}
     compared = [m for m in members if m.replaces is None]
@@ -128,7 +128,7 @@ def judge(
         order = arrived + sorted(dead, key=lambda m: m.number)
         if not certain or away:
             certain = False
-            compared = arrived[: max(0, len(order) - replaced)]  # enough are worse already
+            compared = arrived[: max(0, len(order) - replaced)]  # enough others are worse
             continue
         n_losers = min(replaced, len(order) // 2)
         donors = tuple(m.number for m in order[:n_losers] if m in arrived)
@@ -144,7 +144,7 @@ def judge(
 
 
 def refusal(study: StudyConfig) -> str | None:
-    """Why a study cannot be searched by PBT, with its field; None where it can, or is not to be."""
+    """Return why PBT cannot search a study, with the field; None if it can or is not requested."""
     search, epochs = study.search, study.training.epochs
     if search.scheduler != "pbt":
         return None
@@ -199,14 +199,14 @@ def refusal(study: StudyConfig) -> str | None:
 
 
 def perturbed_paths(study: StudyConfig) -> list[str]:
-    """Searched parameters that may change while the weights are kept."""
+    """Return the searched parameters that may change while the weights are kept."""
     free = set(adjustable_paths(study))
     space = study.search.space
     return [path for path, parameter in space.items() if path in free and parameter.size > 1]
 
 
 def population_note(study: StudyConfig) -> str | None:
-    """What the search will do, in one line, where PBT is to run it."""
+    """Describe a PBT search in one line; None for other schedulers."""
     search, epochs = study.search, study.training.epochs
     if search.scheduler != "pbt":
         return None

@@ -1,13 +1,13 @@
-"""Promotion: the best of a search trained again, at full budget and with several seeds.
+"""Promotion: trains the best trials of a search again, at full budget and with several seeds.
 
-A search's winner is the best of many, each trained once: part of its lead is luck, of its seed
-and of having been chosen. So the best few are trained again from the beginning, each with seeds
-that the search never used, and ranked by the mean over them.
+A search's winner is the best of many trials, each trained once: part of its lead is due to its seed
+and to selection. Therefore the best few are trained again from scratch, each with seeds that the
+search never used, and ranked by their mean over these seeds.
 
-The runs lie in an Optuna study of their own beside the search's. It is a ledger like the search's,
-whose trials are not proposed but follow from the ranking, so that whatever runs, resumes and
-records trials does so with promoted runs. The seed of one is
-`SeedSequence(study seed, spawn_key=(2, number of the trial, index of the seed))`, one word of it.
+The runs are stored in a separate Optuna study in the same database. It is a ledger like that of the
+search, except that its trials follow from the ranking instead of a sampler, so that the same code
+runs, resumes and records trials and promoted runs. The seed of a run is one word of
+`SeedSequence(study seed, spawn_key=(2, number of the trial, index of the seed))`.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from tuner.errors import StudyError
 from tuner.records import Assignment, TrialRecord
 from tuner.study import Ledger
 
-_PARENT, _REPEAT = "parent", "repeat"  # attributes of a run: the search's trial, and which seed
+_PARENT, _REPEAT = "parent", "repeat"  # attributes of a run: search trial, seed index
 
 
 def promoted_seed(study_seed: int, number: int, repeat: int) -> int:
-    """The seed of a promoted run: independent between runs and of every trial's of the search."""
+    """Return the seed of a promoted run, independent of other runs and of the search's trials."""
     sequence = np.random.SeedSequence(study_seed, spawn_key=(2, number, repeat))
     return int(sequence.generate_state(1)[0])
 
 
 def promotion_study(study: StudyConfig) -> StudyConfig:
-    """The study of the promoted runs: the search's at full budget, and nothing stops a run."""
+    """Return the study of the promoted runs: that of the search at full budget without stopping."""
     search = study.search
     return study.replaced(
         {
@@ -59,12 +59,13 @@ def promotion_study(study: StudyConfig) -> StudyConfig:
 
 @dataclass(frozen=True)
 class Promoted:
-    """A configuration that was promoted.
+    """A promoted configuration.
 
     Args:
-        trial: of the search, where it was tried first.
-        runs: by their seeds' order, as far as they have begun.
-        seeds: how many there will be; all that have begun count, whatever is asked for by now.
+        trial: the trial of the search with this configuration.
+        runs: the runs that have started, in the order of their seeds.
+        seeds: planned number of seeds; runs that have started count even if fewer are requested
+            now.
     """
 
     trial: TrialRecord
@@ -83,12 +84,12 @@ class Promoted:
 
     @property
     def objectives(self) -> list[float]:
-        """Of the finished runs."""
+        """Objectives of the finished runs."""
         return [run.objective for run in self.finished if run.objective is not None]
 
     @property
     def mean(self) -> float | None:
-        """Over the finished runs."""
+        """Mean objective of the finished runs."""
         return statistics.fmean(self.objectives) if self.objectives else None
 
     @property
@@ -118,12 +119,12 @@ class Promoted:
 
     @property
     def unequal(self) -> bool:
-        """Whether its mean is over fewer seeds than it should be."""
+        """Whether the mean is over fewer seeds than planned."""
         return len(self.finished) != self.seeds
 
     @property
     def _order(self) -> tuple[int, int, float, int]:
-        # A mean over the seeds that went well says too little of one that also goes badly.
+        # The mean over successful seeds is too favourable for a configuration that also fails.
         left = self.seeds - len(self.finished) - len(self.failed)
         mean = float("inf") if self.mean is None else self.mean
         return len(self.failed), left, mean, self.trial.number
@@ -133,9 +134,10 @@ class Promotion(Ledger):
     """The ledger of the promoted runs.
 
     Args:
-        search: its ledger, in whose database the runs lie; who is promoted follows from its
-            ranking and its configuration. Of a search that is only looked at so is the promotion;
-            one that has not begun is empty, and the database stays as it is.
+        search: the ledger of the search. Its database stores the runs; its ranking and
+            configuration determine which trials are promoted. If the search is opened read-only, so
+            is the promotion; a promotion that has not started is then empty, and the database is
+            not changed.
     """
 
     def __init__(self, search: Ledger) -> None:
@@ -159,11 +161,11 @@ class Promotion(Ledger):
 
     @property
     def search(self) -> Ledger:
-        """The ledger of the search whose best are promoted."""
+        """The ledger of the search whose best trials are promoted."""
         return self._search
 
     def ask(self) -> Assignment | None:
-        """One that was handed back, or the run of a next seed, the search's best first; or None."""
+        """Return a run that was taken back, or the next seed's run in ranking order; else None."""
         if self._handed_back:
             return self.going_on(self._handed_back.popleft())
         parent, repeat = next(self._left(), (None, 0))
@@ -186,16 +188,16 @@ class Promotion(Ledger):
 
     @property
     def has_work(self) -> bool:
-        """Whether a run is to go on, or another one to begin."""
+        """Whether a run has to continue or to start."""
         return any(run.state == "running" for run in self.trials()) or any(self._left())
 
     @property
     def n_new(self) -> int:
-        """Runs that have not begun."""
+        """The number of runs that have not started."""
         return sum(1 for _ in self._left())
 
     def configurations(self) -> list[Promoted]:
-        """Those that were promoted, best first: by mean, and below all others who failed once."""
+        """Return the promoted configurations by mean; those with a failed run come last."""
         trials = {trial.number: trial for trial in self._search.ranking()}
         runs: dict[int, list[TrialRecord]] = {}
         for frozen in self._by_repeat():
@@ -208,13 +210,13 @@ class Promotion(Ledger):
         return sorted(found, key=lambda promoted: promoted._order)
 
     def winner(self) -> Promoted | None:
-        """The best configuration, once all runs have ended; None if none of them has a score."""
+        """Return the best configuration once all runs have ended; None if no run has a score."""
         if self.has_work:
             return None
         return next((found for found in self.configurations() if found.best is not None), None)
 
     def summary(self) -> list[str]:
-        """The outcome in lines for a terminal, best first."""
+        """Return the outcome as lines for a terminal, best first."""
         found = self.configurations()
         if not found:
             return []
@@ -237,9 +239,9 @@ class Promotion(Ledger):
         return lines
 
     def _left(self) -> Iterator[tuple[TrialRecord, int]]:
-        """Trials of the search and seeds that have not begun.
+        """Yield pairs of a search trial and a seed index whose runs have not started.
 
-        No two trials of a search have the same parameters: the ranking is one of configurations.
+        No two trials of a search have the same parameters, so the ranking is one of configurations.
         """
         search = self._search.config.search
         begun = {(t.user_attrs[_PARENT], t.user_attrs[_REPEAT]) for t in self._frozen()}
@@ -258,5 +260,5 @@ class Promotion(Ledger):
 
 
 def open_promotion(search: Ledger) -> Promotion | None:
-    """The promotion of a search, closed with its ledger; None where none is asked for."""
+    """Open the promotion of a search, closed with its ledger; None if none is requested."""
     return Promotion(search) if search.config.search.promote else None

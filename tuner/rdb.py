@@ -1,8 +1,8 @@
-"""Optuna's storage in a relational database, with what belongs together written in one go.
+"""Optuna's relational database storage with batched writes.
 
-Optuna writes a trial's parameters, values and attributes one by one, each with questions of its own
-to the database: a new trial of 15 parameters took 55 statements, each of which a database on
-the network answers after its way to and fro. The tables and what stands in them are Optuna's.
+Optuna writes a trial's parameters, values and attributes one by one, each with additional queries:
+a new trial of 15 parameters took 55 statements, each of which costs a round trip to a database on
+the network. The tables and their contents are the same as Optuna's.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class BatchedStorage(RDBStorage):
     def write_together(
         self, trial_id: int, values: Mapping[int, float], attrs: Mapping[str, Any]
     ) -> None:
-        """Write intermediate values by step and attributes of a trial that runs, in one commit."""
+        """Write intermediate values by step and attributes of a running trial in one commit."""
         value_rows = [
             dict(zip(("intermediate_value", "intermediate_value_type"), stored, strict=True))
             | {"trial_id": trial_id, "step": step}
@@ -56,7 +56,7 @@ class BatchedStorage(RDBStorage):
     def _get_prepared_new_trial(
         self, study_id: int, template_trial: FrozenTrial | None, session: Session
     ) -> models.TrialModel:
-        """Optuna's, whose transaction this is; parameters and attributes by the table."""
+        """Create a trial as Optuna does, in its transaction, with one insert per table."""
         if template_trial is None:
             return super()._get_prepared_new_trial(study_id, None, session)
         bare = copy.copy(template_trial)

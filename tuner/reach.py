@@ -1,8 +1,8 @@
-"""Whether all machines see the checkpoints' storage and the data, asked before a trial starts.
+"""Checks before any trial starts that all machines see the checkpoint storage and the data.
 
-A run folder that only the driver's machine has is the commonest fault of a first cluster:
-trials seem to run, and what they saved lies on disks that nobody will look at. Data that one
-machine lacks lets every trial fail that comes to it.
+A run folder that exists only on the driver's machine is the most common mistake with a first
+cluster: trials seem to run, but their checkpoints are on disks that are never read. If one machine
+lacks the data, every trial that runs there fails.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from tuner.errors import StudyError
 
 logger = logging.getLogger(__name__)
 
-_ANSWER_TIMEOUT = 60.0  # seconds for a node to set up this code and look
+_ANSWER_TIMEOUT = 60.0  # seconds for a node to set up this code and answer
 
 
 def check_reach(storage: Storage, cpus: int, gpus: float) -> None:
-    """Have every node that can hold a trial look for a file that is written here.
+    """Check that every node that can run a trial sees a file written here.
 
     Args:
-        storage: of the study's checkpoints.
-        cpus: CPUs a trial.
-        gpus: GPUs a trial.
+        storage: storage of the study's checkpoints.
+        cpus: CPUs per trial.
+        gpus: GPUs per trial.
 
     Raises:
-        StudyError: the storage cannot be written, or nodes do not see it.
+        StudyError: the storage cannot be written, or some nodes do not see it.
     """
     name = f".seen-{uuid.uuid4().hex}"
     try:
@@ -59,15 +59,15 @@ def check_reach(storage: Storage, cpus: int, gpus: float) -> None:
 
 
 def check_data_reach(shards: Path, cpus: int, gpus: float) -> None:
-    """Have every node that can hold a trial look for the recorded scenes.
+    """Check that every node that can run a trial sees the recorded scenes.
 
     Args:
-        shards: their folder.
-        cpus: CPUs a trial.
-        gpus: GPUs a trial.
+        shards: folder of the scenes.
+        cpus: CPUs per trial.
+        gpus: GPUs per trial.
 
     Raises:
-        StudyError: nodes that do not see it.
+        StudyError: some nodes do not see it.
     """
     if blind := _blind(cpus, gpus, has_folder, str(shards)):
         raise StudyError(
@@ -77,18 +77,18 @@ def check_data_reach(shards: Path, cpus: int, gpus: float) -> None:
 
 
 def has_folder(path: str) -> bool:
-    """On a node: whether the folder is there."""
+    """Return, on a node, whether the folder exists."""
     return Path(path).is_dir()
 
 
 def sees(location: str) -> bool:
-    """On a node: whether the file is there."""
+    """Return, on a node, whether the file exists."""
     filesystem, path = open_location(location)
     return bool(filesystem.get_file_info(path).is_file)
 
 
 def _blind(cpus: int, gpus: float, look: Callable[[str], bool], place: str) -> str:
-    """Nodes that do not see a place, in words; of one that does not answer nothing is said."""
+    """Return the nodes that do not see a location, as text; nodes without an answer are omitted."""
     asked = [
         (
             f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})",

@@ -1,4 +1,4 @@
-"""What the ledger says of trials: one to run, one that was run, one of an earlier study."""
+"""Records of trials: an assignment to run, a trial in the ledger, a trial of an earlier study."""
 
 from __future__ import annotations
 
@@ -32,22 +32,22 @@ _STATES: dict[TrialState, State] = {
     TrialState.PRUNED: "pruned",
     TrialState.FAIL: "failed",
 }
-REPORTED = "reported_at"  # beside an epoch's metrics: when they came
-REPEATS = "duplicate_of"  # attribute of a proposal that was not run: the trial that it repeats
-STOPPED = "stopped"  # attribute of a trial that is to end as pruned: why
-HEIR = "heir"  # attribute of a trial that began with the weights of another
+REPORTED = "reported_at"  # key among an epoch's metrics: when they were reported
+REPEATS = "duplicate_of"  # attribute of a proposal that was not run: the trial it duplicates
+STOPPED = "stopped"  # attribute of a trial to be pruned: the reason
+HEIR = "heir"  # attribute of a trial that started from another trial's weights
 
 
 @dataclass(frozen=True)
 class Heir:
-    """What a trial has from another whose weights it began with.
+    """The origin of a trial that started from another trial's weights.
 
     Args:
-        donor: the other's number.
-        epoch: after which the weights were taken.
-        location: of the checkpoint that holds them.
-        replaces: the trial that gave way to it.
-        changed: its parameters that are not the donor's: the value there, and here.
+        donor: number of the other trial.
+        epoch: the epoch after which the weights were taken.
+        location: location of the checkpoint that holds them.
+        replaces: number of the trial that it replaced.
+        changed: parameters that differ from the donor's: the donor's value and the new value.
     """
 
     donor: int
@@ -58,18 +58,19 @@ class Heir:
 
     @property
     def words(self) -> str:
-        """Where it comes from, in a few words."""
+        """The trial's origin as text."""
         return f"from trial {self.donor:04d} after epoch {self.epoch}"
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """A trial to run: fresh, or one that was cut and goes on from its checkpoint.
+    """A trial to run: a new one, or an interrupted one that resumes from its checkpoint.
 
     Args:
-        donor: checkpoint of another trial that this one begins with, in the place of new weights.
-        until: epoch after which the trial is handed back, if it has not ended by then.
-        bequeaths: whether others may begin with what it has where it is handed out and back.
+        donor: checkpoint of another trial to start from instead of new weights.
+        until: epoch after which the trial is returned to the ledger, if it has not ended by then.
+        bequeaths: whether other trials may start from its checkpoints at the epochs where it is
+            assigned and returned.
     """
 
     number: int
@@ -78,7 +79,7 @@ class Assignment:
     checkpoint: str | None = None
     epoch: int = 0
     accumulation: int | None = None  # where memory was not enough for the configuration's own
-    origin: str | None = None  # whose parameters and which seed, where they were not proposed
+    origin: str | None = None  # source of parameters and seed if not proposed
     donor: str | None = None
     until: int | None = None
     bequeaths: bool = False
@@ -86,7 +87,7 @@ class Assignment:
 
 @dataclass(frozen=True)
 class PriorTrial:
-    """A finished trial of an earlier study: known to the sampler, and no trial of this study."""
+    """A finished trial of an earlier study, known to the sampler but not part of this study."""
 
     source: str
     params: dict[str, Value]
@@ -95,7 +96,7 @@ class PriorTrial:
 
 @dataclass(frozen=True)
 class TrialRecord:
-    """A trial as the ledger knows it."""
+    """A trial as recorded in the ledger."""
 
     number: int
     state: State
@@ -110,23 +111,23 @@ class TrialRecord:
     started: datetime | None = None
     finished: datetime | None = None
     accumulation: int | None = None  # where memory was not enough for the configuration's own
-    note: str = ""  # where it comes from, and what it survived
+    note: str = ""  # its origin, and failures that it recovered from
     reported: dict[int, float] = field(default_factory=dict, repr=False)  # Unix time by epoch
-    heir: Heir | None = None  # where it began with another trial's weights
+    heir: Heir | None = None  # set if it started from another trial's weights
 
     @property
     def epoch(self) -> int:
-        """The last epoch that was reported, by itself or the trial whose weights it has."""
+        """The last epoch reported by this trial, or by the donor of its initial weights."""
         return max(self.epochs, default=self.heir.epoch if self.heir else 0)
 
     @property
     def metrics(self) -> dict[str, Any]:
-        """What the last epoch reported."""
+        """The metrics of the last epoch."""
         return self.epochs[self.epoch] if self.epochs else {}
 
     @property
     def scored(self) -> dict[str, Any]:
-        """What the epoch reported whose weights were scored: the best one, not always the last."""
+        """The metrics of the epoch whose weights were scored: the best one, not always the last."""
         return next((m for _, m in sorted(self.epochs.items())
                      if m.get("objective") == self.objective), self.metrics)  # fmt: skip
 
@@ -138,7 +139,7 @@ class TrialRecord:
 
     @property
     def seconds(self) -> float | None:
-        """Time spent in its epochs; waiting and interruptions do not count."""
+        """Time spent in epochs, without waiting and interruptions."""
         return self._summed("epoch_seconds")
 
     @property
@@ -148,7 +149,7 @@ class TrialRecord:
 
     @property
     def fallbacks(self) -> float | None:
-        """Scenes that the solver's SVD fallback served, over all epochs."""
+        """Scenes solved by the SVD fallback, over all epochs."""
         return self._summed("solver_fallbacks")
 
     def _summed(self, name: str) -> float | None:
@@ -178,7 +179,7 @@ def config_of(study: StudyConfig, trial: Assignment | TrialRecord) -> TrialConfi
 def ranked(
     trials: Sequence[TrialRecord], budget: int, cost: str | None = None
 ) -> list[TrialRecord]:
-    """Finished, finite trials of a budget, best first, of equal ones the cheaper."""
+    """Return finished trials of a budget with finite objectives, best first; ties by lower cost."""
     ranking = [
         trial
         for trial in trials
@@ -188,37 +189,37 @@ def ranked(
 
 
 def ranks(frozen: FrozenTrial, budget: int) -> bool:
-    """Whether a trial is one of those that :func:`ranked` names."""
+    """Return whether :func:`ranked` includes a trial."""
     if frozen.state != TrialState.COMPLETE or finite(frozen.values[0]) is None:
         return False
     return bool(frozen.user_attrs.get("budget") == budget)
 
 
 def is_repetition(frozen: FrozenTrial) -> bool:
-    """Whether it was proposed and not run, since another has had its parameters."""
+    """Return whether a proposal was not run because another trial has the same parameters."""
     return REPEATS in frozen.user_attrs
 
 
 def is_foreign(frozen: FrozenTrial) -> bool:
-    """Whether it is no trial of the study's own: a repetition, or known from an earlier study."""
+    """Return whether a trial is a repetition or from an earlier study, not the study's own."""
     return is_repetition(frozen) or "prior" in frozen.user_attrs
 
 
 def heir_of(attrs: Mapping[str, Any]) -> Heir | None:
-    """What a trial has from another, by its attributes; None of one that began by itself."""
+    """Return the origin of a trial from its attributes; None if it started from new weights."""
     found = attrs.get(HEIR)
     return Heir(**found) if found else None
 
 
 def finite(value: Any) -> float | None:
-    """A finite number as one; None of all else."""
+    """Return a finite number as a float, and None for anything else."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return None
     return float(value)
 
 
 def record_of(frozen: FrozenTrial) -> TrialRecord:
-    """A trial as Optuna keeps it, in the ledger's words."""
+    """Convert an Optuna trial to a ledger record."""
     attrs = frozen.user_attrs
     kept = {
         int(key.partition("/")[2]): value

@@ -1,6 +1,6 @@
-"""Why a search cannot be: what its sampler, its cost and its space ask of each other.
+"""Checks whether a search's sampler, cost and space are compatible.
 
-Each function returns one line, the field first, or None where nothing is wrong.
+Each function returns one line that starts with the field, or None if there is no conflict.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from tuner.space import n_points
 if TYPE_CHECKING:
     from tuner.config import SearchConfig
 
-MAX_GRID = 100_000  # points that a grid may have: they are counted for every proposal
+MAX_GRID = 100_000  # maximum points of a grid, which are enumerated for every proposal
 
 
 def sampler_refusal(search: SearchConfig) -> str | None:
-    """Why the sampler cannot search this space, or learn from an earlier study."""
+    """Return why the sampler cannot search this space or learn from an earlier study."""
     sampler = search.sampler
     if search.warm_start is not None and sampler in ("random", "grid"):
         return (
@@ -47,7 +47,7 @@ def sampler_refusal(search: SearchConfig) -> str | None:
 
 
 def cost_refusal(search: SearchConfig) -> str | None:
-    """Why the search cannot have a second objective."""
+    """Return why the search cannot have a second objective."""
     if search.cost is None:
         return None
     if search.scheduler != "none":

@@ -58,7 +58,7 @@ def report(
 
 
 def write_report(folder: RunFolder, ledger: Ledger) -> None:
-    """Write the page; it holds all that it needs and opens without a network."""
+    """Write the page, which is self-contained and can be opened offline."""
     from model.files import write_text
     from tuner.pages.material import Material
 
@@ -66,7 +66,7 @@ def write_report(folder: RunFolder, ledger: Ledger) -> None:
 
 
 def page(material: Material) -> str:
-    """The page as text."""
+    """Return the page as text."""
     from model.wording import counted
     from tuner.pages.chart import attempted
     from tuner.pages.overview import tiles
@@ -82,7 +82,7 @@ def page(material: Material) -> str:
 
 
 def sections(study: StudyConfig) -> list[tuple[str, Callable[[Material], Markup]]]:
-    """Title and drawing of every part of a study's page, in order."""
+    """Return the title and drawing function of every section of a study's page, in order."""
     from tuner.pages.failures import failures, numerics
     from tuner.pages.history import history, learning_curves
     from tuner.pages.overview import overview, winner

@@ -1,4 +1,4 @@
-"""The study's results as files: trials.csv, promoted.csv, best.json and the winner's network."""
+"""Writes a study's results: trials.csv, promoted.csv, best.json and the winner's network."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tuner.study import Ledger
 
 logger = logging.getLogger(__name__)
 
-_SCORES = ("nmse_blend", "f1", "gospa", "count_accuracy")  # of the best epoch
+_SCORES = ("nmse_blend", "f1", "gospa", "count_accuracy")  # metrics of the best epoch
 _COLUMNS = (
     "trial", "state", "objective", "epochs", "seed", "seconds", "gpu_seconds", "node", "device",
     "skipped_steps", "solver_fallbacks", "flops", *_SCORES, "reason", "note",
@@ -37,7 +37,7 @@ _PROMOTED_COLUMNS = (
 
 
 def write_trials(folder: RunFolder, ledger: Ledger) -> None:
-    """One line a trial, failed ones with their reason."""
+    """Write trials.csv with one line per trial, including failed ones with their reason."""
     paths = list(ledger.config.search.space)
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
@@ -68,7 +68,7 @@ def write_trials(folder: RunFolder, ledger: Ledger) -> None:
 
 
 def write_promoted(folder: RunFolder, promotion: Promotion) -> None:
-    """One line a promoted run, the best configuration's first."""
+    """Write promoted.csv with one line per promoted run, the best configuration first."""
     paths = list(promotion.config.search.space)
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
@@ -96,21 +96,22 @@ def write_best(
     promotion: Promotion | None = None,
     patience: float | None = None,
 ) -> TrialRecord | None:
-    """best/, the winner's network, and best.json, with all that is needed to train it again.
+    """Write the winner's network to best/, and best.json with all that is needed to retrain it.
 
-    The network first: what best.json describes is what best/ holds. Where its checkpoint is out
-    of reach, best/ is absent, and the network of an earlier winner lies in best.earlier/. A study
-    of two objectives has the networks of its front in pareto/.
+    The network is written first, so that best.json describes the content of best/. If the
+    checkpoint is not accessible, best/ is absent and the network of an earlier winner is moved to
+    best.earlier/. For a study of two objectives the networks of the Pareto front are written to
+    pareto/.
 
     Args:
-        folder: where it goes.
-        ledger: the search's.
-        promotion: of the search. Once it has ended with a winner, best.json describes that
-            one's best run, with mean and spread over all its seeds.
-        patience: seconds for which a storage that does not answer is asked for a network.
+        folder: the run folder.
+        ledger: the ledger of the search.
+        promotion: the promotion of the search. Once it has ended with a winner, best.json describes
+            the best run of that configuration, with mean and spread over all its seeds.
+        patience: seconds for which an unresponsive storage is retried.
 
     Returns:
-        The trial or run whose network is the study's result.
+        The trial or run whose network is the study's result, or None.
     """
     winner = promotion.winner() if promotion is not None else None
     best = winner.best if winner is not None else ledger.best()
@@ -157,11 +158,11 @@ def write_best(
 
 
 def _is_of(network: Path, config: TrialConfig) -> bool:
-    """Whether an exported network is that of a trial: no two have one seed."""
+    """Return whether an exported network is that of a trial, by its seed, which is unique."""
     try:
         held = json.loads((network / "config.json").read_text(encoding="utf-8"))
         return bool(held["seed"] == config.seed)
-    except (OSError, ValueError, KeyError, TypeError):  # absent, damaged or of another form
+    except (OSError, ValueError, KeyError, TypeError):  # absent, damaged or in another format
         return False
 
 
@@ -172,7 +173,7 @@ def _name(number: int) -> str:
 def _write_front(
     folder: RunFolder, ledger: Ledger, patience: float | None
 ) -> list[dict[str, Any]] | None:
-    """pareto/: a network for each trial of the front; what best.json says of them, or None."""
+    """Write the front's networks to pareto/; return their best.json entries, or None."""
     if (cost := ledger.config.search.cost) is None:
         return None
     found = []
@@ -194,13 +195,13 @@ def _write_front(
 
 
 def winners(ledger: Ledger) -> list[TrialRecord]:
-    """The trials of a search whose checkpoints are kept: the best one, and those of its front."""
+    """Return the trials whose checkpoints are kept: the best one and those on the Pareto front."""
     found = [] if (best := ledger.best()) is None else [best]
     return found if ledger.config.search.cost is None else [*found, *pareto_front(ledger)]
 
 
 def lineage(ledger: Ledger, trial: TrialRecord) -> list[tuple[TrialRecord, int]]:
-    """The trials whose weights a trial goes back to, and the epoch up to which; the first first."""
+    """Return the ancestors of a trial's weights, oldest first, each with its last epoch used."""
     found: list[tuple[TrialRecord, int]] = []
     while trial.heir is not None:
         epoch, trial = trial.heir.epoch, ledger.trial(trial.heir.donor)
@@ -209,7 +210,7 @@ def lineage(ledger: Ledger, trial: TrialRecord) -> list[tuple[TrialRecord, int]]
 
 
 def _promoted(winner: Promoted) -> dict[str, Any]:
-    """What the promotion found of the winner."""
+    """Return the promotion's results for the winner."""
     return {
         "mean": winner.mean,
         "std": winner.std,
@@ -225,7 +226,7 @@ def _promoted(winner: Promoted) -> dict[str, Any]:
 
 
 def export_network(trial: TrialRecord, place: Path, patience: float | None = None) -> bool:
-    """The weights of a trial that were scored, as a folder; False where they are out of reach."""
+    """Export the scored weights of a trial to a folder; return False if they are not accessible."""
     from model.checkpoint import CheckpointError, export_best
 
     if trial.checkpoint is None:
@@ -243,13 +244,13 @@ def export_network(trial: TrialRecord, place: Path, patience: float | None = Non
 
 
 def drop_losers(folder: RunFolder, ledger: Ledger, *winners: TrialRecord | None) -> None:
-    """Delete checkpoints that nobody will go on from: all but the winners' and the running."""
+    """Delete checkpoints that are no longer needed: all but those of winners and running trials."""
     kept = {
         (winner.number, checkpoint_epoch(winner.checkpoint))
         for winner in winners
         if winner is not None and winner.checkpoint is not None
     }
-    # `--local` writes to the run folder whatever storage the study names.
+    # `--local` writes to the run folder, regardless of the study's storage.
     storages = {Storage.of(folder, ResourcesConfig()), Storage.of(folder, ledger.config.resources)}
     for storage in storages:
         try:
@@ -258,13 +259,13 @@ def drop_losers(folder: RunFolder, ledger: Ledger, *winners: TrialRecord | None)
             logger.warning("checkpoints of ended trials stay in %s: %s", storage.root, error)
             continue
         for location in ledger.unneeded((number, location) for location, number in found.items()):
-            # By trial and epoch: a place may have more than one name.
+            # Compare by trial and epoch, as a location may have more than one name.
             if (found[location], checkpoint_epoch(location)) not in kept:
                 drop(location)
 
 
 def _plain(value: Any) -> Any:
-    """JSON has no NaN."""
+    """Replace non-finite floats by None, as JSON has no NaN."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

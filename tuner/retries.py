@@ -1,7 +1,7 @@
-"""What the ledger keeps of a trial's second chances: lost machines, and memory that was not enough.
+"""Records of a trial's retries after lost machines and exhausted memory.
 
-Both lie in attributes of the Optuna trial, so that they outlive the driver: half the batch is
-tried once in all sessions together.
+Both are stored in attributes of the Optuna trial, so that they outlive the driver: splitting the
+batch is tried once over all sessions.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ Record = tuple[str, dict[str, Any]]  # name and value of an attribute
 
 
 def one_more_loss(attrs: Mapping[str, Any], reason: str) -> Record:
-    """The record of lost machines with one more."""
+    """Return the record of lost machines, increased by one."""
     times = attrs.get(_LOST, {}).get("times", 0) + 1
     return _LOST, {"times": times, "last": reason}
 
 
 def halved(epoch: int, parts: int, message: str) -> Record:
-    """The record that memory was not enough in an epoch, and of what is tried then."""
+    """Return the record of exhausted memory in an epoch and of the number of parts tried next."""
     return _OUT_OF_MEMORY, {"epoch": epoch, "accumulation": parts, "message": message}
 
 
 def accumulation(attrs: Mapping[str, Any]) -> int | None:
-    """Parts of the trial's batches, if it once ran out of memory."""
+    """Return the parts of the trial's batches if it has run out of memory; else None."""
     found = attrs.get(_OUT_OF_MEMORY)
     return int(found["accumulation"]) if found else None
 
 
 def note(attrs: Mapping[str, Any]) -> str:
-    """What the trial survived, in a line; empty where nothing happened."""
+    """Return one line on failures that the trial recovered from; empty if there were none."""
     said = []
     if (memory := attrs.get(_OUT_OF_MEMORY)) is not None:
         said.append(halved_note(memory["epoch"], memory["accumulation"]))
@@ -47,10 +47,10 @@ def note(attrs: Mapping[str, Any]) -> str:
 
 
 def halved_note(epoch: int, parts: int) -> str:
-    """That a trial goes on with less memory, in words."""
+    """Return a note that a trial resumes with smaller batch parts."""
     return f"out of memory in epoch {epoch}, goes on with its batches in {parts} parts"
 
 
 def exhausted_reason(message: str) -> str:
-    """Why a trial failed that ran out of memory and has had its second chance."""
+    """Return the failure reason of a trial that ran out of memory again after a retry."""
     return f"out of memory with half the batch too ({message}); {MEMORY_ADVICE}"

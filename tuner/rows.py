@@ -1,4 +1,4 @@
-"""What is shown of a trial, while it runs or from the ledger."""
+"""The displayed state of a trial, from live events or the ledger."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tuner.space import Value
 
 @dataclass
 class TrialRow:
-    """One trial, as far as it is known."""
+    """The known state of one trial."""
 
     number: int
     params: dict[str, Value]
@@ -26,15 +26,15 @@ class TrialRow:
     seconds: dict[int, float] = field(default_factory=dict)  # by epoch
     metrics: dict[str, Any] = field(default_factory=dict)  # of the last epoch
     note: str = ""
-    survived: str = ""  # stays in the note while the trial runs on
-    waiting_since: float | None = None  # monotonic: no epoch of this session has been reported
-    waits: bool = False  # whether it is to be run, or to be run on, later
-    is_next: bool = False  # whether it is so as soon as a machine has room
-    ended: float | None = None  # monotonic or unix time, to tell who ended before whom
+    survived: str = ""  # part of the note as long as the trial runs
+    waiting_since: float | None = None  # monotonic; until the session's first reported epoch
+    waits: bool = False  # whether it waits to be started or resumed
+    is_next: bool = False  # whether it starts as soon as a machine has room
+    ended: float | None = None  # monotonic or unix time, to sort trials by their end
 
     @classmethod
     def of(cls, trial: TrialRecord) -> Self:
-        """A trial of the ledger."""
+        """Create a row from a trial of the ledger."""
         row = cls(trial.number, trial.params, trial.state, trial.epoch, trial.objective)
         row.curve = dict(trial.curve)
         for epoch, metrics in trial.epochs.items():
@@ -46,7 +46,7 @@ class TrialRow:
         return row
 
     def take(self, metrics: Mapping[str, Any]) -> None:
-        """An epoch was reported, again perhaps."""
+        """Update the row with an epoch, which may be a repeated one."""
         self.epoch = int(metrics["epoch"])
         self.objective = self.curve[self.epoch] = float(metrics["objective"])
         if metrics.get("epoch_seconds") is not None:
@@ -54,18 +54,18 @@ class TrialRow:
         self.metrics, self.note, self.waiting_since = dict(metrics), self.survived, None
 
     def wait(self, what_for: str = "") -> None:
-        """The trial is to be run, or to be run on, later."""
+        """Mark the trial as waiting to be started or resumed."""
         said = f"waits {what_for}".rstrip()
         self.waits, self.note = True, "; ".join([said, *([self.survived] if self.survived else [])])
 
     def end(self, state: State, reason: str | None) -> None:
-        """The trial is over."""
+        """Mark the trial as ended."""
         self.note = note_of(state, reason) or self.survived
         self.ended, self.waiting_since = time.time(), None
-        self.state = state  # at last: from now on it is still
+        self.state = state  # set last: after this the row does not change
 
     def still(self) -> Self:
-        """The trial as it is now, for a thread that draws it while another one changes it."""
+        """Return a copy for a thread that draws the row while another thread changes it."""
         if self.state != "running":
             return self
         return replace(self, curve=dict(self.curve), seconds=dict(self.seconds))
@@ -77,12 +77,12 @@ class TrialRow:
 
     @property
     def fallbacks(self) -> int:
-        """Scenes of the last epoch that the SVD served."""
+        """Scenes of the last epoch that the SVD fallback solved."""
         return int(self.metrics.get("solver_fallbacks", 0))
 
     @property
     def epoch_seconds(self) -> float | None:
-        """What the last epoch took."""
+        """Duration of the last epoch."""
         return self.seconds.get(self.epoch)
 
     @property
@@ -92,12 +92,12 @@ class TrialRow:
 
     @property
     def pace(self) -> Pace:
-        """What a forecast asks for."""
+        """The input of a forecast."""
         return Pace(self.state, self.epoch, tuple(self.seconds.values()))
 
 
 def note_of(state: State, reason: str | None) -> str:
-    """What is said of an end; of a pruned trial what its epoch does not tell."""
+    """Return the note on a trial's end; for a pruned trial only what its epoch does not show."""
     if state == "pruned":
         return (reason or "").partition(": ")[2]
     return reason or "" if state == "failed" else ""

@@ -1,4 +1,4 @@
-"""At which epochs a scheduler looks at its trials, and what it asks of them there."""
+"""The epochs at which a scheduler compares trials, and its cut-offs there."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tuner.space import n_points
 
 
 def rungs_of(search: SearchConfig, epochs: int) -> list[int]:
-    """The epochs after which ASHA, Hyperband or PBT may stop a trial; none for other schedulers."""
+    """Return the epochs after which ASHA, Hyperband or PBT may stop trials; else an empty list."""
     if search.scheduler == "pbt":
         return search.milestones(epochs)
     if search.scheduler not in ("asha", "asha-pausing", "hyperband"):
@@ -23,10 +23,10 @@ def rungs_of(search: SearchConfig, epochs: int) -> list[int]:
 
 
 def epochs_in_all(search: SearchConfig, epochs: int) -> int | None:
-    """Epochs that all trials will train, where that is about known: with PBT, and with pauses.
+    """Return the approximate total of epochs with PBT and `asha-pausing`; None for others.
 
-    With pauses as many go on at a rung as are among its best at the end; those who were among
-    them for a time alone come on top.
+    With `asha-pausing`, the number of trials that continue from a rung is estimated by its final
+    best; trials that are among the best only temporarily are not counted.
     """
     if search.scheduler == "pbt":
         whole = search.population_trials(epochs)
@@ -42,11 +42,11 @@ def epochs_in_all(search: SearchConfig, epochs: int) -> int | None:
 
 
 def most_waiting(search: SearchConfig) -> int:
-    """How many trials wait at rungs at a time where they pause there, about and at most."""
+    """Return the approximate maximum number of trials that wait at rungs with `asha-pausing`."""
     there = int(min(search.trials, n_points(search.space)))
     return max(there // search.reduction_factor, min(there, max(1, search.promote)))
 
 
 def cut_off(objectives: Sequence[float], factor: int) -> float | None:
-    """The objective that ASHA asks for at a rung where these were reached; None where none was."""
+    """Return ASHA's cut-off at a rung for the objectives reached there; None if there are none."""
     return float(np.percentile(objectives, 100 / factor)) if objectives else None

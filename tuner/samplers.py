@@ -1,7 +1,8 @@
-"""Optuna samplers by their configured names.
+"""Optuna samplers by configured name.
 
-The ledger makes one for every proposal, with a seed of its own, so that a proposal depends on the
-ledger alone. CMA-ES keeps its distribution in the trials' attributes, the others keep nothing.
+The ledger creates a new sampler with its own seed for every proposal, so that a proposal depends
+only on the ledger. CMA-ES stores its distribution in the trials' attributes; the other samplers
+keep no state.
 """
 
 from __future__ import annotations
@@ -33,25 +34,25 @@ from tuner.refusals import MAX_GRID
 from tuner.rungs import rungs_of
 from tuner.space import SearchSpace, Value, n_points, suggest
 
-_PATIENCE = 3  # proposals in a row that were tried before: then chance proposes
-_SOURCES = 10  # trials of an earlier study of which CMA-ES takes the best tenth as its first cloud
-_MANY = 300  # trials after which a Gaussian process thinks for a second (benchmarks.search)
+_PATIENCE = 3  # consecutive repetitions after which another sampler proposes
+_SOURCES = 10  # trials of an earlier study; CMA-ES starts from the best tenth of them
+_MANY = 300  # trials from which on a Gaussian process takes a second (benchmarks.search)
 
 
 def proposal_sampler(
     study: StudyConfig, number: int, prior: Sequence[FrozenTrial] = (), repeated: int = 0
 ) -> BaseSampler:
-    """The sampler of one proposal, seeded by the study's seed and the proposal's number.
+    """Return the sampler for one proposal, seeded by the study's seed and the proposal's number.
 
     Args:
-        study: names it.
-        number: of the proposal.
+        study: the study, which names the sampler.
+        number: number of the proposal.
         prior: trials of an earlier study.
-        repeated: how many proposals right before it repeated a trial.
+        repeated: number of proposals directly before it that repeated a trial.
     """
     sequence = np.random.SeedSequence(study.seed, spawn_key=(1, number))
     seed = int(sequence.generate_state(1)[0])
-    if repeated >= _PATIENCE:  # a sampler that has found its best proposes it for ever
+    if repeated >= _PATIENCE:  # a converged sampler keeps proposing the same point
         sampler = make_stranger(study.search, seed)
     else:
         sampler = make_sampler(study.search, seed, prior)
@@ -64,13 +65,13 @@ def proposal_sampler(
 
 
 def make_sampler(search: SearchConfig, seed: int, prior: Sequence[FrozenTrial]) -> BaseSampler:
-    """The study's sampler, seeded.
+    """Return the study's sampler with a seed.
 
     Args:
-        search: names it and sets its start.
-        seed: of this proposal.
-        prior: trials of an earlier study. CMA-ES alone asks for them: the other samplers that
-            learn take what the study holds.
+        search: names the sampler and sets its startup trials.
+        seed: seed of this proposal.
+        prior: trials of an earlier study. Only CMA-ES needs them here: the other samplers that
+            learn read them from the study.
     """
     n_startup = search.startup_trials
     if search.sampler == "random":
@@ -80,14 +81,14 @@ def make_sampler(search: SearchConfig, seed: int, prior: Sequence[FrozenTrial]) 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         if search.sampler == "gp":
-            # Of no trial there is nothing to model.
+            # The model needs at least one trial.
             modelled = SpaceGPSampler(search.space, seed=seed, n_startup_trials=max(1, n_startup))
-            # With two objectives nobody is stopped, and a trial that runs has no cost yet.
+            # With two objectives no trial is stopped, and a running trial has no cost yet.
             return Viewing(modelled, with_expected_ends) if search.cost is None else modelled
         if search.sampler == "cmaes":
             moved = search.moved_by_cmaes()
             known = [_restricted(trial, moved) for trial in prior]
-            if known:  # of fewer there is no best tenth, and the best one serves
+            if known:  # repeated, so that the best tenth holds at least one trial
                 known *= math.ceil(_SOURCES / len(known))
             return CmaEsSampler(
                 seed=seed,
@@ -100,9 +101,9 @@ def make_sampler(search: SearchConfig, seed: int, prior: Sequence[FrozenTrial]) 
 
 
 def make_stranger(search: SearchConfig, seed: int) -> BaseSampler:
-    """A sampler of points that are new, for a study whose own repeats what was tried.
+    """Return a sampler that finds new points when the study's own sampler repeats trials.
 
-    Which points of a finite space are left is counted; in a larger one chance finds new ones.
+    In a small finite space the remaining points are enumerated; otherwise points are random.
     """
     if n_points(search.space) <= MAX_GRID:
         return GridSampler(search.space, seed)
@@ -110,7 +111,7 @@ def make_stranger(search: SearchConfig, seed: int) -> BaseSampler:
 
 
 def sampler_note(search: SearchConfig) -> str | None:
-    """What a user should know before this sampler's first proposal, in one line."""
+    """Return one line on what a user should know about the configured sampler, or None."""
     if search.sampler == "grid":
         points = int(n_points(search.space))
         run = min(points, search.trials)
@@ -138,7 +139,7 @@ def sampler_note(search: SearchConfig) -> str | None:
 
 
 def _restricted(trial: FrozenTrial, paths: Sequence[str]) -> FrozenTrial:
-    """The trial with these parameters alone: CMA-ES wants no others in its start."""
+    """Return the trial with these parameters only, as CMA-ES accepts no others as a source."""
     return optuna.trial.create_trial(
         value=trial.value,
         params={path: trial.params[path] for path in paths},
@@ -147,23 +148,23 @@ def _restricted(trial: FrozenTrial, paths: Sequence[str]) -> FrozenTrial:
 
 
 def _distributions(space: SearchSpace) -> dict[str, BaseDistribution]:
-    """All parameters in Optuna's words."""
+    """Return the Optuna distributions of all parameters."""
     anywhere = optuna.trial.FixedTrial({path: p.probes()[0] for path, p in space.items()})
     suggest(space, anywhere)
     return anywhere.distributions
 
 
 def _varied(space: SearchSpace) -> dict[str, BaseDistribution]:
-    """Parameters that have more than one value, by name as Optuna orders them."""
+    """Return the distributions of parameters with several values, sorted as in Optuna."""
     return {path: d for path, d in sorted(_distributions(space).items()) if not d.single()}
 
 
 class Viewing(BaseSampler):
-    """A sampler that sees a study's trials through a view.
+    """A sampler wrapper that presents a modified view of a study's trials.
 
     Args:
-        sampler: which proposes.
-        view: of all trials, whatever their states; it changes none of them in place.
+        sampler: the wrapped sampler.
+        view: maps the trials of all states to those the sampler sees, without in-place changes.
     """
 
     def __init__(
@@ -175,7 +176,7 @@ class Viewing(BaseSampler):
     def infer_relative_search_space(
         self, study: optuna.Study, trial: FrozenTrial
     ) -> dict[str, BaseDistribution]:
-        """That of the sampler."""
+        """Return the search space of the sampler."""
         return self._sampler.infer_relative_search_space(self._seen(study), trial)
 
     def sample_relative(
@@ -211,21 +212,21 @@ class Viewing(BaseSampler):
 
 
 def without_heirs(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
-    """Trials with weights of their own alone: of others the objective is not that of parameters."""
+    """Return trials without inherited weights, which would affect the objective too."""
     return [trial for trial in trials if HEIR not in trial.user_attrs]
 
 
 def waiting_as_stopped(trials: Sequence[FrozenTrial], rungs: Collection[int]) -> list[FrozenTrial]:
-    """The trials, with those that wait at a rung as stopped there.
+    """Return the trials, with those that wait at a rung marked as stopped there.
 
-    A sampler takes what runs for something that nothing is known of.
+    Samplers would treat them as running trials without results.
 
     Args:
-        trials: whatever their states.
+        trials: trials of all states.
         rungs: epochs after which trials wait.
 
     Returns:
-        The same trials in the same order; of those that wait, copies that are PRUNED.
+        The same trials in the same order; waiting ones are replaced by PRUNED copies.
     """
     found = []
     for trial in trials:
@@ -237,7 +238,7 @@ def waiting_as_stopped(trials: Sequence[FrozenTrial], rungs: Collection[int]) ->
 
 
 class SpaceGPSampler(GPSampler):
-    """A Gaussian process over a space that is known."""
+    """A Gaussian process sampler over a fixed search space."""
 
     def __init__(self, space: SearchSpace, *, seed: int, n_startup_trials: int) -> None:
         super().__init__(
@@ -253,11 +254,11 @@ class SpaceGPSampler(GPSampler):
 
 
 class SpaceTPESampler(TPESampler):
-    """TPE over a space that is known.
+    """TPE over a fixed search space.
 
-    Optuna's finds out by comparing the parameters of all trials with each other, for a sampler that
-    is made for one proposal all of them anew: with 10,000 trials half of the proposal's time. In a
-    study of ours every trial has all parameters.
+    Optuna's sampler infers the space by comparing the parameters of all trials, which has to be
+    repeated for a sampler that is created for each proposal: with 10,000 trials this takes half of
+    the proposal's time. In our studies every trial has all parameters.
     """
 
     def __init__(
@@ -279,10 +280,10 @@ class SpaceTPESampler(TPESampler):
 
 
 class UnivariateTPESampler(SpaceTPESampler):
-    """TPE over a space that is known, each parameter by itself: Optuna's ``multivariate=False``.
+    """Univariate TPE over a fixed search space: Optuna's ``multivariate=False``.
 
-    What the good trials and the rest say of one parameter does not depend on the others, as TPE was
-    published. Optuna sorts all trials once for each parameter; here they are sorted once.
+    The densities of the good trials and of the rest are estimated for each parameter independently,
+    as TPE was published. Optuna sorts all trials once per parameter; here they are sorted once.
 
     Source: Bergstra, Bardenet, Bengio and Kegl, "Algorithms for hyper-parameter optimization",
     NIPS 2011, section 4.
@@ -294,7 +295,7 @@ class UnivariateTPESampler(SpaceTPESampler):
     def _sample(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        """What Optuna's method of the same name gives for one parameter after the other."""
+        """Return what Optuna's method of the same name returns for each parameter separately."""
         states = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)
         trials = [
             other
@@ -317,9 +318,9 @@ class UnivariateTPESampler(SpaceTPESampler):
 
 
 class GridSampler(BaseSampler):
-    """Points of a finite space that no trial has had yet, in random order.
+    """Proposes untried points of a finite space in random order.
 
-    Optuna's own ends the whole study from inside and repeats points that were enqueued.
+    Optuna's GridSampler stops the study itself and repeats enqueued points.
     """
 
     def __init__(self, space: SearchSpace, seed: int) -> None:
@@ -336,13 +337,13 @@ class GridSampler(BaseSampler):
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        """A point that is new; nothing when all have been tried."""
+        """Return an untried point; empty if all have been tried."""
         others = study.get_trials(deepcopy=False)
         tried = {
             tuple(self._space[path].index(t.params[path]) for path in self._space)
             for t in others
             if t.state != TrialState.WAITING
-            and "prior" not in t.user_attrs  # of an earlier study: may be tried again
+            and "prior" not in t.user_attrs  # trials of an earlier study may be tried again
             and self._space.keys() <= t.params.keys()
         }
         every = product(*(range(len(values)) for values in self._values.values()))
@@ -360,6 +361,6 @@ class GridSampler(BaseSampler):
         param_name: str,
         param_distribution: BaseDistribution,
     ) -> Value:
-        """Any value of the grid: when no point is new, the ledger sees the repetition."""
+        """Return any grid value: if no point is new, the ledger detects the repetition."""
         values = self._values[param_name]
         return values[self._random.integers(len(values))]

@@ -1,4 +1,4 @@
-"""A few held-out scenes as the winner sees them, for the report: spectra and sources."""
+"""Spectra and sources of a few held-out scenes by the winner's network, for the report."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ if TYPE_CHECKING:
     from tuner.config import StudyConfig
     from tuner.folder import RunFolder
 
-_LOOKED_AT = 64  # held-out scenes among which the first of each number of sources is drawn
+_LOOKED_AT = 64  # held-out scenes, of which the first one of each number of sources is drawn
 _MOST = 6
 _AZIMUTHS, _ELEVATIONS, _RANGES = 73, 37, 80
-DEPTH_DB = 40.0  # below its peak a spectrum is drawn as flat
+DEPTH_DB = 40.0  # depth below the peak at which a spectrum is clipped
 _LEVELS = 250
 
 
 def load_winner(folder: RunFolder, study: StudyConfig) -> Localizer:
-    """The network in best/, whose scenes lie where the study says by now.
+    """Load the network in best/ and point it to the study's current data.
 
     Raises:
-        CheckpointError: it cannot be read.
+        CheckpointError: the network cannot be read.
     """
     from model.localizer import Localizer
 
@@ -43,14 +43,14 @@ def load_winner(folder: RunFolder, study: StudyConfig) -> Localizer:
 
 
 def ensure_scenes(folder: RunFolder, study: StudyConfig) -> bool:
-    """Write scenes.json for the network in best/ unless it is there already.
+    """Write scenes.json for the network in best/ unless it is up to date.
 
     Args:
         folder: the run folder.
-        study: its configuration, which says where recorded scenes lie.
+        study: its configuration, which names the recorded scenes.
 
     Returns:
-        Whether there is a network to draw scenes of.
+        Whether there is a network to draw scenes with.
 
     Raises:
         CheckpointError, DataError: the network or the recorded scenes cannot be read.
@@ -62,7 +62,7 @@ def ensure_scenes(folder: RunFolder, study: StudyConfig) -> bool:
         if json.loads(folder.scenes.read_text(encoding="utf-8"))["network"] == fingerprint:
             return True
     except (OSError, ValueError, KeyError, TypeError):
-        pass  # absent or damaged: made anew
+        pass  # absent or damaged: written again
     content = {"network": fingerprint, **drawn_scenes(load_winner(folder, study))}
     write_text(folder.scenes, json.dumps(content, allow_nan=False) + "\n")
     return True
@@ -70,18 +70,18 @@ def ensure_scenes(folder: RunFolder, study: StudyConfig) -> bool:
 
 @torch.no_grad()
 def drawn_scenes(localizer: Localizer) -> dict[str, Any]:
-    """The first held-out scene of each number of sources, as plain numbers.
+    """Return the first held-out scene of each number of sources, as plain numbers.
 
     Spectra are MVDR of R_blend, in steps below the scene's peak: over azimuth and elevation the
-    highest of the planes through the ranges that were found (of all ranges where none was), and
-    along the range in the direction of each source.
+    maximum of the planes at the detected ranges (over the whole range axis if none was detected),
+    and along the range in the direction of each source.
 
     Args:
         localizer: the network.
 
     Returns:
-        What scenes.json holds: axes, and for each scene its sources (true and found, paired as
-        :func:`physics.metrics.match` does) and spectra.
+        The content of scenes.json: axes, and for each scene its sources (true and found, paired as
+        in :func:`physics.metrics.match`) and spectra.
     """
     from tuner.evaluation import suite_scenes
     from tuner.suites import SUITES
@@ -102,7 +102,7 @@ def drawn_scenes(localizer: Localizer) -> dict[str, Any]:
         covariance = LowRankCovariance(blended.factor[item], blended.loading[item])
         planes = [1.0 / s["found"][2] for s in sources if s["found"]] or grid.inverse_range[::8]
         directions = replace(grid, inverse_range=tuple(planes))
-        # A row an elevation, then one a source along the range.
+        # First the spectrum with one row per elevation, then one along the range per source.
         heights = [mvdr_spectrum(covariance, directions, array, config.scene.wavefront).amax(-1).mT]
         for source in sources:
             azimuth, elevation, _ = source["true"] or source["found"]
@@ -135,7 +135,7 @@ def drawn_scenes(localizer: Localizer) -> dict[str, Any]:
 def _sources(
     scenes: Scenes, found: Detections, detection: list[int], item: int
 ) -> list[dict[str, Any]]:
-    """True sources with what hit them, then what was found beside: degrees, degrees, metres."""
+    """Return true sources with their hits, then false detections: degrees, degrees, metres."""
     truth = scenes.position[item].tolist()
     where, present = found.position[item].tolist(), found.present[item].tolist()
     rows: list[dict[str, Any]] = []
@@ -152,7 +152,7 @@ def _sources(
 
 
 def _detection(found: Detections, where: list[list[float]], item: int, slot: int) -> dict[str, Any]:
-    """A detection with the standard deviation [m] of its range; None where there is none."""
+    """Return a detection with the standard deviation [m] of its range, or None values."""
     if slot < 0:
         return {"found": None, "range_std_m": None}
     std = None
@@ -168,6 +168,6 @@ def _degrees(position: list[float]) -> list[float]:
 
 
 def _steps(spectrum: Tensor, peak: Tensor) -> Any:
-    """Steps below the peak, at most ``_LEVELS``, as integers."""
+    """Return integer steps below the peak, at most ``_LEVELS``."""
     below = 10.0 * torch.log10(peak / spectrum.double())
     return (below * (_LEVELS / DEPTH_DB)).round().clamp(0, _LEVELS).int().tolist()

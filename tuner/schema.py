@@ -45,7 +45,7 @@ def config(
 
 
 def main() -> int:
-    """The command."""
+    """Run the command."""
     return execute(app)
 
 
@@ -53,15 +53,15 @@ def main() -> int:
 
 
 def schema_text() -> str:
-    """The schema as it lies in configs/schema.json."""
+    """Return the schema as stored in configs/schema.json."""
     return json.dumps(study_schema(), indent=2, allow_nan=False) + "\n"
 
 
 def study_schema() -> dict[str, Any]:
-    """JSON schema (2020-12) of a study's YAML: what it may hold before anything is resolved.
+    """Return the JSON schema (2020-12) of a study's YAML, before it is resolved.
 
-    It knows names, types, ranges and the searchable paths. Rules between fields, such as a width
-    that the heads must divide, are checked when a study is read.
+    It covers names, types, ranges and the searchable paths. Rules between fields, such as a width
+    that the heads must divide, are checked when a study is loaded.
     """
     schema = StudyConfig.model_json_schema()
     definitions: dict[str, Any] = schema["$defs"]
@@ -69,7 +69,7 @@ def study_schema() -> dict[str, Any]:
         _tidy(definition)
         kind = definition.get("properties", {})
         for tag in ("type", "family"):
-            # The kind of a section decides what else it may hold; snapshot may go without saying.
+            # The type of a section determines its other fields; "snapshot" may be omitted.
             value = kind.get(tag, {}).get("const")
             if value is not None and value != "snapshot":
                 definition["required"] = [tag, *definition.get("required", [])]
@@ -87,7 +87,7 @@ def study_schema() -> dict[str, Any]:
 
 
 def _tidy(definition: dict[str, Any]) -> None:
-    """Drop what editors do not know, or show for no use."""
+    """Drop entries that editors do not support or show needlessly."""
     definition.pop("title", None)
     definition["description"] = " ".join(definition.get("description", "").split())
     for field in definition.get("properties", {}).values():
@@ -96,12 +96,12 @@ def _tidy(definition: dict[str, Any]) -> None:
 
 
 def _also(field: dict[str, Any], kind: dict[str, Any]) -> None:
-    """What a validator takes besides, and turns into the field's type."""
+    """Add a type that a validator accepts and converts to the field's type."""
     field["anyOf"] = [*field["anyOf"], kind]
 
 
 def _space_schema(field: dict[str, Any]) -> dict[str, Any]:
-    """The search space: one kind of parameter for each path that may be searched."""
+    """Return the schema of the search space: one parameter for each searchable path."""
     parameter = {k: v for k, v in field["additionalProperties"].items() if k != "discriminator"}
     paths = [path for path in field_paths(TrialConfig) if not is_unsearchable(path)]
     return {
@@ -116,7 +116,7 @@ def _space_schema(field: dict[str, Any]) -> dict[str, Any]:
 
 
 def defaults_text() -> str:
-    """Every field at its default, in YAML that `tuner.run --config` reads back as the defaults."""
+    """Return every default as YAML that `tuner.run --config` reads back as the defaults."""
     lines = [
         "# Every field of a study at its default. What a study leaves out is as here.",
         "# python -m tuner.run --config FILE",
@@ -153,7 +153,7 @@ def _field(name: str, field: FieldInfo, value: Any, indent: str) -> Iterator[str
 
 
 def _other(model: type[BaseModel], indent: str) -> Iterator[str]:
-    """The fields of another kind of a section, commented out."""
+    """Yield the fields of another type of a section, commented out."""
     yield f"{indent}# Or, {_first_line(model)[:1].lower()}{_first_line(model)[1:]}"
     for key, inner in model.model_fields.items():
         value = inner.get_default(call_default_factory=True)
@@ -174,21 +174,21 @@ def _comment(text: str, indent: str) -> Iterator[str]:
 
 
 def _inline(value: Any) -> str:
-    """A value in one line of YAML."""
+    """Return a value as one line of YAML."""
     if isinstance(value, list | tuple):
         return f"[{', '.join(_inline(one) for one in value)}]"
     return dump_yaml(value).removesuffix("\n...\n").strip()
 
 
 def choices(annotation: Any) -> str:
-    """The values of a Literal."""
+    """Return the values of a Literal as text."""
     if get_origin(annotation) is Literal:
         return " | ".join(str(value) for value in get_args(annotation))
     return ""
 
 
 def limits(field: FieldInfo) -> str:
-    """The bounds that pydantic checks."""
+    """Return the bounds that pydantic checks as text."""
     signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
     found = []
     for rule in field.metadata:

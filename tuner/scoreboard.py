@@ -1,4 +1,4 @@
-"""Estimators on the same scenes, and what each is worth."""
+"""Scores estimators on the same scenes."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ COVERAGE = (0.5, 0.9, 0.95)
 RANGE_EDGES = (0.0, 2.0, 4.0, 6.0, 8.0, math.inf)
 SNR_STEP = 5.0
 REFERENCE = "nomp"
-# Finer than a beam is wide by three, and of its points eight times as many judged exactly.
+# A grid three times finer than a beam, with eight times as many points evaluated exactly.
 DENSE = NompConfig(oversampling=3.0, candidates=1000)
 
 Estimate = tuple[Detections, LowRankCovariance | None]
@@ -53,7 +53,7 @@ Estimate = tuple[Detections, LowRankCovariance | None]
 
 @dataclass(frozen=True)
 class Estimator:
-    """A way to find sources in a batch of scenes."""
+    """A method that finds sources in a batch of scenes."""
 
     name: str
     note: str
@@ -62,16 +62,16 @@ class Estimator:
 
 @dataclass(frozen=True)
 class Truth:
-    """Scenes, and what can be known of their sources."""
+    """Scenes, and the true steering vectors and bounds of their sources."""
 
     scenes: Scenes
-    steering: Tensor  # (S, K, N) of the model that the scenes were made with
+    steering: Tensor  # (S, K, N) of the model that generated the scenes
     crb_std: Tensor  # (S, K, 3) [rad, rad, m]; inf without a source
     gated: Tensor  # (S, K) bool: sources whose bound is within 2.5 degrees, 2.5 degrees, 0.5 m
 
     @classmethod
     def of(cls, scenes: Scenes, array: PlanarArray, config: SceneConfig) -> Truth:
-        """Bounds at the true positions, with the model that the scenes were made with."""
+        """Compute the bounds at the true positions, with the model that generated the scenes."""
         bound = scene_crb(scenes, array, config.wavefront, config.source_mode)
         std = bound.diagonal(dim1=-2, dim2=-1).sqrt()
         steering = steering_vector(scenes.position, array, config.wavefront)
@@ -96,11 +96,11 @@ class Score:
 def classical_estimators(
     array: PlanarArray, scene: SceneConfig, tikhonov: TikhonovConfig, *, snr_known: bool
 ) -> list[Estimator]:
-    """MUSIC and MVDR on R_samp, told the number of sources; SOMP, told nothing; NOMP, the SNR.
+    """Return MUSIC and MVDR on R_samp (told K), SOMP (told nothing) and NOMP (told the SNR).
 
-    What a grid, or a wrong model, misses of a source counts as noise where that is estimated: SOMP
-    is told no SNR, and ``nomp-blind`` is NOMP without it. ``nomp-dense`` looks at more of the grid
-    before it picks, which finds more and takes longer.
+    Where the noise is estimated, the part of a source that a grid or a wrong model misses counts as
+    noise: SOMP is not given the SNR, and ``nomp-blind`` is NOMP without it. ``nomp-dense``
+    evaluates more grid points before it selects one, which finds more sources and takes longer.
     """
     grid = PolarGrid.covering(scene)
 
@@ -142,7 +142,7 @@ def classical_estimators(
     if snr_known:
         blind = pursuit(plain, told=False)
         every.append(Estimator("nomp-blind", f"NOMP, K by {criterion}, told no SNR", blind))
-    if array.size > scene.max_sources:  # else there is no noise subspace
+    if array.size > scene.max_sources:  # otherwise there is no noise subspace
         every = [
             Estimator("music", "MUSIC on R_samp, K told", spectral(music)),
             Estimator("mvdr", "MVDR on R_samp, K told", spectral(mvdr)),
@@ -154,12 +154,12 @@ def classical_estimators(
 def network_estimators(
     localizer: Localizer, array: PlanarArray, scene: SceneConfig, *, snr_known: bool
 ) -> list[Estimator]:
-    """The network as it was trained, and its positions refined by maximum likelihood.
+    """Return the network as trained, and with its positions refined by maximum likelihood.
 
     Args:
         localizer: the network.
-        array, scene: what the refinement is told of the scenes.
-        snr_known: whether either is told the SNR.
+        array, scene: the model that the refinement assumes.
+        snr_known: whether both are given the SNR.
     """
 
     def network(scenes: Scenes) -> Estimate:
@@ -177,7 +177,7 @@ def network_estimators(
 
     sizes = localizer.config.network
     every = [Estimator("network", sizes.method, network)]
-    if sizes.front_end is None:  # what matching pursuit proposes is refined already
+    if sizes.front_end is None:  # candidates of matching pursuit are already refined
         note = "its positions, refined by maximum likelihood"
         every.append(Estimator("network+refinement", note, refined))
     return every
@@ -196,10 +196,10 @@ def score(
     truth: Truth,
     advance: Callable[[str, int, int], None] = lambda name, done, total: None,
 ) -> Score:
-    """Run an estimator over all scenes, batch by batch, and compare it with the truth.
+    """Run an estimator on all scenes, batch by batch, and compare it with the truth.
 
-    The first batch is run once before the clock starts. `advance` is told the estimator's name,
-    how many scenes are done, and of how many.
+    The first batch is run once before timing starts. `advance` is called with the estimator's name,
+    the number of scenes done, and their total.
     """
     scenes = truth.scenes
     batches = [slice(i, i + BATCH) for i in range(0, len(scenes), BATCH)]
@@ -245,7 +245,7 @@ def _synchronize(tensor: Tensor) -> None:
 
 
 def summary(score: Score, truth: Truth, chosen: Tensor | None = None) -> dict[str, Any]:
-    """What one estimator is worth on some of the scenes (S,) bool; None where undefined."""
+    """Return an estimator's measures on chosen scenes (S,) bool; None where undefined."""
     if chosen is None:
         chosen = torch.ones(len(truth.scenes), dtype=torch.bool, device=truth.gated.device)
     matching = score.matching[chosen]
@@ -285,14 +285,14 @@ def summary(score: Score, truth: Truth, chosen: Tensor | None = None) -> dict[st
 
 
 def pooled_median(error: Tensor, std: Tensor, mask: Tensor) -> float:
-    """Median |error| / CRB over azimuth, elevation and range of the hits of a mask."""
+    """Return the median |error| / CRB over azimuth, elevation and range of the hits in a mask."""
     values = normalized_errors(error, std)[mask]
     values = values[torch.isfinite(values)]
     return float(values.quantile(0.5)) if len(values) else math.nan
 
 
 def by_range(score: Score, truth: Truth) -> list[dict[str, Any]]:
-    """Recall of the sources in each band of true range."""
+    """Return the recall of the sources in each band of true range."""
     distance = truth.scenes.position[..., 2]
     rows = []
     for low, high in itertools.pairwise(RANGE_EDGES):
@@ -315,7 +315,7 @@ def by_range(score: Score, truth: Truth) -> list[dict[str, Any]]:
 
 
 def snr_bands(truth: Truth) -> list[tuple[float, float]]:
-    """Bands of 5 dB that hold all scenes whose SNR is known; none without such a scene."""
+    """Return 5 dB bands that cover all scenes with known SNR; empty if there are none."""
     level = truth.scenes.snr_db
     level = level[torch.isfinite(level)]
     if not len(level):
@@ -327,13 +327,13 @@ def snr_bands(truth: Truth) -> list[tuple[float, float]]:
 
 
 def in_band(truth: Truth, band: tuple[float, float], *, last: bool) -> Tensor:
-    """Scenes (S,) bool whose SNR lies in a band; the last band holds its upper end."""
+    """Return the scenes (S,) bool whose SNR is in a band; the last band includes its upper end."""
     level = truth.scenes.snr_db
     return (level >= band[0]) & ((level <= band[1]) if last else (level < band[1]))
 
 
 def full_report(score: Score, truth: Truth) -> dict[str, Any]:
-    """Everything that the JSON holds of one estimator."""
+    """Return the JSON content for one estimator."""
     bands, counts = snr_bands(truth), truth.scenes.n_sources
     largest = int(max(counts.max(), score.matching.n_found.max()))
     return {

@@ -1,4 +1,4 @@
-"""The evaluation's tables on the terminal."""
+"""Prints an evaluation's tables on the terminal."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _WIDTH = 240
 
 
 def print_tables(content: dict[str, Any], console: Console | None = None) -> None:
-    """Overall, by SNR, by the number of sources, and by range."""
+    """Print the tables: overall, by SNR, by number of sources, and by range."""
     if console is None:
         console = Console()
         if not console.is_terminal:  # a file has no width
@@ -40,7 +40,7 @@ def print_tables(content: dict[str, Any], console: Console | None = None) -> Non
 
 
 def _found(content: dict[str, Any]) -> Table:
-    """F1 with its interval, and its paired differences."""
+    """Return a table of F1 with its interval and paired differences."""
     paired = content["paired_f1"]
     less = [f"less {reference}'s [95 %]" for reference in paired]
     table = _table(content["description"], ["F1 [95 %]", *less])
@@ -56,7 +56,7 @@ def _found(content: dict[str, Any]) -> Table:
 
 
 def _measures(content: dict[str, Any]) -> Table:
-    """All else that has one number."""
+    """Return a table of all other scalar measures."""
     heads = ["gated recall", "GOSPA [m]", "K right", "all found", "|err| /CRB", "NMSE", "scenes /s"]
     table = _table("", heads)
     for name, report in content["methods"].items():
@@ -65,7 +65,7 @@ def _measures(content: dict[str, Any]) -> Table:
             name,
             _number(numbers["gated_recall"]),
             _number(numbers["gospa_m"]),
-            # Who is told K cannot be wrong about it, nor right.
+            # Count accuracy is meaningless for a method that is given K.
             "told" if "K told" in report["note"] else _number(numbers["count_accuracy"]),
             _number(numbers["all_found"]),
             _number(numbers["median_error_over_crb"]),
@@ -76,7 +76,7 @@ def _measures(content: dict[str, Any]) -> Table:
 
 
 def _table(title: str, heads: list[str]) -> Table:
-    """A table of methods that fits 80 columns: words of a head may go onto lines of their own."""
+    """Create a table of methods that fits 80 columns; headers may wrap at words."""
     table = Table(
         title=Text(title) if title else None,
         title_justify="left",
@@ -92,7 +92,7 @@ def _table(title: str, heads: list[str]) -> Table:
 
 
 def signed(difference: dict[str, Any] | None) -> str:
-    if difference is None:  # from itself
+    if difference is None:  # the reference itself
         return ""
     low, high = difference["interval"]
     return f"{difference['difference']:+.3f} [{low:+.3f}, {high:+.3f}]"

@@ -1,8 +1,8 @@
-"""Ray Tune's searcher, bound to the ledger.
+"""A Ray Tune searcher that is backed by the ledger.
 
-Plain OptunaSearch tells Optuna COMPLETE for a trial that was stopped, never ends one
-whose metric is NaN, and forgets what ran when the driver died. Here the ledger is the
-truth: the searcher proposes from it and ends trials in it.
+Plain OptunaSearch marks stopped trials as COMPLETE, never ends a trial whose metric is NaN, and
+loses running trials when the driver dies. Here the ledger is the source of truth: the searcher
+takes proposals from it and ends trials in it.
 """
 
 from __future__ import annotations
@@ -45,15 +45,16 @@ from tuner.watchers import Watcher
 
 logger = logging.getLogger(__name__)
 
-# Of the trial itself, and of Ray's memory monitor, which kills what fills a machine's memory.
-# The kernel's own killer leaves no such word: a line of guesses that names it must not match.
+# Messages of the trial itself and of Ray's memory monitor, which kills processes that exhaust a
+# machine's memory. The kernel's OOM killer leaves no such message: Ray's line of possible causes,
+# which mentions it, must not match.
 _OUT_OF_MEMORY = re.compile(
     r"MemoryExhausted|memory usage threshold|running low on memory|memory pressure \(OOM\)"
 )
 
 
 class LedgerSearch(OptunaSearch):
-    """OptunaSearch whose study is the ledger's, with true ends for every trial."""
+    """OptunaSearch on the ledger's study that records the correct final state of every trial."""
 
     def __init__(
         self,
@@ -72,37 +73,37 @@ class LedgerSearch(OptunaSearch):
         self._folder = folder
         self.storage = Storage.of(folder, ledger.config.resources)
         self._device = device
-        self._n_nodes = n_nodes  # that are there at the time
+        self._n_nodes = n_nodes  # number of nodes at the time of the call
         self._stop = stop
         self._after = after
         self._orphans = deque(ledger.orphans())
         self._numbers: dict[str, int] = {}
-        self._proposed: dict[str, Assignment] = {}  # that no machine has taken yet
+        self._proposed: dict[str, Assignment] = {}  # not yet taken by a machine
         self._ended: set[str] = set()
-        self._in_a_row: dict[int, int] = {}  # losses without a finished epoch between them
-        self._counted: set[str] = set()  # whose last loss is dealt with, with no epoch after it
-        self._failed_on: dict[str, list[str]] = {}  # why trials in a row, by node
-        self._alive: set[str] = set()  # that have finished an epoch in this session
+        self._in_a_row: dict[int, int] = {}  # consecutive losses without a finished epoch
+        self._counted: set[str] = set()  # trials whose last loss was handled, no epoch since
+        self._failed_on: dict[str, list[str]] = {}  # reasons of consecutive failures, by node
+        self._alive: set[str] = set()  # trials that finished an epoch in this session
         self._given_up: dict[str, str] = {}
         self._stopped: set[str] = set()
         self.closed = False
-        self.cut_short: StudyError | None = None  # why trials cannot be saved, if they cannot
-        # What the base class keeps; the study is the ledger's own.
+        self.cut_short: StudyError | None = None  # the error that ends the session
+        # Attributes of the base class; the study is that of the ledger.
         self._space = dict(ledger.config.search.space)
         self._ot_study: Any = ledger.optuna_study
         self._ot_trials: dict[str, Any] = {}
         self._completed_trials = self._ended
 
     def suggest(self, trial_id: str) -> Any:
-        """The next trial: first those that were cut, then new ones; None while all wait."""
+        """Return the next trial, interrupted trials first; None while all trials wait."""
         if self.closed or self.cut_short or self._stop():
             return Searcher.FINISHED
         while True:
             self._settle()
             found = self._orphans.popleft() if self._orphans else self._ledger.ask()
             if found is None:
-                self._settle()  # that nothing new is left is known now
-                # A trial that runs may be handed back yet.
+                self._settle()  # it is known now that no new trial is left
+                # A running trial may still be returned to the ledger.
                 return None if self._numbers.keys() - self._ended else Searcher.FINISHED
             self._numbers[trial_id] = found.number
             try:
@@ -111,7 +112,7 @@ class LedgerSearch(OptunaSearch):
                 self._watcher.started(found)
                 self._end(trial_id, "failed", reason=f"configuration: {error}")
                 self._ended.discard(trial_id)
-                del self._numbers[trial_id]  # the next one takes Ray's trial
+                del self._numbers[trial_id]  # the next trial reuses Ray's trial id
                 continue
             self._proposed[trial_id] = found
             self._watcher.proposed(found)
@@ -133,18 +134,18 @@ class LedgerSearch(OptunaSearch):
             self._after()
 
     def began(self, trial_id: str) -> None:
-        """A machine has taken a trial, for the first time or again."""
+        """Handle that a machine has started a trial, for the first time or again."""
         found = self._proposed.pop(trial_id, None)
         if found is not None:
             self._watcher.started(found)
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        """Nothing: :meth:`reported` hears of every epoch, the last one too."""
+        """Do nothing: :meth:`reported` receives every epoch, including the last one."""
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
-        """End a trial as what it is: done, pruned, failed or lost; or take it back for later."""
+        """End a trial as done, pruned, failed or lost, or return it to the ledger for later."""
         if trial_id not in self._numbers or trial_id in self._ended or self.closed:
             return
         if error or result is None:
@@ -163,26 +164,27 @@ class LedgerSearch(OptunaSearch):
             self._end(trial_id, state, objective=result.get("objective"))
 
     def _abandoned(self, trial_id: str) -> None:
-        """Ray does not try the trial again, although nobody has given it up.
+        """Handle a trial that Ray does not restart although it has not been given up.
 
-        An actor that dies while it takes a trial is reported twice: as an actor that died, upon
-        which Ray puts the trial back into its queue, and as a failed task of a trial in the
-        queue, which Ray ends. The trial goes on as another of Ray's.
+        An actor that dies while it sets up a trial is reported twice: as a dead actor, after which
+        Ray puts the trial back into its queue, and as a failed task of a queued trial, which Ray
+        ends. The ledger's trial resumes as a new Ray trial.
         """
         if trial_id not in self._given_up and trial_id not in self._counted:
             self.lost(trial_id, "its process ended while it took the trial")
-        if trial_id in self._given_up:  # and not even an actor to say so could be started
+        if trial_id in self._given_up:  # and the actor that should report it did not start
             self._end(trial_id, "failed", reason=self._given_up[trial_id])
             return
         self._ended.add(trial_id)
         self._ledger.hand_back(self._numbers[trial_id])
 
     def _suspect(self, trial_id: str, result: dict[str, Any]) -> None:
-        """End the session where one node fails trial after trial for one reason, at once.
+        """End the session if one node repeatedly fails trials immediately for the same reason.
 
-        Such a node (without the compiler, a driver) takes the next trial, and the whole
-        study with it. What diverges does so anywhere. On the only node there is, as many failures
-        more are waited for as trials are at work: these may show that it works.
+        Such a node (without a compiler or a driver) would take and fail one trial after another
+        until the study is used up. Divergence is not counted, as it does not depend on the node. On
+        a single node, the limit is raised by the number of running trials, since these may show
+        that the node works.
         """
         reason, node = str(result.get("reason")), str(result.get("node_id"))
         own = trial_id in self._alive or trial_id in self._given_up or reason.startswith(DIVERGED)
@@ -202,16 +204,16 @@ class LedgerSearch(OptunaSearch):
             )
 
     def lost(self, trial_id: str, reason: str) -> dict[str, Any]:
-        """The trial's process has ended without a word and Ray starts another.
+        """Handle that a trial's process ended without a result, and that Ray starts another one.
 
         Returns:
-            What is to change in what Ray hands to the actor. A trial that is given up ends on
-            its next actor.
+            Changes to the configuration that Ray passes to the next actor. A trial that is given up
+            ends on its next actor.
         """
         number = self._numbers[trial_id]
         self._counted.add(trial_id)
         if speaks_of_full_disk(reason):
-            # No trial's fault: the session ends.
+            # Not the trial's fault: end the session.
             self.cut_short = disk_error(self._folder.path, reason)
             return {}
         if _OUT_OF_MEMORY.search(reason):
@@ -241,7 +243,7 @@ class LedgerSearch(OptunaSearch):
         return {GIVE_UP: reason}
 
     def reported(self, trial_id: str, result: dict[str, Any]) -> bool:
-        """Record an epoch with its checkpoint, which is on disk; whether the trial ends with it."""
+        """Record an epoch and its checkpoint, which is on disk; return whether the trial ends."""
         number = self._numbers.get(trial_id)
         if number is None or trial_id in self._ended or self.closed:
             return False
@@ -273,12 +275,12 @@ class LedgerSearch(OptunaSearch):
         """Nothing: the ledger is the state."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Ray pickles a Tuner's parts beside its results; this one lives in the ledger.
+        # Ray pickles a Tuner's parts with its results; the state of this one is in the ledger.
         return (str, (type(self).__name__,))
 
 
 class LedgerCallback(Callback):
-    """Carries Ray's events to the ledger by way of the searcher."""
+    """Forwards Ray's events to the ledger through the searcher."""
 
     def __init__(self, search: LedgerSearch) -> None:
         self._search = search
@@ -286,24 +288,24 @@ class LedgerCallback(Callback):
     def on_trial_start(
         self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
     ) -> None:
-        """A machine has room for a trial."""
+        """Handle that a trial starts on a machine."""
         self._search.began(trial.trial_id)
 
     def on_trial_recover(
         self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
     ) -> None:
-        """A machine was lost and the trial waits for another."""
+        """Handle that a trial lost its machine and waits for another one."""
         changes = self._search.lost(trial.trial_id, _what_happened(trial))
         trial.config.update(changes)
         if GIVE_UP in changes:
-            trial.max_failures = trial.num_failures  # the next one ends it
+            trial.max_failures = trial.num_failures  # the next failure ends it
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (str, (type(self).__name__,))
 
 
 def _what_happened(trial: Trial) -> str:
-    """One line about a trial's last failure, from what Ray wrote about it."""
+    """Return one line on a trial's last failure from Ray's error file."""
     try:
         text = Path(trial.error_file).read_text(encoding="utf-8", errors="replace")
     except (OSError, TypeError):
@@ -329,7 +331,7 @@ _RAY_KEYS = frozenset(
 
 
 def own_metrics(result: dict[str, Any]) -> dict[str, Any]:
-    """The trial's own metrics, without what Ray adds."""
+    """Return the trial's own metrics, without those that Ray adds."""
     return {
         key: value
         for key, value in result.items()

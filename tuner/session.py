@@ -1,4 +1,4 @@
-"""One session of a study: from a request to results, whoever runs the trials."""
+"""One session of a study, from the request to the results, with Ray or in this process."""
 
 from __future__ import annotations
 
@@ -58,14 +58,14 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_LAST_WORDS = 5.0  # seconds in which the user can be told something before the process ends
-_BETWEEN_WRITES = 9  # times what writing the results took: the driver has more to do
+_LAST_WORDS = 5.0  # seconds for a last message before the process exits
+_BETWEEN_WRITES = 9  # pause in units of a write's duration: the driver has other work
 
 _CONFIGS = Path(__file__).resolve().parent / "studies"  # of an installed package
 if not _CONFIGS.is_dir():  # a clone
     _CONFIGS = _CONFIGS.parent.parent / "configs"
 _WITHOUT_GPU, _WITH_GPU = _CONFIGS / "quickstart.yaml", _CONFIGS / "full.yaml"
-# What a study may still change when it goes on; the rest decides its trials' results.
+# Options that may change on resume; all others affect the trials' results.
 _RESUMABLE = {
     "search__trials",
     "search__time_budget",
@@ -74,13 +74,13 @@ _RESUMABLE = {
     "search__promote",
     "resources__concurrent",
     "resources__gpus_per_trial",
-    "data__shards",  # where they have gone
+    "data__shards",  # they may have been moved
 }
 
 
 @dataclass(frozen=True)
 class Request:
-    """What the user asked for."""
+    """The user's request."""
 
     config: Path | None = None
     overrides: tuple[str, ...] = ()
@@ -94,13 +94,14 @@ class Request:
 
 
 def run_session(request: Request) -> int:
-    """Run a study to its end, or as far as it is let.
+    """Run a study to its end, or until a limit or an interruption ends the session.
 
     Returns:
         The exit code: 0 done, 1 no trial finished, 130 interrupted.
 
     Raises:
-        StudyError, DataError: nothing was started; the message is one line.
+        StudyError, DataError: invalid request or data, with a one-line message; nothing was
+            started.
     """
     if request.local and request.address:
         raise StudyError("--local: uses no Ray, so that --address has no meaning beside it")
@@ -180,10 +181,10 @@ def run_session(request: Request) -> int:
         on = f"go on with: {resume}"
 
         def leave(why: str) -> None:
-            """End at once: nothing that Ray does would return, and the ledger is whole."""
+            """Exit immediately: calls to Ray would not return, and the ledger is consistent."""
             ending = threading.Timer(_LAST_WORDS, os._exit, [INTERRUPTED])
             ending.daemon = True
-            ending.start()  # a reader may be gone, or stand still
+            ending.start()  # the reader of a pipe may be gone or stopped
             try:
                 progress.last_words(f"{why}; {on}")
             finally:
@@ -220,10 +221,10 @@ def run_session(request: Request) -> int:
 
 
 def _refuse_early(request: Request) -> None:
-    """Refuse what no cluster can mend before one is asked for."""
+    """Reject invalid requests that do not depend on the cluster before connecting to one."""
     if request.out is not None:
         RunFolder(request.out).refuse_study()
-    if request.config is None:  # which of them it is follows from the cluster
+    if request.config is None:  # the cluster determines which of them is used
         refusals: list[ConfigError] = []
         for path in (_WITHOUT_GPU, _WITH_GPU):
             try:
@@ -240,7 +241,7 @@ def _connect(stack: ExitStack, request: Request, plugins: Sequence[str] = ()) ->
 
 @contextmanager
 def _connected(request: Request, plugins: Sequence[str]) -> Iterator[Cluster]:
-    """The cluster, neither met nor left in silence."""
+    """Connect to the cluster and disconnect from it, with a message during each wait."""
     quiet = request.verbosity == "quiet"
     with ExitStack() as inner:
         with waiting("connecting to Ray", quiet=quiet):
@@ -257,7 +258,7 @@ def _connected(request: Request, plugins: Sequence[str]) -> Iterator[Cluster]:
 def _prior(
     study: StudyConfig, notes: list[str], *, fresh: bool
 ) -> Callable[[], Sequence[PriorTrial]]:
-    """What the ledger asks for until its first trial: of a fresh study it is read at once."""
+    """Return a function that yields the warm-start trials; for a new study they are read now."""
     path = study.search.warm_start
     if path is None:
         return tuple
@@ -302,7 +303,7 @@ def _load(request: Request, cluster: Cluster | None, notes: list[str]) -> StudyC
 def _reopen(
     stack: ExitStack, request: Request, path: Path, notes: list[str]
 ) -> tuple[RunFolder, StudyConfig]:
-    """Take the folder of an earlier session and its study, with what may change changed."""
+    """Open the folder of an earlier session and load its study with the permitted changes."""
     changed = [key for key, value in request.options.items() if value is not None]
     refused = [flag_of(key) for key in changed if key not in _RESUMABLE]
     refused += ["--config"] if request.config else []
@@ -330,7 +331,7 @@ def _run_trials(
     limits: Limits,
     interruption: Interruption,
 ) -> None:
-    """Let Ray or this process run what is left of the search."""
+    """Run the rest of the search with Ray or in this process."""
 
     due = 0.0
 
@@ -340,7 +341,7 @@ def _run_trials(
         begun = monotonic()
         if begun >= due:
             write_trials(folder, ledger)
-            write_best(folder, ledger, patience=0.0)  # the driver has trials to serve
+            write_best(folder, ledger, patience=0.0)  # trials wait for the driver
             drop_losers(folder, ledger, *winners(ledger))
             due = monotonic() + _BETWEEN_WRITES * (monotonic() - begun)
 
@@ -354,7 +355,7 @@ def _promote(
     progress: Progress,
     interruption: Interruption,
 ) -> None:
-    """Let Ray or this process run what is left of the promotion; no limit of the search ends it."""
+    """Run the rest of the promotion with Ray or in this process, without the search's limits."""
     if not promotion.has_work:
         return
     search, study = promotion.search.config.search, promotion.config
@@ -367,7 +368,7 @@ def _promote(
     runs = folder.promotion()
     limits = Limits(promotion)
     begun = promotion.trials()
-    # Runs of other seeds, or of who was among the best before, may have begun too.
+    # Runs of other seeds, or of trials that were among the best before, may have started too.
     planned = study.replaced({"search.trials": len(begun) + promotion.n_new})
     shown = progress.beside(planned, begun, lambda: limits.seconds)
     watchers = Watchers(shown, TensorBoardLog(promotion, runs.tensorboard))

@@ -1,4 +1,4 @@
-"""Search space: dotted paths of the configuration, and what each may take."""
+"""Search space: dotted paths of the configuration, and the values that each may take."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 Value = bool | int | float | str | None
 Params = Mapping[str, Value]
 
-# The objective must mean the same in every trial, and every trial the same budget.
+# The objective must mean the same, and the budget must be the same, in every trial.
 UNSEARCHABLE = (
     "name",
     "objective",
@@ -37,8 +37,8 @@ UNSEARCHABLE = (
     "training.compile",
 )
 _CELLS = tuple(f"network.{axis}_cells" for axis in ("azimuth", "elevation", "range"))
-_MOST_IMAGES = 8  # kinds of spectra of the same scenes that a study keeps
-_MAX_LISTED = 64  # values of an integer range that are tried one by one
+_MOST_IMAGES = 8  # maximum kinds of spectra per scene that a study caches
+_MAX_LISTED = 64  # values of an integer range that are checked one by one
 
 
 class FloatSpace(FrozenModel):
@@ -76,16 +76,16 @@ class FloatSpace(FrozenModel):
         return math.inf if self.step is None else round((self.high - self.low) / self.step) + 1
 
     def values(self) -> tuple[float, ...]:
-        """All values, as one would write them; there must be finitely many."""
+        """Return all values as decimal steps from ``low``; the number must be finite."""
         low, step = Decimal(str(self.low)), Decimal(str(self.step or 0))
         return tuple(float(low + index * step) for index in range(int(self.size)))
 
     def index(self, value: Any) -> int:
-        """Which of the values this is, however it was rounded."""
+        """Return the index of a value, tolerating rounding."""
         return 0 if self.size == 1 else round((value - self.low) / (self.step or 1))
 
     def probes(self) -> tuple[Value, ...]:
-        """The values that a check against the configuration must try."""
+        """Return the values that a check against the configuration must try."""
         return (self.low, self.high)
 
     def contains(self, value: Any) -> bool:
@@ -177,7 +177,7 @@ class CategoricalSpace(FrozenModel):
         return self.choices
 
     def index(self, value: Any) -> int:
-        """Which of the values this is; 1, 1.0 and True are three."""
+        """Return the index of a value; 1, 1.0 and True are distinct."""
         same = [type(choice) is type(value) and choice == value for choice in self.choices]
         return same.index(True)
 
@@ -195,7 +195,7 @@ SearchSpace = dict[str, ParameterSpace]
 
 
 def same_point(space: SearchSpace, params: Params) -> Callable[[Params], bool]:
-    """A test whether others are this point: steps of floats count, however they were rounded."""
+    """Return a test for equality with this point; stepped floats are compared by step."""
     stepped = {path for path, p in space.items() if p.type == "float" and p.step}
     if not stepped:
         return lambda other: other == params
@@ -237,22 +237,22 @@ def default_space() -> SearchSpace:
 
 
 def suggest(space: SearchSpace, trial: BaseTrial) -> dict[str, Value]:
-    """One point of the space, chosen by the study's sampler."""
+    """Return one point of the space, chosen by the study's sampler."""
     return {path: parameter.suggest(trial, path) for path, parameter in space.items()}
 
 
 def n_points(space: SearchSpace) -> float:
-    """How many configurations the space holds; infinite with a parameter without steps."""
+    """Return the number of points in the space; infinite if a float parameter has no step."""
     return math.prod(parameter.size for parameter in space.values())
 
 
 def is_unsearchable(path: str) -> bool:
-    """Whether the path names what must stay the same in all trials of a study."""
+    """Return whether the field at a path must be the same in all trials of a study."""
     return any(path == held or path.startswith(held + ".") for held in UNSEARCHABLE)
 
 
 def varies_images(space: SearchSpace) -> bool:
-    """Whether trials have too many different spectra of a scene for each to be worth its room.
+    """Return whether trials use too many different spectra of a scene for them to be cached.
 
     Spectra depend on the ridge solutions and on the network's cells.
     """

@@ -1,4 +1,4 @@
-"""How a study stands, read from its run folder by whoever can read it."""
+"""The status of a study, read from its run folder."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from tuner.records import TrialRecord
 from tuner.study import Ledger
 
 StudyState = Literal["running", "finished", "interrupted", "never started"]
-_FRESH = 60.0  # seconds since a driver elsewhere wrote, below which it is taken to be alive
+_FRESH = 60.0  # a driver on another machine counts as alive if it wrote within this many seconds
 
 
 @dataclass(frozen=True)
 class Standing:
-    """A study at one moment."""
+    """The status of a study at one moment."""
 
     folder: RunFolder
     study: StudyConfig
@@ -39,11 +39,11 @@ class Standing:
     best: TrialRecord | None  # of the search
     promoted: Promoted | None  # the winner of its promotion, once that has ended
     n_new: int  # trials that have not started
-    seconds: float  # that trials have run, over all sessions
-    seconds_left: float | None  # about; None while nothing tells it
-    ended: Ended | None  # why the search has nothing to run, if that is so
+    seconds: float  # for which trials have run, over all sessions
+    seconds_left: float | None  # estimate; None while unknown
+    ended: Ended | None  # why the search has nothing left to run; None if it has
     promoting: bool  # whether the search has ended and promoted runs are left
-    mode: str  # of a command that goes on: " --local", or nothing
+    mode: str  # option of the resume command: " --local" or ""
     now: float  # unix time
 
     @property
@@ -54,19 +54,19 @@ class Standing:
 
     @property
     def concluding(self) -> bool:
-        """Whether the search has ended and its driver is still at work."""
+        """Whether the search has ended while its driver is still running."""
         return self.state == "running" and self.ended is not None
 
     @property
     def next_command(self) -> str | None:
-        """What to type now."""
+        """The next command to run, if any."""
         where = shlex.quote(str(self.folder.path))
         if self.state == "running":
             return None
         if self.state == "finished":
             if self.promoted is not None and not self.folder.best.exists():
-                return f"python -m tuner.run --resume {where}{self.mode}"  # fetches it
-            if self.promoted is not None:  # it has been trained at full budget
+                return f"python -m tuner.run --resume {where}{self.mode}"  # fetches the network
+            if self.promoted is not None:  # already trained at full budget
                 return f"python -m model.locate SNAPSHOTS --checkpoint {where}/best"
             if self.best is not None:
                 return f"python -m tuner.train --from {where}"
@@ -81,7 +81,7 @@ class Standing:
         return known | {"to_start": self.n_new}
 
     def as_json(self) -> dict[str, Any]:
-        """The same in plain values; times in seconds."""
+        """Return the status as plain values; times in seconds."""
         best, driver, won = self.best, self.driver, self.promoted
         return {
             "run_dir": str(self.folder.path),
@@ -118,7 +118,7 @@ class Standing:
 
 
 def standing(path: Path) -> Standing:
-    """Look at a run folder, and change nothing in it.
+    """Read the status of a run folder without changing it.
 
     Raises:
         StudyError: there is no study, or its ledger cannot be read.
@@ -165,9 +165,9 @@ def _state(trials: tuple[TrialRecord, ...], *, alive: bool, ended: bool) -> Stud
 
 
 def _seems_alive(folder: RunFolder, driver: Driver, now: float) -> bool:
-    """Whether a driver on another machine is at work whose lock the storage does not show here.
+    """Return whether a driver on another machine is running whose lock is not visible here.
 
-    It writes its clock into the ledger every second or epoch, and clears the lock when it ends.
+    A driver writes its clock to the ledger every second or epoch, and clears the lock at its end.
     """
     if driver.is_here:
         return False
@@ -179,14 +179,14 @@ def _seems_alive(folder: RunFolder, driver: Driver, now: float) -> bool:
 
 @contextmanager
 def _reading(folder: RunFolder, study: StudyConfig, *, alive: bool) -> Iterator[Ledger | None]:
-    """The ledger, to be read; None where a driver has not come to make it."""
+    """Open the ledger for reading; yield None if a driver has not created it yet."""
     if not folder.has_ledger:
         yield None
         return
     try:
         ledger = read_ledger(folder, study)
     except (StudyError, SQLAlchemyError, OptunaError, KeyError) as error:
-        if alive:  # it is being made
+        if alive:  # it is being created
             yield None
             return
         if isinstance(error, StudyError):

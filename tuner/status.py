@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
-_FAILURES = 5  # that are named; trials.csv has all
+_FAILURES = 5  # failures that are listed; trials.csv has all
 
 
 @app.command()
@@ -46,7 +46,7 @@ def status(
 
     from tuner.standing import standing
 
-    # A file or pipe has no width: lines of any length are for it.
+    # A file or pipe has no width, so lines are not wrapped.
     console = Console(highlight=False, soft_wrap=True)
     look = standing(run_dir)
     try:
@@ -93,7 +93,7 @@ def _show(look: Standing, console: Console) -> None:
             words["running"] = "to go on"
         elif waiting := sum(row.waits for row in rows):
             words["running"] = f"running ({waiting} of them waiting)"
-        still = ("running", "to_start")  # of which a study that has ended says nothing
+        still = ("running", "to_start")  # omitted for a study that has ended
         parts = [
             f"{count} {words.get(name, name)}"
             for name, count in counts.items()

@@ -1,14 +1,14 @@
-"""Who is stopped early: the schedulers' rules, each a function of what the ledger holds.
+"""Early stopping: the schedulers' rules, each a function of the ledger's content.
 
-No rule remembers its verdicts: whoever runs the trials, and however often the search
-was interrupted, the same ledger gives the same verdict.
+The rules keep no state of their own: the same ledger always gives the same decision, regardless of
+how trials are run and how often the search was interrupted.
 
-Sources: for successive halving that stops at once, the asynchronous algorithm of Li, Jamieson,
-Rostamizadeh et al., "A system for massively parallel hyperparameter tuning", MLSys 2020, in the
-variant that ends who is not among the best of a rung in the place of pausing him, as Ray Tune and
-Syne Tune have it; for the shares of Hyperband's brackets, Li, Jamieson, DeSalvo, Rostamizadeh and
-Talwalkar, "Hyperband", JMLR 18 (2018), algorithm 1; for the median rule, Golovin, Solnik, Moitra
-et al., "Google Vizier", KDD 2017, section 3.2.1.
+Sources: for asynchronous successive halving, Li, Jamieson, Rostamizadeh et al., "A system for
+massively parallel hyperparameter tuning", MLSys 2020, in the variant of Ray Tune and Syne Tune,
+which stops a trial that is not among the best of a rung instead of pausing it; for the shares of
+Hyperband's brackets, Li, Jamieson, DeSalvo, Rostamizadeh and Talwalkar, "Hyperband", JMLR 18
+(2018), algorithm 1; for the median rule, Golovin, Solnik, Moitra et al., "Google Vizier", KDD 2017,
+section 3.2.1.
 """
 
 from __future__ import annotations
@@ -29,32 +29,32 @@ Started = Callable[[], Sequence[FrozenTrial]]
 
 
 class Rule(Protocol):
-    """Who stops trials."""
+    """A stopping rule."""
 
     def stops(self, number: int, epoch: int, curve: Mapping[int, float], started: Started) -> bool:
-        """Whether a trial ends with an epoch that is not its last.
+        """Return whether a trial stops at an epoch that is not its last.
 
         Args:
-            number: the trial's.
-            epoch: that it has just finished.
-            curve: its objectives by epoch, this one's too; less is better.
-            started: gives all trials of the study that have started, this one and failed ones too.
+            number: number of the trial.
+            epoch: the epoch that it has just finished.
+            curve: its objectives by epoch, including this one; lower is better.
+            started: returns all started trials of the study in any state, including this one.
         """
 
 
 def rule_of(study: StudyConfig) -> Rule | None:
-    """The rule of the study's scheduler; None of one that stops nobody, or decides by turns."""
+    """Return the rule of the study's scheduler; None for `none`, `asha-pausing` and `pbt`."""
     if study.search.scheduler in ("asha", "hyperband"):
         return Halving(study)
     return Median(study) if study.search.scheduler == "median" else None
 
 
 class Halving:
-    """Successive halving, asynchronously: who is not among the best of a rung ends there.
+    """Asynchronous successive halving: a trial that is not among the best of a rung stops there.
 
-    A rung's best are one in `reduction_factor` of all that have come there before. Hyperband has
-    several brackets, each of which begins at a later rung; a trial's bracket follows from its
-    number and the study's seed, in the shares of Hyperband's paper.
+    The best of a rung are one in `reduction_factor` of all trials that have reached it before.
+    Hyperband has several brackets, each of which starts at a later rung; a trial's bracket is drawn
+    from its number and the study's seed, with the shares of the Hyperband paper.
     """
 
     def __init__(self, study: StudyConfig) -> None:
@@ -63,16 +63,16 @@ class Halving:
         self._factor, self._seed = search.reduction_factor, study.seed
         n_brackets = 1
         if search.scheduler == "hyperband":
-            # As many as there are rungs, and one more where a further rung would be the last epoch.
+            # One bracket per rung, and one more if a further rung would be the last epoch.
             grace = min(search.grace_epochs, epochs)
             n_brackets = math.floor(math.log(epochs / grace, self._factor) + 1e-9) + 1
         left = range(n_brackets - 1, -1, -1)  # halvings in a bracket
         sizes = np.array([math.ceil(n_brackets * self._factor**s / (s + 1)) for s in left])
         self._shares = sizes / sizes.sum()
-        self._brackets: dict[int, int] = {}  # by trial, as far as they were asked for
+        self._brackets: dict[int, int] = {}  # by trial, filled on request
 
     def bracket_of(self, number: int) -> int:
-        """Which bracket judges a trial: its first rung, by index."""
+        """Return the bracket of a trial, which is the index of its first rung."""
         if len(self._shares) == 1:
             return 0
         if number not in self._brackets:
@@ -98,10 +98,10 @@ class Halving:
 
 
 class Median:
-    """The median stopping rule: who has never been as good as the others are in the middle ends.
+    """The median stopping rule.
 
-    His best objective is compared with the median of the others' mean objectives, from
-    `grace_epochs` up to this epoch, of all that have come as far.
+    A trial stops if its best objective is worse than the median of the mean objectives, from
+    `grace_epochs` up to this epoch, of all other trials that have reached this epoch.
     """
 
     def __init__(self, study: StudyConfig) -> None:
@@ -116,32 +116,32 @@ class Median:
         return len(means) >= MEDIAN_OVER and min(curve.values()) > float(np.median(means))
 
     def _mean(self, curve: Mapping[int, float], epoch: int) -> float:
-        """From the grace's end up to an epoch, as far as the trial has reported."""
+        """Return the mean objective from the end of the grace period up to an epoch."""
         found = [curve[e] for e in range(self._grace, epoch + 1) if e in curve]
         return sum(found) / len(found)
 
 
 class Verdicts:
-    """What becomes of a study's trials: by the scheduler's rule, and by their chance to win.
+    """Decides which trials of a study stop, by the scheduler's rule and by their chance to win.
 
     Args:
         study: the configuration.
-        started: gives the study's own trials that have started.
+        started: returns the study's own started trials.
     """
 
     def __init__(self, study: StudyConfig, started: Callable[[], Sequence[FrozenTrial]]) -> None:
         self._search, self._budget = study.search, study.training.epochs
         self._rule = rule_of(study)
         self._started = started
-        self._finished: Finished | None = None  # once it has been asked for
+        self._finished: Finished | None = None  # created on first use
 
     def of(self, number: int, epoch: int, curve: Mapping[int, float]) -> str | None:
-        """Why a trial ends with an epoch that is not its last, or None where it goes on.
+        """Return why a trial stops at an epoch that is not its last; None if it continues.
 
         Args:
-            number: the trial's.
-            epoch: that it has just finished.
-            curve: its objectives by epoch, this one's too.
+            number: number of the trial.
+            epoch: the epoch that it has just finished.
+            curve: its objectives by epoch, including this one.
         """
         why = self.hopeless(epoch, curve[epoch])
         if why is None and self._rule and self._rule.stops(number, epoch, curve, self._started):
@@ -149,7 +149,7 @@ class Verdicts:
         return why
 
     def hopeless(self, epoch: int, objective: float) -> str | None:
-        """Why a trial that stands so ends by `search.least_chance`, or None where it goes on."""
+        """Return why `search.least_chance` stops a trial at this objective; None if it does not."""
         search = self._search
         if not search.least_chance or epoch < min(search.grace_epochs, self._budget):
             return None
@@ -159,6 +159,6 @@ class Verdicts:
         return self._finished.why_hopeless(epoch, objective, wanted, search.least_chance)
 
     def ended(self, trial: FrozenTrial) -> None:
-        """A trial has ended."""
+        """Add a trial that has ended."""
         if self._finished is not None and ranks(trial, self._budget):
             self._finished.add(trial)

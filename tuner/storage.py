@@ -1,9 +1,9 @@
-"""Where the ledger lies: a relational database, opened with care and waited for when it is out.
+"""Access to the ledger's database, with retries during outages.
 
-A server that restarts, a network that fails or a lock that is held are no reason to lose a study.
-Whatever Optuna asks of the database is asked again until it answers, for
-PATIENCE at most; here and nowhere else. An answer may be all that was lost: what cannot simply be
-done twice first looks whether it has been done.
+A restarting server, a failing network or a held lock must not end a study. Every database call of
+Optuna is retried until it succeeds, for PATIENCE seconds at most; only this module retries. A call
+may have succeeded although its answer was lost: operations that are not idempotent first check
+whether they have been done.
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-PATIENCE = 300.0  # seconds that an outage may last
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0  # seconds between two attempts: doubled each time
-_RENEW_EVERY = 60.0  # seconds: a claim that is not used can go without a word
-_SILENCE = 1.0  # seconds of an outage that nobody needs to be told of
+PATIENCE = 300.0  # maximum duration of an outage in seconds
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0  # seconds between retries: doubled each time
+_RENEW_EVERY = 60.0  # seconds: an idle claim can be lost without notice
+_SILENCE = 1.0  # seconds of an outage before the user is told
 _SIGNATURE = "ristune:driver"
-_OPENINGS = 3  # of a database: others may be making its tables, or its server be restarting
-_TABLES = {"studies", "trials", "version_info", "alembic_version"}  # Optuna's first ones and last
+_OPENINGS = 3  # attempts: others may be creating the tables, or the server may be restarting
+_TABLES = {"studies", "trials", "version_info", "alembic_version"}  # Optuna's first and last ones
 
 _DRIVERS = {"postgresql": "postgresql+psycopg", "postgres": "postgresql+psycopg"}
 _DIALECTS = ("postgresql", "sqlite")
 _SECRETS = ("password", "passwd", "pwd", "passcode")
-# A connection of which nothing is heard is given up in a minute; the system's own limit is hours.
+# A silent connection is dropped within a minute; the system's default is hours.
 _LIBPQ: dict[str, Any] = {
     "connect_timeout": 10,
     "keepalives_idle": 30,
@@ -69,16 +69,17 @@ _SQLITE_PASSING = frozenset(
 _T = TypeVar("_T")
 
 
-# No room on the disk, or, as SQLite says it of a file that may not grow, no writing.
+# A full disk, or a write error, which SQLite reports for a file that may not grow.
 _SQLITE_NO_ROOM = frozenset({sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_WRITE})
 
 
 class Outage(Exception):
-    """The database does not answer, or cannot write, just now.
+    """The database temporarily does not answer or cannot write.
 
     Args:
-        text: what it said.
-        no_room: whether its disk, which is the run folder's too, is full: waiting makes no room.
+        text: the message of the database driver.
+        no_room: whether its disk, which also holds the run folder, is full, so that waiting does
+            not help.
     """
 
     def __init__(self, text: str, *, no_room: bool = False) -> None:
@@ -87,10 +88,10 @@ class Outage(Exception):
 
 
 def parse_url(text: str) -> URL:
-    """The URL of a database, with the driver that is installed with ristune.
+    """Parse the URL of a database and set the driver that is installed with ristune.
 
     Raises:
-        ValueError: no URL, another kind of database, a password, or a database in memory.
+        ValueError: invalid URL, unsupported database, a password, or an in-memory database.
     """
     from sqlalchemy.engine import make_url
     from sqlalchemy.exc import ArgumentError
@@ -99,7 +100,7 @@ def parse_url(text: str) -> URL:
         url = make_url(text)
     except (ArgumentError, ValueError):
         raise ValueError("is no URL of a database; expected postgresql://USER@HOST/NAME") from None
-    # SQLAlchemy takes what follows a bracket for a part of the host's name.
+    # SQLAlchemy parses what follows a bracket as part of the host name.
     secrets = [key for key in url.query if any(word in key.lower() for word in _SECRETS)]
     if url.password is not None or secrets:
         raise ValueError(
@@ -120,14 +121,14 @@ def parse_url(text: str) -> URL:
 
 
 def sqlite_url(database: Path) -> URL:
-    """The URL of a SQLite file, whatever its path is made of."""
+    """Return the URL of a SQLite file; the path may hold any characters."""
     from sqlalchemy.engine import URL
 
     return URL.create("sqlite", database=str(database))
 
 
 def connect_args(url: URL) -> dict[str, Any]:
-    """What bounds the waiting for this database, except what the URL itself says."""
+    """Return the timeouts for connections to this database, except those set in the URL."""
     if url.get_backend_name() == "sqlite":
         return dict(_SQLITE)
     if url.get_driver_name() in ("psycopg", "psycopg2"):
@@ -136,10 +137,11 @@ def connect_args(url: URL) -> dict[str, Any]:
 
 
 def open_storage(url: URL) -> PatientStorage:
-    """Connect to a database and make its tables if there are none.
+    """Connect to a database and create its tables if they are missing.
 
     Raises:
-        StudyError: in one line, after some ten seconds at most for a server that does not answer.
+        StudyError: the database cannot be opened; raised within about ten seconds if the server
+            does not answer. The text is one line.
     """
     from sqlalchemy import event
 
@@ -153,15 +155,16 @@ def open_storage(url: URL) -> PatientStorage:
     rdb = _tried(place, opened)
     event.listen(rdb.engine, "handle_error", as_outage)
     cached = optuna.storages.get_storage(rdb)
-    # The rest of its methods is put in below the class, where mypy does not look.
+    # The remaining methods are set below the class, which mypy does not see.
     return PatientStorage(cached, place, rdb.engine.dispose)  # type: ignore[abstract]
 
 
 def has_tables(url: URL) -> bool:
-    """Whether a database can hold studies as it is; it is asked, and left so.
+    """Return whether a database already has Optuna's tables, without changing it.
 
     Raises:
-        StudyError: in one line; nobody answers, or a SQLite file has no folder to lie in.
+        StudyError: the server does not answer, or the folder of a SQLite file does not exist. The
+            text is one line.
     """
     from sqlalchemy import create_engine, inspect
     from sqlalchemy.pool import NullPool
@@ -181,13 +184,13 @@ def has_tables(url: URL) -> bool:
 
 
 def _tried(place: str, work: Callable[[], _T]) -> _T:
-    """What `work` returns, begun anew where its beginning was disturbed.
+    """Call `work`, and call it again if another process or the server disturbed it.
 
-    Two studies that begin at the same time in an empty database make the same tables; and a server
-    that has answered may end the connection before all has been asked over it.
+    Two studies that start at the same time in an empty database create the same tables, and a
+    server that has answered may close the connection before all statements are sent.
 
     Raises:
-        StudyError: in one line; it was disturbed each time, or cannot be done.
+        StudyError: all attempts failed, or the failure is permanent. The text is one line.
     """
     from sqlalchemy.exc import DBAPIError
 
@@ -197,7 +200,7 @@ def _tried(place: str, work: Callable[[], _T]) -> _T:
             try:
                 return work()
             except (DBAPIError, optuna.exceptions.StorageInternalError) as error:
-                late = time.monotonic() - begun > _LONGEST_PAUSE  # what has waited is not disturbed
+                late = time.monotonic() - begun > _LONGEST_PAUSE  # a timeout is not retried
                 if late or not _was_asked(error):
                     raise
                 time.sleep(_FIRST_PAUSE)
@@ -205,9 +208,9 @@ def _tried(place: str, work: Callable[[], _T]) -> _T:
 
 
 def _was_asked(error: BaseException | None) -> bool:
-    """Whether a database had been reached when this happened.
+    """Return whether the database had been reached when the error occurred.
 
-    What a lost connection raises last is that nothing can be rolled back over it.
+    The causes are searched too, as the last error of a lost connection is that of the rollback.
     """
     while error is not None:
         if getattr(error, "statement", None):
@@ -218,7 +221,7 @@ def _was_asked(error: BaseException | None) -> bool:
 
 @contextmanager
 def _refused(place: str) -> Iterator[None]:
-    """Say in one line why a database cannot be opened."""
+    """Turn an error on opening a database into a one-line StudyError."""
     from sqlalchemy.exc import SQLAlchemyError
 
     try:
@@ -235,46 +238,47 @@ def _refused(place: str) -> Iterator[None]:
 def _opened(url: URL) -> BatchedStorage:
     from tuner.rdb import BatchedStorage
 
-    # Braces are a template's to Optuna.
+    # Optuna treats braces as a template.
     text = url.render_as_string(hide_password=False).replace("{", "{{").replace("}", "}}")
     return BatchedStorage(text, engine_kwargs={"connect_args": connect_args(url)})
 
 
 def _make_sqlite(path: Path) -> None:
-    """Make a SQLite file with Optuna's tables, whole or not at all, where there is none.
+    """Create a SQLite file with Optuna's tables atomically if it does not exist.
 
-    Optuna makes table after table, each with its indexes, and of tables that are there it makes no
-    index any more. In a file whose making a full disk or a power cut ended amid, studies may lack
-    the one that keeps their names apart, and every session would begin a study of its own.
+    Optuna creates one table after another with its indexes, and creates no indexes for existing
+    tables. In a file whose creation was interrupted by a full disk or a power cut, the index that
+    makes study names unique may be missing, and every session would start a new study.
     """
-    if path.exists() or not path.parent.is_dir():  # what is wrong there is said when it is opened
+    if path.exists() or not path.parent.is_dir():  # opening it reports the error
         return
     with suppress(OSError), ExitStack() as stack:
         beside = TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.", suffix=PART)
         fresh = Path(stack.enter_context(beside)) / path.name
         _opened(sqlite_url(fresh)).engine.dispose()
         sync(fresh)
-        # Not by renaming: another study may have made it meanwhile, and begun. A file system
-        # without hard links has it made in its place.
+        # Do not rename: another study may have created the file meanwhile. On a file system without
+        # hard links, Optuna creates the tables in place.
         os.link(fresh, path)
         sync(path.parent)
 
 
 def shown(url: URL) -> str:
-    """A database as users know it."""
+    """Return the name of a database for messages: a path, or the URL."""
     if url.get_backend_name() == "sqlite":
         return str(url.database)
     return url.render_as_string()
 
 
 def as_outage(context: ExceptionContext) -> Exception | None:
-    """What SQLAlchemy raises in place of an error that will pass; None leaves the error as it is.
+    """Return an Outage for SQLAlchemy to raise instead of a temporary error; None keeps the error.
 
-    It is no error of SQLAlchemy's: Optuna would wrap that, or try by itself to make a trial again.
+    Outage is not a SQLAlchemy error, which Optuna would wrap, or on which it would retry the
+    creation of a trial itself.
     """
     error = context.original_exception
     if isinstance(error, sqlite3.Error):
-        # The low byte is the kind, the rest its shade.
+        # The low byte is the primary error code, the rest the extended one.
         code = getattr(error, "sqlite_errorcode", 0)
         if code in _SQLITE_NO_ROOM:
             return Outage(_first_line(error), no_room=True)
@@ -286,15 +290,15 @@ def as_outage(context: ExceptionContext) -> Exception | None:
 
 
 class PatientStorage(BaseStorage):
-    """An Optuna storage that waits while its database is out.
+    """An Optuna storage that waits while its database is unavailable.
 
     Args:
-        backend: the storage, whose database raises :class:`Outage`.
-        place: what the database is called before the user.
-        release: lets go of the database.
+        backend: the wrapped storage, whose database raises :class:`Outage`.
+        place: name of the database in messages.
+        release: closes the connections to the database.
 
-    One driver at a time writes a study: a trial that has appeared since an attempt to make one
-    failed is the one that was to be made.
+    Only one driver at a time writes a study, so a trial that appears after a failed attempt to
+    create one is the result of that attempt.
     """
 
     def __init__(
@@ -306,29 +310,29 @@ class PatientStorage(BaseStorage):
         self._backend = backend
         self._release = release
         self._claim: Claim | None = None
-        self._renewed = 0.0  # monotonic: when the claim was last seen to be held
+        self._renewed = 0.0  # monotonic time when the claim was last confirmed
         self._signature: tuple[int, str] | None = None
-        self._is_sure = True  # that nobody else has driven the study since it was signed
+        self._is_sure = True  # that no other driver had the study since it was signed
         self._way_on = ""
 
     def hold(self, claim: Claim, way_on: str) -> None:
-        """Keep other drivers out until the end; `way_on` is said where the database is lost."""
+        """Hold the claim until the end; `way_on` is part of the message if the database is lost."""
         claim.take()
         self._claim, self._renewed = claim, time.monotonic()
         self._way_on = f"; {way_on}"
 
     def sign(self, study_id: int) -> None:
-        """Leave word in a study of who drives it, by which a driver knows its study again."""
+        """Write a signature into a study, by which this driver recognises it after an outage."""
         signature = uuid.uuid4().hex
         self.set_study_system_attr(study_id, _SIGNATURE, signature)
-        self._signature = study_id, signature  # now that it can be read
+        self._signature = study_id, signature  # set after the write succeeded
 
     def _make_sure(self) -> None:
-        """After an outage, and now and then: that no other driver has had the study meanwhile.
+        """Check, after an outage and periodically, that no other driver has had the study.
 
         Raises:
             Outage: the database does not answer, or another driver has the study now.
-            LedgerLost: another one has had it: what this one knows of its trials may be old.
+            LedgerLost: another driver has had it, so that the trials in memory may be outdated.
         """
         if self._claim is not None:
             self._is_sure = not self._claim.renew() and self._is_sure
@@ -342,10 +346,10 @@ class PatientStorage(BaseStorage):
                 f"it{self._way_on}"
             )
             raise self.lost
-        self._is_sure = True  # as long as the claim stays
+        self._is_sure = True  # until the claim is lost
 
     def create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> int:
-        """Make a trial, once; one whose number is known beforehand spares a look at all others."""
+        """Create a trial exactly once; a number known in advance saves a query of all trials."""
         known = template_trial.number if template_trial is not None else -1
         if known < 0:
             known = self.get_n_trials(study_id)
@@ -362,7 +366,7 @@ class PatientStorage(BaseStorage):
     def set_trial_state_values(
         self, trial_id: int, state: TrialState, values: Sequence[float] | None = None
     ) -> bool:
-        """Begin or end a trial, once."""
+        """Start or end a trial exactly once."""
 
         def write() -> bool:
             return self._backend.set_trial_state_values(trial_id, state, values)
@@ -375,9 +379,9 @@ class PatientStorage(BaseStorage):
     def write_together(
         self, trial_id: int, values: Mapping[int, float], attrs: Mapping[str, Any]
     ) -> None:
-        """Values by step and attributes of a trial that runs: all of them, or none, are there.
+        """Write intermediate values by step and attributes of a running trial atomically.
 
-        In a database that is one commit, which waits for the disk once.
+        In a database this is a single commit, which waits for the disk once.
         """
         self._patiently(lambda: self._write_together(trial_id, values, attrs))
 
@@ -394,20 +398,20 @@ class PatientStorage(BaseStorage):
             self._backend.set_trial_user_attr(trial_id, key, attr)
 
     def remove_session(self) -> None:
-        """Let go of the database, which needs no answer."""
+        """Close the connections and release the claim; needs no answer from the database."""
         self._backend.remove_session()
         self._release()
         if self._claim is not None:
             self._claim.release()
 
     def _patiently(self, work: Callable[[], _T], again: Callable[[], _T] | None = None) -> _T:
-        """What `work` returns; after an outage what `again` does, or `work` once more.
+        """Call `work` and return its result; after an outage call `again`, or `work` once more.
 
-        A driver comes here every second while trials run, as it keeps their time.
+        The driver calls this every second while trials run, as it stores their running time.
 
         Raises:
-            LedgerLost: the database has been out for PATIENCE, its disk is full, or the user
-                interrupted the waiting; from then on at once.
+            LedgerLost: the database has been unavailable for PATIENCE seconds, its disk is full, or
+                the user interrupted the wait; all later calls raise it immediately.
         """
         if self.lost is not None:
             raise self.lost
@@ -443,7 +447,7 @@ class PatientStorage(BaseStorage):
                     )
                 try:
                     time.sleep(min(pause, max(0.0, PATIENCE - spent)))
-                except KeyboardInterrupt:  # the user has lost patience: nothing waits again
+                except KeyboardInterrupt:  # later calls fail immediately
                     self.lost = lost
                     raise
                 pause = min(2 * pause, _LONGEST_PAUSE)
@@ -455,7 +459,7 @@ class PatientStorage(BaseStorage):
 
 
 def _patient(name: str) -> Callable[..., Any]:
-    """A method of Optuna's interface that may simply be done twice."""
+    """Return a method that retries an idempotent method of Optuna's interface."""
 
     def method(self: PatientStorage, *args: Any, **kwargs: Any) -> Any:
         call = getattr(self._backend, name)
@@ -464,8 +468,8 @@ def _patient(name: str) -> Callable[..., Any]:
     return method
 
 
-# Attributes, values and parameters are written over, or into the place that they already have.
-# Every method of the interface is taken, so that none is without patience.
+# Writes of attributes, values and parameters overwrite existing entries, so they are idempotent.
+# All methods of the interface are wrapped, so that each of them retries.
 for _name, _function in inspect.getmembers(BaseStorage, inspect.isfunction):
     if not _name.startswith("_") and _name not in vars(PatientStorage):
         setattr(PatientStorage, _name, _patient(_name))
@@ -473,17 +477,17 @@ abc.update_abstractmethods(PatientStorage)  # type: ignore[type-abstract]
 
 
 def patient(storage: Path | BaseStorage) -> PatientStorage:
-    """A storage with patience: a SQLite file, made where there is none, or one that is open."""
+    """Wrap a storage with retries: a SQLite file, created if missing, or an open storage."""
     if isinstance(storage, Path):
         return open_storage(sqlite_url(storage))
     if isinstance(storage, PatientStorage):
         return storage
-    # Its methods are set beside the class, which mypy cannot see.
+    # Its methods are set outside the class, which mypy cannot see.
     return PatientStorage(storage, "memory")  # type: ignore[abstract]
 
 
 def _first_line(error: BaseException) -> str:
-    """What a driver says, without the statement and the links that SQLAlchemy adds."""
+    """Return a driver's message without the statement and links that SQLAlchemy adds."""
     cause = getattr(error, "orig", None) or error.__cause__ or error
     cause = getattr(cause, "orig", None) or cause
     return " ".join(str(cause).split()) or type(cause).__name__

@@ -1,12 +1,12 @@
-"""The ledger: what was tried, how far it came and how it ended.
+"""The ledger: the record of a study's trials, their progress and their results.
 
-One Optuna study in a database is the only record of a search. Ray Tune and the local
-loop both write to it and both go on from it, so that a crash costs the epoch under
-way: an epoch is written together with its checkpoint, which is on disk by then. Numbers:
+One Optuna study in a database is the only record of a search. Ray Tune and the local loop both
+write to it and both resume from it, so that a crash loses only the running epoch: an epoch is
+recorded together with its checkpoint, which is on disk by then. Seeds:
 
-- a trial's seed is `SeedSequence(study seed, spawn_key=(0, number))`, one word of it;
-- the sampler is seeded anew for each proposal by `spawn_key=(1, number)`, so that a
-  proposal depends on the ledger alone and not on where a session began.
+- the seed of a trial is one word of `SeedSequence(study seed, spawn_key=(0, number))`;
+- the sampler is seeded anew for each proposal by `spawn_key=(1, number)`, so that a proposal
+  depends only on the ledger and not on where a session started.
 """
 
 from __future__ import annotations
@@ -60,22 +60,23 @@ from tuner.storage import patient
 logger = logging.getLogger(__name__)
 
 _ENDS = {"done": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}
-_MAX_DUPLICATES = 50  # the same: the space is exhausted
-_MAX_TRACEBACK = 8000  # characters of a traceback in the ledger; the file has the whole
+_MAX_DUPLICATES = 50  # duplicate proposals in a row after which the space counts as exhausted
+_MAX_TRACEBACK = 8000  # characters of a traceback in the ledger; the file has all of it
 
 
 class Ledger:
-    """The study's record, and the only way to propose, report and end trials.
+    """The record of a study, and the only interface to propose, report and end trials.
 
     Args:
-        storage: SQLite file, made where there is none, or a storage that is open.
+        storage: a SQLite file, created if missing, or an open storage.
         study: the configuration.
-        prior: asked, until the first trial has started, for what the sampler knows before it.
-        name: what the study is called in the storage; the configuration's name by default.
-        home: the run folder; that of the SQLite file by default. Checkpoints below it are kept by
-            their path from there, so that a folder may be moved or copied.
-        reading: whether it is only looked at, maybe while another process runs the study: its
-            trials are those of the moment at which they are first asked for.
+        prior: returns the trials that the sampler knows in advance; called until the first trial
+            has started.
+        name: name of the study in the storage; the configuration's name by default.
+        home: the run folder; by default the folder of the SQLite file. Checkpoints below it are
+            stored by relative path, so that the folder can be moved or copied.
+        reading: whether the study is only read, possibly while another process runs it. The trials
+            are a snapshot of the moment of the first access.
     """
 
     def __init__(
@@ -94,13 +95,13 @@ class Ledger:
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             optuna.logging.set_verbosity(optuna.logging.ERROR)
             self._database = patient(storage)
-        # Read once: nobody else writes, or who only looks sees it all as it was at one moment.
+        # Trials are read once: no other process writes them, or a reader gets a snapshot.
         self._storage = OwnedStorage(self._database)  # type: ignore[abstract]
         known: dict[str, Any] = {
             "storage": self._storage,
             "study_name": name or study.name,
             "sampler": proposal_sampler(study, 0),
-            "pruner": optuna.pruners.NopPruner(),  # the ledger judges
+            "pruner": optuna.pruners.NopPruner(),  # the ledger prunes
         }
         if reading:
             self._study = optuna.load_study(**known)
@@ -117,7 +118,7 @@ class Ledger:
             self._learn(prior())
         for trial in self._frozen():
             if trial.state == TrialState.RUNNING and STOPPED in trial.user_attrs:
-                self.finish(trial.number, "pruned")  # its driver died before it could
+                self.finish(trial.number, "pruned")  # the driver died before it could end it
 
     @property
     def config(self) -> StudyConfig:
@@ -126,7 +127,7 @@ class Ledger:
 
     @property
     def optuna_study(self) -> optuna.Study:
-        """The Optuna study with all that samplers know, trials of an earlier study too."""
+        """The Optuna study as samplers see it, including trials of an earlier study."""
         return self._study
 
     def _enqueue(self) -> None:
@@ -137,7 +138,7 @@ class Ledger:
                 self._study.enqueue_trial(dict(point), skip_if_exists=True)
 
     def _learn(self, prior: Sequence[PriorTrial]) -> None:
-        """Add what is known before; a driver that died amid it goes on where it was."""
+        """Add the trials of an earlier study; continues where an interrupted driver left off."""
         known = {trial.user_attrs.get("prior") for trial in self._frozen()}
         for trial in prior:
             if trial.source not in known:
@@ -155,7 +156,7 @@ class Ledger:
     # Proposing
 
     def ask(self) -> Assignment | None:
-        """One that was handed back, or a new one; None when the budget or the space is used up."""
+        """Return a trial that was taken back, or a new one; None if budget or space is used up."""
         if self._handed_back:
             return self.going_on(self._handed_back.popleft())
         for _ in range(_MAX_DUPLICATES):
@@ -178,38 +179,38 @@ class Ledger:
         return None
 
     def _take_sampler(self, before: list[FrozenTrial]) -> None:
-        """Let the proposal after these trials be made by its own sampler."""
+        """Set the sampler for the proposal that follows these trials."""
         n_asked = sum(trial.state != TrialState.WAITING for trial in before)
         prior = [trial for trial in before if "prior" in trial.user_attrs]
         repeated = sum(1 for _ in takewhile(is_repetition, reversed(before)))
         self._study.sampler = proposal_sampler(self._config, n_asked, prior, repeated)
 
     def _twin(self, params: dict[str, Value], started: list[FrozenTrial]) -> int | None:
-        """The trial that has had these parameters, if any has."""
+        """Return the number of a trial with these parameters; None if there is none."""
         is_twin = same_point(self._config.search.space, params)
-        # A successor in a population has had them only for a part of its training.
+        # A successor in a population has had its parameters only for part of its training.
         own = (trial for trial in started if HEIR not in trial.user_attrs)
         return next((trial.number for trial in own if is_twin(trial.params)), None)
 
     def _reject(self, number: int, twin: int) -> None:
-        """End a trial that repeats another."""
+        """Mark a proposal as a repetition of another trial and end it."""
         self._storage.set_trial_user_attr(self._id(number), REPEATS, twin)
         self._study.tell(number, state=TrialState.FAIL)
         logger.info("proposal %d repeats trial %d: not run", number, twin)
 
     def _prepare(self, trial: optuna.Trial) -> int:
-        """Note what is known of a trial before it runs; its seed."""
+        """Record a trial's seed and budget before it runs, and return the seed."""
         seed = trial_seed(self._config.seed, trial.number)
         trial.set_user_attr("seed", seed)
         trial.set_user_attr("budget", self._config.training.epochs)
         return seed
 
     def _propose_on(self, frozen: FrozenTrial) -> bool:
-        """Propose the rest of a trial amid whose proposal the driver died; False: a repetition.
+        """Complete a proposal that the driver's death interrupted; return False for a repetition.
 
-        It gets what it would have been given: the sampler's draws for what is known already are
-        made again, and thrown away. The Gaussian process alone may propose another point: it
-        takes its own lost proposal for a trial that runs.
+        The trial gets the same parameters as without the interruption: the sampler's draws for
+        parameters that are already known are repeated and discarded. Only the Gaussian process may
+        propose a different point, as it treats its own interrupted proposal as a running trial.
         """
         others = [trial for trial in self._frozen() if trial.number != frozen.number]
         self._take_sampler(others)
@@ -229,48 +230,48 @@ class Ledger:
 
     @property
     def has_work(self) -> bool:
-        """Whether a trial is to be run on, or a new one may be proposed."""
+        """Whether a trial has to continue, or a new one may be proposed."""
         started = self._started(self._frozen())
         running = any(trial.state == TrialState.RUNNING for trial in started)
         return running or self._n_left(started) > 0
 
     @property
     def n_new(self) -> int:
-        """Trials that may still be proposed."""
+        """The number of trials that may still be proposed."""
         return int(self._n_left(self._started(self._frozen())))
 
     def _n_left(self, started: Sequence[FrozenTrial]) -> float:
-        """Trials that may still be proposed: of the study's number and of the space."""
+        """Return how many trials may still be proposed, limited by the study and its space."""
         search = self._config.search
         return max(0, min(search.trials, n_points(search.space)) - len(started))
 
     @staticmethod
     def _started(trials: list[FrozenTrial]) -> list[FrozenTrial]:
-        """The study's own trials: not waiting, no repetitions, and none of an earlier study."""
+        """Return the study's own started trials: no repetitions, none of an earlier study."""
         return [t for t in trials if t.state != TrialState.WAITING and not is_foreign(t)]
 
     def settle(self) -> list[TrialRecord]:
-        """Decide what can be before the next trial is asked for; the trials that this ends."""
+        """Make pending decisions before the next proposal; return the trials they end."""
         return []
 
     def hand_back(self, number: int) -> None:
-        """Take back a trial that runs; it is the next to be asked for."""
+        """Take back a running trial; :meth:`ask` returns it next."""
         self._handed_back.append(number)
 
     def orphans(self) -> list[Assignment]:
-        """Trials that were running when the last session ended, to be run on."""
+        """Return the trials that were running when the last session ended, to be resumed."""
         found = []
         for frozen in self._frozen():
             if frozen.state != TrialState.RUNNING:
                 continue
-            # The budget is the last of what is known before a trial runs.
+            # The budget is the last attribute written before a trial runs.
             if "budget" not in frozen.user_attrs and not self._propose_on(frozen):
                 continue
             found.append(self.going_on(frozen.number))
         return found
 
     def going_on(self, number: int) -> Assignment:
-        """A trial that runs, to be run on from its last checkpoint."""
+        """Return the assignment that resumes a running trial from its last checkpoint."""
         frozen = self._storage.get_trial(self._id(number))
         attrs = frozen.user_attrs
         kept = attrs.get("checkpoint") or {"location": None, "epoch": 0}
@@ -285,11 +286,11 @@ class Ledger:
         )
 
     def _origin(self, attrs: Mapping[str, Any]) -> str | None:
-        """Whose parameters a trial has, by its attributes: those of nobody else."""
+        """Return the origin of a trial's parameters; None if they were proposed for it."""
         return None
 
     def trial_config(self, trial: Assignment | TrialRecord) -> TrialConfig:
-        """The configuration that a trial runs with.
+        """Return the configuration that a trial runs with.
 
         Raises:
             ConfigError: its parameters cannot be built.
@@ -301,13 +302,14 @@ class Ledger:
     def report(
         self, number: int, metrics: Mapping[str, Any], checkpoint: str | None = None
     ) -> str | None:
-        """Record one epoch with its verdict, and the checkpoint from which the trial can go on.
+        """Record one epoch with the pruning decision and the checkpoint to resume from.
 
-        All of it is written together. An epoch that is run again replaces its record, and its
-        verdict stands.
+        All of it is written atomically. An epoch that is run again replaces its record; its pruning
+        decision is kept.
 
         Returns:
-            Why the trial is to end with this epoch (:meth:`finish` it as pruned), or None.
+            The reason why the trial must end with this epoch (:meth:`finish` it as pruned), or
+            None.
         """
         epoch = int(metrics["epoch"])
         objective = finite(metrics.get("objective"))
@@ -328,30 +330,30 @@ class Ledger:
         return stopped
 
     def _checkpoint_attrs(self, epoch: int, location: str) -> dict[str, Any]:
-        """What a trial's attributes say of its last checkpoint."""
+        """Return the attributes that record a trial's last checkpoint."""
         return {"checkpoint": {"location": self._kept(location), "epoch": epoch}}
 
     def _kept(self, location: str) -> str:
-        """A checkpoint's location as the ledger holds it."""
+        """Return a checkpoint's location in the form stored in the ledger."""
         return location.removeprefix(f"{self._home}/") if self._home else location
 
     def _placed(self, location: str | None) -> str | None:
-        """Where a location that the ledger holds is now."""
+        """Return the current location for one stored in the ledger."""
         inside = location is not None and "://" not in location and not location.startswith("/")
         return f"{self._home}/{location}" if self._home and inside else location
 
     def lost(self, number: int, reason: str) -> None:
-        """Record that a machine died under the trial."""
+        """Record that a trial lost its machine."""
         identifier = self._id(number)
         attrs = self._storage.get_trial(identifier).user_attrs
         self._storage.set_trial_user_attr(identifier, *retries.one_more_loss(attrs, reason))
 
     def out_of_memory(self, number: int, message: str) -> int | None:
-        """Record that memory was not enough for the trial.
+        """Record that a trial ran out of memory.
 
         Returns:
-            The number of parts in which its batches are tried once more; None where that has been
-            tried before, or the parts are single scenes.
+            The number of parts into which its batches are split for a retry; None if that has been
+            tried before, or if the parts are single scenes.
         """
         training = self.trial_config(self.going_on(number)).training
         identifier = self._id(number)
@@ -364,7 +366,7 @@ class Ledger:
         return parts
 
     def hopeless(self, epoch: int, objective: float) -> str | None:
-        """Why a trial that stands so ends by `search.least_chance`, or None where it goes on."""
+        """Return why `search.least_chance` stops a trial at this objective; None if it does not."""
         return self._verdicts.hopeless(epoch, objective)
 
     def finish(
@@ -376,9 +378,9 @@ class Ledger:
         reason: str | None = None,
         traceback: str | None = None,
     ) -> End:
-        """End a trial; a non-finite objective is a failure whatever the caller says.
+        """End a trial; a non-finite objective is always a failure.
 
-        Of one that is pruned the reason is its verdict, unless there is another.
+        The reason of a pruned trial is that of the pruning decision, unless another one is given.
         """
         scores = self._scores(number, objective) if state == "done" else {}
         for name, score in scores.items():
@@ -396,14 +398,14 @@ class Ledger:
         return state
 
     def _scores(self, number: int, objective: float | None) -> dict[str, Any]:
-        """What is minimised, by name: the objective, and the cost where that is one too."""
+        """Return the minimised values by name: the objective, and the cost if the study has one."""
         scores: dict[str, Any] = {"objective": objective}
         if (cost := self._config.search.cost) is not None:
             scores[cost] = self.trial(number).metrics.get(cost)
         return scores
 
     def keep_seconds(self, seconds: float) -> None:
-        """Record how long the study's trials have run, over all sessions."""
+        """Record how long the study's trials have run over all sessions."""
         self._study.set_user_attr("seconds", seconds)
 
     # Reading
@@ -426,10 +428,10 @@ class Ledger:
         return replace(found, checkpoint=self._placed(found.checkpoint))
 
     def unneeded(self, checkpoints: Iterable[tuple[int, str]]) -> list[str]:
-        """Locations among these, each with its trial, from which no trial will go on.
+        """Return the locations among these (trial, location) pairs from which no trial will resume.
 
-        Of a running trial those of epochs before the one that it would go on from; what is newer
-        may be on its way into the ledger.
+        For a running trial these are the checkpoints before the one it would resume from; newer
+        ones may not be recorded in the ledger yet.
         """
         reached = self._reached()
         return [
@@ -439,7 +441,7 @@ class Ledger:
         ]
 
     def _reached(self) -> dict[int, int]:
-        """The epochs from which running trials would go on."""
+        """Return the epochs from which running trials would resume."""
         return {
             t.number: (t.user_attrs.get("checkpoint") or {"epoch": 0})["epoch"]
             for t in self._started(self._frozen())
@@ -447,10 +449,10 @@ class Ledger:
         }
 
     def finished_study(self) -> optuna.Study:
-        """The study's own finished trials as an Optuna study in memory, for plots.
+        """Return the study's own finished trials as an in-memory Optuna study for plots.
 
-        Without those that began with another's weights: their objective is not that of their
-        parameters.
+        Trials that started from another trial's weights are excluded, as their objective does not
+        depend on their parameters alone.
         """
         study = optuna.create_study(direction="minimize")
         for trial in self._started(self._frozen()):
@@ -461,33 +463,33 @@ class Ledger:
         return study
 
     def ranking(self) -> list[TrialRecord]:
-        """Finished, finite trials of the study's own budget, best first; nothing else ranks.
+        """Return finished trials of the study's budget with finite objectives, best first.
 
-        Of equal objectives the cheaper comes first where the study has a cost, then the earlier.
+        Ties are broken by cost if the study has one, then by number. No other trials are ranked.
         """
         own = self._started(self._frozen())
         done = [self._record(trial) for trial in own if trial.state == TrialState.COMPLETE]
         return ranked(done, self._config.training.epochs, self._config.search.cost)
 
     def best(self) -> TrialRecord | None:
-        """The winner, if any trial finished."""
-        # As ranking() has it, without a record of every trial: asked at each trial's end.
+        """Return the winner; None if no trial has finished."""
+        # The first of ranking(), without creating all records, as this is called after every trial.
         budget = self._config.training.epochs
         own = (trial for trial in self._started(self._frozen()) if ranks(trial, budget))
         first = min(own, key=lambda trial: (*trial.values, trial.number), default=None)
         return None if first is None else self._record(first)
 
     def close(self) -> None:
-        """Let go of the database."""
+        """Close the connection to the database."""
         self._database.remove_session()
 
     def announce(self, say: Callable[[str, int], None]) -> None:
-        """Tell the user by `say(text, level)` when the database is out, and when it is back."""
+        """Set `say(text, level)`, which tells the user when the database fails and recovers."""
         self._database.say = say
 
     @property
     def database_lost(self) -> LedgerLost | None:
-        """That the database stayed out for too long, if it did: nothing is recorded any more."""
+        """The error if the database was unavailable for too long; nothing is recorded after it."""
         return self._database.lost
 
     def _frozen(self) -> list[FrozenTrial]:

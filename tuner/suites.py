@@ -1,4 +1,4 @@
-"""Scenes that estimators are compared on: as configured, harder, and with a wrong model."""
+"""Suites of scenes for comparing estimators: as configured, harder, and with model mismatch."""
 
 from __future__ import annotations
 
@@ -8,31 +8,31 @@ from typing import Any
 from physics.geometry import PlanarArray
 from physics.scene import SceneConfig
 
-CHOOSERS = "the scenes that choose a search's winner"  # said where no others are recorded
+CHOOSERS = "the scenes that choose a search's winner"  # shown if there are no other recorded scenes
 
 
 @dataclass(frozen=True)
 class Suite:
-    """How a suite's scenes differ from the configured ones.
+    """The differences of a suite's scenes from the configured ones.
 
-    ``told`` says whether the classical estimators are told of the difference; a network stays as
-    it was trained. Where they are not, they keep the configured model and field of view, and know
-    no more than how many sources there may be: that mismatch is what the suite is for.
+    ``told`` says whether the classical estimators are given the changed model; a network always
+    stays as it was trained. Otherwise they keep the configured model and field of view and only
+    know the maximum number of sources: the suite tests this mismatch.
     """
 
     description: str
     changes: dict[str, Any] = field(default_factory=dict)
     told: bool = False
-    offset: tuple[float, float] | None = None  # of the array's centre, in spacings
+    offset: tuple[float, float] | None = None  # offset of the array's centre, in spacings
 
     def scene(self, configured: SceneConfig) -> SceneConfig:
-        """What the scenes are drawn from."""
+        """Return the configuration from which scenes are drawn."""
         values = configured.model_dump() | self.changes
         values["max_sources"] = max(values["max_sources"], values["min_sources"])
         return SceneConfig.model_validate(values)
 
     def array(self, configured: PlanarArray) -> PlanarArray:
-        """The surface that the scenes are made with."""
+        """Return the surface used to simulate the scenes."""
         if self.offset is None:
             return configured
         return PlanarArray(
@@ -44,7 +44,7 @@ class Suite:
         )
 
 
-# A network that is trained with hardware errors meets those of a suite alone.
+# Configured hardware errors are switched off, so that only those of the suite apply.
 _IDEAL: dict[str, Any] = {
     "element_jitter": 0.0,
     "phase_error_deg": 0.0,

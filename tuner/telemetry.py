@@ -1,4 +1,4 @@
-"""What a user sees while a study runs: a live table on a terminal, plain lines elsewhere."""
+"""Progress output of a running study: a live table on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ logger = logging.getLogger("tuner")
 
 Verbosity = Literal["quiet", "normal", "verbose"]
 
-_SILENCE = 30.0  # seconds after which a pipe is told how far it is
+_SILENCE = 30.0  # seconds without output after which a pipe gets a progress line
 
 
 class _LogFile(logging.FileHandler):
-    """A log that a full disk interrupts; what cannot be written is not worth a traceback a line."""
+    """A log file that drops records on OSError (a full disk) instead of printing tracebacks."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         if not isinstance(sys.exception(), OSError):
@@ -58,7 +58,7 @@ def logging_to(path: Path) -> Iterator[None]:
 
 
 class _OnConsole(logging.Handler):
-    """Shows the log's lines beside the trials; what was said to the user is not said again."""
+    """Prints log records among the trials' lines, except those already shown to the user."""
 
     def __init__(self, console: Console) -> None:
         super().__init__()
@@ -74,12 +74,12 @@ class Progress(Watcher):
     """Follows the trials of one session and shows them.
 
     Args:
-        study: what runs.
+        study: the study that runs.
         history: trials of earlier sessions.
-        stream: where to show it.
-        clock: how long the study's trials have run, over all sessions [s].
-        verbosity: quiet shows nothing of trials that go well, verbose the log's lines too.
-        noun: what a trial is called.
+        stream: where to print.
+        clock: returns how long the study's trials have run, over all sessions [s].
+        verbosity: quiet shows only warnings and errors of trials, verbose adds log records.
+        noun: the word for a trial.
     """
 
     def __init__(
@@ -96,16 +96,16 @@ class Progress(Watcher):
         self._study, self._clock, self._verbosity = study, clock, verbosity
         self._console = Console(file=stream or sys.stdout, highlight=False, soft_wrap=True)
         self._rows = {t.number: TrialRow.of(t) for t in history}
-        self._introduced: set[int] = set()  # trials whose parameters have been said
-        self._spoken = time.monotonic()  # when the user heard of a trial last
+        self._introduced: set[int] = set()  # trials whose parameters have been shown
+        self._spoken = time.monotonic()  # when a line on a trial was last printed
         for row in self._rows.values():
-            if row.state == "running":  # nobody is at work yet
+            if row.state == "running":  # not resumed yet
                 row.wait()
 
     def beside(
         self, study: StudyConfig, history: list[TrialRecord], clock: Callable[[], float]
     ) -> Progress:
-        """One for the promoted runs, shown in the same place and with the same words."""
+        """Return a progress display for the promoted runs on the same stream."""
         return Progress(
             study,
             history,
@@ -117,24 +117,24 @@ class Progress(Watcher):
 
     @property
     def is_live(self) -> bool:
-        """Whether a table is drawn; otherwise one plain line an event."""
+        """Whether a live table is drawn; otherwise each event prints a line."""
         console = self._console
         able = console.is_terminal and not console.is_dumb_terminal
         return able and self._verbosity != "quiet"
 
     def say(self, text: str, level: int = logging.INFO) -> None:
-        """A line to the user and to the log."""
+        """Print and log a line."""
         logger.log(level, text)
         self._console.print(text, markup=False)
 
     def last_words(self, text: str) -> None:
-        """A line before the process ends at once, amid whatever is drawn."""
+        """Print a line before the process exits immediately, even while a table is drawn."""
         self._console.show_cursor()
         self.say(text, logging.ERROR)
         self._console.file.flush()
 
     def note(self, text: str) -> None:
-        """A line to the log, and to a user who has not asked for quiet."""
+        """Log a line, and print it unless the verbosity is quiet."""
         if self._verbosity == "quiet":
             logger.info(text)
         else:
@@ -142,7 +142,7 @@ class Progress(Watcher):
 
     @contextmanager
     def shown(self) -> Iterator[None]:
-        """Draw the live table while trials run; on no terminal say how far it is, now and then."""
+        """Draw the live table while trials run; without a terminal print progress now and then."""
         with self._log_shown():
             if not self.is_live:
                 if self._verbosity == "quiet":
@@ -156,13 +156,13 @@ class Progress(Watcher):
 
     @contextmanager
     def waiting(self, text: str) -> Iterator[None]:
-        """Say what the block does while it does it."""
+        """Show a message while the block runs."""
         with waiting(text, quiet=self._verbosity == "quiet", console=self._console):
             yield
 
     @contextmanager
     def counting(self) -> Iterator[Advance]:
-        """A bar for what is done piece by piece."""
+        """Show a progress bar while the block runs."""
         with counting(quiet=self._verbosity == "quiet", console=self._console) as advance:
             yield advance
 
@@ -184,7 +184,7 @@ class Progress(Watcher):
     # Events
 
     def proposed(self, assignment: Assignment) -> None:
-        """A trial waits for a machine."""
+        """A trial is waiting for a machine."""
         row = self._rows.get(assignment.number) or TrialRow(assignment.number, assignment.params)
         row.wait("for a machine")
         row.is_next = True
@@ -192,7 +192,7 @@ class Progress(Watcher):
         logger.info("%s %04d waits for a machine", self._noun, assignment.number)
 
     def started(self, assignment: Assignment) -> None:
-        """A trial begins, or goes on."""
+        """A trial starts or resumes."""
         row = self._rows.get(assignment.number) or TrialRow(assignment.number, assignment.params)
         row.epoch, row.waiting_since = assignment.epoch, time.monotonic()
         row.waits, row.is_next, row.note = False, False, row.survived
@@ -220,19 +220,19 @@ class Progress(Watcher):
         self._event(number, f"epoch {row.epoch}/{total}: {shown}{pace}{extra}")
 
     def handed_back(self, number: int) -> None:
-        """A trial waits to be run on."""
+        """A trial was returned to the ledger and waits to be resumed."""
         row = self._rows[number]
         row.wait()
         self._event(number, f"waits after epoch {row.epoch}")
 
     def lost(self, number: int, reason: str) -> None:
-        """A machine died under a trial, which will be run on."""
+        """A trial lost its machine and will be resumed."""
         self._rows[number].note = f"lost: {reason}"
         text = f"lost its machine ({reason}); goes on from its last checkpoint"
         self._event(number, text, logging.WARNING)
 
     def halved(self, number: int, parts: int, message: str) -> None:
-        """Memory was not enough for a trial, which will be run on with its batches in parts."""
+        """A trial ran out of memory and will be resumed with its batches split into parts."""
         row = self._rows[number]
         row.note = row.survived = halved_note(row.epoch + 1, parts)
         self._event(number, f"{row.note} ({message})", logging.WARNING)
@@ -271,16 +271,16 @@ class Progress(Watcher):
         self._console.file.flush()
 
     def _remind(self) -> None:
-        """Say how far it is, in a thread of its own."""
+        """Print a progress line; called from a separate thread."""
         rows = list(self._rows.values())
         if any(row.state == "running" and (row.is_next or not row.waits) for row in rows):
             line, self._spoken = self._draw().line(), time.monotonic()
-            # Not by the console, which falls silent for good, and ends the thread that speaks,
-            # where nobody listens any more: the thread at work is to find that.
+            # Do not use the console: on a broken pipe it stops printing for good and ends the
+            # calling thread, but the main thread has to detect the broken pipe.
             self._console.file.write(f"{line}\n")
             self._console.file.flush()
 
     def _draw(self) -> StudyView:
-        # Called by a thread that draws or reminds; events come in another one.
+        # Called from the drawing or reminding thread, while events arrive in another one.
         rows = [row.still() for row in list(self._rows.values())]
         return StudyView(self._study, rows, self._clock())

@@ -1,6 +1,6 @@
-"""TensorBoard's view of a study: every trial's scalars, made from the ledger.
+"""TensorBoard logs of a study: the scalars of every trial, from the ledger.
 
-The driver writes it, from what trials report to it: they may run on other machines.
+The driver writes them from the trials' reports, as trials may run on other machines.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from tuner.watchers import Watcher
 
 
 class TensorBoardLog(Watcher):
-    """A folder of event files: one a trial, and in it each epoch once.
+    """A folder of event files, one per trial, that holds each epoch once.
 
     Args:
         ledger: the study.
-        folder: where trials have their folders, ``trial-0007``.
+        folder: parent of the trials' folders, such as ``trial-0007``.
     """
 
     def __init__(self, ledger: Ledger, folder: Path) -> None:
@@ -38,8 +38,8 @@ class TensorBoardLog(Watcher):
     def reported(self, number: int, metrics: dict[str, Any]) -> None:
         """Append an epoch.
 
-        A trial that goes on after an interruption, or whose machine was lost, may report epochs
-        again: its file is then made anew from the ledger's epochs before this one.
+        A trial that resumes after an interruption or a lost machine may report epochs again: its
+        file is then rewritten from the ledger's epochs before this one.
         """
         epoch = int(metrics["epoch"])
         if number not in self._files or epoch <= self._written[number]:
@@ -48,11 +48,11 @@ class TensorBoardLog(Watcher):
         self._files[number].flush()
 
     def handed_back(self, number: int) -> None:
-        """Close the file of a trial that waits: thousands may."""
+        """Close the file of a waiting trial, as thousands may wait."""
         self._close(number)
 
     def finished(self, number: int, state: State, reason: str | None) -> None:
-        """Close the trial's file; one that never reported has none."""
+        """Close the file of a trial; a trial that never reported has none."""
         self._close(number)
 
     def _begin(self, number: int, before: int) -> None:

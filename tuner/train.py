@@ -59,7 +59,7 @@ def train(
 
     winner, path = _read_winner(source)
     config = _configure(winner, winner["config"], epochs, seed, data, set_ or [])
-    # Of trials whose weights it has, each up to some epoch.
+    # Trials from which it inherited its weights, each up to some epoch.
     ancestors = [
         (_configure(winner, one["config"], epochs, seed, data, set_ or []), one)
         for one in winner.get("lineage", ())
@@ -176,7 +176,7 @@ def _train_alone(winner: dict[str, Any], stages: list[_Stage], folder: Path, dev
         "device": device,
         "metrics": metrics,
     }
-    # Of a training that had ended before nothing is known but its score.
+    # If the training had already ended before, only its score is known.
     trained = "epoch_seconds" in metrics
     if trained or not _holds(folder / "result.json", {"objective": score, "epochs": total}):
         write_text(folder / "result.json", json.dumps(result, indent=2) + "\n")
@@ -194,20 +194,21 @@ def _train_alone(winner: dict[str, Any], stages: list[_Stage], folder: Path, dev
 
 
 def _holds(path: Path, values: dict[str, Any]) -> bool:
-    """Whether a JSON file has these values among others."""
+    """Return whether a JSON file contains these values."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         return values.items() <= dict(content).items()
-    except (OSError, ValueError, TypeError):  # absent, damaged or of another form
+    except (OSError, ValueError, TypeError):  # absent, damaged or in another format
         return False
 
 
 @contextmanager
 def _alone(folder: Path, stages: list[_Stage], resume: bool) -> Iterator[None]:
-    """The folder, made where there is none, while no other training is at work in it.
+    """Create and lock the output folder while the block runs.
 
     Raises:
-        StudyError: another one is, or it holds what was not asked for, or cannot be written.
+        StudyError: another training uses it, its content does not match ``resume``, or it cannot be
+            written.
     """
     from tuner.errors import StudyError
     from tuner.files import FileLock, Locked
@@ -234,14 +235,14 @@ def _alone(folder: Path, stages: list[_Stage], resume: bool) -> Iterator[None]:
     except OSError as error:
         raise StudyError(f"--out: cannot write to {folder}: {error.strerror}") from error
     try:
-        refuse()  # it may have begun, and ended, since
+        refuse()  # another training may have started and ended since
         yield
     finally:
         lock.release()
 
 
 def _begun(stages: list[_Stage]) -> bool:
-    """Whether there is a checkpoint to go on from."""
+    """Return whether there is a checkpoint to resume from."""
     from model.checkpoint import has_checkpoint
 
     return any(has_checkpoint(stage.checkpoint) for stage in stages)
@@ -270,9 +271,9 @@ def _read_winner(source: Path) -> tuple[dict[str, Any], Path]:
 
 @dataclass(frozen=True)
 class _Stage:
-    """A part of a training: whose configuration it has, and the epoch after which the next begins.
+    """A part of a training: its trial and configuration, and the epoch after which the next starts.
 
-    Its network goes on with the weights of the stage before.
+    Its network starts from the weights of the previous stage.
     """
 
     trial: int
@@ -287,7 +288,7 @@ def _stages(
     config: TrialConfig,
     checkpoint: Path,
 ) -> list[_Stage]:
-    """The winner's ancestors and itself; of another number of epochs each has its share."""
+    """Return stages of the winner and its ancestors, scaled to the number of epochs."""
     total, last = config.training.epochs, 0
     stages = []
     for index, (theirs, ancestor) in enumerate(ancestors):

@@ -1,4 +1,4 @@
-"""The trial as a Ray Tune trainable: an actor that takes one trial after another."""
+"""The trial as a Ray Tune trainable: an actor that runs one trial after another."""
 
 from __future__ import annotations
 
@@ -14,36 +14,36 @@ from tuner.checkpoints import TrialCheckpoints, see_data, starting_points
 from tuner.gauges import trial_gauges
 from tuner.trial import TrialRun, place_of
 
-# Keys of the configuration that Ray hands to an actor.
+# Keys of the configuration that Ray passes to an actor.
 NUMBER, CONFIG, DEVICE, STUDY = "number", "config", "device", "study"
-HOME = "home"  # where its checkpoints go
-RESUME = "resume"  # a checkpoint to go on from
-DONOR = "donor"  # checkpoint of another trial, to begin with where there is none of its own
-UNTIL = "until"  # epoch after which the trial makes room, to go on later
-BEQUEATHS = "bequeaths"  # whether others may begin with what it has there
-GIVE_UP = "give_up"  # why the trial is to end as failed, if it is
-CHECKPOINT = "checkpoint"  # of a result: what was kept of the epoch, before anybody hears of it
+HOME = "home"  # folder or URI of the trial's checkpoints
+RESUME = "resume"  # checkpoint to resume from
+DONOR = "donor"  # checkpoint of another trial to start from if the trial has none
+UNTIL = "until"  # epoch after which the trial pauses
+BEQUEATHS = "bequeaths"  # whether other trials may start from its checkpoints there
+GIVE_UP = "give_up"  # reason for which the trial must end as failed, if any
+CHECKPOINT = "checkpoint"  # key of a result: the epoch's checkpoint, written before reporting
 
 
 def allocated_gpus() -> str:
-    """Numbers of the node's GPUs that Ray gave to this process, as in 0 or 0,1; else nothing."""
+    """Return the ids of the GPUs that Ray assigned to this process, as in 0 or 0,1; else empty."""
     if not ray.is_initialized():
         return ""
     return ",".join(ray.get_runtime_context().get_accelerator_ids().get("GPU", []))
 
 
 class TrialActor(tune.Trainable):
-    """Runs trials on the resources that Ray gave it, a step an epoch.
+    """Runs trials on the resources that Ray assigned, one epoch per step.
 
-    It keeps its checkpoints itself: Ray's own way takes a second message for each, which the GPU
-    waits for, and copies what lies in its place already.
+    It writes its checkpoints itself: Ray's mechanism needs a second message for each one, for which
+    the GPU waits, and copies files that are already in place.
     """
 
     _run: TrialRun | None = None
-    _out: OSError | None = None  # why what the trial goes on from could not be brought here
+    _out: OSError | None = None  # error on fetching the checkpoint to start from
 
     def setup(self, config: dict[str, Any]) -> None:
-        """Take a trial; it is built at its first step, or here from its checkpoint."""
+        """Set up a trial, which is built at its first step, or here if it has a checkpoint."""
         self._brought = ExitStack()
         self._study = str(config[STUDY])
         self._gauges = trial_gauges()
@@ -62,11 +62,11 @@ class TrialActor(tune.Trainable):
             try:
                 self._begin(trial, config.get(RESUME), config.get(DONOR))
             except OSError as error:
-                self._out = error  # what is raised here comes to the driver without its words
+                self._out = error  # an error raised here would lose its message
         self._gauges.show({"epoch": self._run.epoch})
 
     def _begin(self, trial: TrialConfig, previous: str | None, donor: str | None) -> None:
-        """Bring here what the trial goes on from or begins with, and read it."""
+        """Fetch and load the checkpoint that the trial resumes or starts from."""
         self._kept.reach()
         if trial.data.shards is not None:
             see_data(trial.data.shards)
@@ -80,16 +80,16 @@ class TrialActor(tune.Trainable):
             self._kept.follow(previous)
 
     def step(self) -> dict[str, Any]:
-        """One epoch, in the words of Ray Tune."""
+        """Run one epoch and return the result for Ray Tune."""
         assert self._run is not None
         if self._out is not None:
             raise self._out
-        self._kept.forget()  # the last epoch is in the ledger, or nobody would ask for another
+        self._kept.forget()  # this call implies that the last epoch is in the ledger
         skipped = self._run.skipped_steps
         result = self._run.failure(self._give_up) if self._give_up else self._run.step()
         if not result["failed"] and not result.get("repeated"):
             result[CHECKPOINT] = self._kept.write(result["epoch"], self._run.save)
-        self._brought.close()  # it has been read; until now memory may not have been enough for it
+        self._brought.close()  # loaded now; before the step, loading could fail for lack of memory
         self._gauges.count("skipped_steps", self._run.skipped_steps - skipped)
         self._gauges.count("solver_fallbacks", result.get("solver_fallbacks", 0))
         over = result["failed"] or result["finished"]
@@ -98,7 +98,7 @@ class TrialActor(tune.Trainable):
         result["training_iteration"] = result["epoch"]
         result |= place_of(result, self._device, self._gpus)
         if ray.is_initialized():
-            # Tells nodes apart that share a host; `ray list nodes` knows it.
+            # Distinguishes nodes on the same host; listed by `ray list nodes`.
             result["node_id"] = ray.get_runtime_context().get_node_id()
         if gpus := allocated_gpus():
             result["gpu"] = gpus
@@ -107,13 +107,13 @@ class TrialActor(tune.Trainable):
         return result
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Take another trial and leave nothing of the last one behind."""
+        """Set up another trial after releasing the last one."""
         self.cleanup()
         self.setup(new_config)
         return True
 
     def cleanup(self) -> None:
-        """Free memory and GPU."""
+        """Release memory and the GPU."""
         if self._run is not None:
             self._run.close()
             self._run = None
@@ -121,6 +121,6 @@ class TrialActor(tune.Trainable):
             self._gauges.end()
 
     def __repr__(self) -> str:
-        # Ray reads this once, when the actor starts, and shows it in the dashboard ever
-        # after. The actor outlives its trials: a trial's number here would soon be false.
+        # Ray reads this once, when the actor starts, and shows it in the dashboard from then on.
+        # The actor runs many trials, so a trial's number here would soon be outdated.
         return f"TrialActor({self._study}, {self._device}, pid {os.getpid()})"

@@ -1,10 +1,9 @@
-"""One trial, whoever runs it: build, go on from a checkpoint, step, and fail in words.
+"""One trial: builds it, resumes it from a checkpoint, steps it, and reports failures.
 
-An exception of the user's own code, a divergence or bad data ends the trial as failed,
-with its reason; it is never a score and never a reason to try again. Three things are raised,
-since the trial itself is sound: a device that no longer answers, which is a lost machine,
-memory that was not enough, which may be for batches in smaller parts, and a full disk, whoever
-wrote there, on which the session ends.
+An exception in user code, a divergence or bad data ends the trial as failed with a reason; it never
+gives a score and is never retried. Three errors are raised instead, as the trial itself is sound: a
+device that no longer answers, which counts as a lost machine; exhausted memory, which may suffice
+for smaller parts of the batches; and a full disk, on whatever write, which ends the session.
 """
 
 from __future__ import annotations
@@ -30,24 +29,24 @@ from tuner.disk import full_disk
 
 logger = logging.getLogger(__name__)
 
-DIVERGED = "diverged"  # begins the reason of a trial that did
+DIVERGED = "diverged"  # prefix of the failure reason of a trial that diverged
 
 
 def trial_name(number: int) -> str:
-    """What a trial is called wherever it is listed: trial-0007."""
+    """Return the display name of a trial: trial-0007."""
     return f"trial-{number:04d}"
 
 
 def place_of(metrics: Mapping[str, Any], device: str, gpus: float) -> dict[str, Any]:
-    """Where an epoch ran, for the ledger, and what it took of the GPUs.
+    """Return where an epoch ran and the GPU time it took, for the ledger.
 
     Args:
-        metrics: what :meth:`TrialRun.step` returned; one that failed has no ``epoch_seconds``.
+        metrics: result of :meth:`TrialRun.step`; a failed one has no ``epoch_seconds``.
         device: the torch device.
-        gpus: GPUs that the trial is given, or a share of one.
+        gpus: GPUs assigned to the trial, or a share of one.
 
     Returns:
-        ``node``, ``device`` and ``gpu_seconds``: GPUs times seconds, whether they were busy or not.
+        ``node``, ``device`` and ``gpu_seconds``: GPUs times seconds, busy or not.
     """
     seconds = metrics.get("epoch_seconds", 0.0)
     return {"node": platform.node(), "device": device, "gpu_seconds": gpus * seconds}
@@ -58,21 +57,21 @@ class DeviceLost(RuntimeError):
 
 
 class MemoryExhausted(RuntimeError):
-    """Memory was not enough; it may be for the same batches in smaller parts."""
+    """Memory is exhausted; it may suffice for the same batches in smaller parts."""
 
 
 class DiskExhausted(RuntimeError):
-    """A disk is full; the trial is sound, and goes on once there is room."""
+    """A disk is full; the trial is sound and can be resumed once there is room."""
 
 
 class TrialRun:
-    """A trainer with its failures turned into results.
+    """A trainer whose failures are turned into results.
 
     Args:
-        config: of the trial.
-        device: where it trains.
-        checkpoint: of its own, to go on from.
-        donor: checkpoint of another trial, with whose weights it begins in the place of new ones.
+        config: configuration of the trial.
+        device: torch device.
+        checkpoint: own checkpoint to resume from.
+        donor: checkpoint of another trial whose weights it starts from instead of new ones.
     """
 
     def __init__(
@@ -96,25 +95,26 @@ class TrialRun:
 
     @property
     def skipped_steps(self) -> int:
-        """Optimiser steps skipped so far, those of earlier sessions too."""
+        """Optimiser steps skipped so far, including earlier sessions."""
         return self._trainer.skipped_steps if self._trainer else 0
 
     def step(self) -> dict[str, Any]:
         """Train and score one epoch.
 
         Returns:
-            The trainer's metrics, on a GPU ``gpu_memory_bytes`` (the largest allocated in the
-            epoch), ``finished`` and ``failed``; a failed one holds
-            ``reason`` and ``traceback`` and an objective of NaN.
+            The trainer's metrics, on a GPU ``gpu_memory_bytes`` (the peak allocated in the epoch),
+            ``finished`` and ``failed``; a failed result holds ``reason``, ``traceback`` and an
+            objective of NaN.
 
         Raises:
-            DeviceLost: the device itself has failed.
-            MemoryExhausted: there was not enough; nothing of the trial is kept in memory.
-            DiskExhausted: something could not be written: a compiler's cache, files of a plug-in's.
+            DeviceLost: the device no longer answers.
+            MemoryExhausted: memory did not suffice; the trial's memory has been released.
+            DiskExhausted: a file could not be written, such as a compiler cache or files of a
+                plug-in.
         """
         try:
             trainer = self._build()
-            if trainer.finished:  # cut between its last epoch and the ledger's line
+            if trainer.finished:  # interrupted before its last epoch was recorded
                 return self._again(trainer)
             on_gpu = self._device.startswith("cuda")
             if on_gpu:
@@ -122,13 +122,13 @@ class TrialRun:
             metrics = dict(trainer.run_epoch())
             if on_gpu:
                 metrics["gpu_memory_bytes"] = torch.cuda.max_memory_allocated(self._device)
-        except BdbQuit:  # who leaves the debugger ends the session, as Ctrl-C does: no fault of it
+        except BdbQuit:  # leaving the debugger ends the session, as Ctrl-C does
             raise KeyboardInterrupt from None
         except TrialDiverged as error:
             return self._failure(f"{DIVERGED}: {error}", error)
         except DataError as error:
             return self._failure(f"data: {error}", error)
-        except Exception as error:  # the trial's own fault, reported with its traceback
+        except Exception as error:  # a failure of the trial, reported with its traceback
             if is_out_of_memory(error):
                 raise self._exhausted(error) from None
             if not _device_answers(self._device):
@@ -144,7 +144,7 @@ class TrialRun:
 
     @staticmethod
     def _again(trainer: Trainer) -> dict[str, Any]:
-        """What :meth:`step` returned of the last epoch, as far as it matters a second time."""
+        """Return the result of the last epoch again, reduced to what is needed."""
         return {
             "epoch": trainer.epoch,
             "objective": trainer.best_objective,
@@ -154,7 +154,7 @@ class TrialRun:
         }
 
     def save(self, folder: Path) -> bool:
-        """Write the whole state; nothing to save before the first epoch or after a failure."""
+        """Write the full state; return False before the first epoch or after a failure."""
         if self._trainer is None or self._failed:
             return False
         try:
@@ -166,15 +166,15 @@ class TrialRun:
         return True
 
     def build(self) -> None:
-        """Read what the trial goes on from or begins with, as long as it is here."""
+        """Load the checkpoint that the trial resumes or starts from while it is available."""
         try:
             self._build()
         except Exception as error:  # noqa: BLE001 - not swallowed:
-            # step() meets the same error and reports it; a lost device shows there too.
+            # step() raises the same error and reports it; it also detects a lost device.
             logger.warning("trial cannot be built: %s", error)
 
     def close(self) -> None:
-        """Leave nothing behind, neither in memory nor on the GPU."""
+        """Release all memory, including that on the GPU."""
         self._release()
         _settle()
 
@@ -190,7 +190,7 @@ class TrialRun:
         return self._trainer
 
     def _gone_on(self) -> Trainer | None:
-        """A trainer where the trial's own checkpoint was taken, if that can be read."""
+        """Return a trainer at the trial's own checkpoint; None if there is none to read."""
         if self._checkpoint is None:
             return None
         trainer = Trainer(self._config, device=self._device)
@@ -202,21 +202,21 @@ class TrialRun:
         return trainer
 
     def _begun(self) -> Trainer:
-        """A trainer at the trial's beginning: with new weights, or with those of its donor."""
+        """Return a trainer at the start of the trial, with new weights or those of its donor."""
         trainer = Trainer(self._config, device=self._device)
         if self._donor is not None:
             trainer.inherit(self._donor)
         return trainer
 
     def failure(self, reason: str) -> dict[str, Any]:
-        """What :meth:`step` returns of a trial that is given up."""
+        """Return the result of :meth:`step` for a trial that is given up."""
         return self._failure(reason, None)
 
     def _exhausted(self, error: Exception) -> MemoryExhausted:
-        """The error in a line; the tensors that its frames hold are let go."""
+        """Return a one-line error, after releasing the tensors that its frames hold."""
         message = f"epoch {self.epoch + 1}: {' '.join(str(error).split())[:300]}"
         traceback.clear_frames(error.__traceback__)
-        self._release()  # and no more: what the exception holds is not to stay
+        self._release()  # not close(): freezing would keep objects that the exception holds
         return MemoryExhausted(message)
 
     def _failure(self, reason: str, error: Exception | None) -> dict[str, Any]:
@@ -234,26 +234,26 @@ class TrialRun:
 
 @cache
 def _settle() -> None:
-    """Take what has outlived a first trial for permanent, once a process.
+    """Exclude objects that outlive the first trial from garbage collection, once per process.
 
-    These are modules, for the most part, and looking through them took a fifth of a second a trial.
+    These are mostly modules, and scanning them took a fifth of a second per trial.
     """
     gc.freeze()
 
 
-# What allocators say that have no exception of their own: PyTorch's of the CPU, CUDA's libraries.
+# Messages of allocators without a dedicated exception: PyTorch's on the CPU, CUDA libraries.
 _NO_MEMORY = ("DefaultCPUAllocator", "not enough memory", "_ALLOC_FAILED", "CUDA error: out of")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory could not be had."""
+    """Return whether an exception reports exhausted memory."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
 
 
 def _device_answers(device: str) -> bool:
-    """Whether a GPU still computes; after a sticky CUDA error it never does again."""
+    """Return whether a GPU still computes; after a sticky CUDA error it never does again."""
     if not device.startswith("cuda"):
         return True
     try:
@@ -261,5 +261,5 @@ def _device_answers(device: str) -> bool:
         return bool(torch.ones(1, device=device).item() == 1.0)
     except torch.OutOfMemoryError:
         return True
-    except (RuntimeError, AssertionError):  # the latter: a torch without CUDA
+    except (RuntimeError, AssertionError):  # AssertionError: a torch without CUDA
         return False

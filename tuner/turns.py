@@ -1,4 +1,4 @@
-"""The ledger of trials that take turns: handed out up to an epoch, and handed back there."""
+"""The ledger of trials that run in turns: assigned up to an epoch and returned there."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from tuner.study import Ledger
 
 
 class TurnsLedger(Ledger):
-    """A ledger that knows who is at work, and decides from its trials who is next.
+    """A ledger that tracks which trials are running and decides which one is next.
 
-    To whoever runs it, a trial that was handed back is one that was cut and goes on from its
-    checkpoint; so is one whose driver died.
+    The code that runs trials treats a returned trial like an interrupted one that resumes from its
+    checkpoint, as it does a trial whose driver died.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._handed_out: set[int] = set()
-        self._exhausted = False  # the space holds no more that has not been tried
+        self._exhausted = False  # the space has no untried points left
         super().__init__(*args, **kwargs)
 
     def hand_back(self, number: int) -> None:
-        """Take back a trial that has come as far as it was to, or was cut."""
+        """Take back a trial that has reached its assigned epoch or was interrupted."""
         self._handed_out.discard(number)
 
     def finish(self, number: int, state: End, **details: Any) -> End:
@@ -30,6 +30,6 @@ class TurnsLedger(Ledger):
         return super().finish(number, state, **details)
 
     def orphans(self) -> list[Assignment]:
-        """None that would have to run first; a proposal that was cut is made whole."""
+        """Return an empty list, as no trial has to run first; complete an interrupted proposal."""
         super().orphans()
         return []

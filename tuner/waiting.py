@@ -1,4 +1,4 @@
-"""Waits of seconds that are not silent: a spinner or a bar on a terminal, a line elsewhere."""
+"""Feedback during waits: a spinner or a progress bar on a terminal, lines elsewhere."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-PATIENCE = 2.0  # seconds of silence that nobody minds
-SILENCE = 10.0  # seconds after which a pipe is told how far it is
+PATIENCE = 2.0  # seconds of silence that are acceptable
+SILENCE = 10.0  # seconds after which a pipe gets a progress line
 
 Advance = Callable[[str, int, int], None]
 
 
 @contextmanager
 def waiting(text: str, *, quiet: bool = False, console: Console | None = None) -> Iterator[None]:
-    """Say what the block does while it does it; what takes no two seconds is not told to a pipe."""
+    """Show a message while the block runs; a pipe gets it only after two seconds."""
     console = console or Console(highlight=False)
     if quiet:
         yield
@@ -47,9 +47,9 @@ def waiting(text: str, *, quiet: bool = False, console: Console | None = None) -
 
 @contextmanager
 def counting(*, quiet: bool = False, console: Console | None = None) -> Iterator[Advance]:
-    """Yield a function that is told what is done, how much of it and of how much, and draws a bar.
+    """Yield a function that takes a description, a count and a total, and draws a progress bar.
 
-    A file or pipe gets a line where ten seconds have gone by without one.
+    A file or pipe gets a line if there was none for ten seconds.
     """
     console = console or Console(highlight=False)
     if quiet:
@@ -89,12 +89,12 @@ def counting(*, quiet: bool = False, console: Console | None = None) -> Iterator
 def reminding(
     say: Callable[[], object], silent: Callable[[], float], after: float
 ) -> Iterator[None]:
-    """Call `say` from another thread whenever the user has heard nothing for so long.
+    """Call `say` from another thread whenever there was no output for `after` seconds.
 
     Args:
-        say: says something, or nothing where there is nothing to say.
-        silent: how long the user has heard nothing [s].
-        after: what is too long [s].
+        say: prints a line, or nothing if there is nothing to report.
+        silent: returns the time since the last output [s].
+        after: maximum time without output [s].
     """
     over = threading.Event()
 
@@ -103,7 +103,7 @@ def reminding(
         while not over.wait(pause):
             pause = after - silent()
             if pause <= 0.0:
-                with suppress(OSError, ValueError):  # nobody listens, or the stream is closed
+                with suppress(OSError, ValueError):  # broken pipe, or closed stream
                     say()
                 pause = after
 

@@ -1,4 +1,4 @@
-"""What a study can learn from an earlier one: its finished trials, as far as they apply."""
+"""Warm start: reads the finished trials of an earlier study that apply to a new one."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from tuner.space import Value
 
 @dataclass(frozen=True)
 class Prior:
-    """Finished trials of an earlier study, and one line on what was taken and what was not."""
+    """Finished trials of an earlier study, and one line on which were used and which were not."""
 
     trials: tuple[PriorTrial, ...]
     note: str
 
 
 def read_prior(path: Path, study: StudyConfig) -> Prior:
-    """The finished trials of the run folder `path` that lie in the study's search space.
+    """Read the finished trials of the run folder `path` that lie in the study's search space.
 
-    A parameter that the earlier study did not search has the value of its configuration.
+    A parameter that the earlier study did not search takes the value of its configuration.
 
     Raises:
-        StudyError: no run folder, another objective, or nothing that can be taken.
+        StudyError: no run folder, a different objective, or no usable trial.
     """
     earlier, trials = _read(path)
     if earlier.objective != study.objective:
@@ -86,7 +86,7 @@ def _read(path: Path) -> tuple[StudyConfig, list[TrialRecord]]:
 def _translated(
     trial: TrialRecord, earlier: StudyConfig, study: StudyConfig
 ) -> tuple[dict[str, Value], str | None]:
-    """The trial's point in the study's space, and why it is not one, if so."""
+    """Return the trial's point in the study's space, and the reason if there is none."""
     config = earlier.trial_config(trial.params, trial.seed)
     params: dict[str, Value] = {}
     for path, parameter in study.search.space.items():
@@ -101,7 +101,7 @@ def _translated(
 
 
 def _differences(earlier: StudyConfig, study: StudyConfig) -> list[str]:
-    """What besides the parameters searched here sets that study's objectives apart."""
+    """Return other differences that affect the earlier study's objectives."""
     found = [name for name in ("array", "scene") if getattr(earlier, name) != getattr(study, name)]
     without_cache = {"cache": None, "keep_images": True}
     if earlier.data.model_copy(update=without_cache) != study.data.model_copy(update=without_cache):

@@ -1,4 +1,4 @@
-"""Who is told what happens to the trials, whoever runs them."""
+"""Observers of trial events, independent of how the trials are run."""
 
 from __future__ import annotations
 
@@ -8,32 +8,32 @@ from tuner.records import Assignment, State
 
 
 class Watcher:
-    """Is told of trials, and does nothing; who derives from it does what concerns them."""
+    """Receives trial events and ignores them; subclasses override the events they need."""
 
     def proposed(self, assignment: Assignment) -> None:
-        """A trial is to begin, or to go on, as soon as a machine has room for it."""
+        """A trial will start or resume as soon as a machine has room for it."""
 
     def started(self, assignment: Assignment) -> None:
-        """A trial begins, or goes on."""
+        """A trial starts or resumes."""
 
     def reported(self, number: int, metrics: dict[str, Any]) -> None:
-        """A trial finished an epoch, which is in the ledger."""
+        """A trial finished an epoch, which has been recorded in the ledger."""
 
     def handed_back(self, number: int) -> None:
-        """A trial has trained as far as it was to, and waits to be run on."""
+        """A trial has reached its assigned epoch and waits to be resumed."""
 
     def lost(self, number: int, reason: str) -> None:
-        """A machine died under a trial, which will be run on."""
+        """A trial lost its machine and will be resumed."""
 
     def halved(self, number: int, parts: int, message: str) -> None:
-        """Memory was not enough for a trial, which will be run on with its batches in parts."""
+        """A trial ran out of memory and will be resumed with its batches split into parts."""
 
     def finished(self, number: int, state: State, reason: str | None) -> None:
         """A trial ended."""
 
 
 class Watchers(Watcher):
-    """Several as one, told in order."""
+    """Forwards events to several watchers in order."""
 
     def __init__(self, *watchers: Watcher) -> None:
         self._watchers = watchers

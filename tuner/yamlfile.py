@@ -1,4 +1,4 @@
-"""Strict YAML: duplicate keys are errors, 1e-3 is a number, and off is a word."""
+"""Strict YAML: duplicate keys are errors, 1e-3 is a number, and `off` is a string."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import yaml
 
 from tuner.errors import ConfigError
 
-# YAML 1.1 wants a dot and a signed exponent, so that plain loaders read 1e-3 as text.
+# YAML 1.1 requires a dot and a signed exponent, so that plain loaders read 1e-3 as a string.
 _FLOAT = re.compile(
     r"""^(?:[-+]?(?:[0-9][0-9_]*)\.[0-9_]*(?:[eE][-+]?[0-9]+)?
     |[-+]?(?:[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)
@@ -21,13 +21,13 @@ _FLOAT = re.compile(
     |\.(?:nan|NaN|NAN))$""",
     re.VERBOSE,
 )
-# YAML 1.1 also takes on, off, yes and no for truth values; `precision.amp: off` is a choice's name.
+# YAML 1.1 also reads on, off, yes and no as booleans; `precision.amp: off` names a choice.
 _BOOL_TAG = "tag:yaml.org,2002:bool"
 _BOOL = re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$")
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader with readable floats and without silent duplicate keys."""
+    """SafeLoader that reads floats such as 1e-3 and rejects duplicate keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[Hashable] = set()
@@ -56,7 +56,7 @@ _StrictLoader.add_implicit_resolver(_BOOL_TAG, _BOOL, list("tTfF"))
 
 
 def parse_yaml(text: str, source: str) -> Any:
-    """The value of a YAML text; a syntax error becomes one line that names its place."""
+    """Parse YAML; a syntax error becomes a one-line ConfigError with its position."""
     try:
         return yaml.load(text, Loader=_StrictLoader)
     except yaml.YAMLError as error:
@@ -67,11 +67,11 @@ def parse_yaml(text: str, source: str) -> Any:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file; an empty file is an empty mapping.
+    """Read the mapping in a YAML file; an empty file is an empty mapping.
 
-    A leading `~` is the home folder: where a launcher quotes it, no shell has said so.
+    A leading `~` is expanded to the home folder, as a launcher may quote it so that no shell does.
     """
-    # Path.expanduser raises where `~name` is no user's; here that is a file's name.
+    # Path.expanduser raises if `~name` is not a user; here that is a file name.
     path = Path(os.path.expanduser(path))  # noqa: PTH111
     if path.is_dir():
         raise ConfigError(f"{path}: is a folder; a YAML file is expected")
@@ -92,5 +92,5 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def dump_yaml(data: Any) -> str:
-    """YAML text in the order of the data."""
+    """Return YAML text that keeps the order of the data."""
     return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=100)

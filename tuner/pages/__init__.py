@@ -1,1 +1,1 @@
-"""Self-contained pages, of a study and of a scoreboard; a module for each group of charts."""
+"""Self-contained HTML pages of a study and of a scoreboard, with a module per group of charts."""

@@ -1,7 +1,7 @@
-"""A chart on a page: a plotly figure, the sentence that stands for it, and its numbers.
+"""A chart on a page: a plotly figure, a sentence that describes it, and its numbers.
 
-Colours are names of the page's style sheet, ``var(--accent)``; the page's script puts in what they
-are by day or by night, so that a chart follows the reader's preference.
+Colours are variables of the page's style sheet, such as ``var(--accent)``; the page's script
+inserts their values in light or dark mode, so that a chart follows the reader's preference.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _FAULTS = (
     ArithmeticError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError,
 )  # fmt: skip
 HEIGHT = 380  # pixels
-_WIDE = 30.0  # ratio of the largest value to the least from which an axis is logarithmic
+_WIDE = 30.0  # ratio of largest to smallest value from which an axis is logarithmic
 _DECADES = 100.0  # ratio from which only powers of ten are labelled
 
 
@@ -49,12 +49,12 @@ def chart(
     """A figure as HTML.
 
     Args:
-        figure: of plotly; its template and colours of text and paper are the page's.
-        label: what it shows in one sentence with figures, for who cannot see it.
-        title: above it.
-        numbers: a table of what is drawn.
-        height: in pixels.
-        remark: a quiet line below.
+        figure: plotly figure; the page sets its template and the colours of text and paper.
+        label: one sentence with figures that describes the chart, for screen readers.
+        title: title above the figure.
+        numbers: table of the drawn values.
+        height: height in pixels.
+        remark: a muted line below the figure.
     """
     parts = [
         "<figure>",
@@ -69,7 +69,7 @@ def chart(
 
 
 def attempted(draw: Callable[[], Markup], what: str) -> Markup:
-    """What cannot be drawn, from few trials or a file of another form, is said and not fatal."""
+    """Draw a section; a failure (few trials, an unexpected file) becomes a note on the page."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -80,13 +80,13 @@ def attempted(draw: Callable[[], Markup], what: str) -> Markup:
 
 
 def grid(charts: list[Markup], least: int = 420) -> Markup:
-    """Charts side by side, as many in a row as have ``least`` pixels each."""
+    """Arrange charts in rows, each chart at least ``least`` pixels wide."""
     inside = "".join(charts)
     return Markup(f"<div class='grid' style='--least:{least}px'>{inside}</div>")
 
 
 def axis_for(values: list[float], title: str = "", *, log: bool = False) -> dict[str, Any]:
-    """An axis: logarithmic if asked, or where the values are positive and spread widely."""
+    """Return an axis, logarithmic if requested or if the values are positive and widely spread."""
     finite = [value for value in values if math.isfinite(value) and value > 0]
     ratio = max(finite) / min(finite) if finite else 1.0
     if not log and (ratio < _WIDE or len(finite) < len(values)):
@@ -96,12 +96,12 @@ def axis_for(values: list[float], title: str = "", *, log: bool = False) -> dict
 
 
 def opacity_of(count: int) -> float:
-    """Of so many lines over one another: the more, the fainter."""
+    """Return the opacity of overlapping lines, which falls with their number."""
     return max(0.2, min(0.7, 40 / max(1, count)))
 
 
 def joined(curves: list[tuple[list[Any], list[Any]]]) -> tuple[list[Any], list[Any]]:
-    """Several curves as one with gaps: a trace for each of a thousand would take seconds."""
+    """Join several curves into one with gaps, as thousands of traces would take seconds."""
     xs: list[Any] = []
     ys: list[Any] = []
     for x, y in curves:
@@ -111,7 +111,7 @@ def joined(curves: list[tuple[list[Any], list[Any]]]) -> tuple[list[Any], list[A
 
 
 def thinned(items: list[Any], most: int) -> list[Any]:
-    """At most so many, evenly chosen, the first and the last among them."""
+    """Return at most ``most`` evenly chosen items, including the first and the last."""
     if len(items) <= most:
         return items
     index = np.linspace(0, len(items) - 1, most).round().astype(int)
@@ -123,11 +123,11 @@ def _content(figure: go.Figure) -> str:
     content["layout"].pop("template", None)
     content["layout"].pop("title", None)
     text = json.dumps(_plain(content), separators=(",", ":"), allow_nan=False)
-    return text.replace("<", "\\u003c")  # nothing in it ends the script
+    return text.replace("<", "\\u003c")  # so that nothing in it ends the script
 
 
 def _plain(value: Any) -> Any:
-    """Lists and numbers as JSON has them; six digits of a float, as nobody reads more."""
+    """Convert to JSON lists and numbers; six digits of a float suffice for readers."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

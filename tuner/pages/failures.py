@@ -1,4 +1,4 @@
-"""What failed and why, and whether the numbers were sound."""
+"""The sections on failures and their reasons, and on numerical problems."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
     from tuner.records import TrialRecord
 
 _MOST_REASONS = 40
-_LONGEST_TRACE = 3000  # characters; error.txt in the trial's folder has the whole
-_MOST_NAMED = 12  # trials beside a reason
+_LONGEST_TRACE = 3000  # characters; error.txt in the trial's folder has all of it
+_MOST_NAMED = 12  # trials listed for a reason
 _MOST_CURVES = 300
 _MOST_POINTS = 8000
 
 
 def failures(material: Material) -> Markup:
-    """Failed trials by reason, the latest first, each with a traceback where there is one."""
+    """List failed trials by reason, the latest first, each with a traceback if there is one."""
     failed = [t for t in material.trials if t.state == "failed"]
     if not failed:
         return note(f"None of {counted(len(material.trials), 'trial')} failed.")
@@ -66,7 +66,7 @@ def failures(material: Material) -> Markup:
 
 
 def numerics(material: Material) -> Markup:
-    """Skipped steps, scenes that the SVD served, and gradient norms."""
+    """Show skipped steps, scenes solved by the SVD fallback, and gradient norms."""
     trials = [t for t in material.trials if t.epochs]
     if not trials:
         return note("No trial has reported an epoch yet.")
@@ -94,7 +94,7 @@ def numerics(material: Material) -> Markup:
 
 
 def fallbacks_of(trial: TrialRecord) -> int:
-    """Scenes of all its epochs that the SVD served."""
+    """Return the number of scenes solved by the SVD fallback over all epochs of a trial."""
     return sum(int(metrics.get("solver_fallbacks", 0)) for metrics in trial.epochs.values())
 
 

@@ -1,4 +1,4 @@
-"""How a search went: objective by trial, what was asked at the rungs, and every learning curve."""
+"""The course of a search: objective by trial, cut-offs at the rungs, and learning curves."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 
 _MOST_MARKS = 3000
 _MOST_CURVES = 300
-_MOST_POINTS = 15_000  # of all curves together: some 150 kB
+_MOST_POINTS = 15_000  # of all curves together: about 150 kB
 
 
 def history(material: Material) -> Markup:
-    """The objective by trial with the best so far, and the rungs."""
+    """Draw the objective by trial with the best so far, and the rungs."""
     scored = [t for t in material.trials if t.objective is not None]
     if not scored:
         return note("No trial has reported an epoch yet.")
@@ -153,7 +153,7 @@ def _drawn_rungs(
     for fate, points in fates.items():
         if points:
             figure.add_scatter(
-                # Spread within the rung by the trial's number, so that equals do not hide.
+                # Jitter within the rung by the trial's number, so that equal values do not overlap.
                 x=[names.index(p[0]) + 0.3 * ((p[2] * 0.618034) % 1 * 2 - 1) for p in points],
                 y=[p[1] for p in points],
                 customdata=[p[2] for p in points],
@@ -215,7 +215,7 @@ def _drawn_rungs(
 
 
 def learning_curves(material: Material) -> Markup:
-    """The objective of every trial over its epochs, the stopped and the failed marked."""
+    """Draw the objective of every trial over its epochs; stopped and failed trials are marked."""
     import plotly.graph_objects as go
 
     trials = [t for t in material.trials if t.curve]
@@ -263,7 +263,7 @@ def learning_curves(material: Material) -> Markup:
 
 
 def _chosen(material: Material, trials: list[TrialRecord], most: int) -> list[TrialRecord]:
-    """All, or where they are too many the best half of what fits, and others evenly."""
+    """Return at most so many trials: half of them the best, the others evenly chosen."""
     if len(trials) <= most:
         return trials
     first = {t.number for t in material.ranking[: most // 2]}

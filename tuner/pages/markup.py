@@ -1,4 +1,4 @@
-"""Small pieces of HTML: text, tables and figures in words, all of it escaped."""
+"""Small pieces of HTML: text, tables and formatted numbers, all escaped."""
 
 from __future__ import annotations
 
@@ -7,29 +7,29 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-_MOST_ROWS = 60  # of a table beside a chart
+_MOST_ROWS = 60  # of a table below a chart
 _LONGEST = 300  # characters of a cell
 
 
 class Markup(str):
-    """Text that is HTML already, and safe to put on a page."""
+    """Text that is already safe HTML."""
 
     __slots__ = ()
 
 
 class Number(Markup):
-    """A number as it is to be shown, to the right in a table."""
+    """A formatted number, aligned to the right in a table."""
 
     __slots__ = ()
 
 
 def escape(value: object) -> Markup:
-    """A value as text of a page; markup stays what it is."""
+    """Escape a value as text of a page; markup is returned unchanged."""
     return value if isinstance(value, Markup) else Markup(html.escape(str(value)))
 
 
 def note(text: str) -> Markup:
-    """A quiet line of explanation, or why a section has nothing to show."""
+    """Return a muted line of explanation, such as why a section is empty."""
     return Markup(f"<p class='quiet'>{escape(text)}</p>")
 
 
@@ -41,14 +41,14 @@ def table(
     most: int = _MOST_ROWS,
     whole: bool = False,
 ) -> Markup:
-    """A table in a box of its own; numbers stand to the right, words to the left.
+    """Return a table in a scrollable box, with numbers aligned right and text aligned left.
 
     Args:
-        heads: one a column.
+        heads: one header per column.
         rows: cells, escaped here; a float is shown with five digits.
-        marked: index of a row to stand out.
-        most: rows that are shown; how many were left out is said.
-        whole: whether all of them are in sight, however many there are.
+        marked: index of a row to highlight.
+        most: maximum number of rows; the number of omitted rows is shown.
+        whole: whether the box shows all rows without scrolling.
     """
     every = list(rows)
     lines = [f"<div class='scroll{' whole' * whole}'><table><thead><tr>"]
@@ -70,18 +70,18 @@ def table(
 
 
 def pairs(rows: Iterable[tuple[str, object]]) -> Markup:
-    """Names and what they stand for."""
+    """Return a list of names and their values."""
     cells = (f"<dt>{escape(name)}<dd>{escape(value)}" for name, value in rows)
     return Markup(f"<dl>{''.join(cells)}</dl>")
 
 
 def details(summary: str, inside: str) -> Markup:
-    """Something that opens when it is asked for."""
+    """Return a collapsible element."""
     return Markup(f"<details><summary>{escape(summary)}</summary>{inside}</details>")
 
 
 def short(value: Any, digits: int = 4) -> str:
-    """A value as a reader wants it: few digits, nothing for what is absent."""
+    """Format a value with few digits; empty for None."""
     if value is None:
         return ""
     if isinstance(value, float):
@@ -90,7 +90,7 @@ def short(value: Any, digits: int = 4) -> str:
 
 
 def listed(words: Sequence[str]) -> str:
-    """a, b and c."""
+    """Join words as "a, b and c"."""
     return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else list(words))
 
 

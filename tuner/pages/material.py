@@ -1,4 +1,4 @@
-"""What a report is drawn from: the ledger, and what lies beside it in the run folder."""
+"""The input of a report: the ledger and other files in the run folder."""
 
 from __future__ import annotations
 
@@ -35,19 +35,19 @@ class Material:
     study: StudyConfig
     trials: list[TrialRecord]
     ranking: list[TrialRecord]
-    seconds: float  # in which trials ran, over all sessions
+    seconds: float  # for which trials ran, over all sessions
     finished: Callable[[], optuna.Study] = field(repr=False)
     promotion: Promotion | None = field(default=None, repr=False)
     evaluation: dict[str, Any] | None = field(default=None, repr=False)  # evaluation.json
     scenes: dict[str, Any] | None = field(default=None, repr=False)  # scenes.json
-    place: str = "RUN_DIR"  # the run folder, as one types it in a shell
-    mode: str = ""  # how the study is run: " --local", or nothing
-    ended: Ended | None = None  # why there is nothing to run, if that is so
+    place: str = "RUN_DIR"  # the run folder, quoted for a shell
+    mode: str = ""  # option of the resume command: " --local" or ""
+    ended: Ended | None = None  # why there is nothing left to run; None if there is
     written: datetime = field(default_factory=lambda: datetime.now().astimezone())
 
     @classmethod
     def read(cls, folder: RunFolder, ledger: Ledger) -> Material:
-        """Everything that is there now."""
+        """Read the current state."""
         from tuner.ledger import mode_of
         from tuner.limits import Limits, why_ended
         from tuner.promotion import open_promotion
@@ -75,7 +75,7 @@ class Material:
 
     @cached_property
     def promoted(self) -> Promoted | None:
-        """The configuration that won the promotion, once that and the search have ended."""
+        """The winning configuration of the promotion, once search and promotion have ended."""
         if self.promotion is None or self.ended is None:
             return None
         return self.promotion.winner()
@@ -93,7 +93,7 @@ class Material:
 
     @property
     def winner_name(self) -> str:
-        """What the winner is called: trial 0007, or the trial that was promoted and the seed."""
+        """The winner's name: trial 0007, or the promoted trial and its seed."""
         if self.winner is None:
             return "none"
         if self.promoted is None:
@@ -102,7 +102,7 @@ class Material:
 
     @property
     def measure(self) -> str:
-        """What the axes of objectives are called."""
+        """The axis title of objectives."""
         return OBJECTIVES[self.study.objective]
 
     @cached_property
@@ -112,19 +112,19 @@ class Material:
 
     @cached_property
     def segments(self) -> list[Segment]:
-        """Who trained where and when."""
+        """When and where each trial trained."""
         return segments_of(self.trials)
 
     @property
     def busy(self) -> float | None:
-        """Share of the time of all slots in which they trained; None where nothing was timed."""
+        """Share of the time of all slots spent training; None if nothing was timed."""
         slots = len({(s.place, s.slot) for s in slots_of(self.segments)})
         if not slots or not self.seconds:
             return None
         return min(1.0, sum(s.busy for s in self.segments) / (slots * self.seconds))
 
     def is_of_winner(self, config: dict[str, Any]) -> bool:
-        """Whether a saved configuration is the winner's, wherever its files lay at the time."""
+        """Return whether a saved configuration is the winner's, regardless of file locations."""
         from model.adjustment import undivided
         from model.config import TrialConfig
         from tuner.records import config_of
@@ -139,7 +139,7 @@ class Material:
 
 
 def _json(path: Any) -> dict[str, Any] | None:
-    """What a file holds; None where there is none or it is damaged."""
+    """Return the JSON object in a file; None if it is missing or damaged."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""What was asked and what was found: a paragraph, a table, and the winner's configuration."""
+"""The overview of a study: a paragraph, a table, and the winner's configuration."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ _SCHEDULERS = {
 
 
 def overview(material: Material) -> Markup:
-    """The paragraph and the table."""
+    """Return the paragraph and the table."""
     return Markup(f"<p>{escape(_asked(material))} {escape(_found(material))}</p>{_facts(material)}")
 
 
 def tiles(material: Material) -> Markup:
-    """The few numbers that a reader looks for first."""
+    """Return the tiles with the key figures."""
     best, counts = material.best, material.counts
     unit = _UNITS[material.study.objective]
     shown = [
@@ -68,7 +68,7 @@ def tiles(material: Material) -> Markup:
 
 
 def _of_search(material: Material) -> str:
-    """What tells the best of the search from the winner of its promotion."""
+    """Return a phrase that distinguishes the search's best from the promotion's winner."""
     return "" if material.promoted is None else " in the search"
 
 
@@ -150,7 +150,7 @@ def _found(material: Material) -> str:
 
 
 def _scores(material: Material) -> dict[str, Any]:
-    """Overall numbers of the winner's methods on the first suite, if they are its own."""
+    """Return the overall scores on the first suite if the evaluation is of the winner, else {}."""
     from tuner.pages.scoreboard import usable
 
     content = material.evaluation
@@ -191,7 +191,7 @@ def _facts(material: Material) -> Markup:
             f"{name} {metrics[key]:.3f}"
             for name, key in (("F1", "f1"), ("GOSPA [m]", "gospa"), ("NMSE of R_pred", "nmse_pred"))
             if isinstance(metrics.get(key), float)
-            and (key == "f1" or key.removesuffix("_pred") != study.objective)  # said already
+            and (key == "f1" or key.removesuffix("_pred") != study.objective)  # already listed
         ]
         seed = "" if material.promoted is not None else f", seed {best.seed}"
         rows.append(("Winner", f"{material.winner_name}{seed}: {', '.join(scores)}"))
@@ -202,7 +202,7 @@ def _facts(material: Material) -> Markup:
 
 
 def _next(material: Material) -> list[tuple[str, str]]:
-    """What one does with the study from here on, and the command for it."""
+    """Return the next steps and their commands."""
     search, epochs = material.study.search, material.study.training.epochs
     on, ended = f"python -m tuner.run --resume {material.place}{material.mode}", material.ended
     steps = []
@@ -233,7 +233,7 @@ def _scenes(material: Material) -> str:
 
 
 def winner(material: Material) -> Markup:
-    """The winner's configuration, as far as it differs from the defaults."""
+    """Return the fields of the winner's configuration that differ from the defaults."""
     best, study = material.winner, material.winner_study
     if best is None:
         return note("No trial has finished, so that there is no winner.")
@@ -270,15 +270,15 @@ def winner(material: Material) -> Markup:
 
 
 def defaults_of(config: TrialConfig) -> TrialConfig:
-    """The defaults, with sizes of the network's own family."""
+    """Return the defaults, with the network section of the configuration's own family."""
     usual = TrialConfig()
-    # The sizes of the default family say nothing of another's.
+    # The sizes of the default family do not apply to another one.
     network = plain_of(config.network).model_copy(update={"family": usual.network.family})
     return usual.model_copy(update={"network": network})
 
 
 def flattened(config: TrialConfig) -> dict[str, Any]:
-    """Every field by its dotted path."""
+    """Return every field by its dotted path."""
     found: dict[str, Any] = {}
 
     def walk(value: Any, path: str) -> None:

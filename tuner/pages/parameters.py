@@ -1,4 +1,4 @@
-"""What the parameters do: importances, slices and parallel coordinates of the finished trials."""
+"""The effect of parameters: importances, slices and parallel coordinates of finished trials."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from tuner.pages.material import Material
     from tuner.records import TrialRecord
 
-_FEWEST = 3  # finished trials below which importances and slices say nothing
+_FEWEST = 3  # minimum of finished trials for meaningful importances and slices
 _MOST_TRIALS = 200  # in parallel coordinates
 _MOST_AXES = 8
 _MOST_SLICES = 6
@@ -24,7 +24,7 @@ _RANKS = ("best fifth", "second fifth", "third fifth", "fourth fifth", "last fif
 
 
 def importances(material: Material) -> Markup:
-    """How much each parameter decides, and the objective along the most important ones."""
+    """Draw the importance of each parameter, and the objective along the most important ones."""
     missing = _too_few(material)
     if missing:
         return note(missing)
@@ -74,7 +74,7 @@ def _slice(study: optuna.Study, name: str, measure: str) -> Markup:
 
 
 def parallel(material: Material) -> Markup:
-    """Finished trials as lines over the axes of the most important parameters."""
+    """Draw finished trials as lines over the axes of the most important parameters."""
     missing = _too_few(material)
     if missing:
         return note(missing)
@@ -111,9 +111,9 @@ def parallel(material: Material) -> Markup:
 
 
 def _recolour(figure: go.Figure) -> None:
-    """Lines by fifths of the rank, in the page's colours, the best on top.
+    """Colour lines by fifths of the rank in the page's colours, with the best on top.
 
-    Optuna's own blues are darkest for the best, which a dark page swallows.
+    Optuna draws the best in the darkest blue, which is invisible on a dark page.
     """
     lines = [trace for trace in figure.data if trace.mode == "lines"]
     objective = [float(trace.y[0]) for trace in lines]  # the first axis, low is good
@@ -146,14 +146,14 @@ def _recolour(figure: go.Figure) -> None:
 
 
 def _relabel(figure: go.Figure, axes: list[str], values: list[float]) -> None:
-    """Digits enough to tell objectives apart, and whole names that fit beside one another."""
+    """Show enough digits to distinguish objectives, and full names that fit side by side."""
     low, high = min(values), max(values)
     for annotation in figure.layout.annotations:
         if annotation.x == 0:
             annotation.text = f"{low + annotation.y * (high - low):.5g}"
     names = ["objective", *axes]
     figure.update_layout(
-        # The page's script turns the chart on a narrow screen: axes from top to bottom.
+        # On a narrow screen the page's script rotates the chart: axes run from top to bottom.
         meta={"turns": True},
         xaxis={
             "ticktext": [name.replace(".", ".<br>", 1) for name in names],
@@ -182,12 +182,12 @@ def _too_few(material: Material) -> str:
 
 
 def _drawn(material: Material) -> list[TrialRecord]:
-    """Finished trials whose objective is that of their parameters, as `finished()` has them."""
+    """Return finished trials without inherited weights, as `finished()` does."""
     return [t for t in material.trials if t.state == "done" and t.heir is None]
 
 
 def _varied(material: Material) -> list[str]:
-    """Parameters that took more than one value in the finished trials."""
+    """Return the parameters that took more than one value in the finished trials."""
     done = _drawn(material)
     paths = list(done[0].params) if done else []
     return [p for p in paths if len({repr(t.params.get(p)) for t in done}) > 1]

@@ -1,4 +1,4 @@
-"""Accuracy and cost at once: the trials that no other beats in both."""
+"""The section on accuracy and cost: the Pareto front."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def pareto(material: Material) -> Markup:
-    """The front among all finished trials."""
+    """Draw the front among all finished trials."""
     import plotly.graph_objects as go
 
     cost = material.study.search.cost

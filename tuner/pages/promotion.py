@@ -1,4 +1,4 @@
-"""The best configurations, trained again with several seeds."""
+"""The section on the best configurations, trained again with several seeds."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def promoted(material: Material) -> Markup:
-    """Mean and spread of each configuration beside what the search saw."""
+    """Return mean and spread of each configuration, and its objective in the search."""
     promotion = material.promotion
     found = promotion.configurations() if promotion is not None else []
     if promotion is None or not found:

@@ -1,4 +1,4 @@
-"""Scenes drawn: true and found sources over the spectrum that the winner works with."""
+"""Drawn scenes: true and detected sources over the winner's spectrum."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _FOUND = {
 
 
 def scenes(material: Material) -> Markup:
-    """Azimuth and elevation, and range, of a few held-out scenes."""
+    """Draw azimuth and elevation, and range, of a few held-out scenes."""
     content = material.scenes
     if content is None:
         why = (
@@ -159,7 +159,7 @@ def _ranges(content: dict[str, Any], view: dict[str, Any]) -> go.Figure:
 
 
 def _around(values: list[float]) -> list[float]:
-    """From the least to the largest, with room for a marker at the edge."""
+    """Return an axis range from the first to the last value, with room for markers at the edges."""
     room = 0.03 * (values[-1] - values[0]) or 1.0
     return [values[0] - room, values[-1] + room]
 

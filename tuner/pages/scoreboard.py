@@ -1,4 +1,4 @@
-"""Estimators on the same scenes, as charts: for the evaluation's page and a study's report."""
+"""Charts that compare estimators on the same scenes, for the evaluation page and the report."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _DASHES = {
     "mvdr": "dot",
     "somp": "dashdot",
 }
-EFFICIENT = 0.6745  # median |x| of a standard normal: an estimator at its bound
+EFFICIENT = 0.6745  # median |x| of a standard normal, reached by an efficient estimator
 
 _COLUMNS = (
     ("precision", "precision"),
@@ -51,7 +51,7 @@ HOW = (
 
 
 def scoreboard(material: Material) -> Markup:
-    """The winner beside the classical methods, from evaluation.json."""
+    """Compare the winner with the classical methods, from evaluation.json."""
     content, best = material.evaluation, material.best
     if content is None:
         if best is None:
@@ -73,13 +73,13 @@ def scoreboard(material: Material) -> Markup:
 
 
 def usable(content: dict[str, Any]) -> bool:
-    """Whether this is an evaluation, as far as the page needs to know."""
+    """Return whether the content is an evaluation with the fields that the page needs."""
     suites = content.get("suites")
     return isinstance(suites, dict) and bool(suites) and isinstance(content.get("config"), dict)
 
 
 def suite_charts(suite: dict[str, Any]) -> Markup:
-    """The table and the charts of one suite of scenes."""
+    """Return the tables and charts of one suite of scenes."""
     methods = suite["methods"]
     about = f"Scenes: {suite['scenes']}; {suite['gated_share']:.0%} of the sources are gated."
     counted = [
@@ -105,7 +105,7 @@ def suite_charts(suite: dict[str, Any]) -> Markup:
 
 
 def _overall(suite: dict[str, Any]) -> Markup:
-    """What methods are compared by, with intervals; below it all else that has one number."""
+    """Return the compared measures with intervals, and below a table of all other scalars."""
     f1, gospa = suite["paired_f1"], suite.get("paired_gospa_m", {})
     heads = ["method", "how", "F1 [95 %]", *(f"F1 less {name}'s [95 %]" for name in f1)]
     heads += ["GOSPA [m]", *(f"GOSPA less {name}'s [95 %]" for name in gospa), "K right"]
@@ -174,7 +174,7 @@ def _ratio_by_snr(suite: dict[str, Any]) -> Markup:
         told.append(f"{name} from {values[0]:.2g} to {values[-1]:.2g}")
         lines += [(name, _decibels(row), row["median"], *row["interval"]) for row in rows]
     figure.add_hline(y=EFFICIENT, line={"dash": "dot", "color": "var(--muted)", "width": 1})
-    # On a logarithmic axis a note's height is a logarithm.
+    # On a logarithmic axis the position of an annotation is a logarithm.
     figure.add_annotation(
         x=1, xref="paper", xanchor="right", y=math.log10(EFFICIENT), yanchor="top",
         text="efficient", showarrow=False,

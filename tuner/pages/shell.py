@@ -1,4 +1,4 @@
-"""The frame that all pages share: style, script and contents, and no need for a network."""
+"""The common frame of all pages, which work offline: style, script and table of contents."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ class Section:
 
     @property
     def anchor(self) -> str:
-        """What a link to it ends with."""
+        """The fragment of a link to it."""
         return "-".join("".join(c if c.isalnum() else " " for c in self.title.lower()).split())
 
 
 def document(title: str, lead: Markup, sections: Iterable[Section], footer: str = "") -> str:
-    """A whole page as text.
+    """Return a complete page as text.
 
     Args:
-        title: of the page.
-        lead: below the title.
-        sections: in order.
+        title: title of the page.
+        lead: content below the title.
+        sections: the sections in order.
         footer: the last line.
     """
     from plotly.offline import get_plotlyjs
@@ -42,7 +42,7 @@ def document(title: str, lead: Markup, sections: Iterable[Section], footer: str 
     parts = [
         "<!doctype html><html lang='en'><head><meta charset='utf-8'>",
         "<meta name='viewport' content='width=device-width, initial-scale=1'>",
-        "<link rel='icon' href='data:,'>",  # else a browser asks for one
+        "<link rel='icon' href='data:,'>",  # otherwise browsers request one
         f"<title>{escape(title)}</title><style>{style}</style></head>",
         f"<body><header><h1>{escape(title)}</h1>{lead}</header>",
         f"<nav aria-label='Sections'><ul>{links}</ul></nav><main>",

@@ -1,4 +1,4 @@
-"""Which trial trained where and when, and how busy the slots were."""
+"""The timeline: where and when each trial trained, and how busy the slots were."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _TALLEST = 900
 
 
 def timeline(material: Material) -> Markup:
-    """Stretches of training as bars in the slot where they ran; a table of the places."""
+    """Draw periods of training as bars by slot, and a table of the places."""
     segments = slots_of(material.segments)
     if not segments:
         return note("No epoch has been timed yet.")
@@ -38,7 +38,7 @@ def _bars(material: Material, segments: list[Segment]) -> Markup:
         (place, slot): escape(f"{place} · {slot + 1}" if place in several else place)
         for place, slot in lanes
     }
-    # The longest, where there are too many: the others could not be seen.
+    # If there are too many, draw the longest: the others would not be visible.
     drawn = sorted(segments, key=lambda s: s.begin - s.end)[:_MOST_BARS]
     figure = go.Figure()
     for state, colour in STATE_COLOURS.items():

@@ -1,4 +1,4 @@
-"""When trials trained where: from the times at which their epochs were reported."""
+"""Determines when and where trials trained from the times of their epoch reports."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from tuner.records import State, TrialRecord
 
-_PAUSE = 5.0  # seconds between two epochs that are drawn as one stretch
-_OVERLAP = 0.25  # share of a stretch by which it may seem to overlap its neighbour
+_PAUSE = 5.0  # maximum seconds between two epochs that are drawn as one period
+_OVERLAP = 0.25  # share of a period by which it may appear to overlap its neighbour
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A stretch of epochs of one trial in one place."""
+    """A period of consecutive epochs of one trial in one place."""
 
     number: int
     state: State
     place: str  # node and device
     begin: float  # Unix time [s]
     end: float
-    busy: float  # seconds of training in it
+    busy: float  # seconds of training within the period
     epochs: tuple[int, int]  # the first and the last
-    slot: int = 0  # among those that trained in the place at the same time
+    slot: int = 0  # index among concurrent trials in the place
 
 
 def segments_of(trials: Iterable[TrialRecord]) -> list[Segment]:
-    """Every trial's stretches, by their beginning; epochs that were not timed are left out."""
+    """Return the periods of all trials sorted by start; untimed epochs are omitted."""
     found: list[Segment] = []
     for trial in trials:
         last: Segment | None = None
@@ -53,10 +53,10 @@ def segments_of(trials: Iterable[TrialRecord]) -> list[Segment]:
 
 
 def slots_of(segments: Iterable[Segment]) -> list[Segment]:
-    """The same stretches with slots: those of a place that overlap have different ones.
+    """Return the periods with slots assigned; overlapping ones in a place get different slots.
 
-    An epoch is known by when its report came, and reports wait for one another: a stretch may seem
-    to begin a little before its forerunner has ended.
+    An epoch's end is the time of its report, and reports may be delayed by others, so that a period
+    may appear to start slightly before the previous one has ended.
     """
     free: dict[str, list[tuple[float, float]]] = {}  # end and length of the last in each slot
     result = []
@@ -77,7 +77,7 @@ def slots_of(segments: Iterable[Segment]) -> list[Segment]:
 
 
 def place_of(metrics: dict[str, object]) -> str:
-    """Node and device of an epoch, as in node-3 GPU 0."""
+    """Return node and device of an epoch, as in node-3 GPU 0."""
     node = str(metrics.get("node") or "unknown node")
     gpu = metrics.get("gpu")
     return f"{node} GPU {gpu}" if gpu else f"{node} {metrics.get('device') or ''}".strip()

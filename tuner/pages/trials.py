@@ -1,4 +1,4 @@
-"""Every trial in a table."""
+"""The table of trials."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _MOST = 300
 
 
 def trials(material: Material) -> Markup:
-    """State, scores, time and parameters of every trial, or of the best and the latest."""
+    """Return state, scores, time and parameters of all trials, or of the best and latest."""
     every = material.trials
     if not every:
         return note("No trial has started yet.")
