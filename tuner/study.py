@@ -111,14 +111,13 @@ class Ledger:
         self._verdicts = Verdicts(study, lambda: self._started(self._frozen()))
         self._ids: dict[int, int] = {}
         self._handed_back: deque[int] = deque()
-        if reading:
-            return
-        if not self._started(self._frozen()):
+        if not reading and not self._started(self._frozen()):
             self._enqueue()
             self._learn(prior())
-        for trial in self._frozen():
+        for trial in () if reading else self._frozen():
             if trial.state == TrialState.RUNNING and STOPPED in trial.user_attrs:
-                self.finish(trial.number, "pruned")  # the driver died before it could end it
+                logger.info("trial %d is ended, which its driver could not do", trial.number)
+                self.finish(trial.number, "pruned")
 
     @property
     def config(self) -> StudyConfig:
@@ -308,8 +307,7 @@ class Ledger:
         decision is kept.
 
         Returns:
-            The reason why the trial must end with this epoch (:meth:`finish` it as pruned), or
-            None.
+            Why the trial must end with this epoch (:meth:`finish` it as pruned), or None.
         """
         epoch = int(metrics["epoch"])
         objective = finite(metrics.get("objective"))
@@ -474,8 +472,7 @@ class Ledger:
     def best(self) -> TrialRecord | None:
         """Return the winner; None if no trial has finished."""
         # The first of ranking(), without creating all records, as this is called after every trial.
-        budget = self._config.training.epochs
-        own = (trial for trial in self._started(self._frozen()) if ranks(trial, budget))
+        own = (t for t in self._started(self._frozen()) if ranks(t, self._config.training.epochs))
         first = min(own, key=lambda trial: (*trial.values, trial.number), default=None)
         return None if first is None else self._record(first)
 
@@ -497,7 +494,6 @@ class Ledger:
 
     def _id(self, number: int) -> int:
         if number not in self._ids:
-            self._ids[number] = self._storage.get_trial_id_from_study_id_trial_number(
-                self._study._study_id, number
-            )
+            study = self._study._study_id
+            self._ids[number] = self._storage.get_trial_id_from_study_id_trial_number(study, number)
         return self._ids[number]

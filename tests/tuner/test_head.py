@@ -236,6 +236,7 @@ found = processes_with(os.environ["RISTUNE_MARK"], "gcs_server")
 os.kill(gcs, signal.SIGSTOP)
 print(head.answers(), "by a new one, as it stands still")
 os.kill(gcs, signal.SIGKILL)
+os.waitpid(gcs, 0)
 print(head.answers())
 os._exit(0)
 """
