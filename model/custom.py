@@ -15,7 +15,7 @@ from physics.scene import SceneConfig
 
 
 class CustomConfig(FamilyConfig):
-    """Where the network is found, and what it is told."""
+    """Import path and options of a user-defined network."""
 
     method = "a network of the user's own"
 

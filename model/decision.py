@@ -22,7 +22,7 @@ _GRID = torch.arange(0.05, 0.96, 0.025, dtype=torch.float64)  # thresholds to tr
 
 
 class DecisionConfig(FrozenModel):
-    """What the named sources are to be best at."""
+    """The measure that the reported sources are optimised for."""
 
     goal: Goal = Field(
         "f1",

@@ -39,7 +39,7 @@ TermName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
 
 
 class LossConfig(FrozenModel):
-    """Weights of the terms beside the NMSE of R_blend, whose weight is 1."""
+    """Weights of the loss terms; the NMSE of R_blend has weight 1."""
 
     cov_pred: Adjustable[float] = Field(0.03, ge=0, description="NMSE of R_pred alone")
     subspace_align: Adjustable[float] = Field(

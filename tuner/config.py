@@ -33,7 +33,7 @@ Sampler = Literal["tpe", "tpe-univariate", "random", "gp", "cmaes", "grid"]
 
 
 class SearchConfig(FrozenModel):
-    """What is searched, by whom, and when a trial is stopped."""
+    """The search: its space, sampler and scheduler, and when it ends."""
 
     trials: int = Field(
         16, ge=1, description="trials of the whole study; with pbt, successors count too"
@@ -166,7 +166,7 @@ class SearchConfig(FrozenModel):
 
 
 class ResourcesConfig(FrozenModel):
-    """What one trial is given, and how many run side by side."""
+    """The resources of a trial, and how many trials run in parallel."""
 
     gpus_per_trial: float | None = Field(
         None, ge=0, le=1, description="null: one GPU if there is one, else none"
@@ -194,7 +194,7 @@ class ResourcesConfig(FrozenModel):
 
 
 class StudyConfig(TrialConfig):
-    """A whole study: every trial's base configuration and how it is varied."""
+    """A study: the base configuration of its trials and how it is varied."""
 
     name: str = Field(
         "study",

@@ -115,8 +115,8 @@ def run(
 
     Results go to the run folder: config.yaml, trials.csv, best.json, best/, report.html and
     tuner.log. Exit codes: 0 done; 1 no trial finished; 2 bad configuration or data, said in one
-    line; 130 interrupted, by a signal, or by a database or a Ray head that stayed away, go on with
-    --resume.
+    line; 130 interrupted by a signal, or by a database or a Ray head that did not come back:
+    continue with --resume.
     """
     from tuner.errors import StudyError
     from tuner.waiting import waiting

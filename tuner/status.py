@@ -38,9 +38,9 @@ def status(
 ) -> int:
     """Show a study's state, trials, best, failures and time left; change nothing.
 
-    The run folder is all that is read, so that any machine will do that reaches it. Exit codes:
-    0 the study runs, waits or has a winner; 1 it is over and no trial finished; 2 no study there,
-    or its ledger cannot be read; 130 the watch was interrupted.
+    It reads only the run folder and the ledger, so it works on any machine that can read them.
+    Exit codes: 0 the study runs, waits or has a winner; 1 it is over and no trial finished; 2 no
+    study there, or its ledger cannot be read; 130 the watch was interrupted.
     """
     from rich.console import Console
 
