@@ -209,11 +209,10 @@ def run_session(request: Request) -> int:
             progress.say(f"cut short by an error; {on}")
             raise
         interruption.settle()
-        connection.close()
-        interruption.take()  # leaving Ray, too, sets other handlers
         early = limits.reached() if place is not None and ledger.has_work else None
         wished = interruption.wished
         try:
+            connection.close()
             return conclude(folder, ledger, promotion, progress, early, resume, interrupted=wished)
         except KeyboardInterrupt:
             progress.say(f"interrupted while the results were written; {on}")
