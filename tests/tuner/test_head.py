@@ -62,8 +62,9 @@ def unscored(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("unscored")
+@pytest.mark.parametrize("is_read", [True, False])
 def test_a_signal_to_all_processes_at_once_ends_the_search_with_the_way_to_go_on(
-    tmp_path: Path,
+    tmp_path: Path, is_read: bool
 ) -> None:
     """As GNU timeout, Slurm and systemd send it: Ray's own processes end by it."""
     mark, out = f"ristune-test-{uuid.uuid4().hex}", tmp_path / "run"
@@ -71,11 +72,18 @@ def test_a_signal_to_all_processes_at_once_ends_the_search_with_the_way_to_go_on
     process = start(*arguments, RISTUNE_MARK=mark)
     try:
         read_until(process, "epoch 2/")
+        if not is_read:  # as in a pipeline whose other commands get the signal too
+            assert process.stdout is not None
+            process.stdout.close()
         for pid in processes_with(mark, ""):
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM)
         began = time.monotonic()
-        said, _ = process.communicate(timeout=50)
+        process.wait(timeout=50)
+        said = (out / "tuner.log").read_text()
+        if is_read:
+            assert process.stdout is not None
+            assert process.stdout.read().strip().endswith(said.splitlines()[-1].split(": ", 1)[1])
         assert time.monotonic() - began < 40.0, "Ray's own minute"
         wait_for(lambda: not processes_with(mark, ""))
     finally:
